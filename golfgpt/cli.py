@@ -1,0 +1,601 @@
+"""The command line. Three rules hold for every command:
+
+    what it works on is positional and comes first     golfgpt eval runs/first
+    --recipe NAME is the configuration to start from   golfgpt train --recipe small
+    --section.field VALUE overrides one field          --data.path data/books --model.num-layers 6
+
+A run remembers its configuration, so `eval` starts from it and takes the same overrides. `--json` prints one
+JSON object on standard output and everything else on standard error. Exit codes are those of golfgpt.errors.
+The only importer of tyro; torch is imported inside the commands.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import math
+import os
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, TextIO
+
+import tyro
+from tyro.conf import Positional
+
+from golfgpt import recipes
+from golfgpt.config import RunConfig, to_dict
+from golfgpt.errors import GolfError, InputError
+
+RUNS = Path("runs")
+
+Config = Annotated[RunConfig, tyro.conf.arg(name="")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a model, write model.golf, score it as reloaded from disk. Run under torchrun for several GPUs."""
+
+    config: Config
+    recipe: str = "baseline"
+    """Configuration to start from; `golfgpt recipes` lists them."""
+    name: str | None = None
+    """The run folder is runs/NAME; default: the recipe's name and the time."""
+    resume: Path | None = None
+    """Continue the run in this folder from its newest checkpoint, under the config it was started with."""
+    json: bool = False
+    """Print the result as JSON on standard output, the log on standard error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Score a run's model.golf on validation text; starts from the run's own config."""
+
+    run: Positional[Path]
+    """Run folder."""
+    config: Config
+    json: bool = False
+    """Print the score as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """Generate text from a run's model.golf."""
+
+    run: Positional[Path]
+    """Run folder, or a .golf file with its tokenizer.model beside it."""
+    prompt: str = ""
+    """Text to continue; empty: a new document."""
+    tokens: int = 200
+    """Tokens to generate at most; generation also ends where the model ends its document."""
+    temperature: float = 0.8
+    """0 takes the likeliest token each time."""
+    top_k: int | None = 50
+    """Choose among this many likeliest tokens; None: all."""
+    seed: int = 0
+    """Seed of the choices."""
+    json: bool = False
+    """Print prompt and text as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Bytes of a configuration before training, or of an artifact, against the budget."""
+
+    config: Config
+    recipe: str = "baseline"
+    """Configuration to start from."""
+    json: bool = False
+    """Print the sizes as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspect:
+    """What an artifact holds, read from its header; nothing in it is executed."""
+
+    artifact: Positional[Path]
+    """Run folder or .golf file."""
+    json: bool = False
+    """Print the header as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write a run's decoded weights in another format, under upstream's parameter names."""
+
+    run: Positional[Path]
+    """Run folder or .golf file."""
+    to: Literal["safetensors"] = "safetensors"
+    """Format."""
+    out: Path | None = None
+    """File to write; default: beside the artifact."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Prepare the embedded corpus, train a small model on it, score it, sample from it: about three minutes."""
+
+    config: Config
+    name: str | None = None
+    """The run folder is runs/NAME; default: demo and the time."""
+    data: Path = Path("data/demo")
+    """Where the prepared corpus is kept."""
+    json: bool = False
+    """Print the result as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataPrepare:
+    """Turn text into token shards with byte counts and a manifest."""
+
+    inputs: Positional[tuple[str, ...]] = ()
+    """Files (.txt, .jsonl, .jsonl.zst), folders of them, or globs; none: the Python standard library's source."""
+    out: Path
+    """Folder to write."""
+    vocab_size: int = 1024
+    """Tokens of the tokenizer to train."""
+    tokenizer: Path | None = None
+    """Use this SentencePiece model instead of training one."""
+    val: tuple[str, ...] = ()
+    """Separate inputs for validation."""
+    val_fraction: float | None = None
+    """Share of the documents that goes to validation when --val is not given."""
+    document_separator: str | None = None
+    """Text between documents in .txt files; default: blank lines, packed to at least 2 kB a document."""
+    workers: int | None = None
+    """Processes; default: one a core."""
+    json: bool = False
+    """Print the manifest as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataVerify:
+    """Check digests, token ids, split overlap, and the byte counts against a second count of the decoded text."""
+
+    path: Positional[Path]
+    """Prepared folder."""
+    json: bool = False
+    """Print the report as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipes:
+    """List the recipes, or show one with its whole configuration."""
+
+    action: Positional[Literal["list", "show"]] = "list"
+    name: Positional[str | None] = None
+    """Recipe to show."""
+    json: bool = False
+    """Print as JSON."""
+
+
+# Commands
+
+
+def train(args: Train) -> int:
+    from golfgpt.train import train
+
+    path = args.resume or RUNS / _run_name(args.name, args.recipe)
+    result = train(args.config, path, resume=args.resume is not None, quiet=args.json)
+    if result:
+        if args.json:
+            _print_json(result)
+        else:
+            print(f"run folder: {path}    next: golfgpt sample {path}")
+    return 0
+
+
+def evaluate(args: Eval) -> int:
+    from golfgpt import distributed
+    from golfgpt.attention import select_backend
+    from golfgpt.data.yardsticks import yardsticks
+    from golfgpt.evaluate import evaluate
+    from golfgpt.report import score_lines
+    from golfgpt.run import Reporter, load
+    from golfgpt.train import compute_dtype, open_dataset
+
+    config = args.config
+    ranks = distributed.start(config.runtime.device)
+    reporter = Reporter(None, speak=ranks.main, quiet=args.json)
+    try:
+        model, tokenizer = load(args.run)
+        config = replace(config, model=model.config)
+        dataset = open_dataset(config)
+        if dataset.need_tokenizer().digest != tokenizer.digest:
+            raise InputError(f"{config.data.path} was made with another tokenizer than {args.run}")
+        dtype = compute_dtype(config, ranks.device)
+        backend, _ = select_backend(config.runtime.attention, config.model, config.window, ranks.device, dtype)
+        reporter.line(f"device:{ranks.device} dtype:{dtype} attention:{backend} data:{config.data.path}")
+        score = evaluate(
+            model.to(ranks.device),
+            dataset,
+            config,
+            ranks,
+            dtype=dtype,
+            progress=lambda done, total, bpb: reporter.status(f"{done:,} of {total:,} tokens, {bpb:.4f} so far"),
+        )
+        known = yardsticks(dataset) if ranks.main else {}
+    finally:
+        reporter.close()
+        ranks.close()
+    if ranks.main:
+        if args.json:
+            _print_json({"score": asdict(score), "yardsticks_bpb": known})
+        else:
+            print(score_lines(score, known))
+    return 0
+
+
+def sample(args: Sample) -> int:
+    import torch
+
+    from golfgpt import artifact
+    from golfgpt.run import artifact_file, load
+
+    if args.tokens < 1 or args.temperature < 0 or (args.top_k is not None and args.top_k < 1):
+        raise InputError(
+            f"--tokens {args.tokens} and --top-k {args.top_k} must be at least 1, "
+            f"--temperature {args.temperature:g} at least 0"
+        )
+    model, tokenizer = load(args.run)
+    ids = torch.tensor([tokenizer.bos_id, *tokenizer.encode(args.prompt)])
+    new = model.generate(
+        ids,
+        args.tokens,
+        window=artifact.inspect(artifact_file(args.run)).seq_len,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        stop_id=tokenizer.bos_id,
+        generator=torch.Generator().manual_seed(args.seed),
+    )
+    text = tokenizer.decode(new)
+    if args.json:
+        _print_json({"prompt": args.prompt, "text": text, "tokens": len(new)})
+    else:
+        print(args.prompt + text)
+    return 0
+
+
+def budget(args: Budget) -> int:
+    from golfgpt.quant import Quantizer
+    from golfgpt.report import tensor_table
+    from golfgpt.upstream import parameter_shapes
+
+    config = args.config
+    quantizer = Quantizer(config.model, config.quant)
+    shapes = parameter_shapes(config.model).values()
+    parameters = sum(map(math.prod, shapes))
+    room = config.budget.artifact_bytes - config.budget.code_bytes
+    if args.json:
+        _print_json({"parameters": parameters, "payload_bytes": quantizer.payload_bytes, "model_bytes_limit": room})
+        return 0
+    print(tensor_table(quantizer.table()))
+    print(
+        f"\n{parameters:,} parameters, payload {quantizer.payload_bytes:,} bytes before compression\n"
+        f"room for model.golf: {room:,} bytes = {config.budget.artifact_bytes:,} - code allowance "
+        f"{config.budget.code_bytes:,}"
+    )
+    ratio = room / quantizer.payload_bytes
+    if ratio >= 1:
+        print("fits whatever the weights are")
+    else:
+        print(
+            f"fits if the trained weights compress to {ratio:.3f} of the payload (published int8 runs end at about "
+            "0.92, int6 at about 0.70; untrained weights say nothing)"
+        )
+    return 0
+
+
+def budget_of_artifact(path: Path, as_json: bool, config: RunConfig) -> int:
+    """`golfgpt budget RUN`: exact bytes of a file, non-zero exit over the cap."""
+    from golfgpt import artifact
+    from golfgpt.report import budget_lines, tensor_table
+    from golfgpt.run import artifact_file
+
+    info = artifact.inspect(artifact_file(path))
+    if as_json:
+        _print_json(asdict(artifact.budget_report(info.file_bytes, config.budget)))
+    else:
+        print(tensor_table(info.table()))
+        print("\n" + budget_lines(info, config.budget))
+    artifact.check_budget(info.file_bytes, config.budget)
+    return 0
+
+
+def inspect(args: Inspect) -> int:
+    from golfgpt import artifact
+    from golfgpt.files import sha256_file
+    from golfgpt.report import table, tensor_table
+    from golfgpt.run import artifact_file
+
+    file = artifact_file(args.artifact)
+    info = artifact.inspect(file)
+    facts = {
+        "file": str(file),
+        "bytes": info.file_bytes,
+        "sha256": sha256_file(file),
+        "parameters": info.parameters,
+        "payload_bytes": info.payload_bytes,
+        "compressor": f"{info.compressor} level {info.level}",
+        "tokenizer_sha256": info.tokenizer_sha256,
+        "seq_len": info.seq_len,
+        **{f"model.{key}": value for key, value in to_dict(info.model).items()},
+    }
+    if args.json:
+        _print_json(facts | {"tensors": [report._asdict() for report in info.table()]})
+    else:
+        print(table(("artifact", ""), [(key, str(value)) for key, value in facts.items()]))
+        print("\n" + tensor_table(info.table()))
+    return 0
+
+
+def export(args: Export) -> int:
+    import safetensors.torch
+
+    from golfgpt import artifact
+    from golfgpt.files import write_bytes
+    from golfgpt.run import artifact_file
+    from golfgpt.upstream import to_upstream
+
+    file = artifact_file(args.run)
+    loaded = artifact.read(file)
+    out = args.out or file.with_suffix(f".{args.to}")
+    tensors = {name: tensor.contiguous() for name, tensor in to_upstream(loaded.state).items()}
+    meta = {"config": json.dumps(to_dict(loaded.info.model)), "tokenizer_sha256": loaded.info.tokenizer_sha256}
+    write_bytes(out, safetensors.torch.save(tensors, meta))
+    print(f"{out}: {len(tensors)} float32 tensors, {out.stat().st_size:,} bytes")
+    return 0
+
+
+def demo(args: Demo) -> int:
+    from golfgpt.data.shards import MANIFEST
+    from golfgpt.train import train
+
+    if (args.data / MANIFEST).exists():
+        print(f"corpus: {args.data}, as prepared before", file=sys.stderr if args.json else sys.stdout)
+    else:
+        _prepare(DataPrepare(out=args.data, vocab_size=args.config.model.vocab_size, json=args.json))
+    path = RUNS / _run_name(args.name, "demo")
+    config = replace(args.config, data=replace(args.config.data, path=str(args.data)))
+    result = train(config, path, quiet=args.json)
+    if result and args.json:
+        _print_json(result)
+    elif result:
+        print(f"\n--- a sample (golfgpt sample {path} --prompt 'def ') ---")
+        sample(Sample(run=path, prompt="def ", tokens=120))
+        print(f"---\nrun folder: {path}")
+    return 0
+
+
+def data_prepare(args: DataPrepare) -> int:
+    manifest = _prepare(args)
+    if args.json:
+        _print_json(manifest.to_json())
+    else:
+        print(f"next: golfgpt train --recipe small --data.path {args.out}")
+    return 0
+
+
+def _prepare(args: DataPrepare) -> Any:
+    from golfgpt.data.demo import demo_text
+    from golfgpt.data.prepare import prepare
+    from golfgpt.report import table
+
+    say = sys.stderr if args.json else sys.stdout
+    if not args.inputs:
+        text = demo_text()
+        skipped = ", ".join(f"{count} {reason}" for reason, count in text.skipped.items())
+        print(f"corpus: {text.name}; skipped: {skipped or 'none'}", file=say)
+    with _progress(say) as progress:
+        manifest = prepare(
+            args.inputs or None,
+            args.out,
+            vocab_size=args.vocab_size,
+            tokenizer=args.tokenizer,
+            val=args.val or None,
+            val_fraction=args.val_fraction,
+            separator=args.document_separator,
+            workers=args.workers,
+            progress=progress,
+        )
+    splits = (("train", manifest.train), ("val", manifest.val))
+    rows = [(name, s.documents, s.raw_bytes, s.tokens, round(s.decoded_bytes / s.tokens, 3)) for name, s in splits]
+    print(table(("split", "documents", "bytes", "tokens", "bytes/token"), rows), file=say)
+    if not manifest.lossless:
+        for name, s in splits:
+            print(
+                f"the tokenizer changes {s.changed_documents:,} of {s.documents:,} {name} documents "
+                f"({s.raw_bytes - s.decoded_bytes:,} bytes fewer): scores are of the normalized text",
+                file=say,
+            )
+    print(f"{args.out}: digest {manifest.digest[:16]}", file=say)
+    return manifest
+
+
+def data_verify(args: DataVerify) -> int:
+    from golfgpt.data.shards import verify
+    from golfgpt.report import table
+
+    with _progress(sys.stderr if args.json else sys.stdout) as progress:
+        report = asdict(verify(args.path, progress=progress))
+    if args.json:
+        _print_json(report)
+    else:
+        print(table(("checked", ""), [(key, f"{v:,}" if type(v) is int else str(v)) for key, v in report.items()]))
+        print("verified: every count was made twice, independently")
+    return 0
+
+
+def show_recipes(args: Recipes) -> int:
+    if args.action == "show":
+        if args.name is None:
+            raise InputError(f"name the recipe to show: {', '.join(recipes.RECIPES)}")
+        recipe = recipes.get(args.name)
+        if args.json:
+            _print_json({"name": recipe.name, "summary": recipe.summary, "config": to_dict(recipe.config)})
+        else:
+            print(f"{recipe.name}: {recipe.summary}\n\n{json.dumps(to_dict(recipe.config), indent=2)}")
+    elif args.json:
+        _print_json({name: recipe.summary for name, recipe in recipes.RECIPES.items()})
+    else:
+        for name, recipe in recipes.RECIPES.items():
+            print(textwrap.fill(f"{name:<10} {recipe.summary}", 100, subsequent_indent=" " * 11))
+    return 0
+
+
+# Parsing
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command's arguments, what runs them, and the config that its overrides start from."""
+
+    args: type
+    run: Callable[[Any], int]
+    start: Callable[[list[str]], RunConfig] | None = None
+
+
+def _recipe_config(argv: list[str]) -> RunConfig:
+    return recipes.get(_option(argv, "--recipe") or "baseline").config
+
+
+def _train_config(argv: list[str]) -> RunConfig:
+    resume = _option(argv, "--resume")
+    return _stored_config(Path(resume)) if resume else _recipe_config(argv)
+
+
+def _run_config(argv: list[str]) -> RunConfig:
+    if not argv or argv[0].startswith("-"):
+        return RunConfig()
+    return _stored_config(Path(argv[0]))
+
+
+def _stored_config(path: Path) -> RunConfig:
+    from golfgpt.run import read_config
+
+    return read_config(path)
+
+
+COMMANDS = {
+    "demo": Command(Demo, demo, lambda argv: recipes.get("demo").config),
+    "data prepare": Command(DataPrepare, data_prepare),
+    "data verify": Command(DataVerify, data_verify),
+    "train": Command(Train, train, _train_config),
+    "eval": Command(Eval, evaluate, _run_config),
+    "sample": Command(Sample, sample),
+    "budget": Command(Budget, budget, _recipe_config),
+    "inspect": Command(Inspect, inspect),
+    "export": Command(Export, export),
+    "recipes": Command(Recipes, show_recipes),
+}
+
+
+def _option(argv: list[str], flag: str) -> str | None:
+    """The value of `flag` in argv, before tyro parses it: it decides the defaults that tyro shows."""
+    for i, word in enumerate(argv):
+        if word.startswith(flag + "="):
+            return word.removeprefix(flag + "=")
+        if word == flag and i + 1 < len(argv):
+            return argv[i + 1]
+    return None
+
+
+def main(argv: list[str]) -> int:
+    """Run one command; returns the process exit code."""
+    name = " ".join(argv[:2]) if argv[:1] == ["data"] else (argv[0] if argv else "")
+    try:
+        if name in COMMANDS:
+            return _dispatch(name, argv[len(name.split()) :])
+        if name in ("", "-h", "--help", "data", "data -h", "data --help"):
+            print(_overview())
+            return 0 if "-h" in name else 2
+        if name == "--version":
+            from golfgpt import __version__
+
+            print(f"golfgpt {__version__}")
+            return 0
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        print(f"golfgpt: unknown command {name!r}{hint}\n\n{_overview()}", file=sys.stderr)
+        return 2
+    except GolfError as error:
+        return _fail(str(error), error.exit_code)
+    except OSError as error:
+        return _fail(str(error), 3)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+
+
+def _fail(message: str, code: int) -> int:
+    rank = int(os.environ.get("RANK", 0))
+    print(f"golfgpt: {'' if rank == 0 else f'rank {rank}: '}{message}", file=sys.stderr, flush=True)
+    return code
+
+
+def _dispatch(name: str, argv: list[str]) -> int:
+    command = COMMANDS[name]
+    if name == "budget" and argv and not argv[0].startswith("-"):
+        path, argv = Path(argv[0]), argv[1:]
+        config = _stored_config(path) if path.is_dir() else RunConfig()
+        args = _parse(Budget, name, argv, config)
+        return budget_of_artifact(path, args.json, args.config)
+    try:
+        config = command.start(argv) if command.start else None
+    except GolfError:
+        raise
+    except ValueError as error:
+        return _fail(str(error), 2)
+    return command.run(_parse(command.args, name, argv, config))
+
+
+def _parse(cls: type, name: str, argv: list[str], config: RunConfig | None) -> Any:
+    marked = Annotated[cls, tyro.conf.FlagCreatePairsOff]
+    if config is None:
+        return tyro.cli(marked, prog=f"golfgpt {name}", args=argv)
+    required = {"run": Path(argv[0]) if argv else Path()} if cls is Eval else {}
+    return tyro.cli(marked, prog=f"golfgpt {name}", args=argv, default=cls(config=config, **required))
+
+
+def _overview() -> str:
+    lines = ["golfgpt: train the best language model that fits a byte budget, and prove the score.", ""]
+    for name, command in COMMANDS.items():
+        sentence = command.args.__doc__.split(". ")[0].rstrip(".")
+        lines.append(f"  golfgpt {name:<13} {sentence}.")
+    lines += ["", "`golfgpt COMMAND --help` lists every option with its default."]
+    return "\n".join(lines)
+
+
+def _run_name(name: str | None, recipe: str) -> str:
+    """A folder name under runs/. Raises InputError for one that would leave it."""
+    name = name or f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if name in (".", "..") or any(c in name for c in "/\\\0"):
+        raise InputError(f"--name {name!r} is not a folder name; runs are kept in {RUNS}/NAME")
+    return name
+
+
+@contextlib.contextmanager
+def _progress(file: TextIO) -> Iterator[Callable[[str, int, int], None]]:
+    """progress(stage, done, total): a bar per stage on a terminal, a line per stage elsewhere."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(file=file)
+    stages: dict[str, Any] = {}
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in stages:
+                stages[stage] = bars.add_task(stage, total=total or None)
+                if not console.is_terminal:
+                    print(f"{stage} …", file=file, flush=True)
+            bars.update(stages[stage], completed=done)
+
+        yield report
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))

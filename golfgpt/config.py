@@ -1,0 +1,372 @@
+"""Configuration: frozen dataclasses with units, validated when built, stored as JSON, loaded strictly.
+
+Standard library only, so that reading a config never waits for torch. A recipe is another recipe with
+fields replaced (`golfgpt.recipes`); the command line overrides any field as `--section.field value`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+Device = Literal["auto", "cpu", "cuda"]
+Compressor = Literal["smallest", "zlib", "zstd", "lzma", "brotli"]
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A GPT with grouped-query attention, relu^2 MLP, U-Net skips and a softcapped head (recipe R0)."""
+
+    vocab_size: int = 1024
+    """Tokens in the vocabulary; must equal the tokenizer's."""
+    num_layers: int = 9
+    """Transformer blocks; the first half feeds the second half through learned skips."""
+    model_dim: int = 512
+    """Width of the residual stream."""
+    num_heads: int = 8
+    """Query heads; head_dim = model_dim / num_heads."""
+    num_kv_heads: int = 4
+    """Key and value heads; divides num_heads."""
+    mlp_hidden: int = 1024
+    """Hidden units of each MLP."""
+    tie_embeddings: bool = True
+    """Use the token embedding as the output head."""
+    logit_softcap: float = 30.0
+    """Logits are softcap * tanh(logits / softcap)."""
+    rope_base: float = 10_000.0
+    """Base of the rotary frequencies."""
+    qk_gain_init: float = 1.5
+    """Initial per-head gain on normalized, rotated queries."""
+    tied_embed_init_std: float = 0.005
+    """Standard deviation of the initial embedding when it is tied."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_hidden"):
+            value = getattr(self, name)
+            _check(value >= 1, f"model.{name} must be at least 1, got {value}")
+        _check(self.vocab_size <= 65_536, f"model.vocab_size {self.vocab_size} exceeds 65536: tokens are uint16")
+        _check(
+            self.model_dim % self.num_heads == 0,
+            f"model.model_dim {self.model_dim} is not a multiple of model.num_heads {self.num_heads}",
+        )
+        _check(
+            self.num_heads % self.num_kv_heads == 0,
+            f"model.num_heads {self.num_heads} is not a multiple of model.num_kv_heads {self.num_kv_heads}",
+        )
+        _check(self.head_dim % 2 == 0, f"head_dim {self.head_dim} must be even: rotary embedding turns pairs")
+        _check(self.logit_softcap > 0, f"model.logit_softcap must be positive, got {self.logit_softcap}")
+        _check(self.rope_base > 1, f"model.rope_base must exceed 1, got {self.rope_base}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+    @property
+    def kv_dim(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def num_encoder_layers(self) -> int:
+        return self.num_layers // 2
+
+    @property
+    def num_skips(self) -> int:
+        return min(self.num_encoder_layers, self.num_layers - self.num_encoder_layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Muon for the matrices of the blocks, Adam for the embedding, the head and everything else."""
+
+    matrix_lr: float = 0.04
+    """Muon's base learning rate."""
+    scalar_lr: float = 0.04
+    """Adam's base learning rate for gains, scales and mixes."""
+    tied_embed_lr: float = 0.05
+    """Adam's base learning rate for a tied embedding."""
+    embed_lr: float = 0.6
+    """Adam's base learning rate for an untied embedding."""
+    head_lr: float = 0.008
+    """Adam's base learning rate for an untied head."""
+    muon_momentum: float = 0.95
+    """Muon's momentum after its warm-up."""
+    muon_momentum_warmup_start: float = 0.85
+    """Muon's momentum at step 0."""
+    muon_momentum_warmup_steps: int = 500
+    """Steps over which the momentum rises linearly; 0 starts at the final value."""
+    muon_ns_steps: int = 5
+    """Newton-Schulz iterations."""
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    weight_decay: float = 0.0
+    """Decoupled weight decay of every group: w <- w (1 - lr * weight_decay) - update."""
+    grad_clip_norm: float = 0.0
+    """Largest global gradient norm; 0 leaves gradients as they are."""
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            _check(value >= 0, f"optim.{item.name} must not be negative, got {value}")
+        for name in ("muon_momentum", "muon_momentum_warmup_start", "adam_beta1", "adam_beta2"):
+            _check(getattr(self, name) < 1, f"optim.{name} must be below 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """When training stops and how the learning rate falls."""
+
+    max_steps: int = 20_000
+    """Optimizer steps at most."""
+    max_seconds: float | None = 600.0
+    """Training seconds at most (compilation, warm-up, checkpoints and evaluation are not counted); None: no cap."""
+    kind: Literal["warmdown_steps", "warmdown_frac"] = "warmdown_frac"
+    """warmdown_steps: upstream's rule, a number of steps turned into time by the mean step;
+    warmdown_frac: the last fraction of the budget, whichever of steps and seconds is further along."""
+    warmdown_steps: int = 1200
+    """Length of the linear decay to zero for kind=warmdown_steps; 0 keeps the rate constant."""
+    warmdown_frac: float = 0.4
+    """Fraction of the budget spent decaying for kind=warmdown_frac, 0 to 1."""
+
+    def __post_init__(self) -> None:
+        _check(self.max_steps >= 1, f"schedule.max_steps must be at least 1, got {self.max_steps}")
+        _check(
+            self.max_seconds is None or self.max_seconds > 0,
+            f"schedule.max_seconds must be positive or None, got {self.max_seconds}",
+        )
+        _check(
+            self.warmdown_steps >= 0,
+            f"schedule.warmdown_steps must not be negative, got {self.warmdown_steps}",
+        )
+        _check(
+            0 <= self.warmdown_frac <= 1,
+            f"schedule.warmdown_frac must lie in 0..1, got {self.warmdown_frac}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which tokens a step sees."""
+
+    path: str | None = None
+    """Folder made by `golfgpt data prepare` (or holding published *_train_*.bin and *_val_*.bin shards)."""
+    batch_tokens: int = 524_288
+    """Target tokens per optimizer step, over all ranks."""
+    seq_len: int = 1024
+    """Tokens per training sequence."""
+    spans: int = 8
+    """Contiguous spans that a step reads; they are dealt to the ranks, so at most this many ranks take part."""
+    microbatch_tokens: int | None = None
+    """Tokens per forward and backward; None: a whole span. Smaller needs less memory, the step stays the same."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_tokens", "seq_len", "spans"):
+            _check(getattr(self, name) >= 1, f"data.{name} must be at least 1, got {getattr(self, name)}")
+        unit = self.spans * self.seq_len
+        _check(
+            self.batch_tokens % unit == 0,
+            f"data.batch_tokens {self.batch_tokens} is not a multiple of data.spans * data.seq_len = "
+            f"{self.spans} * {self.seq_len} = {unit}",
+        )
+        micro = self.microbatch_tokens
+        _check(
+            micro is None or (micro >= self.seq_len and micro % self.seq_len == 0),
+            f"data.microbatch_tokens {micro} is not a positive multiple of data.seq_len {self.seq_len}",
+        )
+
+    @property
+    def span_tokens(self) -> int:
+        return self.batch_tokens // self.spans
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantConfig:
+    """How the trained weights become bytes. Small tensors are kept, matrices become per-row integers."""
+
+    bits: int = 8
+    """Bits per matrix code, 2 to 8; codes are stored as bytes and left to the compressor."""
+    clip: Literal["max", "quantile"] = "max"
+    """Row clip: the largest magnitude, or upstream's 0.9999984 quantile of the magnitudes."""
+    scale_floor: float = 0.0
+    """Smallest row scale; upstream's R0 uses 1/127, which wastes levels on rows whose maximum is below 1."""
+    scale_dtype: Literal["float16", "float32"] = "float16"
+    """Storage type of the row scales."""
+    codes_from: Literal["stored_scale", "float32_scale"] = "stored_scale"
+    """Scale that the codes are computed with: the stored one (right), or the one before rounding (upstream R0)."""
+    keep_numel: int = 65_536
+    """Matrices with at most this many elements are kept in float16 (control tensors in float32)."""
+    compressor: Compressor = "smallest"
+    """Compressor of the payload; smallest tries all at their highest level."""
+
+    def __post_init__(self) -> None:
+        _check(2 <= self.bits <= 8, f"quant.bits must lie in 2..8, got {self.bits}")
+        _check(0 <= self.scale_floor < 1, f"quant.scale_floor must lie in 0..1, got {self.scale_floor}")
+        _check(self.keep_numel >= 0, f"quant.keep_numel must not be negative, got {self.keep_numel}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """How the score is computed. Every token of the validation text is scored exactly once."""
+
+    window: int | None = None
+    """Tokens per forward; None: data.seq_len."""
+    stride: int | None = None
+    """Tokens between window starts; None: the window (chunks). Each token then has window - stride or more
+    tokens of context, except near the start of the text."""
+    batch_tokens: int = 65_536
+    """Tokens per forward pass on one rank."""
+    max_tokens: int | None = None
+    """Score only this many leading tokens; the result is then labelled a partial score."""
+
+    def __post_init__(self) -> None:
+        for name in ("window", "stride", "batch_tokens", "max_tokens"):
+            value = getattr(self, name)
+            _check(value is None or value >= 1, f"eval.{name} must be at least 1, got {value}")
+        if self.window is not None and self.stride is not None:
+            _check(
+                self.stride <= self.window,
+                f"eval.stride {self.stride} exceeds eval.window {self.window}: tokens would be skipped",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetConfig:
+    """The byte budget, in decimal bytes."""
+
+    artifact_bytes: int = 16_000_000
+    """Largest total of model.golf and code_bytes."""
+    code_bytes: int = 60_000
+    """Allowance for the code that ships with the model (published scripts: 47,642 to 57,201 bytes)."""
+
+    def __post_init__(self) -> None:
+        _check(self.artifact_bytes >= 1, f"budget.artifact_bytes must be at least 1, got {self.artifact_bytes}")
+        _check(
+            0 <= self.code_bytes < self.artifact_bytes,
+            f"budget.code_bytes {self.code_bytes} leaves nothing of budget.artifact_bytes {self.artifact_bytes}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    """Where and how a run executes; no field changes what is computed beyond rounding."""
+
+    device: Device = "auto"
+    """auto: cuda where available, else cpu."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Dtype of activations and matmuls; auto: bfloat16 on cuda, float32 on cpu. Parameters are float32."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of the forward and backward; auto: on cuda only."""
+    attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = "auto"
+    """Backend of scaled_dot_product_attention; auto: the first that passes a probe against math."""
+    warmup_steps: int = 20
+    """Steps run and undone before the clock starts when compiling."""
+    threads: int = 0
+    """CPU threads for torch; 0: torch's default."""
+    checkpoint_seconds: float = 60.0
+    """Seconds between checkpoints, off the training clock; 0: only at the end or on a signal."""
+    log_every: int = 50
+    """Steps between train lines (the first ten steps are always logged)."""
+    val_every: int = 0
+    """Steps between validations of the unquantized weights, off the training clock; 0: none."""
+
+    def __post_init__(self) -> None:
+        for name in ("warmup_steps", "threads", "checkpoint_seconds", "val_every"):
+            _check(getattr(self, name) >= 0, f"runtime.{name} must not be negative, got {getattr(self, name)}")
+        _check(self.log_every >= 1, f"runtime.log_every must be at least 1, got {self.log_every}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that determines a run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    seed: int = 1337
+    """Seed of the initial weights; the order of the data does not depend on it."""
+
+    def __post_init__(self) -> None:
+        window, stride = self.window, self.stride
+        _check(stride <= window, f"eval.stride {stride} exceeds the window {window}: tokens would be skipped")
+
+    @property
+    def window(self) -> int:
+        return self.eval.window or self.data.seq_len
+
+    @property
+    def stride(self) -> int:
+        return self.eval.stride or self.window
+
+
+Config = TypeVar("Config")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain values of a config dataclass, ready for JSON."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type[Config], values: dict[str, Any], path: str = "") -> Config:
+    """Rebuild a config from `to_dict`'s output; strict.
+
+    Raises ValueError naming the full path of an unknown or missing key, a value of the wrong type, or a
+    value that the dataclass refuses.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"config {path or 'root'}: expected an object, got {values!r}")
+    fields = {item.name: item for item in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in fields:
+            close = difflib.get_close_matches(key, fields, n=1)
+            hint = f"; did you mean {path}{close[0]}?" if close else ""
+            raise ValueError(f"config: unknown key {path}{key}{hint}")
+    if missing := [name for name in fields if name not in values]:
+        raise ValueError(f"config: missing key {path}{missing[0]}")
+    return cls(**{key: _convert(hints[key], value, path + key) for key, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, path + ".")
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        ok = value in args
+    elif origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return None
+        return _convert(next(arg for arg in args if arg is not type(None)), value, path)
+    elif hint is float:
+        ok = isinstance(value, int | float) and not isinstance(value, bool)
+        value = float(value) if ok else value
+    else:
+        ok = type(value) is hint
+    if not ok:
+        raise ValueError(f"config: {path} = {value!r} is not a valid {hint}")
+    return value
+
+
+def differences(a: Any, b: Any, path: str = "") -> list[str]:
+    """Fields in which two configs of the same class differ, as 'section.field: old -> new'."""
+    out = []
+    for item in dataclasses.fields(a):
+        x, y = getattr(a, item.name), getattr(b, item.name)
+        if dataclasses.is_dataclass(x):
+            out += differences(x, y, f"{path}{item.name}.")
+        elif x != y:
+            out.append(f"{path}{item.name}: {x!r} -> {y!r}")
+    return out

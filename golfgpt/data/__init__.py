@@ -1,0 +1,1 @@
+"""From text to tokens: tokenizer, shards with byte counts, streams, preparation. numpy only, no torch."""

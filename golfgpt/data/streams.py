@@ -1,0 +1,56 @@
+"""Which tokens a training step reads: one endless sequential stream, dealt to the ranks in spans.
+
+    step s, span i:  tokens [s (B + S) + i (B/S + 1),  + B/S + 1)      B = batch_tokens, S = spans
+
+so a step consumes B + S tokens and spans share none: each span holds B/S inputs and the target of the last.
+The stream wraps at its end, has no shuffling and no state but the position, so a run resumes from the step
+number, and the data of a step are the same for every number of ranks. With S = 8 this is upstream's order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from golfgpt.data.shards import gather
+from golfgpt.errors import InputError
+
+
+class TokenStream:
+    """Shards in order as one stream of uint16 tokens without end."""
+
+    def __init__(self, shards: Sequence[np.ndarray]):
+        """`shards`: 1-d uint16 arrays or memory maps. Raises InputError if they hold no token."""
+        self._shards = [shard for shard in shards if len(shard)]
+        self.total_tokens = sum(map(len, self._shards))
+        if not self.total_tokens:
+            raise InputError("the training stream is empty: the shards hold no token; prepare the data again")
+
+    def read(self, position: int, count: int) -> np.ndarray:
+        """`count` tokens (uint16, a copy) from absolute `position`; wraps, more than once if it must."""
+        out = np.empty(count, dtype=np.uint16)
+        done = 0
+        while done < count:
+            start = (position + done) % self.total_tokens
+            part = gather(self._shards, start, min(start + count - done, self.total_tokens))
+            out[done : done + len(part)] = part
+            done += len(part)
+        return out
+
+
+def step_spans(step: int, batch_tokens: int, spans: int) -> list[int]:
+    """Stream positions of the spans of `step`; each span is batch_tokens / spans + 1 tokens long."""
+    if spans < 1 or batch_tokens < 1 or batch_tokens % spans:
+        raise InputError(f"batch_tokens {batch_tokens} is not a positive multiple of spans {spans}")
+    start = step * (batch_tokens + spans)
+    return [start + i * (batch_tokens // spans + 1) for i in range(spans)]
+
+
+def spans_of_rank(rank: int, world: int, spans: int) -> range:
+    """Spans that `rank` of `world` processes: contiguous, the first ranks take one more (3 ranks: 3/3/2)."""
+    if not 0 <= rank < world:
+        raise InputError(f"rank {rank} is not in 0..{world - 1}")
+    each, more = divmod(spans, world)
+    start = rank * each + min(rank, more)
+    return range(start, start + each + (rank < more))

@@ -1,0 +1,72 @@
+"""Ranks: torchrun's environment contract on NCCL or gloo, and a world of one without it."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from golfgpt.errors import InputError
+
+TIMEOUT = datetime.timedelta(minutes=5)
+"""A collective that waits longer than this has lost a peer; nothing rank 0 does alone takes as long."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among all processes."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum `tensor` over all ranks in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def broadcast_(self, tensor: Tensor) -> Tensor:
+        """Overwrite `tensor` by rank 0's, in place."""
+        if self.world > 1:
+            dist.broadcast(tensor, 0)
+        return tensor
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        if self.world > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def start(device: str) -> Ranks:
+    """Join the process group that torchrun announces, if any.
+
+    `device` is "auto", "cpu" or "cuda". Raises InputError when cuda is asked for and not there, or when
+    there are more local ranks than GPUs.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("runtime.device is cuda, but torch sees no CUDA device; use --runtime.device cpu")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if device == "cuda":
+        if local >= torch.cuda.device_count():
+            raise InputError(f"local rank {local} has no GPU: torch sees {torch.cuda.device_count()}")
+        torch.cuda.set_device(local)
+    place = torch.device(device, local) if device == "cuda" else torch.device("cpu")
+    if world > 1 and not dist.is_initialized():
+        backend = "nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=TIMEOUT, device_id=place if device == "cuda" else None)
+    return Ranks(rank, world, place)

@@ -1,0 +1,54 @@
+"""Errors that a user can cause or must act on, each with a stable process exit code.
+
+    0 success                       5 training diverged (non-finite loss or gradient)
+    1 unexpected failure (a bug)    6 a score or a data set could not be proved
+    2 command line misuse           7 the run folder is in use by another process
+    3 bad input, config or file     128+N stopped by signal N, resumable
+    4 artifact over its byte budget
+
+Every message names what was received and what to do about it.
+"""
+
+
+class GolfError(Exception):
+    """Base of all expected failures; the command line prints the message without a traceback."""
+
+    exit_code = 1
+
+
+class InputError(GolfError, ValueError):
+    """A file, a value or a configuration is not usable as given."""
+
+    exit_code = 3
+
+
+class BudgetError(GolfError):
+    """The artifact does not fit its byte budget, or the clock does not fit one step."""
+
+    exit_code = 4
+
+
+class NonFiniteError(GolfError):
+    """A loss or a gradient is not finite. The update was not applied."""
+
+    exit_code = 5
+
+
+class VerificationError(GolfError):
+    """Two independent counts disagree, or a digest does not match: no score is printed."""
+
+    exit_code = 6
+
+
+class BusyError(GolfError):
+    """Another process holds the run folder."""
+
+    exit_code = 7
+
+
+class Interrupted(GolfError):
+    """The run was stopped by a signal after saving its state."""
+
+    def __init__(self, message: str, signum: int):
+        super().__init__(message)
+        self.exit_code = 128 + signum

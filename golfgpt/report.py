@@ -1,0 +1,63 @@
+"""Plain text tables for terminals and logs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from golfgpt.artifact import ArtifactInfo, budget_report
+from golfgpt.config import BudgetConfig
+from golfgpt.evaluate import Score
+from golfgpt.quant import TensorReport
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Aligned columns: text to the left, numbers to the right."""
+    rows = [list(row) for row in rows]
+    cells = [list(head)] + [[f"{c:,}" if isinstance(c, int) else str(c) for c in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    right = [all(not isinstance(row[i], str) for row in rows) for i in range(len(head))]
+    lines = []
+    for line in cells:
+        padded = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True))
+        lines.append("  ".join(padded).rstrip())
+    return "\n".join(lines)
+
+
+def tensor_table(reports: Iterable[TensorReport]) -> str:
+    """The per-tensor byte table; errors where they are known."""
+    rows = [
+        (
+            r.name,
+            r.format,
+            r.elements,
+            r.value_bytes,
+            r.scale_bytes,
+            *((f"{r.relative_rms_error:.2e}", f"{r.snr_db:.1f}") if r.snr_db is not None else ()),
+        )
+        for r in reports
+    ]
+    head = ["tensor", "format", "elements", "value bytes", "scale bytes", "rel. error", "SNR dB"]
+    return table(head[: len(rows[0])], rows)
+
+
+def budget_lines(info: ArtifactInfo, budget: BudgetConfig) -> str:
+    """Sizes of an artifact against its budget."""
+    return (
+        f"payload {info.payload_bytes:,} bytes -> {info.compressor} level {info.level}: {info.compressed_bytes:,}, "
+        f"header {info.header_bytes:,}, model.golf {info.file_bytes:,} bytes\n"
+        f"{budget_report(info.file_bytes, budget)}"
+    )
+
+
+YARDSTICKS = {"gzip": "gzip -9", "xz": "xz", "zstd": "zstd -22", "bigram": "token bigram, fitted on train"}
+
+
+def score_lines(score: Score, yardsticks: dict[str, float]) -> str:
+    """A score with the yardsticks on the same text below it."""
+    rows = [("this model", f"{score.val_bpb:.4f}")]
+    rows += [(YARDSTICKS[name], f"{value:.4f}") for name, value in yardsticks.items()]
+    return (
+        f"{score.label} {score.val_bpb:.4f}   val_loss {score.val_loss:.4f}   window {score.window} stride "
+        f"{score.stride}   {score.tokens:,} tokens, {score.bytes:,} bytes, {score.seconds:.1f} s\n"
+        + table(("bits per byte of the same text", score.label), rows)
+    )

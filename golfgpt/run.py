@@ -1,0 +1,175 @@
+"""The run folder: everything a run leaves behind, and the one writer of it.
+
+config.json      resolved config, strict              metrics.jsonl   append-only, one object a line
+env.json         versions, hardware, command          train.log       lines compatible with upstream's
+checkpoints/     resumable state                      tokenizer.model the tokenizer, copied
+model.golf       the artifact                         result.json     score and bytes of model.golf
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import filelock
+import torch
+
+from golfgpt import artifact
+from golfgpt.config import RunConfig, from_dict, to_dict
+from golfgpt.data.tokenizer import Tokenizer
+from golfgpt.errors import BusyError, InputError
+from golfgpt.files import write_bytes, write_json
+from golfgpt.model import GPT
+
+
+class RunFolder:
+    """A run folder held by this process until `close`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.artifact = path / "model.golf"
+        self._lock = filelock.FileLock(path / ".lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise BusyError(f"{path} is in use by another process; wait for it or choose another name") from None
+
+    @classmethod
+    def create(cls, path: Path, config: RunConfig, tokenizer: bytes) -> RunFolder:
+        """Start a new run. Raises InputError when the folder already holds one, BusyError when it is in use."""
+        path.mkdir(parents=True, exist_ok=True)
+        folder = cls(path)
+        if (path / "config.json").exists():
+            folder.close()
+            raise InputError(f"{path} already holds a run; choose another --name, or continue it with --resume")
+        folder.checkpoints.mkdir(exist_ok=True)
+        write_json(path / "config.json", to_dict(config))
+        write_json(path / "env.json", environment())
+        write_bytes(path / "tokenizer.model", tokenizer)
+        return folder
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """Hold an existing run. Raises InputError when there is none, BusyError when it is in use."""
+        read_config(path)
+        return cls(path)
+
+    def metric(self, kind: str, **values: Any) -> None:
+        """Append one object to metrics.jsonl."""
+        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"kind": kind, "time": round(time.time(), 3), **values}) + "\n")
+
+    def log(self, line: str) -> None:
+        """Append one line to train.log."""
+        with open(self.path / "train.log", "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def close(self) -> None:
+        self._lock.release()
+
+
+def read_config(path: Path) -> RunConfig:
+    """The resolved config of the run in `path`. Raises InputError when it is missing or not valid."""
+    file = path / "config.json"
+    if not file.is_file():
+        raise InputError(f"{path} holds no run: there is no {file}")
+    try:
+        return from_dict(RunConfig, json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: {error}") from error
+
+
+def environment() -> dict[str, Any]:
+    """What a reader needs to repeat the run: versions, hardware, command, time."""
+    cuda = torch.cuda.is_available()
+    return {
+        "golfgpt": __import__("golfgpt").__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
+        "command": ["golfgpt", *sys.argv[1:]],
+        "world_size": int(os.environ.get("WORLD_SIZE", 1)),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def artifact_file(path: Path) -> Path:
+    """The artifact of a run folder, or `path` itself if it is a file. Raises InputError when there is none."""
+    file = path / "model.golf" if path.is_dir() else path
+    if not file.is_file():
+        raise InputError(f"there is no {file}" + (": the run has not exported a model yet" if path.is_dir() else ""))
+    return file
+
+
+def load(path: str | os.PathLike) -> tuple[GPT, Tokenizer]:
+    """Model decoded from `path`/model.golf and its tokenizer.
+
+    `path` is a run folder, or a .golf file with tokenizer.model beside it. The model is in float32 on the
+    CPU. Raises InputError when a file is missing, damaged, or the tokenizer is not the one of training.
+    """
+    file = artifact_file(Path(path))
+    loaded = artifact.read(file)
+    tokenizer_file = file.parent / "tokenizer.model"
+    if not tokenizer_file.is_file():
+        raise InputError(f"there is no {tokenizer_file}: put the run's tokenizer beside the artifact")
+    tokenizer = Tokenizer.from_file(tokenizer_file)
+    if tokenizer.digest != loaded.info.tokenizer_sha256:
+        raise InputError(f"{tokenizer_file} is not the tokenizer that {file} was trained with")
+    return model_of(loaded), tokenizer
+
+
+def model_of(loaded: artifact.Artifact) -> GPT:
+    """The model with the artifact's decoded weights."""
+    model = GPT(loaded.info.model)
+    model.load_state_dict(loaded.state)
+    return model.eval()
+
+
+class Reporter:
+    """Says what happens: lines to the terminal and train.log, numbers to metrics.jsonl.
+
+    On a terminal a live status line is kept under the printed lines; elsewhere there are only plain lines.
+    With `quiet` (--json) lines go to standard error. Other ranks than the first have `folder=None` and say
+    nothing.
+    """
+
+    def __init__(self, folder: RunFolder | None, *, speak: bool = True, quiet: bool = False):
+        self.folder, self._speak = folder, speak
+        self._file = sys.stderr if quiet else sys.stdout
+        self._status = None
+        if speak and self._file.isatty():
+            from rich.console import Console
+
+            self._status = Console(file=self._file, highlight=False).status("", spinner="dots")
+            self._status.start()
+
+    def line(self, text: str) -> None:
+        if not self._speak:
+            return
+        if self._status:
+            self._status.console.print(text, markup=False)
+        else:
+            print(text, file=self._file, flush=True)
+        if self.folder:
+            self.folder.log(text)
+
+    def status(self, text: str) -> None:
+        """Refresh the live line, if there is one."""
+        if self._status:
+            self._status.update(text)
+
+    def metric(self, kind: str, **values: Any) -> None:
+        if self.folder:
+            self.folder.metric(kind, **values)
+
+    def close(self) -> None:
+        if self._status:
+            self._status.stop()

@@ -1,0 +1,503 @@
+"""Training: text shards in, `model.golf` and its score out.
+
+One step on every rank: gradients of this rank's spans accumulate in views of one flat buffer; one all-reduce
+sums them together with the loss, rank 0's clock and the votes to stop; every rank then takes the same
+update. The learning rate of a step is decided by rank 0's clock, so ranks never drift apart, and the vote to
+stop travels a step ahead, so nobody waits for a decision.
+
+A step reads `data.spans` spans of span_tokens + 1 tokens. They are dealt to the ranks, so one rank or eight
+see the same tokens, and gradients are token-weighted sums, so they agree within rounding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from golfgpt import artifact, checkpoint, distributed
+from golfgpt.attention import select_backend
+from golfgpt.clock import Ledger
+from golfgpt.config import EvalConfig, RunConfig, differences, from_dict, to_dict
+from golfgpt.data.shards import Dataset
+from golfgpt.data.streams import TokenStream, spans_of_rank, step_spans
+from golfgpt.data.yardsticks import yardsticks
+from golfgpt.distributed import Ranks
+from golfgpt.errors import BudgetError, InputError, Interrupted, NonFiniteError
+from golfgpt.evaluate import Score, Windows, evaluate
+from golfgpt.files import sha256_file, write_json
+from golfgpt.model import GPT
+from golfgpt.optim import Optimizers
+from golfgpt.quant import Quantizer
+from golfgpt.report import budget_lines, score_lines, table, tensor_table
+from golfgpt.run import Reporter, RunFolder
+from golfgpt.schedule import crosses_cap, lr_multiplier, muon_momentum
+from golfgpt.upstream import to_upstream
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What all ranks agree on after the gradients of a step are summed."""
+
+    loss: float
+    """Mean nats over the step's tokens."""
+    seconds: float
+    """Rank 0's training clock at the start of the step."""
+    stop: bool
+    """Rank 0 expects that one more step could cross the cap."""
+    signaled: bool
+    """Some rank was told to stop."""
+    grad_norm: float
+    """Global norm before clipping."""
+
+
+class Trainer:
+    """Model, optimizers, data and the flat gradient buffer of one rank."""
+
+    def __init__(self, config: RunConfig, dataset: Dataset, ranks: Ranks):
+        if ranks.world > config.data.spans:
+            raise InputError(
+                f"{ranks.world} ranks, but a step has data.spans = {config.data.spans} spans to deal; "
+                f"raise --data.spans to at least {ranks.world}"
+            )
+        self.config, self.ranks = config, ranks
+        self.dtype = compute_dtype(config, ranks.device)
+        self.model = GPT(config.model, seed=config.seed).to(ranks.device)
+        self.optimizers = Optimizers(self.model, config.optim)
+        self.stream = TokenStream(dataset.train)
+        self.compiled = config.runtime.compile == "on" or (
+            config.runtime.compile == "auto" and ranks.device.type == "cuda"
+        )
+        self._loss = torch.compile(self.model.loss, dynamic=False, fullgraph=True) if self.compiled else self.model.loss
+        sizes = [p.numel() for p in self.model.parameters()]
+        self._flat = torch.zeros(sum(sizes) + 4, device=ranks.device)
+        *views, self._control = self._flat.split([*sizes, 4])
+        for p, view in zip(self.model.parameters(), views, strict=True):
+            p.grad = view.view_as(p)
+
+    @property
+    def gradients(self) -> Tensor:
+        """All gradients (num_parameters,), float32; every parameter's .grad is a view of it."""
+        return self._flat[:-4]
+
+    def accumulate(
+        self, step: int, seconds: float = 0.0, votes: Callable[[], tuple[bool, bool]] = lambda: (False, False)
+    ) -> StepResult:
+        """Sum the gradients of step number `step` over all spans and ranks.
+
+        `seconds` is this rank's training clock; `votes` is asked for (stop, signaled) after the backward.
+        """
+        data = self.config.data
+        self._flat.zero_()
+        loss = torch.zeros((), device=self.ranks.device)
+        positions = step_spans(step, data.batch_tokens, data.spans)
+        rows = (data.microbatch_tokens or data.span_tokens) // data.seq_len
+        for span in spans_of_rank(self.ranks.rank, self.ranks.world, data.spans):
+            tokens = torch.from_numpy(self.stream.read(positions[span], data.span_tokens + 1).astype("int64"))
+            tokens = tokens.to(self.ranks.device, non_blocking=True)
+            ids, targets = (t.view(-1, data.seq_len) for t in (tokens[:-1], tokens[1:]))
+            for x, y in zip(ids.split(rows), targets.split(rows), strict=True):
+                part = self._loss(x, y, dtype=self.dtype) * (y.numel() / data.batch_tokens)
+                part.backward()
+                loss += part.detach()
+        stop, signaled = votes()
+        clock = (seconds, stop) if self.ranks.main else (0.0, False)
+        self._control.copy_(torch.tensor([0.0, *clock, signaled]))
+        self._control[0] = loss
+        self.ranks.sum_(self._flat)
+        norm = torch.linalg.vector_norm(self.gradients)
+        loss, seconds, stop, signaled, norm = torch.cat((self._control, norm[None])).tolist()
+        return StepResult(loss, seconds, stop > 0, signaled > 0, norm)
+
+    def update(self, step: int, result: StepResult) -> float:
+        """Clip, step all optimizers, return the learning-rate multiplier.
+
+        Raises NonFiniteError, with parameters and optimizer state untouched, when the loss or a gradient is
+        not finite; the message names the first such tensor.
+        """
+        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+            raise NonFiniteError(f"step {step}: {self._culprit(result)} is not finite; the update was not applied")
+        limit = self.config.optim.grad_clip_norm
+        if limit and result.grad_norm > limit:
+            self.gradients.mul_(limit / (result.grad_norm + 1e-6))
+        multiplier = lr_multiplier(step, result.seconds, self.config.schedule)
+        self.optimizers.step(multiplier, muon_momentum(step, self.config.optim))
+        return multiplier
+
+    def _culprit(self, result: StepResult) -> str:
+        grads = to_upstream({name: p.grad for name, p in self.model.named_parameters()})
+        bad = [name for name, grad in grads.items() if not torch.isfinite(grad).all()]
+        loss = "" if math.isfinite(result.loss) else f"the loss ({result.loss})"
+        grad = f"the gradient of {bad[0]} ({len(bad)} of {len(grads)} tensors)" if bad else ""
+        return " and ".join(filter(None, (loss, grad))) or f"the gradient norm ({result.grad_norm})"
+
+    def warm_up(self, steps: int, tick: Callable[[int], None]) -> None:
+        """Run `steps` full steps to compile everything, then undo them; `tick(i)` is called before step i."""
+        model = {k: v.clone() for k, v in self.model.state_dict().items()}
+        optimizers = {k: v.clone() for k, v in self.optimizers.state().items()}
+        for step in range(steps):
+            tick(step)
+            self.accumulate(0)
+            self.optimizers.step(1.0, self.config.optim.muon_momentum)
+        self.model.load_state_dict(model)
+        self.optimizers.load_state(optimizers)
+
+
+def compute_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
+    """The dtype of activations and matmuls. Raises InputError for bfloat16 on a GPU that lacks it."""
+    choice = config.runtime.dtype
+    if device.type == "cuda" and choice != "float32" and not torch.cuda.is_bf16_supported():
+        raise InputError(f"{torch.cuda.get_device_name()} has no bfloat16; use --runtime.dtype float32")
+    if choice == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, choice)
+
+
+@contextlib.contextmanager
+def catch_signals() -> Iterator[list[int]]:
+    """A list that receives SIGTERM and SIGINT while the block runs.
+
+    torchrun forwards a terminal's ctrl-C, so a worker sees it twice: only the third SIGINT acts as usual.
+    """
+    caught: list[int] = []
+
+    def handler(signum: int, frame) -> None:
+        caught.append(signum)
+        if caught.count(signal.SIGINT) > 2:
+            raise KeyboardInterrupt
+
+    previous = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for signum, old in previous.items():
+            signal.signal(signum, old)
+
+
+def open_dataset(config: RunConfig) -> Dataset:
+    """The data set of `config`, checked against the model. Raises InputError."""
+    if config.data.path is None:
+        raise InputError("no data: name a prepared folder with --data.path DIR (see golfgpt data prepare)")
+    dataset = Dataset.open(Path(config.data.path))
+    dataset.need_tokenizer()
+    if dataset.vocab_size != config.model.vocab_size:
+        raise InputError(
+            f"the tokenizer of {config.data.path} has {dataset.vocab_size} tokens, the model "
+            f"{config.model.vocab_size}; use --model.vocab-size {dataset.vocab_size}"
+        )
+    dataset.check_token_ids(config.model.vocab_size)
+    Windows(dataset.val_tokens - 1, config.window, config.stride)  # fail now, not after training
+    return dataset
+
+
+def train(config: RunConfig, path: Path, *, resume: bool = False, quiet: bool = False) -> dict:
+    """Train, export to `path`/model.golf, score the reloaded file; returns what result.json holds.
+
+    Run under torchrun for several ranks; other ranks than the first return {}. With `resume` the newest
+    whole checkpoint in `path` continues. Raises InputError for configurations and data that do not fit,
+    NonFiniteError for a diverged run, Interrupted after a signal (state saved), BudgetError when the clock
+    is too short for one step or, after scoring, when the artifact exceeds its budget (it is kept).
+    """
+    ledger = Ledger()
+    ranks = distributed.start(config.runtime.device)
+    with contextlib.ExitStack() as stack:
+        stack.callback(ranks.close)
+        stack.enter_context(ledger.phase("setup"))
+        caught = stack.enter_context(catch_signals())
+        if config.runtime.threads:
+            torch.set_num_threads(config.runtime.threads)
+        dataset = open_dataset(config)
+        folder = None
+        if ranks.main:
+            tokenizer = dataset.need_tokenizer().model_bytes
+            folder = RunFolder.open(path) if resume else RunFolder.create(path, config, tokenizer)
+            stack.callback(folder.close)
+        reporter = Reporter(folder, speak=ranks.main, quiet=quiet)
+        stack.callback(reporter.close)
+        trainer = Trainer(config, dataset, ranks)
+        run = _Run(config, path, trainer, dataset, ranks, ledger, folder, reporter, caught)
+        if resume:
+            run.restore()
+        run.announce()
+        run.warm_up()
+        run.loop()
+        return run.finish()
+
+
+@dataclass
+class _Run:
+    """One execution of `train` on one rank: the loop and what surrounds it."""
+
+    config: RunConfig
+    path: Path
+    trainer: Trainer
+    dataset: Dataset
+    ranks: Ranks
+    ledger: Ledger
+    folder: RunFolder | None
+    reporter: Reporter
+    caught: list[int]
+    step: int = 0
+    finished: bool = False
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=32))
+    """Seconds of the last steps."""
+    projection: str = ""
+    """Forecast of the artifact's bytes at the last checkpoint."""
+
+    def restore(self) -> None:
+        """Load the newest whole checkpoint; without one the run starts over from step 0."""
+        saved, refused = checkpoint.latest(self.path / "checkpoints")
+        for reason in refused:
+            self.reporter.line(f"warning: {reason}")
+        if saved is None:
+            self.reporter.line(f"no checkpoint in {self.path}: starting from step 0")
+            return
+        if changed := differences(from_dict(RunConfig, saved.config), self.config):
+            raise InputError(f"the checkpoint belongs to another config ({'; '.join(changed)})")
+        if saved.dataset != self.dataset.digest:
+            raise InputError(f"{self.config.data.path} has changed since the checkpoint was written")
+        self.step, self.finished = saved.step, saved.finished
+        self.trainer.model.load_state_dict(saved.model)
+        self.trainer.optimizers.load_state(saved.optimizers)
+        self.ledger.seconds.update(saved.seconds)
+        self.reporter.line(f"resumed at step:{self.step} train_time:{saved.seconds['train'] * 1000:.0f}ms")
+        self.reporter.metric("resume", step=self.step)
+
+    def announce(self) -> None:
+        """Decide what is left to decide, and say once what was decided."""
+        c, t, say = self.config, self.trainer, self.reporter.line
+        backend, refused = select_backend(c.runtime.attention, c.model, c.data.seq_len, self.ranks.device, t.dtype)
+        micro = c.data.microbatch_tokens or c.data.span_tokens
+        cap = f"{c.schedule.max_seconds:.3f}" if c.schedule.max_seconds else "none"
+        digest = self.dataset.digest[:16]
+        say(f"train_loader:dataset:{c.data.path} train_shards:{len(self.dataset.train)} digest:{digest}")
+        say(f"val_loader:tokens:{self.dataset.val_tokens}")
+        say(f"model_params:{t.model.num_parameters()} payload_bytes:{Quantizer(c.model, c.quant).payload_bytes}")
+        say(f"world_size:{self.ranks.world} spans:{c.data.spans} microbatch_tokens:{micro}")
+        say(f"device:{self.ranks.device} dtype:{t.dtype} compile:{t.compiled} threads:{torch.get_num_threads()}")
+        say(f"attention:{backend}" + "".join(f" ({name}: {why})" for name, why in refused.items()))
+        say("kernels:eager for every op (this version ships no Triton kernel)")
+        say(
+            f"train_batch_tokens:{c.data.batch_tokens} train_seq_len:{c.data.seq_len} "
+            f"iterations:{c.schedule.max_steps} max_wallclock_seconds:{cap} seed:{c.seed}"
+        )
+
+    def warm_up(self) -> None:
+        """Compile before the clock starts."""
+        steps = self.config.runtime.warmup_steps
+        if not self.trainer.compiled or not steps or self.finished:
+            return
+
+        def tick(step: int) -> None:
+            self.reporter.status(f"compiling and warming up: step {step + 1} of {steps}")
+            self.check_signals(f"before step {self.step}")
+
+        with self.ledger.phase("compile"):
+            self.trainer.warm_up(steps, tick)
+            begun = time.perf_counter()
+            self.trainer.accumulate(0)
+            self.recent.append(time.perf_counter() - begun)
+
+    def loop(self) -> None:
+        """Train until max_steps or until rank 0 votes that another step could cross the cap."""
+        c, t = self.config, self.trainer
+        last_save = time.monotonic()
+        while self.step < c.schedule.max_steps and not self.finished:
+            begun = self.ledger.seconds["train"]
+            with self.ledger.phase("train"):
+
+                def votes(begun: float = begun) -> tuple[bool, bool]:
+                    slowest = max(self.recent, default=self.ledger.elapsed("train") - begun)
+                    return crosses_cap(begun, slowest, c.schedule), bool(self.caught)
+
+                result = t.accumulate(self.step, begun, votes)
+                try:
+                    multiplier = t.update(self.step, result)
+                except NonFiniteError:
+                    self.save()
+                    raise
+                if self.ranks.device.type == "cuda":
+                    torch.cuda.synchronize()
+            seconds = self.ledger.seconds["train"]
+            self.step += 1
+            self.recent.append(seconds - begun)
+            self.finished = result.stop or self.step == c.schedule.max_steps
+            if self.step == 1 and c.schedule.max_seconds is not None and seconds > c.schedule.max_seconds:
+                raise BudgetError(
+                    f"schedule.max_seconds {c.schedule.max_seconds:g} is too short for one step, which took "
+                    f"{seconds:.1f} s; raise it or lower --data.batch-tokens"
+                )
+            self.log_step(result, multiplier, seconds)
+            if result.signaled:
+                self.save()
+                self.ranks.barrier()  # torchrun kills the others as soon as one rank leaves
+                self.check_signals(f"at step {self.step}, state saved", force=True)
+            if c.runtime.val_every and self.step % c.runtime.val_every == 0:
+                self.validate(seconds)
+            due = c.runtime.checkpoint_seconds and time.monotonic() - last_save >= c.runtime.checkpoint_seconds
+            if due or self.finished:
+                self.save()
+                last_save = time.monotonic()
+        if self.step < c.schedule.max_steps:
+            ms = self.ledger.seconds["train"] * 1000
+            self.reporter.line(
+                f"stopping_early: wallclock_cap train_time:{ms:.0f}ms step:{self.step}/{c.schedule.max_steps}"
+            )
+
+    def log_step(self, result: StepResult, multiplier: float, seconds: float) -> None:
+        c = self.config
+        mean = sum(self.recent) / len(self.recent)
+        left = (c.schedule.max_steps - self.step) * mean
+        if c.schedule.max_seconds is not None:
+            left = min(left, c.schedule.max_seconds - seconds)
+        self.reporter.status(
+            f"step {self.step}  loss {result.loss:.4f}  {mean * 1000:.1f} ms/step  "
+            f"{c.data.batch_tokens / mean:,.0f} tokens/s  {max(left, 0):.0f} s left  {self.projection}"
+        )
+        if self.step <= 10 or self.step % c.runtime.log_every == 0 or self.finished:
+            self.reporter.line(
+                f"step:{self.step}/{c.schedule.max_steps} train_loss:{result.loss:.4f} "
+                f"train_time:{seconds * 1000:.0f}ms step_avg:{seconds / self.step * 1000:.2f}ms"
+            )
+            self.reporter.metric(
+                "train",
+                step=self.step,
+                loss=result.loss,
+                grad_norm=result.grad_norm,
+                lr_multiplier=multiplier,
+                train_seconds=round(seconds, 4),
+            )
+
+    def save(self) -> None:
+        """Checkpoint on rank 0, off the training clock. A full disk is a warning: training goes on."""
+        if not self.folder:
+            return
+        with self.ledger.phase("checkpoint"):
+            state = checkpoint.Checkpoint(
+                step=self.step,
+                finished=self.finished,
+                seconds=dict(self.ledger.seconds),
+                config=to_dict(self.config),
+                dataset=self.dataset.digest,
+                model=self.trainer.model.state_dict(),
+                optimizers=self.trainer.optimizers.state(),
+            )
+            try:
+                checkpoint.save(self.folder.checkpoints, state)
+            except OSError as error:
+                self.reporter.line(f"warning: no checkpoint at step {self.step}: {error}")
+                return
+            projected = Quantizer(self.config.model, self.config.quant).projected_bytes(state.model)
+            self.projection = f"about {projected:,} bytes"
+            self.reporter.metric("checkpoint", step=self.step, projected_artifact_bytes=projected)
+
+    def check_signals(self, where: str, *, force: bool = False) -> None:
+        """Raise Interrupted if this rank was told to stop."""
+        if self.caught or force:
+            signum = self.caught[0] if self.caught else signal.SIGTERM
+            raise Interrupted(
+                f"stopped by {signal.Signals(signum).name} {where}. Resume with: golfgpt train --resume {self.path}",
+                signum,
+            )
+
+    def score(self, status: str, eval: EvalConfig) -> Score:
+        """Score the model as it is."""
+        return evaluate(
+            self.trainer.model,
+            self.dataset,
+            replace(self.config, eval=eval),
+            self.ranks,
+            dtype=self.trainer.dtype,
+            progress=lambda done, total, bpb: self.reporter.status(
+                f"{status}: {done:,} of {total:,} tokens, {bpb:.4f}"
+            ),
+            poll=lambda: self.check_signals(f"during evaluation at step {self.step}"),
+        )
+
+    def validate(self, seconds: float) -> None:
+        """Score the unquantized weights in chunks, off the training clock."""
+        with self.ledger.phase("validate"):
+            score = self.score("validating", replace(self.config.eval, stride=None))
+        self.reporter.line(
+            f"step:{self.step}/{self.config.schedule.max_steps} val_loss:{score.val_loss:.4f} "
+            f"{score.label}:{score.val_bpb:.4f} train_time:{seconds * 1000:.0f}ms "
+            f"step_avg:{seconds / self.step * 1000:.2f}ms"
+        )
+        self.reporter.metric("val", step=self.step, **asdict(score))
+
+    def finish(self) -> dict:
+        """Export, reload, score, report; the artifact is on disk before the scoring starts."""
+        c, t, say = self.config, self.trainer, self.reporter.line
+        info = None
+        if self.folder:
+            with self.ledger.phase("export"):
+                info = self.export()
+        with self.ledger.phase("eval"):
+            if self.folder:
+                t.model.load_state_dict(artifact.read(self.folder.artifact).state)
+            for p in t.model.parameters():
+                self.ranks.broadcast_(p.data)
+            score = self.score("scoring model.golf", c.eval)
+            if not self.folder:
+                return {}
+            known = yardsticks(self.dataset)
+        stage = f"final_int{c.quant.bits}_{info.compressor}_roundtrip"
+        ms = score.seconds * 1000
+        say(f"{stage} val_loss:{score.val_loss:.4f} {score.label}:{score.val_bpb:.4f} eval_time:{ms:.0f}ms")
+        say(f"{stage}_exact val_loss:{score.val_loss:.8f} {score.label}:{score.val_bpb:.8f}")
+        say(score_lines(score, known))
+        phases = [(name, round(used, 2), "yes" if counted else "no") for name, used, counted in self.ledger.report()]
+        say(table(("phase", "seconds", "in the budget"), phases))
+        budget = artifact.budget_report(info.file_bytes, c.budget)
+        result = {
+            "score": asdict(score),
+            "yardsticks_bpb": known,
+            "artifact_bytes": info.file_bytes,
+            "code_bytes_allowance": c.budget.code_bytes,
+            "total_bytes": budget.total_bytes,
+            "margin_bytes": budget.margin_bytes,
+            "compressor": info.compressor,
+            "parameters": info.parameters,
+            "steps": self.step,
+            "seconds": {name: round(seconds, 3) for name, seconds, _ in self.ledger.report()},
+            "dataset": self.dataset.digest,
+            "artifact_sha256": sha256_file(self.folder.artifact),
+        }
+        write_json(self.path / "result.json", result)
+        self.reporter.metric("result", **result)
+        artifact.check_budget(info.file_bytes, c.budget)
+        return result
+
+    def export(self) -> artifact.ArtifactInfo:
+        """Write model.golf and say what it holds."""
+        c = self.config
+        state = {name: value.cpu() for name, value in self.trainer.model.state_dict().items()}
+        self.reporter.status("compressing")
+        info = artifact.write(
+            self.folder.artifact,
+            state,
+            model=c.model,
+            quant=c.quant,
+            tokenizer_sha256=self.dataset.need_tokenizer().digest,
+            seq_len=c.data.seq_len,
+        )
+        label = f"int{c.quant.bits}+{info.compressor}"
+        raw = sum(value.numel() * value.element_size() for value in state.values())
+        self.reporter.line(tensor_table(Quantizer(c.model, c.quant).table(state)))
+        self.reporter.line(f"Serialized model: {raw} bytes")
+        self.reporter.line(f"Code size: {c.budget.code_bytes} bytes (allowance)")
+        self.reporter.line(
+            f"Serialized model {label}: {info.file_bytes} bytes (payload:{info.payload_bytes} "
+            f"payload_ratio:{raw / info.payload_bytes:.2f}x)"
+        )
+        self.reporter.line(f"Total submission size {label}: {info.file_bytes + c.budget.code_bytes} bytes")
+        self.reporter.line(budget_lines(info, c.budget))
+        return info

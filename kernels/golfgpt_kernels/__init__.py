@@ -1,0 +1,23 @@
+"""Ops of small language models with eager references: `import golfgpt_kernels` needs torch only, and no GPU.
+
+Five families, one file each; the file's docstring has the equation, the shapes and where values are
+rounded.
+"""
+
+from .fake_quant import dequantize_rows, fake_quant_linear, fake_quantize_rows, quantize_rows
+from .newton_schulz import newton_schulz
+from .relu2_mlp import linear_relu2, relu2_mlp
+from .softcap_cross_entropy import softcap_cross_entropy
+from .token_logprobs import token_logprobs
+
+__all__ = [
+    "dequantize_rows",
+    "fake_quant_linear",
+    "fake_quantize_rows",
+    "linear_relu2",
+    "newton_schulz",
+    "quantize_rows",
+    "relu2_mlp",
+    "softcap_cross_entropy",
+    "token_logprobs",
+]

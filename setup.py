@@ -1,0 +1,38 @@
+"""golfgpt: two packages in one distribution, `golfgpt_kernels` (folder kernels/) and `golfgpt`."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+train = [
+    "brotli>=1.1",
+    "filelock>=3.13",
+    "rich>=13",
+    "safetensors>=0.5",
+    "sentencepiece>=0.2",
+    "tyro>=1.0",
+    "zstandard>=0.23",
+]
+
+setup(
+    name="golfgpt",
+    version="0.1.0",
+    description="Train the best language model that fits a byte budget, and prove the score.",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11,<3.13",
+    packages=find_packages(include=["golfgpt", "golfgpt.*"]) + ["golfgpt_kernels"],
+    package_dir={"golfgpt_kernels": "kernels/golfgpt_kernels"},
+    install_requires=[
+        "numpy>=1.26",
+        "torch>=2.11,<2.14",
+        "triton>=3.6,<3.10; platform_system == 'Linux'",
+    ],
+    extras_require={
+        "train": train,
+        "test": [*train, "hypothesis>=6.100", "pytest>=8", "pytest-benchmark>=5", "ruff>=0.9"],
+        "bench": [*train, "pytest>=8", "pytest-benchmark>=5"],
+    },
+    entry_points={"console_scripts": ["golfgpt = golfgpt.__main__:main"]},
+)

@@ -1,0 +1,67 @@
+"""Shared fixtures: a small real corpus prepared once per session, and a configuration that trains on it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+from golfgpt.config import (
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    QuantConfig,
+    RunConfig,
+    RuntimeConfig,
+    ScheduleConfig,
+)
+from golfgpt.data.prepare import prepare
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are imported
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Sums depend on the number of threads and tests compare runs bit for bit; tiny models gain nothing."""
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """A prepared folder: some of the standard library's source, 384 tokens, about 60 kB of it for validation."""
+    folder = tmp_path_factory.mktemp("corpus")
+    library = Path(sysconfig.get_path("stdlib"))
+    files = sorted(library.glob("[a-d]*.py"))
+    with open(folder / "text.jsonl", "w", encoding="utf-8") as out:
+        for file in files:
+            out.write(json.dumps({"text": file.read_text(encoding="utf-8")[:8000]}) + "\n")
+    prepare([folder / "text.jsonl"], folder / "data", vocab_size=384, val_fraction=0.2, workers=1)
+    return folder / "data"
+
+
+@pytest.fixture
+def tiny(corpus) -> RunConfig:
+    """Eight steps of a 0.05 M parameter model; no clock, so that runs can be compared bit for bit."""
+    return RunConfig(
+        model=ModelConfig(vocab_size=384, num_layers=3, model_dim=48, num_heads=3, num_kv_heads=1, mlp_hidden=64),
+        optim=OptimConfig(muon_momentum_warmup_steps=4),
+        schedule=ScheduleConfig(max_steps=8, max_seconds=None),
+        data=DataConfig(path=str(corpus), batch_tokens=1024, seq_len=64),
+        quant=QuantConfig(keep_numel=1000),
+        eval=EvalConfig(window=64, stride=48, max_tokens=4000),
+        runtime=RuntimeConfig(device="cpu", checkpoint_seconds=0),
+    )

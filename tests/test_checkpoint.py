@@ -1,0 +1,63 @@
+"""Checkpoints: round trip, damage, disk full, retention."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+import torch
+
+from golfgpt import checkpoint, files
+from golfgpt.checkpoint import Checkpoint
+
+
+def make(step: int) -> Checkpoint:
+    generator = torch.Generator().manual_seed(step)
+    tensors = {"a": torch.randn(3, 4, generator=generator), "b.step": torch.tensor(float(step))}
+    other = {k: v + 1 for k, v in tensors.items()}
+    return Checkpoint(step, False, {"train": step / 3}, {"seed": 1}, "digest", tensors, other)
+
+
+def same(a: Checkpoint, b: Checkpoint) -> bool:
+    tensors = all(torch.equal(x[k], y[k]) for x, y in ((a.model, b.model), (a.optimizers, b.optimizers)) for k in x)
+    return tensors and (a.step, a.finished, a.seconds, a.config) == (b.step, b.finished, b.seconds, b.config)
+
+
+def test_round_trip_and_retention(tmp_path):
+    for step in (5, 10, 15):
+        checkpoint.save(tmp_path, make(step))
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["step_00000010.safetensors", "step_00000015.safetensors"]
+    found, refused = checkpoint.latest(tmp_path)
+    assert same(found, make(15)) and refused == []
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "foreign"])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, damage):
+    checkpoint.save(tmp_path, make(5))
+    path = checkpoint.save(tmp_path, make(10))
+    data = bytearray(path.read_bytes())
+    if damage == "flipped":
+        data[-3] ^= 4
+    path.write_bytes({"truncated": data[:-5], "flipped": data, "empty": b"", "foreign": b"\x08" + bytes(99)}[damage])
+    found, refused = checkpoint.latest(tmp_path)
+    assert same(found, make(5))
+    assert len(refused) == 1 and "step_00000010" in refused[0]
+
+
+def test_no_checkpoint(tmp_path):
+    assert checkpoint.latest(tmp_path) == (None, [])
+
+
+def test_a_full_disk_leaves_the_previous_file_whole(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, make(5))
+
+    def full(fd):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save(tmp_path, make(10))
+    monkeypatch.undo()
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000005.safetensors"]
+    assert same(checkpoint.latest(tmp_path)[0], make(5))

@@ -1,0 +1,128 @@
+"""Configs: validation, strict JSON round trip, recipes, schedules."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from golfgpt import recipes
+from golfgpt.config import (
+    BudgetConfig,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    QuantConfig,
+    RunConfig,
+    ScheduleConfig,
+    differences,
+    from_dict,
+    to_dict,
+)
+from golfgpt.schedule import crosses_cap, lr_multiplier, muon_momentum
+
+
+@pytest.mark.parametrize("recipe", recipes.RECIPES.values(), ids=lambda r: r.name)
+def test_json_round_trip(recipe):
+    assert from_dict(RunConfig, json.loads(json.dumps(to_dict(recipe.config)))) == recipe.config
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda d: d["model"].update(num_layer=3), "unknown key model.num_layer; did you mean model.num_layers"),
+        (lambda d: d["model"].pop("num_layers"), "missing key model.num_layers"),
+        (lambda d: d["model"].update(num_layers="9"), "model.num_layers = '9'"),
+        (lambda d: d["model"].update(num_layers=True), "model.num_layers = True"),
+        (lambda d: d["quant"].update(clip="median"), "quant.clip = 'median'"),
+        (lambda d: d.update(model=3), "expected an object"),
+    ],
+)
+def test_strict_loading(edit, message):
+    values = to_dict(RunConfig())
+    edit(values)
+    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+        from_dict(RunConfig, values)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: ModelConfig(model_dim=510), "model.model_dim 510 is not a multiple of model.num_heads 8"),
+        (lambda: ModelConfig(num_kv_heads=3), "not a multiple of model.num_kv_heads 3"),
+        (lambda: ModelConfig(num_layers=0), "model.num_layers must be at least 1, got 0"),
+        (lambda: ModelConfig(vocab_size=70_000), "tokens are uint16"),
+        (lambda: ModelConfig(model_dim=24, num_heads=8), "head_dim 3 must be even"),
+        (lambda: OptimConfig(matrix_lr=-1.0), "optim.matrix_lr must not be negative"),
+        (lambda: OptimConfig(muon_momentum=1.0), "optim.muon_momentum must be below 1"),
+        (lambda: ScheduleConfig(max_seconds=0.0), "schedule.max_seconds must be positive or None"),
+        (lambda: ScheduleConfig(warmdown_frac=1.5), "schedule.warmdown_frac must lie in 0..1"),
+        (lambda: DataConfig(batch_tokens=1000), "data.batch_tokens 1000 is not a multiple"),
+        (lambda: DataConfig(microbatch_tokens=1000), "data.microbatch_tokens 1000"),
+        (lambda: QuantConfig(bits=1), "quant.bits must lie in 2..8"),
+        (lambda: EvalConfig(stride=0), "eval.stride must be at least 1, got 0"),
+        (lambda: EvalConfig(window=64, stride=65), "tokens would be skipped"),
+        (lambda: RunConfig(eval=EvalConfig(stride=2048)), "exceeds the window 1024"),
+        (lambda: BudgetConfig(artifact_bytes=50_000), "leaves nothing"),
+    ],
+)
+def test_validation(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_differences_name_the_fields():
+    old = RunConfig()
+    new = replace(old, model=replace(old.model, num_layers=3), seed=1)
+    assert differences(old, new) == ["model.num_layers: 9 -> 3", "seed: 1337 -> 1"]
+
+
+def test_unknown_recipe_is_answered_with_a_suggestion():
+    with pytest.raises(ValueError, match="did you mean baseline"):
+        recipes.get("basline")
+
+
+def test_upstream_schedule_values():
+    """The published run with warmdown_iters 20000: 12,756 steps of 47.04 ms, peak 0.638 nominal."""
+    config = ScheduleConfig(kind="warmdown_steps", warmdown_steps=20_000, max_seconds=600.0)
+    assert lr_multiplier(0, 0.0, config) == 1.0
+    assert lr_multiplier(1000, 47.04, config) == pytest.approx((600 / 47.04e-3 - 1000) / 20_000)
+    iterations = replace(config, max_seconds=None, max_steps=24, warmdown_steps=10)
+    assert [lr_multiplier(s, 0, iterations) for s in (0, 13, 14, 15, 23, 24)] == [1, 1, 1, 0.9, 0.1, 0]
+    assert lr_multiplier(5, 1.0, replace(config, warmdown_steps=0)) == 1.0
+
+
+@given(st.integers(0, 2000), st.floats(0, 700), st.floats(0, 1))
+def test_fraction_schedule(step, seconds, frac):
+    config = ScheduleConfig(max_steps=1000, max_seconds=600.0, warmdown_frac=frac)
+    value = lr_multiplier(step, seconds, config)
+    assert 0 <= value <= 1
+    assert lr_multiplier(step + 1, seconds + 1, config) <= value
+    if step >= 1000 or seconds >= 600:
+        assert value == 0 or frac == 0
+    if max(step / 1000, seconds / 600) <= 1 - frac:
+        assert value == pytest.approx(1)
+
+
+def test_muon_momentum_warms_up():
+    config = OptimConfig(muon_momentum_warmup_steps=100)
+    assert [muon_momentum(s, config) for s in (0, 50, 100, 1000)] == pytest.approx([0.85, 0.9, 0.95, 0.95])
+    assert muon_momentum(0, replace(config, muon_momentum_warmup_steps=0)) == 0.95
+
+
+@given(st.lists(st.floats(0.9, 1.0), min_size=50, max_size=80), st.floats(2.2, 40.0))
+def test_the_cap_is_never_crossed(durations, cap):
+    """Steps that vary by 10 %: the vote of a step stops the run before the step that would cross."""
+    config = ScheduleConfig(max_seconds=cap)
+    clock, recent, stop = 0.0, [], False
+    for duration in durations:
+        if stop:
+            break
+        stop = crosses_cap(clock, max(recent, default=duration), config)
+        clock += duration
+        recent = [*recent, duration][-32:]
+    assert clock <= cap + 1e-9 or len(recent) == 1

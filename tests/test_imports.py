@@ -1,0 +1,82 @@
+"""The arrows between the parts, and imports that must stay cheap."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+KERNELS = ROOT / "kernels" / "golfgpt_kernels"
+GOLFGPT = ROOT / "golfgpt"
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names that a file imports, relative imports resolved to '.name'."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            names |= {f"{base}.{alias.name}" for alias in node.names} | {base}
+    return names
+
+
+@pytest.mark.parametrize("path", sorted(KERNELS.glob("*.py")), ids=lambda p: p.name)
+def test_kernels_import_torch_and_triton_only(path):
+    roots = {name.split(".")[0] for name in imported(path) if not name.startswith(".")}
+    assert roots <= {"torch", "triton"} | sys.stdlib_module_names
+    if not path.name.startswith("_"):
+        siblings = {name.lstrip(".").split(".")[0] for name in imported(path) if name.startswith(".")}
+        assert all(name.startswith("_") for name in siblings), "an op never imports another op"
+
+
+@pytest.mark.parametrize("path", sorted(GOLFGPT.rglob("*.py")), ids=lambda p: str(p.relative_to(GOLFGPT)))
+def test_golfgpt_uses_public_kernel_names_and_tyro_only_in_cli(path):
+    names = imported(path)
+    assert not [n for n in names if n.startswith("golfgpt_kernels._")]
+    if path.name != "cli.py":
+        assert not [n for n in names if n.split(".")[0] == "tyro"]
+    assert not [n for n in names if n.split(".")[0] in ("bench", "tests", "pickle")]
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("module", ["golfgpt", "golfgpt.config", "golfgpt.recipes", "golfgpt.schedule", "golfgpt.cli"])
+def test_no_torch_at_import(module):
+    run_python(f"import sys, {module}; assert 'torch' not in sys.modules")
+
+
+def test_data_needs_no_torch():
+    run_python("import sys, golfgpt.data.prepare, golfgpt.bpb; assert 'torch' not in sys.modules")
+
+
+def test_trains_with_triton_blocked():
+    """Where triton cannot be installed everything but impl='triton' works."""
+    run_python(
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch\n"
+        "from golfgpt.config import ModelConfig, OptimConfig\n"
+        "from golfgpt.model import GPT\n"
+        "from golfgpt.optim import Optimizers\n"
+        "config = ModelConfig(vocab_size=64, num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, mlp_hidden=32)\n"
+        "model = GPT(config)\n"
+        "optimizers = Optimizers(model, OptimConfig())\n"
+        "ids = torch.arange(40).view(2, 20)\n"
+        "losses = []\n"
+        "for _ in range(5):\n"
+        "    model.zero_grad()\n"
+        "    loss = model.loss(ids[:, :-1], ids[:, 1:])\n"
+        "    loss.backward()\n"
+        "    optimizers.step(1.0, 0.9)\n"
+        "    losses.append(loss.item())\n"
+        "assert min(losses) < losses[0]\n"
+    )

@@ -1,0 +1,595 @@
+"""The ops against independent formulations in float64, their gradients, their edges and their refusals."""
+
+import functools
+import itertools
+import math
+import sys
+
+import golfgpt_kernels as gk
+import pytest
+import torch
+import torch.nn.functional as F
+from golfgpt_kernels.fake_quant import CLIP_QUANTILE, quantize_rows_cost
+from golfgpt_kernels.newton_schulz import POLAR_EXPRESS_COEFFICIENTS, newton_schulz_cost
+from golfgpt_kernels.relu2_mlp import linear_relu2_cost, relu2_mlp_cost
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+F64 = torch.float64
+
+
+def rand(*shape, seed=0, dtype=torch.float32, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator, dtype=F64) * scale).to(dtype)
+
+
+def within_budget(actual, rival, oracle):
+    """Our error against float64 is at most twice that of an independent formulation in the same dtype. The
+    maximum gets one eps of slack, the mean none: a 1 % scale error hides behind an eps in the mean."""
+    assert actual.shape == oracle.shape
+    ours, theirs = (actual.to(F64) - oracle).abs(), (rival.to(F64) - oracle).abs()
+    eps = torch.finfo(actual.dtype).eps
+    return bool(
+        ours.isfinite().all()
+        and ours.max() <= 2 * (theirs.max() + eps * oracle.abs().max())
+        and ours.mean() <= 2 * theirs.mean() + 1e-12
+    )
+
+
+# ---- relu² MLP
+
+
+def mlp_by_hand(x, w_fc, w_proj, slope):
+    z = x @ w_fc.T
+    return torch.where(z > 0, z**2, (slope * z) ** 2) @ w_proj.T
+
+
+SHAPES = {
+    "aligned": (64, 32, 128),
+    "ragged": (37, 19, 515),
+    "one row": (1, 7, 3),
+    "bank of batches": ((2, 3), 8, 16),
+}
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_relu2_mlp_forward(shape, dtype, slope):
+    rows, k, hidden = shape
+    rows = rows if isinstance(rows, tuple) else (rows,)
+    args = (
+        rand(*rows, k, dtype=dtype),
+        rand(hidden, k, seed=1, dtype=dtype),
+        rand(k, hidden, seed=2, dtype=dtype),
+    )
+    oracle = mlp_by_hand(*(a.to(F64) for a in args), slope)
+    actual = gk.relu2_mlp(*args, negative_slope=slope)
+    assert actual.dtype == dtype
+    rival = mlp_by_hand(*args, slope)
+    assert within_budget(actual, rival, oracle)
+    assert not within_budget(actual * 1.05, rival, oracle)  # the budget has teeth
+    up = gk.linear_relu2(*args[:2], negative_slope=slope)
+    assert torch.equal(F.linear(up, args[2]), actual)
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.5])
+def test_relu2_mlp_gradients(slope):
+    args = [rand(4, 3, dtype=F64), rand(5, 3, seed=1, dtype=F64), rand(2, 5, seed=2, dtype=F64)]
+    for needs in itertools.product([False, True], repeat=3):
+        if any(needs):
+            inputs = [a.clone().requires_grad_(n) for a, n in zip(args, needs, strict=True)]
+            assert torch.autograd.gradcheck(lambda *a: gk.relu2_mlp(*a, negative_slope=slope), inputs)
+    assert torch.autograd.gradcheck(gk.linear_relu2, [a.requires_grad_() for a in args[:2]])
+
+
+def test_weights_are_rounded_to_the_activations_dtype():
+    x, w = rand(4, 8, dtype=torch.bfloat16), rand(5, 8, seed=1)
+    assert torch.equal(gk.linear_relu2(x, w), gk.linear_relu2(x, w.bfloat16()))
+
+
+# ---- quantizer
+
+
+def quantize_by_hand(w, bits, low):
+    """One weight at a time in Python floats, which are float64; no floor, scale of a row as it is."""
+    qmax = 2 ** (bits - 1) - 1
+    scale = [max(abs(v) for v in row) / qmax for row in w.tolist()]
+    codes = [[max(low, min(qmax, round(v / s))) for v in row] for row, s in zip(w.tolist(), scale, strict=True)]
+    return torch.tensor(codes, dtype=torch.int8), torch.tensor(scale, dtype=F64)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("code_range", ["symmetric", "full"])
+def test_codes_and_range(bits, code_range):
+    w = rand(33, 65, dtype=F64)
+    qmax = 2 ** (bits - 1) - 1
+    low = -qmax - (code_range == "full")
+    codes, scale = gk.quantize_rows(w, bits=bits, code_range=code_range, scale_dtype=F64)
+    expected = quantize_by_hand(w, bits, low)
+    assert torch.equal(codes, expected[0])
+    torch.testing.assert_close(scale, expected[1], rtol=1e-15, atol=0)
+    assert codes.abs().max() == qmax  # the row maximum is the last code of both ranges
+    in_fp32, _ = gk.quantize_rows(w.float(), bits=bits, code_range=code_range, scale_dtype=torch.float32)
+    assert (in_fp32 != codes).float().mean() <= 0.002  # ties and near-ties
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 3000), st.integers(0, 2**31), st.sampled_from([1e-6, 0.02, 1.0, 1e3]))
+def test_quantile_is_torch_quantile(cols, seed, magnitude):
+    w = rand(17, cols, seed=seed, scale=magnitude)
+    _, scale = gk.quantize_rows(w, bits=2, clip="quantile", scale_dtype=torch.float32)  # qmax = 1: scale = c
+    assert torch.equal(scale, torch.quantile(w.abs(), CLIP_QUANTILE, dim=-1))
+
+
+@pytest.mark.parametrize("cols", [1, 2, 3, 4, 255, 256, 257, 512, 1024, 1536, 4096, 65_537, 500_000])
+def test_quantile_is_torch_quantile_at_named_widths(cols):
+    w = rand(3, cols, seed=cols)
+    _, scale = gk.quantize_rows(w, bits=2, clip="quantile", scale_dtype=torch.float32)
+    assert torch.equal(scale, torch.quantile(w.abs(), CLIP_QUANTILE, dim=-1))
+
+
+def test_int8_export_as_published():
+    """Per-row int8: quantile clip, floor 1/127, codes from the fp32 scale, fp16 stored."""
+    w = torch.cat([rand(40, 300), rand(40, 300, seed=1, scale=100), torch.zeros(1, 300)])
+    c = torch.quantile(w.abs(), 0.9999984, dim=1)
+    scale = (c / 127.0).clamp_min(1.0 / 127.0)
+    codes = torch.clamp(torch.round(torch.clamp(w, -c[:, None], c[:, None]) / scale[:, None]), -127, 127)
+    actual = gk.quantize_rows(w, bits=8, clip="quantile", scale_floor=1 / 127, codes_from="float32_scale")
+    assert torch.equal(actual[0], codes.to(torch.int8))
+    assert torch.equal(actual[1], scale.half())
+
+
+def test_ties_round_half_to_even():
+    w = torch.tensor([[0.5, 1.5, 2.5, 3.5, -0.5, -1.5, -2.5, 31.0]])
+    codes, scale = gk.quantize_rows(w, bits=6)
+    assert scale.item() == 1.0
+    assert codes.tolist() == [[0, 2, 2, 4, 0, -2, -2, 31]]
+
+
+def test_codes_from_the_stored_scale_decode_closer():
+    w = rand(64, 512)
+    errors = {}
+    for codes_from in ("stored_scale", "float32_scale"):
+        codes, scale = gk.quantize_rows(w, bits=8, codes_from=codes_from, scale_dtype=torch.bfloat16)
+        errors[codes_from] = (gk.dequantize_rows(codes, scale) - w).norm()
+    assert errors["stored_scale"] < errors["float32_scale"]
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("clip", ["max", "quantile"])
+def test_zero_rows(clip, scale_dtype):
+    codes, scale = gk.quantize_rows(torch.zeros(3, 16), bits=8, clip=clip, scale_dtype=scale_dtype)
+    assert not codes.any()
+    assert (scale > 0).all() and scale.isfinite().all()
+    assert not gk.dequantize_rows(codes, scale).any()
+
+
+def test_single_outlier_row():
+    w = torch.zeros(1, 512)
+    w[0, 7] = -3.0
+    for clip, expected in (("max", -3.0), ("quantile", -3.0 * 0.99917603)):  # the rank's fp32 fraction
+        decoded = gk.fake_quantize_rows(w, bits=8, clip=clip, scale_dtype=torch.float32)
+        assert decoded[0, 7].item() == pytest.approx(expected, rel=1e-6)
+        assert decoded.count_nonzero() == 1
+
+
+@pytest.mark.parametrize("magnitude, tolerance", [(1e-6, 0.05), (1e-4, 0.01), (1e-2, 0.005), (1e3, 0.005)])
+@pytest.mark.parametrize("codes_from", ["stored_scale", "float32_scale"])
+def test_tiny_and_large_rows_survive_fp16_scales(magnitude, tolerance, codes_from):
+    w = torch.linspace(-magnitude, magnitude, 101).repeat(4, 1)
+    codes, scale = gk.quantize_rows(w, bits=8, codes_from=codes_from)
+    decoded = gk.dequantize_rows(codes, scale)
+    assert scale.dtype == torch.float16
+    assert (decoded - w).abs().max() <= tolerance * magnitude
+
+
+@pytest.mark.parametrize("code_range, low", [("symmetric", -1), ("full", -2)])
+def test_fp16_scale_saturates(code_range, low):
+    codes, scale = gk.quantize_rows(torch.tensor([[1e6, -1e6, 2e4]]), bits=2, code_range=code_range)
+    assert scale.item() == 65504
+    assert codes.tolist() == [[1, low, 0]]
+
+
+def test_group_size():
+    w = rand(2, 3, 24)
+    codes, scale = gk.quantize_rows(w, bits=4, group_size=8)
+    assert codes.shape == w.shape and scale.shape == (2, 3, 3)
+    by_hand = gk.quantize_rows(w.reshape(2, 9, 8), bits=4)
+    assert torch.equal(codes.reshape(2, 9, 8), by_hand[0])
+    assert torch.equal(scale.reshape(2, 9), by_hand[1])
+    decoded = gk.dequantize_rows(codes, scale, group_size=8)
+    assert torch.equal(decoded, gk.dequantize_rows(*by_hand).reshape(2, 3, 24))
+    assert torch.equal(decoded, gk.fake_quantize_rows(w, bits=4, group_size=8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_was_trained_is_what_is_decoded(dtype):
+    """fake_quantize_rows, with `out` or without, and the weight inside fake_quant_linear equal decoded codes."""
+    w = rand(2, 30, 40)
+    decoded = gk.dequantize_rows(*gk.quantize_rows(w, bits=6), dtype=dtype)
+    assert torch.equal(gk.fake_quantize_rows(w, bits=6).to(dtype), decoded)
+    out = torch.full_like(decoded, math.nan)
+    assert gk.fake_quantize_rows(w, out, bits=6) is out
+    assert torch.equal(out, decoded)
+    eye = torch.eye(40, dtype=dtype)
+    assert torch.equal(gk.fake_quant_linear(eye, w[0], bits=6), decoded[0].T)
+
+
+def test_straight_through_gradient():
+    w = rand(5, 8, dtype=F64)
+    x = rand(3, 4, 8, seed=1, dtype=F64)
+    grad = rand(3, 4, 5, seed=2, dtype=F64)
+    for needs_x, needs_w in ((True, True), (True, False), (False, True)):
+        x_, w_ = x.clone().requires_grad_(needs_x), w.clone().requires_grad_(needs_w)
+        gk.fake_quant_linear(x_, w_, bits=3, clip="quantile").backward(grad)
+        if needs_w:
+            torch.testing.assert_close(w_.grad, torch.einsum("btn,btk->nk", grad, x))
+        if needs_x:
+            w_hat = gk.fake_quantize_rows(w, bits=3, clip="quantile")
+            torch.testing.assert_close(x_.grad, grad @ w_hat)
+    assert torch.autograd.gradcheck(lambda a: gk.fake_quant_linear(a, w, bits=4), x.requires_grad_())
+    bank = rand(2, 3, 4).requires_grad_()
+    gk.fake_quantize_rows(bank, bits=4).backward(torch.full((2, 3, 4), 0.25))
+    assert torch.equal(bank.grad, torch.full((2, 3, 4), 0.25))
+
+
+def test_master_gradient_has_the_master_dtype():
+    w = rand(5, 8).requires_grad_()
+    gk.fake_quant_linear(rand(3, 8, dtype=torch.bfloat16), w, bits=6).float().sum().backward()
+    assert w.grad.dtype == torch.float32
+
+
+# ---- Newton-Schulz
+
+
+def svd_map(x, triples):
+    """The same polynomials applied to the singular values: what the iteration computes, exactly."""
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    s = s / torch.linalg.vector_norm(x, dim=(-2, -1)).unsqueeze(-1)
+    for a, b, c in triples:
+        s = a * s + b * s**3 + c * s**5
+    return u * s.unsqueeze(-2) @ vh
+
+
+QUINTIC = [(3.4445, -4.7750, 2.0315)] * 5
+MATRICES = {"square": (32, 32), "wide": (24, 70), "tall": (70, 24), "bank": (3, 16, 40), "one row": (1, 9)}
+
+
+@pytest.mark.parametrize("shape", MATRICES.values(), ids=MATRICES.keys())
+@pytest.mark.parametrize(
+    "coefficients, triples", [("quintic", QUINTIC), ("polar_express", POLAR_EXPRESS_COEFFICIENTS[:5])]
+)
+def test_newton_schulz_is_a_map_of_singular_values(shape, coefficients, triples):
+    x = rand(*shape, dtype=F64)
+    oracle = svd_map(x, triples)
+    exact = functools.partial(gk.newton_schulz, x, dtype=F64, eps=1e-30)
+    actual = exact(coefficients=coefficients)
+    torch.testing.assert_close(actual, oracle, rtol=0, atol=1e-9)
+    assert torch.equal(exact(coefficients=tuple(triples)), actual)
+    in_bf16 = gk.newton_schulz(x.float(), coefficients=coefficients)
+    assert in_bf16.dtype == torch.float32
+    assert torch.equal(in_bf16, in_bf16.bfloat16().float())
+    assert (in_bf16 - oracle).norm() <= 0.1 * oracle.norm()  # 0.083 at worst
+
+
+def test_polar_express_converges_to_one():
+    x = rand(40, 64, dtype=F64)
+    for steps, tolerance in ((8, 1e-3), (10, 1e-9)):
+        s = torch.linalg.svdvals(gk.newton_schulz(x, steps=steps, coefficients="polar_express", dtype=F64))
+        assert (s - 1).abs().max() <= tolerance
+
+
+HOSTILE = {
+    "zero": torch.zeros(8, 12),
+    "rank 1": rand(32, 1) @ rand(1, 32, seed=1),
+    "one dominant": torch.diag(torch.tensor([1e4] + [1e-4] * 15)),
+    "1e-8": rand(16, 16, scale=1e-8),
+    "1e4": rand(16, 16, scale=1e4),
+}
+
+
+@pytest.mark.parametrize("coefficients", ["quintic", "polar_express"])
+@pytest.mark.parametrize("x", HOSTILE.values(), ids=HOSTILE.keys())
+def test_newton_schulz_hostile_spectra(x, coefficients):
+    for dtype in (torch.bfloat16, torch.float32):
+        s = torch.linalg.svdvals(gk.newton_schulz(x, coefficients=coefficients, dtype=dtype))
+        assert s.isfinite().all() and s.max() <= 1.3
+
+
+def test_newton_schulz_scale_transpose_and_batch():
+    x = rand(3, 20, 30)
+    y = gk.newton_schulz(x)
+    assert torch.equal(gk.newton_schulz(x * 2.0**10), y)  # the exponent drops out; the norm is far above eps
+    torch.testing.assert_close(gk.newton_schulz(x.mT), y.mT, rtol=0, atol=0)
+    for one, of_batch in zip(x, y, strict=True):
+        assert (gk.newton_schulz(one) - of_batch).abs().max() <= 0.02
+
+
+def test_newton_schulz_gradient():
+    for shape in ((3, 4), (2, 4, 3)):
+        x = rand(*shape, dtype=F64).requires_grad_()
+        assert torch.autograd.gradcheck(lambda x: gk.newton_schulz(x, steps=2, dtype=F64), x)
+
+
+# ---- softcapped cross entropy and token log probabilities
+
+
+def nll_by_hand(hidden, head, targets, softcap):
+    z = hidden @ head.T
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    p = torch.exp(z) / torch.exp(z).sum(-1, keepdim=True)
+    return -torch.log(p[torch.arange(len(targets)), targets])
+
+
+@pytest.mark.parametrize("softcap", [30.0, 5.0, None])
+@pytest.mark.parametrize("shape", [(64, 32, 128), (37, 19, 515), (1, 7, 3)], ids=["aligned", "ragged", "one row"])
+def test_loss_and_logprobs_forward(shape, softcap):
+    rows, dim, vocab = shape
+    hidden, head = rand(rows, dim), rand(vocab, dim, seed=1)
+    targets = torch.arange(rows) * 7 % vocab
+    oracle = nll_by_hand(hidden.to(F64), head.to(F64), targets, softcap)
+    rival = nll_by_hand(hidden, head, targets, softcap)
+    nll = gk.softcap_cross_entropy(hidden, head, targets, softcap=softcap, reduction="none")
+    logprobs = gk.token_logprobs(hidden, head, targets, softcap=softcap)
+    assert nll.dtype == logprobs.dtype == torch.float32
+    assert within_budget(nll, rival, oracle)
+    assert within_budget(-logprobs, rival, oracle)
+    assert not within_budget(nll * 1.01, rival, oracle)
+    mean = gk.softcap_cross_entropy(hidden, head, targets, softcap=softcap)
+    total = gk.softcap_cross_entropy(hidden, head, targets, softcap=softcap, reduction="sum")
+    torch.testing.assert_close(torch.stack([mean, total]), torch.stack([oracle.mean(), oracle.sum()]).float())
+
+
+def test_bf16_logits_are_rounded_once():
+    hidden, head = rand(20, 32, dtype=torch.bfloat16), rand(50, 32, seed=1)
+    targets = torch.arange(20)
+    z = 30 * torch.tanh((hidden @ head.bfloat16().T).float() / 30)
+    expected = F.cross_entropy(z, targets, reduction="none")
+    for nll in (
+        gk.softcap_cross_entropy(hidden, head, targets, reduction="none"),
+        -gk.token_logprobs(hidden, head, targets),
+    ):
+        assert nll.dtype == torch.float32
+        torch.testing.assert_close(nll, expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("softcap", [3.0, None])
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_loss_gradients(reduction, softcap, z_loss):
+    hidden = rand(2, 3, 4, dtype=F64).requires_grad_()
+    head = rand(7, 4, seed=1, dtype=F64).requires_grad_()
+    targets = torch.tensor([[0, 6, -100], [3, 3, 1]])
+    options = dict(softcap=softcap, reduction=reduction, z_loss=z_loss)
+    loss = functools.partial(gk.softcap_cross_entropy, **options)
+    assert torch.autograd.gradcheck(lambda h, w: loss(h, w, targets), (hidden, head), fast_mode=True)
+
+
+def test_ignored_and_masked_tokens():
+    hidden, head = rand(2, 3, 4), rand(7, 4, seed=1)
+    targets = torch.tensor([[0, 6, -1], [3, 99, 1]])
+    mask = torch.tensor([[True, True, False], [True, False, True]])
+    kept = gk.token_logprobs(hidden[mask], head, targets[mask])
+    logprobs = gk.token_logprobs(hidden, head, targets, mask=mask)
+    torch.testing.assert_close(logprobs[mask], kept)
+    assert not logprobs[~mask].any()
+    ignored = targets.masked_fill(~mask, -7)
+    options = dict(ignore_index=-7)
+    none = gk.softcap_cross_entropy(hidden, head, ignored, reduction="none", **options)
+    torch.testing.assert_close(none, -logprobs)
+    torch.testing.assert_close(gk.softcap_cross_entropy(hidden, head, ignored, **options), -kept.mean())
+    assert not gk.token_logprobs(hidden, head, targets, mask=torch.zeros_like(mask)).any()
+
+
+def test_z_loss():
+    hidden, head, targets = rand(6, 4), rand(7, 4, seed=1), torch.arange(6)
+    plain, penalized = (gk.softcap_cross_entropy(hidden, head, targets, reduction="none", z_loss=z) for z in (0, 1e-2))
+    z = 30 * torch.tanh(hidden @ head.T / 30)
+    torch.testing.assert_close(penalized - plain, 1e-2 * z.exp().sum(-1).log() ** 2)
+
+
+def test_logprob_gradient_and_normalization():
+    hidden = rand(5, 4, dtype=F64).requires_grad_()
+    head = rand(7, 4, seed=1, dtype=F64).requires_grad_()
+    targets, mask = torch.arange(5), torch.tensor([True, False, True, True, False])
+    assert torch.autograd.gradcheck(lambda h, w: gk.token_logprobs(h, w, targets, mask=mask), (hidden, head))
+    every = torch.arange(7).repeat(5, 1)
+    p = gk.token_logprobs(hidden.unsqueeze(1).expand(5, 7, 4), head, every).exp().sum(-1)
+    torch.testing.assert_close(p, torch.ones(5, dtype=F64))
+
+
+def test_logprob_chunks(monkeypatch):
+    module = sys.modules["golfgpt_kernels.token_logprobs"]  # the function of that name hides the attribute
+    hidden, head, targets = rand(11, 4), rand(7, 4, seed=1), torch.arange(11) % 7
+    whole = gk.token_logprobs(hidden, head, targets)
+    sizes = []
+
+    def spy(hidden, *args, **kwargs):
+        sizes.append(len(hidden))
+        return reference(hidden, *args, **kwargs)
+
+    reference = module.token_logprobs_ref
+    monkeypatch.setattr(module, "token_logprobs_ref", spy)
+    monkeypatch.setattr(module, "_CHUNK_LOGITS", 7 * 4)
+    torch.testing.assert_close(gk.token_logprobs(hidden, head, targets), whole)
+    assert sizes == [4, 4, 3]
+
+
+# ---- every op: shapes, strides, compilation, refusals
+
+X, W, W2, T = rand(2, 3, 8), rand(5, 8, seed=1), rand(8, 5, seed=2), torch.tensor([[0, 1, 2], [3, 4, 0]])
+OPS = {
+    "linear_relu2": (gk.linear_relu2, (X, W)),
+    "relu2_mlp": (gk.relu2_mlp, (X, W, W2)),
+    "quantize_rows": (functools.partial(gk.quantize_rows, bits=6, clip="quantile"), (W,)),
+    "fake_quantize_rows": (functools.partial(gk.fake_quantize_rows, bits=6), (W,)),
+    "fake_quant_linear": (functools.partial(gk.fake_quant_linear, bits=6, group_size=4), (X, W)),
+    "newton_schulz": (gk.newton_schulz, (X,)),
+    "softcap_cross_entropy": (functools.partial(gk.softcap_cross_entropy, z_loss=1e-4), (X, W, T)),
+    "token_logprobs": (gk.token_logprobs, (X, W, T)),
+}
+each_op = pytest.mark.parametrize("op, args", OPS.values(), ids=OPS.keys())
+
+
+def strided(tensor):
+    """The same values behind other strides, in a buffer whose gaps are NaN."""
+    wide = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1]), -1 if tensor.dtype == torch.int64 else math.nan)
+    wide = wide.to(tensor.dtype)
+    wide[..., ::2] = tensor
+    return wide[..., ::2]
+
+
+@each_op
+def test_non_contiguous_input(op, args):
+    torch.testing.assert_close(op(*map(strided, args)), op(*args))
+
+
+@each_op
+def test_compiles_as_one_graph(op, args):
+    torch.compiler.reset()
+    differentiable = [a.clone().requires_grad_() if a.is_floating_point() else a for a in args]
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")(*differentiable)
+    torch.testing.assert_close(compiled, op(*args))
+    if isinstance(compiled, torch.Tensor):
+        compiled.sum().backward()
+        eager = [a.clone().requires_grad_() if a.is_floating_point() else a for a in args]
+        op(*eager).sum().backward()
+        for ours, theirs in zip(differentiable, eager, strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("name", ["quantize_rows", "fake_quantize_rows", "fake_quant_linear"])
+def test_compiled_quantizer_is_opaque(name):
+    """Inductor would drop the scale's round trip through fp16: codes then differ from the exported ones."""
+    torch.compiler.reset()
+    op, args = OPS[name]
+    code = []
+    torch.compile(op, fullgraph=True, backend=lambda graph, _: code.append(graph.code) or graph)(*args)
+    assert "golfgpt.quantize_rows" in code[0]
+    assert "round" not in code[0]
+
+
+@pytest.mark.parametrize("group_size", [None, 4])
+def test_opcheck(group_size):
+    options = dict(bits=6, clip="quantile", scale_dtype=torch.bfloat16, group_size=group_size)
+    for w in (W, rand(2, 8, 5).mT):
+        torch.library.opcheck(torch.ops.golfgpt.quantize_rows, (w,), options)
+
+
+def test_shadow_write_compiles():
+    torch.compiler.reset()
+    out = torch.empty(5, 8, dtype=torch.bfloat16)
+    torch.compile(gk.fake_quantize_rows, fullgraph=True, backend="aot_eager")(W, out, bits=6)
+    assert torch.equal(out, gk.fake_quantize_rows(W, bits=6).bfloat16())
+
+
+def test_empty_batch():
+    x, targets = torch.zeros(2, 0, 8), torch.zeros(2, 0, dtype=torch.int64)
+    assert gk.relu2_mlp(x, W, W2).shape == (2, 0, 8)
+    assert gk.fake_quant_linear(x, W, bits=4).shape == (2, 0, 5)
+    assert gk.newton_schulz(torch.zeros(0, 4, 5)).shape == (0, 4, 5)
+    codes, scale = gk.quantize_rows(torch.zeros(3, 0, 8), bits=4, clip="quantile")
+    assert codes.shape == (3, 0, 8) and scale.shape == (3, 0)
+    assert gk.softcap_cross_entropy(x, W, targets, reduction="none").shape == (2, 0)
+    assert gk.softcap_cross_entropy(x, W, targets, reduction="sum") == 0
+    assert gk.softcap_cross_entropy(x, W, targets).isnan()  # a mean of nothing, as in torch
+    assert gk.token_logprobs(x, W, targets).shape == (2, 0)
+
+
+def test_single_token_without_batch_dimension():
+    target = torch.tensor(3)
+    assert gk.relu2_mlp(X[0, 0], W, W2).shape == (8,)
+    logprob = gk.token_logprobs(X[0, 0], W, target)
+    assert logprob.shape == ()
+    torch.testing.assert_close(gk.softcap_cross_entropy(X[0, 0], W, target), -logprob)
+
+
+@each_op
+def test_named_implementation_never_falls_back(op, args, monkeypatch):
+    torch.testing.assert_close(op(*args, impl="eager"), op(*args, impl="auto"))
+    with pytest.raises(RuntimeError, match=r"impl='triton' cannot run: .*ships no Triton kernel for"):
+        op(*args, impl="triton")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(RuntimeError, match="triton is not installed"):
+        op(*args, impl="triton")
+    with pytest.raises(ValueError, match="impl='cuda'; possible: 'auto', 'triton', 'eager'"):
+        op(*args, impl="cuda")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="names the missing CUDA device")
+def test_triton_without_cuda_says_so():
+    with pytest.raises(RuntimeError, match="no CUDA device"):
+        gk.newton_schulz(W, impl="triton")
+
+
+NAN = W.clone()
+NAN[2, 3] = math.nan
+REFUSED = {
+    "integer dtype": (lambda: gk.linear_relu2(X.int(), W), "x has dtype torch.int32; possible"),
+    "other device": (lambda: gk.linear_relu2(X, W.to("meta")), "w is on meta"),
+    "inner dimension": (lambda: gk.linear_relu2(X, W2), r"x has shape \(2, 3, 8\) and w \(8, 5\)"),
+    "down projection": (
+        lambda: gk.relu2_mlp(X, W, W),
+        r"w_proj has shape \(5, 8\).*possible: w_proj \(N, 5\)",
+    ),
+    "slope": (lambda: gk.relu2_mlp(X, W, W2, negative_slope=-1), "negative_slope=-1; possible"),
+    "bits 1": (lambda: gk.quantize_rows(W, bits=1), "bits=1; possible: 2 to 8"),
+    "bits 9": (lambda: gk.fake_quant_linear(X, W, bits=9), "fake_quant_linear: bits=9; possible: 2 to 8"),
+    "NaN weight": (lambda: gk.fake_quantize_rows(NAN, bits=8), r"w\[2, 3\] = nan; possible: finite"),
+    "vector": (
+        lambda: gk.quantize_rows(W[0], bits=8),
+        r"w has shape \(8,\); possible: \(\.\.\., rows, cols\)",
+    ),
+    "no columns": (lambda: gk.quantize_rows(W[:, :0], bits=8), r"shape \(5, 0\)"),
+    "integer weight": (lambda: gk.quantize_rows(W.int(), bits=8), "w has dtype torch.int32"),
+    "clip": (lambda: gk.quantize_rows(W, bits=8, clip="mse"), "clip='mse'; possible: .*quantile"),
+    "code range": (lambda: gk.quantize_rows(W, bits=8, code_range="half"), "code_range='half'; possible"),
+    "codes from": (lambda: gk.quantize_rows(W, bits=8, codes_from="scale"), "codes_from='scale'; possible"),
+    "scale dtype": (lambda: gk.quantize_rows(W, bits=8, scale_dtype=torch.int8), "scale_dtype=torch.int8"),
+    "scale floor": (
+        lambda: gk.quantize_rows(W, bits=8, scale_floor=-1.0),
+        "scale_floor=-1.0; possible: 0 to",
+    ),
+    "group size": (lambda: gk.quantize_rows(W, bits=8, group_size=3), "group_size=3; possible: .* 8 columns"),
+    "wide quantile": (
+        lambda: gk.quantize_rows(torch.zeros(1, 500_001), bits=8, clip="quantile"),
+        "500001 columns; possible: up to 500000",
+    ),
+    "out shape": (lambda: gk.fake_quantize_rows(W, W2.clone(), bits=8), r"out has shape \(8, 5\); possible"),
+    "codes dtype": (lambda: gk.dequantize_rows(W, W[:, 0]), "possible: int8 codes"),
+    "scale shape": (
+        lambda: gk.dequantize_rows(torch.zeros(2, 4, dtype=torch.int8), torch.ones(4)),
+        r"float scale of shape \(2,\)",
+    ),
+    "1-D matrix": (lambda: gk.newton_schulz(W[0]), r"x has shape \(8,\); possible: \(\.\.\., M, N\)"),
+    "integer matrix": (lambda: gk.newton_schulz(W.long()), "x has dtype torch.int64"),
+    "iteration dtype": (lambda: gk.newton_schulz(W, dtype=torch.int32), "dtype=torch.int32; possible"),
+    "steps": (lambda: gk.newton_schulz(W, steps=0), "steps=0; possible: an integer >= 1"),
+    "eps": (lambda: gk.newton_schulz(W, eps=0.0), "eps=0.0; possible"),
+    "coefficients": (lambda: gk.newton_schulz(W, coefficients="cubic"), "coefficients='cubic'; possible"),
+    "triples": (lambda: gk.newton_schulz(W, coefficients=((1.0, 2.0, 3.0),) * 4), "steps=5 of them"),
+    "pair": (lambda: gk.newton_schulz(W, coefficients=(1.0, 2.0)), "one \\(a, b, c\\)"),
+    "target": (lambda: gk.softcap_cross_entropy(X, W, T + 1), r"targets\[1, 1\] = 5, outside the vocabulary"),
+    "negative target": (lambda: gk.token_logprobs(X, W, T - 1), r"targets\[0, 0\] = -1, .*possible: 0 to 4"),
+    "target dtype": (lambda: gk.token_logprobs(X, W, T.int()), "targets have dtype torch.int32"),
+    "target shape": (lambda: gk.softcap_cross_entropy(X, W, T[0]), r"targets have shape \(3,\)"),
+    "mask": (lambda: gk.token_logprobs(X, W, T, mask=T), "mask has shape .* torch.int64; possible"),
+    "softcap": (lambda: gk.token_logprobs(X, W, T, softcap=0.0), "softcap=0.0; possible: a positive number"),
+    "reduction": (lambda: gk.softcap_cross_entropy(X, W, T, reduction="max"), "reduction='max'; possible"),
+    "z loss": (lambda: gk.softcap_cross_entropy(X, W, T, z_loss=-1.0), "z_loss=-1.0; possible"),
+}
+
+
+@pytest.mark.parametrize("call, message", REFUSED.values(), ids=REFUSED.keys())
+def test_bad_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_costs():
+    assert linear_relu2_cost(2, 3, 5, itemsize=2) == (60, 2 * (6 + 15 + 10))
+    assert relu2_mlp_cost(65_536, 512, 1024, 512)[0] == 4 * 65_536 * 512 * 1024
+    assert newton_schulz_cost(1, 512, 512)[0] == newton_schulz_cost(1, 512, 512, steps=10)[0] / 2
+    assert newton_schulz_cost(1, 512, 1024)[0] == pytest.approx(6.71e9, rel=1e-3)
+    assert quantize_rows_cost(4, 8, itemsize=4)[1] == 4 * 8 * 5 + 8

@@ -1,0 +1,305 @@
+"""From text files to a folder: nothing lost, nothing half-written, every bad input named."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import sentencepiece
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from golfgpt.data.demo import demo_text
+from golfgpt.data.prepare import LEAST_DOCUMENT_BYTES, document_hash, find_inputs, prepare, read_documents, split_text
+from golfgpt.data.shards import Dataset, Manifest, verify
+from golfgpt.data.tokenizer import train_tokenizer
+from golfgpt.errors import InputError, VerificationError
+
+DOCUMENTS = [f"Document {i}: the value of {i * i} is é▁🙂\r\n\n\n  and\t{'more ' * (i % 7)}\n" for i in range(100)]
+
+
+def jsonl(path, documents):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
+    return path
+
+
+def zst(path, data):
+    path.write_bytes(zstandard.ZstdCompressor().compress(data))
+    return path
+
+
+@pytest.fixture
+def source(tmp_path):
+    return jsonl(tmp_path / "docs.jsonl", DOCUMENTS)
+
+
+def documents_of(data: Dataset, split: str) -> list[str]:
+    ids = np.concatenate(getattr(data, split))
+    return [data.tokenizer.decode(part) for part in np.split(ids, np.flatnonzero(ids == 1))[1:]]
+
+
+# Reading
+
+
+pieces = st.lists(st.sampled_from([b"\n", b"\n\n", b"x" * 700, b" \t", b"\r\n\r\n", "é".encode() * 900, b"--"]))
+
+
+@given(pieces.map(b"".join), st.sampled_from([None, b"--", b"\n"]))
+def test_split_covers_the_text(data, separator):
+    spans = list(split_text(data, separator))
+    assert b"".join(data[start:end] for start, end in spans) == data
+    sizes = [end - start for start, end in spans]
+    assert all(size >= LEAST_DOCUMENT_BYTES for size in sizes) or len(sizes) == 1
+    for _, end in spans[:-1]:
+        assert data[:end].endswith(separator or b"\n")
+
+
+def test_txt_documents_join_to_the_file(tmp_path):
+    text = "".join(f"Paragraph {i} " + "word " * 90 + "\n \t\n\n" for i in range(40)) + "\ufeff end\r\n"
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    seen = []
+    documents = list(read_documents([tmp_path / "a.txt"], advance=seen.append))
+    assert "".join(documents) == text and sum(seen) == len(text.encode())
+    assert len(documents) > 5 and all(len(d.encode()) >= LEAST_DOCUMENT_BYTES for d in documents)
+    assert all(d.startswith("Paragraph") for d in documents)
+
+
+def test_txt_separator(tmp_path):
+    text = "<|end|>".join(letter * 3000 + "\n\n" + letter for letter in "abc")
+    (tmp_path / "a.txt").write_text(text)
+    documents = list(read_documents([tmp_path / "a.txt"], "<|end|>"))
+    assert [d[0] for d in documents] == ["a", "b", "c"] and "".join(documents) == text
+
+
+def test_jsonl_and_zst_hold_the_same(tmp_path, source):
+    data = source.read_bytes()
+    half = data.index(b"\n", len(data) // 2) - 5  # frames may end inside a line
+    both = zst(tmp_path / "a.zst", data[:half]).read_bytes() + zst(tmp_path / "b.zst", data[half:]).read_bytes()
+    (tmp_path / "c.jsonl.zst").write_bytes(both)
+    assert list(read_documents([source])) == list(read_documents([tmp_path / "c.jsonl.zst"])) == DOCUMENTS
+
+
+def test_inputs_are_found(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("b.txt", "a.jsonl", "sub/c.txt", "readme.md"):
+        (tmp_path / name).write_text('{"text": "x"}')
+    names = lambda inputs: [path.name for path in find_inputs(inputs)]  # noqa: E731
+    assert names([tmp_path]) == ["a.jsonl", "b.txt", "c.txt"]
+    assert names([f"{tmp_path}/*.txt", tmp_path / "b.txt", tmp_path / "a.jsonl"]) == ["b.txt", "a.jsonl"]
+    assert names([f"{tmp_path}/**/*.txt"]) == ["b.txt", "c.txt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"", r"a\.txt holds no text"),
+        ("a.jsonl", b"\n\n", r"a\.jsonl holds no text"),
+        ("a.txt", b"abc\xffd", r"a\.txt: byte 3 \(0xff\) is not UTF-8"),
+        ("a.txt", b"x\n\n" * 2000 + b"\xc3", r"a\.txt: byte 6000 \(0xc3\) is not UTF-8"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}', r"a\.jsonl, line 2: byte 10 of the line \(0xff\) is not UTF-8"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": ', r"a\.jsonl, line 2: not JSON"),
+        ("a.jsonl", b'{"content": "a"}', r'a\.jsonl, line 1: expected an object with a string "text"'),
+        ("a.jsonl", b'["text"]', 'line 1: expected an object with a string "text"'),
+        ("a.jsonl", b'{"text": 5}', 'line 1: expected an object with a string "text"'),
+        ("a.jsonl", b'{"text": "ok\\n\\ud800"}', r"line 1: a lone surrogate \\ud800 is at character 3"),
+        ("a.jsonl", b"[" * 100_000, "line 1: not JSON"),
+        ("a.jsonl.zst", b"nonsense", r"a\.jsonl\.zst: damaged zstd data"),
+        ("a.csv", b"x", r"a\.csv: cannot read this kind of file; inputs are \.txt, \.jsonl, \.jsonl\.zst"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        list(read_documents([tmp_path / name]))
+
+
+def test_bad_inputs_are_named(tmp_path):
+    with pytest.raises(InputError, match=r"input .*none\.txt is neither a file nor a folder"):
+        list(read_documents([tmp_path / "none.txt"]))
+    with pytest.raises(InputError, match=r"holds no \.txt, \.jsonl, \.jsonl\.zst"):
+        list(read_documents([tmp_path]))
+    with pytest.raises(InputError, match="no input is named"):
+        list(read_documents([]))
+    with pytest.raises(InputError, match="separator is empty"):
+        list(read_documents([tmp_path], ""))
+
+
+def test_surrogate_pairs_are_text(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "\\ud83d\\ude42"}')
+    assert list(read_documents([tmp_path / "a.jsonl"])) == ["🙂"]
+
+
+def test_truncated_zst(tmp_path, source):
+    data = zst(tmp_path / "a.jsonl.zst", source.read_bytes()).read_bytes()
+    (tmp_path / "a.jsonl.zst").write_bytes(data[:-9])
+    with pytest.raises(InputError, match="the zstd data are cut off"):
+        for _ in read_documents([tmp_path / "a.jsonl.zst"]):
+            pass
+
+
+# Preparing
+
+
+def test_every_document_is_there_once(tmp_path, source):
+    manifest = prepare([source], tmp_path / "out", vocab_size=320, val_fraction=0.3, shard_tokens=500, workers=1)
+    data = Dataset.open(tmp_path / "out")
+    train, val = documents_of(data, "train"), documents_of(data, "val")
+    below = bytes.fromhex(manifest.val_below)
+    assert train == [d for d in DOCUMENTS if document_hash(d.encode()) >= below]
+    assert val == [d for d in DOCUMENTS if document_hash(d.encode()) < below]
+    assert [len(shard) for shard in data.train[:-1]] == [500] * (len(data.train) - 1)
+    assert (manifest.train.documents, manifest.val.documents) == (len(train), len(val))
+    assert manifest.val.raw_bytes == len("".join(val).encode()) and manifest.lossless
+    assert manifest.train.inputs == ("docs.jsonl",) and manifest == data.manifest
+    assert str(tmp_path) not in (tmp_path / "out" / "manifest.json").read_text()
+    assert verify(tmp_path / "out").val_documents == len(val)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_result_does_not_depend_on_the_workers(tmp_path, source, monkeypatch):
+    monkeypatch.setattr("golfgpt.data.prepare._BATCH_BYTES", 300)  # several batches for each worker
+    digests = {
+        workers: prepare([source], tmp_path / str(workers), vocab_size=320, val_fraction=0.3, workers=workers).digest
+        for workers in (1, 3)
+    }
+    assert digests[1] == digests[3]
+
+
+def test_val_inputs_of_their_own(tmp_path, source):
+    val = jsonl(tmp_path / "val.jsonl", ["Another text.", "And one more."])
+    manifest = prepare([source], tmp_path / "out", vocab_size=320, val=[val], workers=1)
+    assert manifest.val_below is None and manifest.val.inputs == ("val.jsonl",)
+    assert documents_of(Dataset.open(tmp_path / "out"), "val") == ["Another text.", "And one more."]
+
+
+def test_document_in_both_inputs_is_refused(tmp_path, source):
+    val = jsonl(tmp_path / "val.jsonl", ["Another text.", DOCUMENTS[7]])
+    with pytest.raises(InputError, match="1 of 100 train documents are also among the 2 val documents"):
+        prepare([source], tmp_path / "out", vocab_size=320, val=[val], workers=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_given_lossy_tokenizer_is_measured(tmp_path, source):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(DOCUMENTS), model_writer=model, model_type="bpe", vocab_size=310, byte_fallback=True,
+        pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=3,
+    )  # fmt: skip
+    (tmp_path / "lossy.model").write_bytes(model.getvalue())
+    manifest = prepare([source], tmp_path / "out", tokenizer=tmp_path / "lossy.model", val_fraction=0.3, workers=1)
+    data = Dataset.open(tmp_path / "out")
+    val = documents_of(data, "val")
+    assert not manifest.lossless and not data.lossless
+    assert manifest.val.changed_documents == manifest.val.documents == len(val)
+    assert manifest.val.decoded_bytes == len("".join(val).encode()) < manifest.val.raw_bytes
+    assert verify(tmp_path / "out").val_bytes == manifest.val.decoded_bytes
+
+
+def test_given_lossless_tokenizer(tmp_path, source):
+    (tmp_path / "t.model").write_bytes(train_tokenizer(DOCUMENTS, 330))
+    manifest = prepare([source], tmp_path / "out", tokenizer=tmp_path / "t.model", val_fraction=0.3, workers=1)
+    assert manifest.lossless and manifest.vocab_size == 330
+    assert (tmp_path / "out/tokenizer.model").read_bytes() == (tmp_path / "t.model").read_bytes()
+
+
+def test_round_trip_check_has_teeth(tmp_path, source, monkeypatch):
+    """A tokenizer that forgets U+2581, as plain SentencePiece does, is stopped at the first document."""
+    monkeypatch.setattr("golfgpt.data.tokenizer.Tokenizer.encode", lambda self, text: self._model.encode(text))
+    with pytest.raises(VerificationError, match="the trained tokenizer changes a document at byte"):
+        prepare([source], tmp_path / "out", vocab_size=320, val_fraction=0.3, workers=1)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"val_fraction": 1e-9}, "the val split is empty: a val fraction of 1e-09 gave it none of 100 documents"),
+        ({"val_fraction": 1 - 1e-9}, "the train split is empty"),
+        ({"val_fraction": 0.0}, "val fraction 0.0 is not between 0 and 1"),
+        ({"val": ["x"], "val_fraction": 0.1}, "exclude each other"),
+        ({"vocab_size": 100}, "100 is too small for this text: choose at least"),
+        ({"vocab_size": 60_000}, "60000 is too large for this text: choose at most"),
+        ({"tokenizer": "none.model"}, "cannot read the tokenizer none.model"),
+        ({"shard_tokens": 0}, "shard_tokens 0"),
+        ({"workers": 0}, "workers 0 is not positive"),
+    ],
+)
+def test_refusals_leave_nothing(tmp_path, source, options, message):
+    with pytest.raises(InputError, match=message):
+        prepare([source], tmp_path / "out", **({"vocab_size": 320, "workers": 1} | options))
+    assert {path.name for path in tmp_path.iterdir()} == {"docs.jsonl"}
+
+
+def test_bad_line_at_the_end_leaves_nothing(tmp_path, source):
+    with open(source, "a") as file:
+        file.write("broken")
+    (tmp_path / "t.model").write_bytes(train_tokenizer(DOCUMENTS, 320))
+    with pytest.raises(InputError, match="line 101: not JSON"):
+        prepare([source], tmp_path / "out", tokenizer=tmp_path / "t.model", workers=1)
+    assert {path.name for path in tmp_path.iterdir()} == {"docs.jsonl", "t.model"}
+
+
+def test_full_disk_leaves_the_old_folder(tmp_path, source, monkeypatch):
+    old = prepare([source], tmp_path / "out", vocab_size=320, val_fraction=0.3, workers=1)
+
+    def full(path, value):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("golfgpt.data.prepare.write_json", full)
+    with pytest.raises(OSError, match="No space left"):
+        prepare([source], tmp_path / "out", vocab_size=330, val_fraction=0.3, workers=1, overwrite=True)
+    assert Manifest.load(tmp_path / "out/manifest.json") == old
+    assert {path.name for path in tmp_path.iterdir()} == {"docs.jsonl", "out"}
+
+
+def test_existing_folders(tmp_path, source):
+    options = {"vocab_size": 320, "val_fraction": 0.3, "workers": 1}
+    (tmp_path / "out").mkdir()
+    prepare([source], tmp_path / "out", **options)
+    with pytest.raises(InputError, match="is not empty; name another folder"):
+        prepare([source], tmp_path / "out", **options)
+    manifest = prepare([source], tmp_path / "out", **options | {"vocab_size": 310}, overwrite=True)
+    assert Dataset.open(tmp_path / "out").manifest == manifest
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="not made by golfgpt, so not overwritten"):
+        prepare([source], tmp_path / "mine", **options, overwrite=True)
+    with pytest.raises(InputError, match="is a file"):
+        prepare([source], source, **options)
+
+
+def test_progress_ends_at_the_total(tmp_path, source):
+    seen = {}
+    prepare(
+        [source], tmp_path / "out", vocab_size=320, val_fraction=0.3, workers=1,
+        progress=lambda stage, done, total: seen.__setitem__(stage, (done, total)),
+    )  # fmt: skip
+    size = source.stat().st_size
+    assert seen == {"training the tokenizer": (size, size), "encoding": (size, size)}
+
+
+# The embedded corpus
+
+
+def test_demo_counts_what_it_leaves_out(tmp_path):
+    files = {
+        "b.py": "b", "a/c.py": "c", "a/test/d.py": "d", "tests/e.py": "e", "idlelib/idle_test/f.py": "f",
+        "site-packages/g.py": "g", "empty.py": "", "note.txt": "h", "_sysconfigdata_x.py": "i",
+    }  # fmt: skip
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "latin.py").write_bytes(b"# \xe9")
+    demo = demo_text(tmp_path)
+    assert demo.documents == ("c", "b") and "2 files" in demo.name
+    assert demo.skipped == {"tests": 3, "empty": 1, "not UTF-8": 1, "generated by the build": 1}
+    (tmp_path / "none").mkdir()
+    with pytest.raises(InputError, match="holds no Python source"):
+        demo_text(tmp_path / "none")
+
+
+def test_demo_of_this_python():
+    demo = demo_text()
+    assert len(demo.documents) > 300 and sum(map(len, demo.documents)) > 5_000_000
+    assert any("def dataclass" in text for text in demo.documents)

@@ -1,0 +1,329 @@
+"""Training: ranks, resume, signals, divergence, clock, budget, on a real corpus and real processes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import golfgpt
+from golfgpt import artifact, checkpoint
+from golfgpt.clock import Ledger
+from golfgpt.config import BudgetConfig, DataConfig, RunConfig, ScheduleConfig, to_dict
+from golfgpt.data.shards import Dataset
+from golfgpt.distributed import Ranks
+from golfgpt.errors import BudgetError, BusyError, InputError, Interrupted, NonFiniteError
+from golfgpt.quant import Quantizer
+from golfgpt.run import RunFolder
+from golfgpt.train import Trainer, catch_signals, train
+
+CPU = Ranks(0, 1, torch.device("cpu"))
+
+
+def metrics(path: Path, kind: str) -> list[dict]:
+    lines = (path / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+def final_weights(path: Path) -> dict[str, torch.Tensor]:
+    found, refused = checkpoint.latest(path / "checkpoints")
+    assert not refused
+    return found.model
+
+
+def test_end_to_end(tiny, tmp_path):
+    path = tmp_path / "run"
+    result = train(tiny, path)
+    assert {p.name for p in path.iterdir()} >= {
+        "config.json",
+        "env.json",
+        "metrics.jsonl",
+        "train.log",
+        "checkpoints",
+        "tokenizer.model",
+        "model.golf",
+        "result.json",
+    }
+    losses = [row["loss"] for row in metrics(path, "train")]
+    assert len(losses) == 8 and losses[-1] < losses[0] - 0.5
+    assert result == json.loads((path / "result.json").read_text())
+    assert result["artifact_bytes"] == (path / "model.golf").stat().st_size
+    assert result["total_bytes"] == result["artifact_bytes"] + 60_000
+    assert result["score"]["label"] == "val_bpb (first 4000 tokens)"
+    assert set(result["yardsticks_bpb"]) == {"gzip", "xz", "zstd", "bigram"}
+    log = (path / "train.log").read_text()
+    for piece in ("step:8/8 train_loss:", "model_params:", "_roundtrip_exact val_loss:", "Total submission size int8+"):
+        assert piece in log
+
+    model, tokenizer = golfgpt.load(path)
+    text = tokenizer.decode(model.generate(torch.tensor([tokenizer.bos_id]), 20, window=64, temperature=0))
+    assert isinstance(text, str)
+    trained = final_weights(path)
+    decoded = Quantizer(tiny.model, tiny.quant)
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in decoded.decode(decoded.encode(trained)).items()), (
+        "what was trained is what ships"
+    )
+    with pytest.raises(InputError, match="already holds a run"):
+        train(tiny, path)
+
+
+def test_gradients_do_not_depend_on_ranks_or_microbatches(tiny, corpus):
+    """Three ranks take spans 3/3/2; their sums are the gradient of one rank, and so is a split batch."""
+    dataset = Dataset.open(corpus)
+    whole = Trainer(tiny, dataset, CPU)
+    expected = whole.accumulate(3)
+    config = replace(tiny, data=replace(tiny.data, microbatch_tokens=64))
+    for trainers in (
+        [Trainer(config, dataset, CPU)],
+        [Trainer(tiny, dataset, Ranks(r, 3, CPU.device)) for r in range(3)],
+    ):
+        total, loss = torch.zeros_like(whole.gradients), 0.0
+        for trainer in trainers:
+            trainer.ranks = _Silent(trainer.ranks)
+            result = trainer.accumulate(3)
+            total += trainer.gradients
+            loss += result.loss
+        assert loss == pytest.approx(expected.loss, abs=1e-5)
+        torch.testing.assert_close(total, whole.gradients, atol=1e-6, rtol=1e-4)
+
+
+class _Silent:
+    """A rank of several whose sums are done by the test."""
+
+    def __init__(self, ranks: Ranks):
+        self.rank, self.world, self.device, self.main = ranks.rank, ranks.world, ranks.device, ranks.main
+
+    def sum_(self, tensor):
+        return tensor
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3])
+def test_gloo_processes_agree_with_one(tiny, tmp_path, world):
+    """Losses equal within rounding, and every rank ends with the same score."""
+    train(tiny, tmp_path / "one")
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(tiny)))
+    code = (
+        "import json, sys, torch\n"
+        "from pathlib import Path\n"
+        "from golfgpt.config import RunConfig, from_dict\n"
+        "from golfgpt.train import train\n"
+        "torch.set_num_threads(1)\n"
+        f"config = from_dict(RunConfig, json.loads(Path({str(tmp_path / 'config.json')!r}).read_text()))\n"
+        f"train(config, Path({str(tmp_path / 'many')!r}))\n"
+    )
+    (tmp_path / "main.py").write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, tmp_path / "main.py"], capture_output=True, text=True, timeout=240, env=env)
+    assert done.returncode == 0, done.stderr
+    one, many = (metrics(tmp_path / name, "train") for name in ("one", "many"))
+    for a, b in zip(one, many, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=2e-3), a["step"]
+    assert one[0]["loss"] == pytest.approx(many[0]["loss"], abs=1e-5)
+    scores = [json.loads((tmp_path / name / "result.json").read_text())["score"] for name in ("one", "many")]
+    assert scores[0]["val_bpb"] == pytest.approx(scores[1]["val_bpb"], abs=2e-2)
+    assert scores[0]["tokens"] == scores[1]["tokens"] and scores[0]["bytes"] == scores[1]["bytes"]
+    assert f"world_size:{world}" in (tmp_path / "many" / "train.log").read_text()
+
+
+def test_resume_is_bit_identical(tiny, tmp_path, monkeypatch):
+    train(tiny, tmp_path / "unbroken")
+
+    update = Trainer.update
+
+    def stop_after_step_4(self, step, result):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(self, step, result)
+
+    monkeypatch.setattr(Trainer, "update", stop_after_step_4)
+    path = tmp_path / "broken"
+    with pytest.raises(Interrupted, match=r"SIGTERM at step 6, state saved. Resume with: golfgpt train --resume") as e:
+        train(tiny, path)
+    assert e.value.exit_code == 143
+    assert not (path / "model.golf").exists()
+    monkeypatch.undo()
+    train(tiny, path, resume=True)
+    assert metrics(path, "resume") == [{**metrics(path, "resume")[0], "step": 6}]
+    a, b = final_weights(tmp_path / "unbroken"), final_weights(path)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert (path / "model.golf").read_bytes() == (tmp_path / "unbroken" / "model.golf").read_bytes()
+
+
+def test_killed_outright_and_resumed(tiny, tmp_path):
+    """SIGKILL in the middle of the run: the last interval checkpoint continues."""
+    config = replace(
+        tiny,
+        schedule=ScheduleConfig(max_steps=400, max_seconds=None),
+        runtime=replace(tiny.runtime, checkpoint_seconds=0.2),
+    )
+    path = tmp_path / "run"
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
+    code = (
+        "import json\nfrom pathlib import Path\n"
+        "from golfgpt.config import RunConfig, from_dict\nfrom golfgpt.train import train\n"
+        f"config = json.loads(Path({str(tmp_path / 'config.json')!r}).read_text())\n"
+        f"train(from_dict(RunConfig, config), Path({str(path)!r}))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list(path.glob("checkpoints/step_*")):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    found, _ = checkpoint.latest(path / "checkpoints")
+    assert 0 < found.step < 400
+    short = replace(config, schedule=ScheduleConfig(max_steps=found.step + 2, max_seconds=None))
+    with pytest.raises(InputError, match=r"another config \(schedule.max_steps: 400 -> "):
+        train(short, path, resume=True)
+    with catch_signals():
+        timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        with pytest.raises(Interrupted, match="SIGINT at step") as error:
+            train(config, path, resume=True)
+    assert error.value.exit_code == 130
+    again, _ = checkpoint.latest(path / "checkpoints")
+    assert again.step > found.step
+
+
+@pytest.mark.parametrize("where", ["gradient", "loss"])
+def test_a_non_finite_step_changes_nothing_and_names_the_tensor(tiny, tmp_path, monkeypatch, where):
+    accumulate = Trainer.accumulate
+
+    def poisoned(self, step, *args):
+        result = accumulate(self, step, *args)
+        if step == 3:
+            if where == "loss":
+                return replace(result, loss=float("nan"))
+            self.model.mlp_fc.grad[2, 5, 7] = float("inf")
+            return replace(result, grad_norm=float("inf"))
+        return result
+
+    train(replace(tiny, schedule=ScheduleConfig(max_steps=3, max_seconds=None, warmdown_frac=0)), tmp_path / "good")
+    monkeypatch.setattr(Trainer, "accumulate", poisoned)
+    config = replace(tiny, schedule=replace(tiny.schedule, warmdown_frac=0))
+    name = "blocks.2.mlp.fc.weight" if where == "gradient" else r"the loss \(nan\)"
+    with pytest.raises(NonFiniteError, match=f"step 3: .*{name}.*the update was not applied"):
+        train(config, tmp_path / "bad")
+    a, b = final_weights(tmp_path / "good"), final_weights(tmp_path / "bad")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_the_cap_stops_before_the_step_that_would_cross(tiny, tmp_path, monkeypatch):
+    """On a clock that advances 10 ms a reading."""
+    ticks = itertools.count(step=0.01)
+    monkeypatch.setattr("golfgpt.train.Ledger", lambda: Ledger(now=lambda: next(ticks)))
+    config = replace(tiny, schedule=ScheduleConfig(max_steps=100_000, max_seconds=1.5))
+    result = train(config, tmp_path / "run")
+    per_step = result["seconds"]["train"] / result["steps"]
+    assert 1.5 - 3 * per_step < result["seconds"]["train"] <= 1.5
+    assert "stopping_early: wallclock_cap" in (tmp_path / "run" / "train.log").read_text()
+
+
+def test_a_cap_too_short_for_one_step(tiny, tmp_path):
+    with pytest.raises(BudgetError, match="too short for one step"):
+        train(replace(tiny, schedule=ScheduleConfig(max_seconds=1e-6)), tmp_path / "run")
+
+
+def test_over_budget_is_scored_kept_and_refused(tiny, tmp_path):
+    size = train(tiny, tmp_path / "fits")["total_bytes"]
+    exact = replace(tiny, budget=BudgetConfig(artifact_bytes=size))
+    assert train(exact, tmp_path / "exact")["margin_bytes"] == 0
+    with pytest.raises(BudgetError, match="over budget by 1 bytes"):
+        train(replace(tiny, budget=BudgetConfig(artifact_bytes=size - 1)), tmp_path / "over")
+    assert artifact.read(tmp_path / "over" / "model.golf").state
+    assert json.loads((tmp_path / "over" / "result.json").read_text())["margin_bytes"] == -1
+
+
+def test_a_folder_in_use_is_refused(tiny, tmp_path):
+    path = tmp_path / "run"
+    folder = RunFolder.create(path, tiny, b"")
+    done = subprocess.run(
+        [sys.executable, "-m", "golfgpt", "train", "--resume", str(path)], capture_output=True, text=True, timeout=120
+    )
+    folder.close()
+    assert done.returncode == BusyError.exit_code
+    assert "in use by another process" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: replace(c, data=replace(c.data, path=None)), "no data"),
+        (lambda c: replace(c, data=replace(c.data, path="nowhere")), "nowhere is not a folder"),
+        (lambda c: replace(c, model=replace(c.model, vocab_size=385)), "use --model.vocab-size 384"),
+        (lambda c: replace(c, eval=replace(c.eval, window=10**6)), "longer than the text"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_training(tiny, tmp_path, change, message):
+    with pytest.raises(InputError, match=message):
+        train(change(tiny), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_ranks_than_spans(tiny, corpus):
+    with pytest.raises(InputError, match=r"raise --data\.spans to at least 9"):
+        Trainer(tiny, Dataset.open(corpus), Ranks(8, 9, CPU.device))
+
+
+def test_a_changed_data_set_is_refused_on_resume(tiny, tmp_path, corpus):
+    import shutil
+
+    shutil.copytree(corpus, tmp_path / "data")
+    config = replace(tiny, data=DataConfig(path=str(tmp_path / "data"), batch_tokens=1024, seq_len=64))
+    train(config, tmp_path / "run")
+    (tmp_path / "data" / "manifest.json").unlink()
+    for file in (tmp_path / "data").glob("*.bytes"):
+        file.unlink()
+    with pytest.raises(InputError, match="has changed since the checkpoint"):
+        train(config, tmp_path / "run", resume=True)
+
+
+def test_full_disk_during_training_is_a_warning(tiny, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_bytes", full)
+    result = train(tiny, tmp_path / "run")
+    assert result["steps"] == 8
+    assert "warning: no checkpoint at step 8" in (tmp_path / "run" / "train.log").read_text()
+
+
+def test_compiled_warm_up_leaves_no_trace(tiny, corpus):
+    dataset = Dataset.open(corpus)
+    trainer = Trainer(tiny, dataset, CPU)
+    before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    trainer.warm_up(2, lambda step: None)
+    assert all(torch.equal(v, before[k]) for k, v in trainer.model.state_dict().items())
+    assert trainer.optimizers.state() == {}
+    reference = Trainer(tiny, dataset, CPU)
+    for step in range(2):
+        for t in (trainer, reference):
+            t.update(step, t.accumulate(step))
+    for a, b in zip(trainer.model.parameters(), reference.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_run_config_is_what_the_folder_holds(tiny, tmp_path):
+    from golfgpt.run import read_config
+
+    folder = RunFolder.create(tmp_path / "run", tiny, b"")
+    folder.close()
+    assert read_config(tmp_path / "run") == tiny
+    values = json.loads((tmp_path / "run" / "config.json").read_text())
+    values["model"]["layers"] = 3
+    (tmp_path / "run" / "config.json").write_text(json.dumps(values))
+    with pytest.raises(InputError, match=r"unknown key model\.layers"):
+        read_config(tmp_path / "run")
+    assert isinstance(tiny, RunConfig)
