@@ -22,7 +22,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11,<3.13",
-    packages=find_packages(include=["golfgpt", "golfgpt.*"]) + ["golfgpt_kernels"],
+    packages=[*find_packages(include=["golfgpt", "golfgpt.*"]), "golfgpt_kernels"],
     package_dir={"golfgpt_kernels": "kernels/golfgpt_kernels"},
     install_requires=[
         "numpy>=1.26",

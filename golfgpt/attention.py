@@ -58,7 +58,7 @@ def _probe(name: str, config: ModelConfig, seq_len: int, device: torch.device, d
     try:
         ours = run(BACKENDS[name])
     except RuntimeError as error:
-        return str(error).splitlines()[0][:120]
+        return str(error).split(". ")[0].splitlines()[0]
     for mine, reference in zip(ours, run(SDPBackend.MATH), strict=True):
         error = (mine.float() - reference.float()).norm() / reference.float().norm()
         if not error < 0.02:  # bf16 rounding gives 0.003; NaN fails too

@@ -113,6 +113,8 @@ class Export:
     """Format."""
     out: Path | None = None
     """File to write; default: beside the artifact."""
+    json: bool = False
+    """Print file and sizes as JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -347,7 +349,11 @@ def export(args: Export) -> int:
     tensors = {name: tensor.contiguous() for name, tensor in to_upstream(loaded.state).items()}
     meta = {"config": json.dumps(to_dict(loaded.info.model)), "tokenizer_sha256": loaded.info.tokenizer_sha256}
     write_bytes(out, safetensors.torch.save(tensors, meta))
-    print(f"{out}: {len(tensors)} float32 tensors, {out.stat().st_size:,} bytes")
+    size = out.stat().st_size
+    if args.json:
+        _print_json({"file": str(out), "tensors": len(tensors), "bytes": size})
+    else:
+        print(f"{out}: {len(tensors)} float32 tensors, {size:,} bytes")
     return 0
 
 

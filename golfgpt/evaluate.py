@@ -83,6 +83,12 @@ class Windows:
         return np.where(index == 0, 0, (index - 1) * self.stride + self.window - self.start(index))
 
 
+def plan_windows(dataset: Dataset, config: RunConfig) -> Windows:
+    """The windows that `evaluate` scores. Raises InputError when they do not fit the text."""
+    targets = min(dataset.val_tokens - 1, config.eval.max_tokens or dataset.val_tokens)
+    return Windows(targets, config.window, config.stride)
+
+
 def score_windows(
     hidden_states: Callable[[Tensor], Tensor],
     head_weight: Tensor,
@@ -134,11 +140,8 @@ def evaluate(
     that the score is divided by.
     """
     begun = time.perf_counter()
-    targets = dataset.val_tokens - 1
-    partial = config.eval.max_tokens is not None and config.eval.max_tokens < targets
-    if partial:
-        targets = config.eval.max_tokens
-    windows = Windows(targets, config.window, config.stride)
+    windows = plan_windows(dataset, config)
+    targets = windows.targets
     share = range(*(len(windows) * r // ranks.world for r in (ranks.rank, ranks.rank + 1)))
     most = max(1, config.eval.batch_tokens // windows.window)
     batch = -(-len(share) // max(1, -(-len(share) // most)))  # even batches: little is filled up at the end
@@ -183,6 +186,6 @@ def evaluate(
         bytes=nbytes,
         window=windows.window,
         stride=windows.stride,
-        label=label + (f" (first {tokens} tokens)" if partial else ""),
+        label=label + (f" (first {tokens} tokens)" if tokens < dataset.val_tokens - 1 else ""),
         seconds=time.perf_counter() - begun,
     )

@@ -32,7 +32,7 @@ from golfgpt.data.streams import TokenStream, spans_of_rank, step_spans
 from golfgpt.data.yardsticks import yardsticks
 from golfgpt.distributed import Ranks
 from golfgpt.errors import BudgetError, InputError, Interrupted, NonFiniteError
-from golfgpt.evaluate import Score, Windows, evaluate
+from golfgpt.evaluate import Score, evaluate, plan_windows
 from golfgpt.files import sha256_file, write_json
 from golfgpt.model import GPT
 from golfgpt.optim import Optimizers
@@ -194,7 +194,7 @@ def open_dataset(config: RunConfig) -> Dataset:
             f"{config.model.vocab_size}; use --model.vocab-size {dataset.vocab_size}"
         )
     dataset.check_token_ids(config.model.vocab_size)
-    Windows(dataset.val_tokens - 1, config.window, config.stride)  # fail now, not after training
+    plan_windows(dataset, config)  # fail now, not after training
     return dataset
 
 

@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from golfgpt.data.demo import demo_text
-from golfgpt.data.prepare import LEAST_DOCUMENT_BYTES, document_hash, find_inputs, prepare, read_documents, split_text
+from golfgpt.data.prepare import (
+    LEAST_DOCUMENT_BYTES,
+    document_hash,
+    find_inputs,
+    mix,
+    prepare,
+    read_documents,
+    split_text,
+)
 from golfgpt.data.shards import Dataset, Manifest, verify
 from golfgpt.data.tokenizer import train_tokenizer
 from golfgpt.errors import InputError, VerificationError
@@ -146,7 +154,8 @@ def test_every_document_is_there_once(tmp_path, source):
     data = Dataset.open(tmp_path / "out")
     train, val = documents_of(data, "train"), documents_of(data, "val")
     below = bytes.fromhex(manifest.val_below)
-    assert train == [d for d in DOCUMENTS if document_hash(d.encode()) >= below]
+    mixed = sorted(DOCUMENTS, key=lambda d: document_hash(d.encode()))
+    assert train == [d for d in mixed if document_hash(d.encode()) >= below]
     assert val == [d for d in DOCUMENTS if document_hash(d.encode()) < below]
     assert [len(shard) for shard in data.train[:-1]] == [500] * (len(data.train) - 1)
     assert (manifest.train.documents, manifest.val.documents) == (len(train), len(val))
@@ -155,6 +164,14 @@ def test_every_document_is_there_once(tmp_path, source):
     assert str(tmp_path) not in (tmp_path / "out" / "manifest.json").read_text()
     assert verify(tmp_path / "out").val_documents == len(val)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_mixing_is_by_stretches():
+    texts = [f"{i:04d}" for i in range(100)]
+    out = list(mix(texts, None, chars=40))
+    assert out != texts
+    for start in range(0, 100, 10):
+        assert sorted(out[start : start + 10]) == texts[start : start + 10]
 
 
 def test_result_does_not_depend_on_the_workers(tmp_path, source, monkeypatch):

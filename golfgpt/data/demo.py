@@ -1,7 +1,8 @@
 """The embedded default corpus: the source of the Python standard library that is running.
 
-Every machine that can run golfgpt has it, a file is a document, and it is sorted by name; so the text, and
-with it every figure, depends on the Python version and on nothing else.
+Every machine that can run golfgpt has it, and it is read in the order of the file names; so the text, and
+with it every figure, depends on the Python version and on nothing else. `prepare` cuts it into documents at
+blank lines as it does any text, so pieces of one file fall on both sides of the split.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", 
 
 @dataclass(frozen=True)
 class DemoText:
-    """Documents in the order of their file names, and how many files are left out, by reason."""
+    """Texts of the files in the order of their names, and how many files are left out, by reason."""
 
     name: str
     documents: tuple[str, ...]

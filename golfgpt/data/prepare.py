@@ -1,9 +1,13 @@
 """From text files to a data folder: read, train or take a tokenizer, encode in processes, split, write.
 
-    inputs -> documents -> batches of about 1 MB -> workers: encode, count bytes, check, split by hash
-           -> in input order -> shards, sidecars -> manifest -> rename the folder into place
+    inputs -> documents -> mixed -> batches of about 1 MB -> workers: encode, count bytes, check, split by hash
+           -> in that order -> shards, sidecars -> manifest -> rename the folder into place
 
-Memory is bounded: two batches per worker in flight and one shard per split (200 MB at the default size).
+Training reads the shards front to back, so the order of the documents matters: files in the order of their
+names put similar text together, and a short run would see only the first of them. Documents are therefore
+mixed, by their hash, inside stretches of 64 MB; val keeps its order.
+
+Memory is bounded: one stretch, two batches per worker and one shard per split (200 MB at the default size).
 The result does not depend on the number of workers. The folder appears whole or not at all.
 """
 
@@ -44,6 +48,7 @@ VAL_FRACTION = 0.05
 """Fraction of the documents that go to val when val has no inputs of its own."""
 LEAST_DOCUMENT_BYTES = 2000
 """A .txt is cut at a separator only once the document has this many bytes."""
+_MIX_CHARS = 64_000_000
 _BATCH_BYTES = 1 << 20
 _BYTES_PER_WORKER = 2_000_000  # of input; starting a process costs as much as encoding about 1 MB
 _ZSTD_WINDOW = 1 << 27  # `zstd --long` up to 27, 128 MiB
@@ -202,6 +207,24 @@ def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
 def document_hash(data: bytes) -> bytes:
     """8 bytes of BLAKE2b over a document's UTF-8: its place between train and val, and its identity."""
     return hashlib.blake2b(data, digest_size=8).digest()
+
+
+def mix(documents: Iterable[str], val_below: bytes | None, chars: int = _MIX_CHARS) -> Iterator[str]:
+    """Train documents sorted by hash inside stretches of about `chars` characters: deterministic and unrelated
+    to the order of the input. Documents that go to val (hash below `val_below`) keep their order."""
+    stretch: list[tuple[bytes, str]] = []
+    size = 0
+    for text in documents:
+        digest = document_hash(text.encode())
+        if val_below is not None and digest < val_below:
+            yield text
+            continue
+        stretch.append((digest, text))
+        size += len(text)
+        if size >= chars:
+            yield from (text for _, text in sorted(stretch))
+            stretch, size = [], 0
+    yield from (text for _, text in sorted(stretch))
 
 
 # 2 Workers
@@ -454,7 +477,9 @@ def prepare(
         below = None if val_source else min(round(fraction * 2**64), 2**64 - 1).to_bytes(8, "big")
         advance = _meter(progress, "encoding", total)
         batches = itertools.chain.from_iterable(
-            _batches("hash" if below else "val" if source is val_source else "train", source.documents(advance))
+            _batches("val", source.documents(advance))
+            if source is val_source
+            else _batches("hash" if below else "train", mix(source.documents(advance), below))
             for source in sources
         )
         writers = {name: _SplitWriter(folder, name, shard_tokens) for name in ("train", "val")}
@@ -497,7 +522,7 @@ def prepare(
 
 
 class _Source:
-    """Documents that can be read again, from files or from the embedded corpus."""
+    """Documents that can be read again, from files or from the embedded corpus, which is cut as a .txt is."""
 
     def __init__(self, inputs: Sequence[PathLike] | None, separator: str | None):
         self._separator = separator
@@ -515,7 +540,9 @@ class _Source:
             yield from read_documents(self._files, self._separator, advance)
             return
         for text in self._demo.documents:
-            yield text
+            data = text.encode()
+            for start, end in split_text(data):
+                yield data[start:end].decode()
             advance(len(text))
 
 

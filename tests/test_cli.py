@@ -1,0 +1,170 @@
+"""The command line as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from golfgpt.cli import main
+
+TINY = [
+    word
+    for field, value in {
+        "model.vocab-size": 384,
+        "model.num-layers": 2,
+        "model.model-dim": 32,
+        "model.num-heads": 2,
+        "model.num-kv-heads": 1,
+        "model.mlp-hidden": 48,
+        "schedule.max-steps": 4,
+        "schedule.max-seconds": None,
+        "data.batch-tokens": 512,
+        "data.seq-len": 64,
+        "quant.keep-numel": 100,
+        "eval.window": 64,
+        "eval.stride": 64,
+        "runtime.checkpoint-seconds": 0,
+    }.items()
+    for word in (f"--{field}", str(value))
+]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def trained(here, corpus, capsys) -> Path:
+    assert main(["train", "--recipe", "demo", "--data.path", str(corpus), "--name", "first", *TINY]) == 0
+    capsys.readouterr()
+    return here / "runs" / "first"
+
+
+def run_json(capsys, *argv: str) -> dict:
+    capsys.readouterr()
+    assert main([*map(str, argv), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_train_eval_sample_budget_inspect_export(trained, corpus, capsys):
+    result = json.loads((trained / "result.json").read_text())
+    again = run_json(capsys, "eval", trained)
+    assert again["score"]["val_bpb"] == result["score"]["val_bpb"]
+    sliding = run_json(capsys, "eval", trained, "--eval.stride", "16", "--eval.max-tokens", "3000")["score"]
+    assert (sliding["stride"], sliding["tokens"]) == (16, 3000)
+    sample = run_json(capsys, "sample", trained, "--prompt", "def main", "--tokens", "12")
+    assert sample["prompt"] == "def main" and 0 < sample["tokens"] <= 12
+    assert sample == run_json(capsys, "sample", trained, "--prompt", "def main", "--tokens", "12")
+    info = run_json(capsys, "inspect", trained)
+    assert info["bytes"] == result["artifact_bytes"] and info["sha256"] == result["artifact_sha256"]
+    assert run_json(capsys, "budget", trained)["file_bytes"] == result["artifact_bytes"]
+    assert run_json(capsys, "export", trained, "--to", "safetensors")["tensors"] == 23
+    tensors = load_file(trained / "model.safetensors")
+    assert tensors["blocks.1.attn.c_k.weight"].shape == (16, 32)
+
+
+def test_budget_over_the_cap_exits_4(trained, capsys):
+    size = run_json(capsys, "budget", trained)["file_bytes"]
+    assert main(["budget", str(trained), "--budget.artifact-bytes", str(size + 60_000)]) == 0
+    assert main(["budget", str(trained), "--budget.artifact-bytes", str(size + 59_999)]) == 4
+    assert "over budget by 1 bytes" in capsys.readouterr().err
+
+
+def test_budget_before_training_computes_the_published_counts(capsys):
+    sizes = run_json(capsys, "budget", "--recipe", "baseline")
+    assert sizes == {"parameters": 17_059_912, "payload_bytes": 17_178_912, "model_bytes_limit": 15_940_000}
+
+
+def test_recipes(capsys):
+    assert set(run_json(capsys, "recipes")) >= {"baseline", "demo", "small"}
+    assert run_json(capsys, "recipes", "show", "baseline")["config"]["optim"]["matrix_lr"] == 0.04
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        (["trian"], 2, "did you mean train?"),
+        (["train", "--recipe", "demmo"], 2, "did you mean demo?"),
+        (["recipes", "show", "demmo"], 3, "did you mean demo?"),
+        (["eval", "nowhere"], 3, "nowhere holds no run"),
+        (["eval"], 2, "golfgpt eval RUN"),
+        (["sample", "nowhere"], 3, "there is no nowhere"),
+        (["inspect", "nowhere"], 3, "there is no nowhere"),
+        (["train", "--name", "../x"], 3, "is not a folder name"),
+        (["train", "--recipe", "demo"], 3, "no data: name a prepared folder"),
+        (["data", "prepare", "missing.txt", "--out", "d"], 3, "missing.txt"),
+        (["data", "verify", "missing"], 3, "missing is not a folder"),
+    ],
+)
+def test_mistakes_are_named(here, capsys, argv, code, message):
+    assert main(argv) == code
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model.num-layer", "3"], "--model.num-layers"),
+        (["--model.num-layers", "many"], "invalid"),
+        (["--model.model-dim", "100", "--model.num-heads", "7"], "not a multiple of model.num_heads 7"),
+        (["--eval.stride", "0"], "eval.stride must be at least 1"),
+    ],
+)
+def test_misspelt_and_invalid_flags(here, capsys, flags, message):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", *flags])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_damaged_artifacts_are_refused(trained, capsys):
+    file = trained / "model.golf"
+    data = file.read_bytes()
+    for damaged in (data[:-1], data + b"x", data[:100] + bytes([data[100] ^ 1]) + data[101:], b""):
+        file.write_bytes(damaged)
+        assert main(["sample", str(trained)]) == 3
+        assert "model.golf" in capsys.readouterr().err
+
+
+def test_the_wrong_tokenizer_is_refused(trained, capsys):
+    model = trained / "tokenizer.model"
+    from golfgpt.data.tokenizer import train_tokenizer
+
+    model.write_bytes(train_tokenizer(["other text entirely, " * 40, "with words of its own " * 40], 300))
+    assert main(["sample", str(trained)]) == 3
+    assert "is not the tokenizer that" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_torchrun_and_a_terminal(here, corpus):
+    """Two gloo processes through `-m golfgpt`, output on a pseudo-terminal: the live line is drawn."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "golfgpt"]
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        [*command, "train", "--recipe", "demo", "--data.path", str(corpus), "--name", "two", *TINY],
+        stdout=slave,
+        stderr=slave,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm"},
+    )
+    os.close(slave)
+    output = b""
+    while True:
+        try:
+            chunk = os.read(master, 65536)
+        except OSError:  # Linux says EIO when the last writer is gone
+            break
+        if not chunk:
+            break
+        output += chunk
+    assert process.wait(timeout=200) == 0, output.decode()
+    assert b"world_size:2" in output and b"ms/step" in output
+    assert (here / "runs" / "two" / "result.json").exists()
