@@ -262,7 +262,8 @@ class RuntimeConfig:
     device: Device = "auto"
     """auto: cuda where available, else cpu."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Dtype of activations and matmuls; auto: bfloat16 on cuda, float32 on cpu. Parameters are float32."""
+    """Dtype of activations and matmuls; auto: bfloat16 on cuda and on CPUs with AMX, else float32. Parameters are
+    float32."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the forward and backward; auto: on cuda only."""
     attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = "auto"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from golfgpt.errors import InputError
 
-TIMEOUT = datetime.timedelta(minutes=5)
+TIMEOUT = datetime.timedelta(minutes=10)
 """A collective that waits longer than this has lost a peer; nothing rank 0 does alone takes as long."""
 
 

@@ -35,21 +35,21 @@ _baseline = RunConfig(
 )
 
 _demo = RunConfig(
-    model=ModelConfig(num_layers=4, model_dim=128, num_heads=4, num_kv_heads=2, mlp_hidden=256),
-    optim=OptimConfig(muon_momentum_warmup_steps=100),
-    schedule=ScheduleConfig(max_seconds=75.0, warmdown_frac=0.6),
-    data=DataConfig(batch_tokens=8192, seq_len=256, spans=8),
+    model=ModelConfig(num_layers=2, model_dim=192, num_heads=3, num_kv_heads=1, mlp_hidden=384),
+    optim=OptimConfig(matrix_lr=0.02, scalar_lr=0.02, tied_embed_lr=0.025, muon_momentum_warmup_steps=100),
+    schedule=ScheduleConfig(max_seconds=100.0, warmdown_frac=0.85),
+    data=DataConfig(batch_tokens=2048, seq_len=256, spans=2),
     quant=QuantConfig(keep_numel=4096),
-    eval=EvalConfig(stride=128),
-    runtime=RuntimeConfig(log_every=50, checkpoint_seconds=20.0),
+    eval=EvalConfig(stride=128, batch_tokens=8192),
+    runtime=RuntimeConfig(checkpoint_seconds=20.0),
 )
 
 _small = replace(
     _demo,
-    model=ModelConfig(num_layers=6, model_dim=192, num_heads=6, num_kv_heads=3, mlp_hidden=384),
-    schedule=replace(_demo.schedule, max_seconds=600.0),
-    data=replace(_demo.data, batch_tokens=16_384, seq_len=512),
-    eval=EvalConfig(stride=64),
+    model=ModelConfig(num_layers=6, model_dim=192, num_heads=3, num_kv_heads=1, mlp_hidden=384),
+    schedule=replace(_demo.schedule, max_seconds=600.0, warmdown_frac=0.6),
+    data=replace(_demo.data, batch_tokens=4096, seq_len=512),
+    eval=EvalConfig(batch_tokens=8192),
     runtime=RuntimeConfig(),
 )
 
@@ -62,8 +62,8 @@ RECIPES: dict[str, Recipe] = {
             "Adam, int8 rows with the published scale floor, zlib. 600 s on 8 GPUs.",
             _baseline,
         ),
-        Recipe("small", "About 1.7 M parameters: ten minutes on a laptop's CPU.", _small),
-        Recipe("demo", "About 0.6 M parameters: 75 seconds of training on two CPU cores.", _demo),
+        Recipe("small", "1.6 M parameters: ten minutes of training on two CPU cores.", _small),
+        Recipe("demo", "0.7 M parameters: 100 seconds of training on two CPU cores.", _demo),
     )
 }
 

@@ -63,5 +63,5 @@ def tiny(corpus) -> RunConfig:
         data=DataConfig(path=str(corpus), batch_tokens=1024, seq_len=64),
         quant=QuantConfig(keep_numel=1000),
         eval=EvalConfig(window=64, stride=48, max_tokens=4000),
-        runtime=RuntimeConfig(device="cpu", checkpoint_seconds=0),
+        runtime=RuntimeConfig(device="cpu", dtype="float32", checkpoint_seconds=0),
     )

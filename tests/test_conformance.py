@@ -17,7 +17,7 @@ import torch
 from golfgpt_kernels import newton_schulz
 from safetensors import safe_open
 
-from golfgpt.config import DataConfig, ModelConfig, OptimConfig, QuantConfig, RunConfig, ScheduleConfig
+from golfgpt.config import DataConfig, ModelConfig, OptimConfig, RunConfig, RuntimeConfig, ScheduleConfig
 from golfgpt.data.shards import open_shard
 from golfgpt.distributed import Ranks
 from golfgpt.evaluate import Windows, score_windows
@@ -203,7 +203,7 @@ def check_trajectory(v: Vectors) -> None:
             warmdown_steps=hyper["warmdown_iters"],
         ),
         data=DataConfig(batch_tokens=hyper["train_batch_tokens"], seq_len=hyper["train_seq_len"]),
-        quant=QuantConfig(),
+        runtime=RuntimeConfig(dtype="float32"),
     )
     trainer = Trainer(run, ShardOnly(v.path.with_name(v.meta["shard"])), Ranks(0, 1, torch.device("cpu")))
     init = v.part("init.")
