@@ -371,8 +371,9 @@ def demo(args: Demo) -> int:
     if result and args.json:
         _print_json(result)
     elif result:
-        print(f"\n--- a sample (golfgpt sample {path} --prompt 'def ') ---")
-        sample(Sample(run=path, prompt="def ", tokens=120))
+        prompt = "    def __init__(self"
+        print(f"\n--- a sample: golfgpt sample {path} --prompt {prompt!r} ---")
+        sample(Sample(run=path, prompt=prompt, tokens=150))
         print(f"---\nrun folder: {path}")
     return 0
 
