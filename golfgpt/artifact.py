@@ -441,6 +441,13 @@ def _check_end(ended: bool, unused: bytes) -> None:
         raise InputError("bytes follow the compressed stream")
 
 
+def require_compressor(compressor: str) -> None:
+    """Raises InputError now rather than after training when `compressor` needs a package that is missing."""
+    for name in ("zstd", "brotli") if compressor == "smallest" else (compressor,):
+        if name in ("zstd", "brotli"):
+            _optional({"zstd": "zstandard"}.get(name, name))
+
+
 def _optional(module: str) -> ModuleType:
     try:
         return importlib.import_module(module)

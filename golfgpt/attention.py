@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -20,22 +22,24 @@ cuDNN's causal forward ahead of FlashAttention-2 on an H100 (288 against 229 TFL
 
 
 def select_backend(
-    choice: str, config: ModelConfig, seq_len: int, device: torch.device, dtype: torch.dtype
+    choice: str, config: ModelConfig, lengths: Iterable[int], device: torch.device, dtype: torch.dtype
 ) -> tuple[str, dict[str, str]]:
     """Enable one backend for the process; returns its name and why each one before it was passed over.
 
-    A candidate must run forward and backward on this model's heads and length and agree with the math
-    backend (cuDNN's backward has returned NaN for some lengths). Raises InputError when a named backend
-    does not pass.
+    A candidate must run forward and backward on this model's heads at all `lengths` and agree with the math
+    backend (cuDNN's backward has returned NaN for some lengths). Math stays enabled behind the chosen one,
+    for tensors on another device. Raises InputError when a named backend does not pass.
     """
+    lengths = sorted(set(lengths))
     refused: dict[str, str] = {}
     for name in BACKENDS if choice == "auto" else (choice,):
-        reason = _probe(name, config, seq_len, device, dtype)
+        reasons = (_probe(name, config, length, device, dtype) for length in lengths)
+        reason = next(filter(None, reasons), None)
         if reason is None:
             torch.backends.cuda.enable_cudnn_sdp(name == "cudnn")
             torch.backends.cuda.enable_flash_sdp(name == "flash")
             torch.backends.cuda.enable_mem_efficient_sdp(name == "efficient")
-            torch.backends.cuda.enable_math_sdp(name == "math")
+            torch.backends.cuda.enable_math_sdp(True)
             return name, refused
         refused[name] = reason
     raise InputError(f"runtime.attention {choice} does not work here: {refused}")

@@ -36,8 +36,8 @@ class Checkpoint:
     optimizers: dict[str, Tensor]
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _digest(tensors: dict[str, Tensor], meta: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
     for name in sorted(tensors):
         digest.update(name.encode())
         digest.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -58,12 +58,13 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         "seconds": checkpoint.seconds,
         "config": checkpoint.config,
         "dataset": checkpoint.dataset,
-        "sha256": _digest(tensors),
     }
+    meta["sha256"] = _digest(tensors, meta)
     path = folder / f"step_{checkpoint.step:08d}.safetensors"
     write_bytes(path, safetensors.torch.save(tensors, {"golfgpt": json.dumps(meta)}))
     for old in sorted(folder.glob("step_*.safetensors"))[:-KEEP]:
-        old.unlink()
+        if old != path:  # newer files that were damaged sort behind it
+            old.unlink()
     return path
 
 
@@ -73,24 +74,24 @@ def load(path: Path) -> Checkpoint:
         with safe_open(path, "pt") as file:
             meta = json.loads((file.metadata() or {})["golfgpt"])
         tensors = safetensors.torch.load_file(path)
-    except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
+        sha256 = meta.pop("sha256")
+    except (SafetensorError, KeyError, AttributeError, TypeError, json.JSONDecodeError, OSError) as error:
         raise ValueError(f"{path} is not a whole checkpoint: {error}") from error
-    if _digest(tensors) != meta["sha256"]:
+    if _digest(tensors, meta) != sha256:
         raise ValueError(f"{path} is damaged: its SHA-256 does not match its content")
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
-    del meta["sha256"]
     return Checkpoint(**meta, model=part("model."), optimizers=part("optimizers."))
 
 
-def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that is whole, and why newer ones were passed over."""
-    refused = []
+def latest(folder: Path) -> tuple[Checkpoint | None, dict[Path, str]]:
+    """The newest checkpoint that is whole, and the newer files that were passed over with the reasons."""
+    refused = {}
     for path in sorted(folder.glob("step_*.safetensors"), reverse=True):
         try:
             return load(path), refused
         except ValueError as error:
-            refused.append(str(error))
+            refused[path] = str(error)
     return None, refused

@@ -28,8 +28,8 @@ import tyro
 from tyro.conf import Positional
 
 from golfgpt import recipes
-from golfgpt.config import RunConfig, to_dict
-from golfgpt.errors import GolfError, InputError
+from golfgpt.config import RunConfig, differences, to_dict
+from golfgpt.errors import BudgetError, GolfError, InputError, Interrupted, PeerError
 
 RUNS = Path("runs")
 
@@ -86,6 +86,8 @@ class Sample:
 class Budget:
     """Bytes of a configuration before training, or of an artifact, against the budget."""
 
+    run: Positional[Path | None] = None
+    """Run folder or .golf file to measure, given first; without it, the configuration is measured."""
     config: Config
     recipe: str = "baseline"
     """Configuration to start from."""
@@ -138,18 +140,20 @@ class DataPrepare:
     """Files (.txt, .jsonl, .jsonl.zst), folders of them, or globs; none: the Python standard library's source."""
     out: Path
     """Folder to write."""
-    vocab_size: int = 1024
-    """Tokens of the tokenizer to train."""
+    vocab_size: int | None = None
+    """Tokens of the tokenizer to train; default 1024."""
     tokenizer: Path | None = None
     """Use this SentencePiece model instead of training one."""
-    val: tuple[str, ...] = ()
-    """Separate inputs for validation."""
+    val: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Separate input for validation; give the flag once for each."""
     val_fraction: float | None = None
     """Share of the documents that goes to validation when --val is not given."""
     document_separator: str | None = None
     """Text between documents in .txt files; default: blank lines, packed to at least 2 kB a document."""
     workers: int | None = None
     """Processes; default: one a core."""
+    overwrite: bool = False
+    """Replace a folder that was prepared before."""
     json: bool = False
     """Print the manifest as JSON."""
 
@@ -179,15 +183,27 @@ class Recipes:
 
 
 def train(args: Train) -> int:
+    if args.resume and args.name:
+        raise InputError(f"--name {args.name} and --resume {args.resume} exclude each other: a run keeps its folder")
+    path = args.resume or RUNS / _run_name(args.name, args.recipe)
+    code = _train(args.config, path, resume=args.resume is not None, as_json=args.json)
+    if not args.json and int(os.environ.get("RANK", 0)) == 0:
+        print(f"run folder: {path}    next: golfgpt sample {path}")
+    return code
+
+
+def _train(config: RunConfig, path: Path, *, resume: bool, as_json: bool) -> int:
+    """Train; with `as_json` print result.json, also when the artifact is over its budget."""
     from golfgpt.train import train
 
-    path = args.resume or RUNS / _run_name(args.name, args.recipe)
-    result = train(args.config, path, resume=args.resume is not None, quiet=args.json)
-    if result:
-        if args.json:
-            _print_json(result)
-        else:
-            print(f"run folder: {path}    next: golfgpt sample {path}")
+    try:
+        result = train(config, path, resume=resume, quiet=as_json)
+    except BudgetError:
+        if as_json and (path / "result.json").exists():
+            print((path / "result.json").read_text(encoding="utf-8"))
+        raise
+    if as_json and result:
+        _print_json(result)
     return 0
 
 
@@ -201,16 +217,19 @@ def evaluate(args: Eval) -> int:
     from golfgpt.train import compute_dtype, open_dataset
 
     config = args.config
+    started = _stored_config(args.run)
+    changed = [d for d in differences(started, config) if not d.startswith(("eval.", "data.path", "runtime."))]
+    if changed:
+        raise InputError(f"a trained model keeps its configuration; not for eval: {'; '.join(changed)}")
     ranks = distributed.start(config.runtime.device)
     reporter = Reporter(None, speak=ranks.main, quiet=args.json)
     try:
         model, tokenizer = load(args.run)
-        config = replace(config, model=model.config)
-        dataset = open_dataset(config)
+        dataset = open_dataset(config, ranks)
         if dataset.need_tokenizer().digest != tokenizer.digest:
             raise InputError(f"{config.data.path} was made with another tokenizer than {args.run}")
-        dtype = compute_dtype(config, ranks.device)
-        backend, _ = select_backend(config.runtime.attention, config.model, config.window, ranks.device, dtype)
+        dtype = compute_dtype(config, ranks)
+        backend, _ = select_backend(config.runtime.attention, config.model, [config.window], ranks.device, dtype)
         reporter.line(f"device:{ranks.device} dtype:{dtype} attention:{backend} data:{config.data.path}")
         score = evaluate(
             model.to(ranks.device),
@@ -220,7 +239,7 @@ def evaluate(args: Eval) -> int:
             dtype=dtype,
             progress=lambda done, total, bpb: reporter.status(f"{done:,} of {total:,} tokens, {bpb:.4f} so far"),
         )
-        known = yardsticks(dataset) if ranks.main else {}
+        known = yardsticks(dataset) if ranks.main and not score.partial else None
     finally:
         reporter.close()
         ranks.close()
@@ -238,11 +257,14 @@ def sample(args: Sample) -> int:
     from golfgpt import artifact
     from golfgpt.run import artifact_file, load
 
-    if args.tokens < 1 or args.temperature < 0 or (args.top_k is not None and args.top_k < 1):
-        raise InputError(
-            f"--tokens {args.tokens} and --top-k {args.top_k} must be at least 1, "
-            f"--temperature {args.temperature:g} at least 0"
-        )
+    for name, value, low, high in (
+        ("tokens", args.tokens, 1, 10**6),
+        ("top-k", args.top_k or 1, 1, 65_536),
+        ("temperature", args.temperature, 0, 100),
+        ("seed", args.seed, 0, 2**63 - 1),
+    ):
+        if not low <= value <= high:
+            raise InputError(f"--{name} must lie in {low}..{high}, got {value}")
     model, tokenizer = load(args.run)
     ids = torch.tensor([tokenizer.bos_id, *tokenizer.encode(args.prompt)])
     new = model.generate(
@@ -268,6 +290,8 @@ def budget(args: Budget) -> int:
     from golfgpt.upstream import parameter_shapes
 
     config = args.config
+    if args.run:
+        return _budget_of_artifact(args.run, args.json, config)
     quantizer = Quantizer(config.model, config.quant)
     shapes = parameter_shapes(config.model).values()
     parameters = sum(map(math.prod, shapes))
@@ -292,12 +316,15 @@ def budget(args: Budget) -> int:
     return 0
 
 
-def budget_of_artifact(path: Path, as_json: bool, config: RunConfig) -> int:
-    """`golfgpt budget RUN`: exact bytes of a file, non-zero exit over the cap."""
+def _budget_of_artifact(path: Path, as_json: bool, config: RunConfig) -> int:
+    """Exact bytes of a file; BudgetError over the cap."""
     from golfgpt import artifact
     from golfgpt.report import budget_lines, tensor_table
     from golfgpt.run import artifact_file
 
+    started = _run_config([str(path)]) if path.is_dir() else RunConfig()
+    if changed := [d for d in differences(started, config) if not d.startswith("budget.")]:
+        raise InputError(f"a file has the bytes it has; not for budget {path}: {'; '.join(changed)}")
     info = artifact.inspect(artifact_file(path))
     if as_json:
         _print_json(asdict(artifact.budget_report(info.file_bytes, config.budget)))
@@ -359,23 +386,22 @@ def export(args: Export) -> int:
 
 def demo(args: Demo) -> int:
     from golfgpt.data.shards import MANIFEST
-    from golfgpt.train import train
 
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("demo is one process; for several: golfgpt data prepare, then torchrun … -m golfgpt train")
     if (args.data / MANIFEST).exists():
         print(f"corpus: {args.data}, as prepared before", file=sys.stderr if args.json else sys.stdout)
     else:
         _prepare(DataPrepare(out=args.data, vocab_size=args.config.model.vocab_size, json=args.json))
     path = RUNS / _run_name(args.name, "demo")
     config = replace(args.config, data=replace(args.config.data, path=str(args.data)))
-    result = train(config, path, quiet=args.json)
-    if result and args.json:
-        _print_json(result)
-    elif result:
+    code = _train(config, path, resume=False, as_json=args.json)
+    if not args.json:
         prompt = "    def __init__(self"
         print(f"\n--- a sample: golfgpt sample {path} --prompt {prompt!r} ---")
         sample(Sample(run=path, prompt=prompt, tokens=150))
         print(f"---\nrun folder: {path}")
-    return 0
+    return code
 
 
 def data_prepare(args: DataPrepare) -> int:
@@ -393,6 +419,10 @@ def _prepare(args: DataPrepare) -> Any:
     from golfgpt.report import table
 
     say = sys.stderr if args.json else sys.stdout
+    if args.vocab_size is not None and args.tokenizer is not None:
+        raise InputError("--vocab-size trains a tokenizer and --tokenizer takes one; give one of them")
+    if not args.inputs and (args.val or args.document_separator):
+        raise InputError("--val and --document-separator need inputs to train on: name them first")
     if not args.inputs:
         text = demo_text()
         skipped = ", ".join(f"{count} {reason}" for reason, count in text.skipped.items())
@@ -401,12 +431,13 @@ def _prepare(args: DataPrepare) -> Any:
         manifest = prepare(
             args.inputs or None,
             args.out,
-            vocab_size=args.vocab_size,
+            vocab_size=args.vocab_size or 1024,
             tokenizer=args.tokenizer,
             val=args.val or None,
             val_fraction=args.val_fraction,
             separator=args.document_separator,
             workers=args.workers,
+            overwrite=args.overwrite,
             progress=progress,
         )
     splits = (("train", manifest.train), ("val", manifest.val))
@@ -438,6 +469,8 @@ def data_verify(args: DataVerify) -> int:
 
 
 def show_recipes(args: Recipes) -> int:
+    if args.action == "list" and args.name is not None:
+        raise InputError(f"golfgpt recipes list takes no name; to see one: golfgpt recipes show {args.name}")
     if args.action == "show":
         if args.name is None:
             raise InputError(f"name the recipe to show: {', '.join(recipes.RECIPES)}")
@@ -476,9 +509,16 @@ def _train_config(argv: list[str]) -> RunConfig:
 
 
 def _run_config(argv: list[str]) -> RunConfig:
+    """The config of the run that argv names first."""
     if not argv or argv[0].startswith("-"):
         return RunConfig()
     return _stored_config(Path(argv[0]))
+
+
+def _budget_config(argv: list[str]) -> RunConfig:
+    if argv and not argv[0].startswith("-"):
+        return _run_config(argv) if Path(argv[0]).is_dir() else RunConfig()
+    return _recipe_config(argv)
 
 
 def _stored_config(path: Path) -> RunConfig:
@@ -494,7 +534,7 @@ COMMANDS = {
     "train": Command(Train, train, _train_config),
     "eval": Command(Eval, evaluate, _run_config),
     "sample": Command(Sample, sample),
-    "budget": Command(Budget, budget, _recipe_config),
+    "budget": Command(Budget, budget, _budget_config),
     "inspect": Command(Inspect, inspect),
     "export": Command(Export, export),
     "recipes": Command(Recipes, show_recipes),
@@ -529,10 +569,19 @@ def main(argv: list[str]) -> int:
         hint = f"; did you mean {close[0]}?" if close else ""
         print(f"golfgpt: unknown command {name!r}{hint}\n\n{_overview()}", file=sys.stderr)
         return 2
+    except PeerError as error:
+        return error.exit_code
+    except Interrupted as error:
+        return _fail(str(error), error.exit_code) if int(os.environ.get("RANK", 0)) == 0 else error.exit_code
     except GolfError as error:
         return _fail(str(error), error.exit_code)
+    except BrokenPipeError:  # the reader of a pipe had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as error:
         return _fail(str(error), 3)
+    except MemoryError as error:
+        return _fail(f"out of memory ({error}); lower --data.microbatch-tokens or --eval.batch-tokens", 3)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
 
@@ -545,25 +594,19 @@ def _fail(message: str, code: int) -> int:
 
 def _dispatch(name: str, argv: list[str]) -> int:
     command = COMMANDS[name]
-    if name == "budget" and argv and not argv[0].startswith("-"):
-        path, argv = Path(argv[0]), argv[1:]
-        config = _stored_config(path) if path.is_dir() else RunConfig()
-        args = _parse(Budget, name, argv, config)
-        return budget_of_artifact(path, args.json, args.config)
-    try:
-        config = command.start(argv) if command.start else None
-    except GolfError:
-        raise
-    except ValueError as error:
-        return _fail(str(error), 2)
-    return command.run(_parse(command.args, name, argv, config))
+    config = command.start(argv) if command.start else None
+    args = _parse(command.args, name, argv, config)
+    run = getattr(args, "run", None)
+    if command.start and run is not None and Path(argv[0]) != run:
+        raise InputError(f"name the run first: golfgpt {name} {run} … (its config is what the options override)")
+    return command.run(args)
 
 
 def _parse(cls: type, name: str, argv: list[str], config: RunConfig | None) -> Any:
     marked = Annotated[cls, tyro.conf.FlagCreatePairsOff]
     if config is None:
         return tyro.cli(marked, prog=f"golfgpt {name}", args=argv)
-    required = {"run": Path(argv[0]) if argv else Path()} if cls is Eval else {}
+    required = {"run": tyro.MISSING} if cls is Eval else {}
     return tyro.cli(marked, prog=f"golfgpt {name}", args=argv, default=cls(config=config, **required))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -63,8 +64,12 @@ class ModelConfig:
             f"model.num_heads {self.num_heads} is not a multiple of model.num_kv_heads {self.num_kv_heads}",
         )
         _check(self.head_dim % 2 == 0, f"head_dim {self.head_dim} must be even: rotary embedding turns pairs")
-        _check(self.logit_softcap > 0, f"model.logit_softcap must be positive, got {self.logit_softcap}")
-        _check(self.rope_base > 1, f"model.rope_base must exceed 1, got {self.rope_base}")
+        for name in ("logit_softcap", "rope_base"):
+            value = getattr(self, name)
+            _check(0 < value < math.inf, f"model.{name} must be positive and finite, got {value}")
+        for name in ("qk_gain_init", "tied_embed_init_std"):
+            value = getattr(self, name)
+            _check(0 <= value < math.inf, f"model.{name} must be finite and not negative, got {value}")
 
     @property
     def head_dim(self) -> int:
@@ -116,7 +121,8 @@ class OptimConfig:
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
-            _check(value >= 0, f"optim.{item.name} must not be negative, got {value}")
+            _check(0 <= value < math.inf, f"optim.{item.name} must be finite and not negative, got {value}")
+        _check(self.muon_ns_steps >= 1, f"optim.muon_ns_steps must be at least 1, got {self.muon_ns_steps}")
         for name in ("muon_momentum", "muon_momentum_warmup_start", "adam_beta1", "adam_beta2"):
             _check(getattr(self, name) < 1, f"optim.{name} must be below 1, got {getattr(self, name)}")
 
@@ -140,7 +146,7 @@ class ScheduleConfig:
     def __post_init__(self) -> None:
         _check(self.max_steps >= 1, f"schedule.max_steps must be at least 1, got {self.max_steps}")
         _check(
-            self.max_seconds is None or self.max_seconds > 0,
+            self.max_seconds is None or 0 < self.max_seconds < math.inf,
             f"schedule.max_seconds must be positive or None, got {self.max_seconds}",
         )
         _check(
@@ -166,7 +172,8 @@ class DataConfig:
     spans: int = 8
     """Contiguous spans that a step reads; they are dealt to the ranks, so at most this many ranks take part."""
     microbatch_tokens: int | None = None
-    """Tokens per forward and backward; None: a whole span. Smaller needs less memory, the step stays the same."""
+    """Tokens per forward and backward; None: one span. Fewer need less memory, more (several spans at once) less
+    launching; the step stays the same."""
 
     def __post_init__(self) -> None:
         for name in ("batch_tokens", "seq_len", "spans"):
@@ -301,6 +308,7 @@ class RunConfig:
     """Seed of the initial weights; the order of the data does not depend on it."""
 
     def __post_init__(self) -> None:
+        _check(0 <= self.seed < 2**63, f"seed must lie in 0..2^63-1, got {self.seed}")
         window, stride = self.window, self.stride
         _check(stride <= window, f"eval.stride {stride} exceeds the window {window}: tokens would be skipped")
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import datetime
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from golfgpt.errors import InputError
+from golfgpt.errors import InputError, PeerError
 
 TIMEOUT = datetime.timedelta(minutes=10)
 """A collective that waits longer than this has lost a peer; nothing rank 0 does alone takes as long."""
@@ -39,6 +40,22 @@ class Ranks:
         if self.world > 1:
             dist.broadcast(tensor, 0)
         return tensor
+
+    def share(self, value: Any = None) -> Any:
+        """Rank 0's `value` on every rank."""
+        if self.world > 1:
+            box = [value]
+            dist.broadcast_object_list(box, 0, device=self.device)
+            return box[0]
+        return value
+
+    def settle(self, error: Exception | None) -> None:
+        """Raise `error`; where another rank has one instead, raise PeerError, so that no rank waits in vain."""
+        failed = self.sum_(torch.tensor(float(error is not None), device=self.device)).item()
+        if error is not None:
+            raise error
+        if failed:
+            raise PeerError("another rank stopped with an error")
 
     def barrier(self) -> None:
         if self.world > 1:

@@ -46,6 +46,10 @@ class BusyError(GolfError):
     exit_code = 7
 
 
+class PeerError(GolfError):
+    """Another rank failed and says why; this one only stops."""
+
+
 class Interrupted(GolfError):
     """The run was stopped by a signal after saving its state."""
 

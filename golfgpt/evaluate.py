@@ -27,7 +27,7 @@ from golfgpt.bpb import bits_per_byte
 from golfgpt.config import RunConfig
 from golfgpt.data.shards import Dataset
 from golfgpt.distributed import Ranks
-from golfgpt.errors import InputError, NonFiniteError, VerificationError
+from golfgpt.errors import GolfError, InputError, NonFiniteError, VerificationError
 from golfgpt.model import GPT
 
 
@@ -49,6 +49,10 @@ class Score:
     label: str
     """val_bpb; with a suffix when the text is normalized by a lossy tokenizer or only partly scored."""
     seconds: float
+    dtype: str
+    """Of activations and matmuls."""
+    partial: bool
+    """Only the leading tokens of the text were scored."""
 
 
 @dataclass(frozen=True)
@@ -127,14 +131,11 @@ def evaluate(
     ranks: Ranks,
     *,
     dtype: torch.dtype,
-    hidden_states: Callable[[Tensor], Tensor] | None = None,
     progress: Callable[[int, int, float], None] | None = None,
-    poll: Callable[[], None] | None = None,
 ) -> Score:
     """Score `model` on the validation split, windows dealt to the ranks in contiguous ranges.
 
-    `hidden_states` replaces the model's forward by a compiled one. `progress(done, total, bpb)` is called
-    after every batch of this rank with its own running score; `poll` may raise to stop.
+    `progress(done, total, bpb)` is called after every batch of this rank with its own running score.
     Raises InputError for windows that do not fit, NonFiniteError naming the first bad token, and
     VerificationError when the bytes of the text, counted a second time by decoding it, are not the bytes
     that the score is divided by.
@@ -144,39 +145,42 @@ def evaluate(
     targets = windows.targets
     share = range(*(len(windows) * r // ranks.world for r in (ranks.rank, ranks.rank + 1)))
     most = max(1, config.eval.batch_tokens // windows.window)
-    batch = -(-len(share) // max(1, -(-len(share) // most)))  # even batches: little is filled up at the end
-    head_weight = model.head_weight.to(dtype)
-    forward = hidden_states or (lambda ids: model(ids, dtype=dtype))
+    batch = max(1, -(-len(share) // max(1, -(-len(share) // most))))  # even batches: little filling at the end
     sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes: exact integers up to 2^53
-    scored = score_windows(
-        forward,
-        head_weight,
-        model.config.logit_softcap,
-        dataset.val_ids,
-        windows,
-        share,
-        batch,
-        ranks.device,
-    )
-    for positions, nats in scored:
-        if not np.isfinite(nats).all():
-            bad = int(positions[~np.isfinite(nats)][0])
-            raise NonFiniteError(f"the model gives token {bad} of the validation text no finite probability")
-        low, high = int(positions[0]), int(positions[-1]) + 1
-        counts = dataset.byte_counts(low, high)[positions - low]
-        sums += torch.tensor([nats.astype(np.float64).sum(), nats.size, counts.sum(dtype=np.float64)])
-        if progress:
-            progress(int(sums[1]), targets // ranks.world, bits_per_byte(float(sums[0]), max(int(sums[2]), 1)))
-        if poll:
-            poll()
-    proved = dataset.prove_val_bytes(targets + 1) if ranks.main else 0
+    proved, failed = 0, None
+    try:
+        scored = score_windows(
+            lambda ids: model(ids, dtype=dtype),
+            model.head_weight.to(dtype),
+            model.config.logit_softcap,
+            dataset.val_ids,
+            windows,
+            share,
+            batch,
+            ranks.device,
+        )
+        for positions, nats in scored:
+            if not np.isfinite(nats).all():
+                bad = int(positions[~np.isfinite(nats)][0])
+                raise NonFiniteError(f"the model gives token {bad} of the validation text no finite probability")
+            low, high = int(positions[0]), int(positions[-1]) + 1
+            counts = dataset.byte_counts(low, high)[positions - low]
+            sums += torch.tensor([nats.astype(np.float64).sum(), nats.size, counts.sum(dtype=np.float64)])
+            if progress:
+                running = bits_per_byte(float(sums[0]), max(int(sums[2]), 1))
+                progress(int(sums[1]), targets // ranks.world, running)
+        if ranks.main:
+            proved = dataset.prove_val_bytes(targets + 1) - int(dataset.byte_counts(0, 1)[0])
+    except GolfError as error:
+        failed = error
+    ranks.settle(failed)
     sums = ranks.sum_(sums.to(ranks.device)).cpu()
     nats, tokens, nbytes = float(sums[0]), int(sums[1]), int(sums[2])
-    first = int(dataset.byte_counts(0, 1)[0])
-    if tokens != targets or (ranks.main and nbytes + first != proved):
+    if tokens != targets or (ranks.main and nbytes != proved):
         raise VerificationError(
-            f"scored {tokens} of {targets} tokens and {nbytes} of {proved - first} bytes: no score can be proved"
+            f"scored {tokens} of {targets} tokens and {nbytes} of {proved} bytes: no score can be proved"
         )
+    partial = tokens < dataset.val_tokens - 1
     label = "val_bpb" if dataset.lossless else "val_bpb (normalized text)"
     return Score(
         val_loss=nats / tokens,
@@ -186,6 +190,8 @@ def evaluate(
         bytes=nbytes,
         window=windows.window,
         stride=windows.stride,
-        label=label + (f" (first {tokens} tokens)" if tokens < dataset.val_tokens - 1 else ""),
+        label=label + (f" (first {tokens} tokens)" if partial else ""),
         seconds=time.perf_counter() - begun,
+        dtype=str(dtype).removeprefix("torch."),
+        partial=partial,
     )

@@ -175,7 +175,9 @@ class GPT(nn.Module):
             else:
                 if top_k is not None and top_k < logits.numel():
                     logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
-                token = int(torch.multinomial((logits / temperature).softmax(0), 1, generator=generator))
+                token = int(
+                    torch.multinomial(((logits - logits.max()) / temperature).softmax(0), 1, generator=generator)
+                )
             if token == stop_id:
                 break
             out.append(token)

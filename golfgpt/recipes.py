@@ -18,6 +18,7 @@ from golfgpt.config import (
     RuntimeConfig,
     ScheduleConfig,
 )
+from golfgpt.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ _demo = RunConfig(
     model=ModelConfig(num_layers=2, model_dim=192, num_heads=3, num_kv_heads=1, mlp_hidden=384),
     optim=OptimConfig(matrix_lr=0.02, scalar_lr=0.02, tied_embed_lr=0.025, muon_momentum_warmup_steps=100),
     schedule=ScheduleConfig(max_seconds=100.0, warmdown_frac=0.85),
-    data=DataConfig(batch_tokens=2048, seq_len=256, spans=2),
+    data=DataConfig(batch_tokens=2048, seq_len=256, microbatch_tokens=1024),
     quant=QuantConfig(keep_numel=4096),
     eval=EvalConfig(stride=128, batch_tokens=8192),
     runtime=RuntimeConfig(checkpoint_seconds=20.0),
@@ -48,7 +49,7 @@ _small = replace(
     _demo,
     model=ModelConfig(num_layers=6, model_dim=192, num_heads=3, num_kv_heads=1, mlp_hidden=384),
     schedule=replace(_demo.schedule, max_seconds=600.0, warmdown_frac=0.6),
-    data=replace(_demo.data, batch_tokens=4096, seq_len=512),
+    data=DataConfig(batch_tokens=4096, seq_len=512, microbatch_tokens=2048),
     eval=EvalConfig(batch_tokens=8192),
     runtime=RuntimeConfig(),
 )
@@ -69,9 +70,9 @@ RECIPES: dict[str, Recipe] = {
 
 
 def get(name: str) -> Recipe:
-    """The recipe called `name`. Raises ValueError with the closest names."""
+    """The recipe called `name`. Raises InputError with the closest name."""
     if name not in RECIPES:
         close = difflib.get_close_matches(name, RECIPES, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"unknown recipe {name!r}{hint} Known: {', '.join(RECIPES)}")
+        raise InputError(f"unknown recipe {name!r}{hint} Known: {', '.join(RECIPES)}")
     return RECIPES[name]

@@ -52,12 +52,14 @@ def budget_lines(info: ArtifactInfo, budget: BudgetConfig) -> str:
 YARDSTICKS = {"gzip": "gzip -9", "xz": "xz", "zstd": "zstd -22", "bigram": "token bigram, fitted on train"}
 
 
-def score_lines(score: Score, yardsticks: dict[str, float]) -> str:
-    """A score with the yardsticks on the same text below it."""
+def score_lines(score: Score, yardsticks: dict[str, float] | None) -> str:
+    """A score, with the yardsticks on the same text below it where the whole text was scored."""
+    line = (
+        f"{score.label} {score.val_bpb:.4f}   val_loss {score.val_loss:.4f}   window {score.window} stride "
+        f"{score.stride}   {score.dtype}   {score.tokens:,} tokens, {score.bytes:,} bytes, {score.seconds:.1f} s"
+    )
+    if not yardsticks:
+        return line
     rows = [("this model", f"{score.val_bpb:.4f}")]
     rows += [(YARDSTICKS[name], f"{value:.4f}") for name, value in yardsticks.items()]
-    return (
-        f"{score.label} {score.val_bpb:.4f}   val_loss {score.val_loss:.4f}   window {score.window} stride "
-        f"{score.stride}   {score.tokens:,} tokens, {score.bytes:,} bytes, {score.seconds:.1f} s\n"
-        + table(("bits per byte of the same text", score.label), rows)
-    )
+    return line + "\n" + table(("bits per byte of the same text", score.label), rows)

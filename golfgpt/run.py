@@ -35,10 +35,16 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.artifact = path / "model.golf"
         self._lock = filelock.FileLock(path / ".lock")
+        self._warned = False
         try:
             self._lock.acquire(timeout=0)
         except filelock.Timeout:
             raise BusyError(f"{path} is in use by another process; wait for it or choose another name") from None
+        for left in self.checkpoints.glob(".*.tmp"):  # of a process that was killed while it wrote
+            left.unlink()
+        metrics = path / "metrics.jsonl"
+        if metrics.exists() and not (data := metrics.read_bytes()).endswith(b"\n"):
+            write_bytes(metrics, data[: data.rfind(b"\n") + 1])  # a line torn by a kill or a full disk
 
     @classmethod
     def create(cls, path: Path, config: RunConfig, tokenizer: bytes) -> RunFolder:
@@ -49,10 +55,16 @@ class RunFolder:
             folder.close()
             raise InputError(f"{path} already holds a run; choose another --name, or continue it with --resume")
         folder.checkpoints.mkdir(exist_ok=True)
-        write_json(path / "config.json", to_dict(config))
         write_json(path / "env.json", environment())
         write_bytes(path / "tokenizer.model", tokenizer)
+        write_json(path / "config.json", to_dict(config))  # last: it makes the folder a run
         return folder
+
+    def discard(self) -> None:
+        """Give the name back: forget a run that never saved anything."""
+        if not any(self.checkpoints.iterdir()):
+            for name in ("config.json", "metrics.jsonl", "train.log"):
+                (self.path / name).unlink(missing_ok=True)
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
@@ -62,13 +74,21 @@ class RunFolder:
 
     def metric(self, kind: str, **values: Any) -> None:
         """Append one object to metrics.jsonl."""
-        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, "time": round(time.time(), 3), **values}) + "\n")
+        self._append("metrics.jsonl", json.dumps({"kind": kind, "time": round(time.time(), 3), **values}))
 
     def log(self, line: str) -> None:
         """Append one line to train.log."""
-        with open(self.path / "train.log", "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        self._append("train.log", line)
+
+    def _append(self, name: str, line: str) -> None:
+        """A full disk must not end a run over a log line: it is said once."""
+        try:
+            with open(self.path / name, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            if not self._warned:
+                print(f"warning: {self.path / name}: {error.strerror}; the run goes on", file=sys.stderr)
+            self._warned = True
 
     def close(self) -> None:
         self._lock.release()

@@ -14,9 +14,10 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -31,14 +32,14 @@ from golfgpt.data.shards import Dataset
 from golfgpt.data.streams import TokenStream, spans_of_rank, step_spans
 from golfgpt.data.yardsticks import yardsticks
 from golfgpt.distributed import Ranks
-from golfgpt.errors import BudgetError, InputError, Interrupted, NonFiniteError
+from golfgpt.errors import BudgetError, GolfError, InputError, Interrupted, NonFiniteError
 from golfgpt.evaluate import Score, evaluate, plan_windows
 from golfgpt.files import sha256_file, write_json
 from golfgpt.model import GPT
 from golfgpt.optim import Optimizers
 from golfgpt.quant import Quantizer
 from golfgpt.report import budget_lines, score_lines, table, tensor_table
-from golfgpt.run import Reporter, RunFolder
+from golfgpt.run import Reporter, RunFolder, read_config
 from golfgpt.schedule import crosses_cap, lr_multiplier, muon_momentum
 from golfgpt.upstream import to_upstream
 
@@ -69,7 +70,7 @@ class Trainer:
                 f"raise --data.spans to at least {ranks.world}"
             )
         self.config, self.ranks = config, ranks
-        self.dtype = compute_dtype(config, ranks.device)
+        self.dtype = compute_dtype(config, ranks)
         self.model = GPT(config.model, seed=config.seed).to(ranks.device)
         self.optimizers = Optimizers(self.model, config.optim)
         self.stream = TokenStream(dataset.train)
@@ -99,15 +100,17 @@ class Trainer:
         self._flat.zero_()
         loss = torch.zeros((), device=self.ranks.device)
         positions = step_spans(step, data.batch_tokens, data.spans)
+        spans = [
+            torch.from_numpy(self.stream.read(positions[span], data.span_tokens + 1).astype("int64"))
+            for span in spans_of_rank(self.ranks.rank, self.ranks.world, data.spans)
+        ]
+        tokens = torch.stack(spans).to(self.ranks.device)
+        ids, targets = (t.reshape(-1, data.seq_len) for t in (tokens[:, :-1], tokens[:, 1:]))
         rows = (data.microbatch_tokens or data.span_tokens) // data.seq_len
-        for span in spans_of_rank(self.ranks.rank, self.ranks.world, data.spans):
-            tokens = torch.from_numpy(self.stream.read(positions[span], data.span_tokens + 1).astype("int64"))
-            tokens = tokens.to(self.ranks.device)
-            ids, targets = (t.view(-1, data.seq_len) for t in (tokens[:-1], tokens[1:]))
-            for x, y in zip(ids.split(rows), targets.split(rows), strict=True):
-                part = self._loss(x, y, dtype=self.dtype) * (y.numel() / data.batch_tokens)
-                part.backward()
-                loss += part.detach()
+        for x, y in zip(ids.split(rows), targets.split(rows), strict=True):
+            part = self._loss(x, y, dtype=self.dtype) * (y.numel() / data.batch_tokens)
+            part.backward()
+            loss += part.detach()
         stop, signaled = votes()
         clock = (seconds, stop) if self.ranks.main else (0.0, False)
         self._control.copy_(torch.tensor([0.0, *clock, signaled]))
@@ -139,6 +142,12 @@ class Trainer:
         grad = f"the gradient of {bad[0]} ({len(bad)} of {len(grads)} tensors)" if bad else ""
         return " and ".join(filter(None, (loss, grad))) or f"the gradient norm ({result.grad_norm})"
 
+    def check_finite(self) -> None:
+        """Raises NonFiniteError naming a parameter that the last update made NaN or infinite."""
+        for name, p in self.model.named_parameters():
+            if not torch.isfinite(p).all():
+                raise NonFiniteError(f"parameter {name} is not finite after the last update; nothing was exported")
+
     def warm_up(self, steps: int, tick: Callable[[int], None]) -> None:
         """Run `steps` full steps to compile everything, then undo them; `tick(i)` is called before step i."""
         model = {k: v.clone() for k, v in self.model.state_dict().items()}
@@ -151,43 +160,59 @@ class Trainer:
         self.optimizers.load_state(optimizers)
 
 
-def compute_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
+def compute_dtype(config: RunConfig, ranks: Ranks) -> torch.dtype:
     """The dtype of activations and matmuls; "auto" is bfloat16 where the matrix units speak it: on GPUs, and on
     CPUs with AMX (a 0.7 M parameter model trains 1.6 times as fast there as in float32).
 
     Raises InputError for bfloat16 on a GPU that lacks it.
     """
-    choice = config.runtime.dtype
-    if device.type == "cuda" and choice != "float32" and not torch.cuda.is_bf16_supported():
+    choice, cuda = config.runtime.dtype, ranks.device.type == "cuda"
+    if cuda and choice != "float32" and not torch.cuda.is_bf16_supported():
         raise InputError(f"{torch.cuda.get_device_name()} has no bfloat16; use --runtime.dtype float32")
     if choice == "auto":
-        return torch.bfloat16 if device.type == "cuda" or torch.cpu._is_amx_tile_supported() else torch.float32
+        amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+        return ranks.share(torch.bfloat16 if cuda or amx else torch.float32)
     return getattr(torch, choice)
 
 
-@contextlib.contextmanager
-def catch_signals() -> Iterator[list[int]]:
-    """A list that receives SIGTERM and SIGINT while the block runs.
+class Signals:
+    """SIGTERM and SIGINT: raise Interrupted at once, or, while `deferred`, wait for the end of the step.
 
-    torchrun forwards a terminal's ctrl-C, so a worker sees it twice: only the third SIGINT acts as usual.
+    A second signal of a kind does not wait. Outside the main thread the handlers are left alone.
     """
-    caught: list[int] = []
 
-    def handler(signum: int, frame) -> None:
-        caught.append(signum)
-        if caught.count(signal.SIGINT) > 2:
-            raise KeyboardInterrupt
+    def __init__(self, path: Path):
+        self.caught: list[int] = []
+        self.deferred = False
+        self.saved = "nothing was trained yet"
+        self._path = path
 
-    previous = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield caught
-    finally:
-        for signum, old in previous.items():
-            signal.signal(signum, old)
+    def __enter__(self) -> Signals:
+        main = threading.current_thread() is threading.main_thread()
+        kinds = (signal.SIGTERM, signal.SIGINT) if main else ()
+        self._previous = {kind: signal.signal(kind, self._handle) for kind in kinds}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for kind, previous in self._previous.items():
+            signal.signal(kind, previous)
+
+    def _handle(self, signum: int, frame) -> None:
+        self.caught.append(signum)
+        if not self.deferred or self.caught.count(signum) > 1:
+            raise self.interrupted()
+
+    def interrupted(self) -> Interrupted:
+        """The exception that ends the run: says what is saved and how to go on."""
+        signum = self.caught[0] if self.caught else signal.SIGTERM
+        return Interrupted(
+            f"stopped by {signal.Signals(signum).name}; {self.saved}. Resume with: golfgpt train --resume {self._path}",
+            signum,
+        )
 
 
-def open_dataset(config: RunConfig) -> Dataset:
-    """The data set of `config`, checked against the model. Raises InputError."""
+def open_dataset(config: RunConfig, ranks: Ranks) -> Dataset:
+    """The data set of `config`, checked against the model; each rank reads its share. Raises InputError."""
     if config.data.path is None:
         raise InputError("no data: name a prepared folder with --data.path DIR (see golfgpt data prepare)")
     dataset = Dataset.open(Path(config.data.path))
@@ -197,9 +222,13 @@ def open_dataset(config: RunConfig) -> Dataset:
             f"the tokenizer of {config.data.path} has {dataset.vocab_size} tokens, the model "
             f"{config.model.vocab_size}; use --model.vocab-size {dataset.vocab_size}"
         )
-    dataset.check_token_ids(config.model.vocab_size)
     plan_windows(dataset, config)  # fail now, not after training
+    dataset.check_token_ids(config.model.vocab_size, deal=(ranks.rank, ranks.world))
     return dataset
+
+
+RESUMABLE = ("runtime.", "eval.", "budget.", "data.path")
+"""Fields that may change when a run is resumed: none of them changes what is trained."""
 
 
 def train(config: RunConfig, path: Path, *, resume: bool = False, quiet: bool = False) -> dict:
@@ -211,29 +240,46 @@ def train(config: RunConfig, path: Path, *, resume: bool = False, quiet: bool = 
     is too short for one step or, after scoring, when the artifact exceeds its budget (it is kept).
     """
     ledger = Ledger()
-    ranks = distributed.start(config.runtime.device)
     with contextlib.ExitStack() as stack:
+        signals = stack.enter_context(Signals(path))
+        ranks = distributed.start(config.runtime.device)
         stack.callback(ranks.close)
-        stack.enter_context(ledger.phase("setup"))
-        caught = stack.enter_context(catch_signals())
         if config.runtime.threads:
             torch.set_num_threads(config.runtime.threads)
-        dataset = open_dataset(config)
-        folder = None
-        if ranks.main:
-            tokenizer = dataset.need_tokenizer().model_bytes
-            folder = RunFolder.open(path) if resume else RunFolder.create(path, config, tokenizer)
-            stack.callback(folder.close)
+        folder, failed = None, None
+        try:
+            with ledger.phase("setup"):
+                config = replace(config, runtime=replace(config.runtime, dtype=dtype_name(config, ranks)))
+                artifact.require_compressor(config.quant.compressor)
+                dataset = open_dataset(config, ranks)
+                trainer = Trainer(config, dataset, ranks)
+                if ranks.main:
+                    tokenizer = dataset.need_tokenizer().model_bytes
+                    folder = RunFolder.open(path) if resume else RunFolder.create(path, config, tokenizer)
+                    stack.callback(folder.close)
+        except GolfError as error:
+            failed = error
+        ranks.settle(failed)
         reporter = Reporter(folder, speak=ranks.main, quiet=quiet)
         stack.callback(reporter.close)
-        trainer = Trainer(config, dataset, ranks)
-        run = _Run(config, path, trainer, dataset, ranks, ledger, folder, reporter, caught)
-        if resume:
-            run.restore()
-        run.announce()
-        run.warm_up()
-        run.loop()
-        return run.finish()
+        run = _Run(config, path, trainer, dataset, ranks, ledger, folder, reporter, signals)
+        try:
+            with ledger.phase("setup"):
+                if resume:
+                    run.restore()
+                run.announce()
+            run.warm_up()
+            run.loop()
+            return run.finish()
+        except Exception as error:
+            if folder and not resume and not isinstance(error, Interrupted):
+                folder.discard()
+            raise
+
+
+def dtype_name(config: RunConfig, ranks: Ranks) -> str:
+    """The name of `compute_dtype`: a run keeps the dtype it was started with."""
+    return str(compute_dtype(config, ranks)).removeprefix("torch.")
 
 
 @dataclass
@@ -248,37 +294,57 @@ class _Run:
     ledger: Ledger
     folder: RunFolder | None
     reporter: Reporter
-    caught: list[int]
+    signals: Signals
     step: int = 0
     finished: bool = False
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=32))
     """Seconds of the last steps."""
+    begun: float = 0.0
+    """Training clock at the start of the last step."""
     projection: str = ""
     """Forecast of the artifact's bytes at the last checkpoint."""
 
     def restore(self) -> None:
-        """Load the newest whole checkpoint; without one the run starts over from step 0."""
-        saved, refused = checkpoint.latest(self.path / "checkpoints")
-        for reason in refused:
-            self.reporter.line(f"warning: {reason}")
+        """Load rank 0's newest whole checkpoint on every rank; without one the run starts over from step 0."""
+        saved = failed = None
+        if self.folder:
+            try:
+                saved = self.find_checkpoint()
+            except GolfError as error:
+                failed = error
+        self.ranks.settle(failed)
+        saved = self.ranks.share(saved)
         if saved is None:
             self.reporter.line(f"no checkpoint in {self.path}: starting from step 0")
             return
-        if changed := differences(from_dict(RunConfig, saved.config), self.config):
-            raise InputError(f"the checkpoint belongs to another config ({'; '.join(changed)})")
-        if saved.dataset != self.dataset.digest:
-            raise InputError(f"{self.config.data.path} has changed since the checkpoint was written")
         self.step, self.finished = saved.step, saved.finished
         self.trainer.model.load_state_dict(saved.model)
         self.trainer.optimizers.load_state(saved.optimizers)
         self.ledger.seconds.update(saved.seconds)
+        self.signals.saved = f"step {self.step} is saved"
         self.reporter.line(f"resumed at step:{self.step} train_time:{saved.seconds['train'] * 1000:.0f}ms")
         self.reporter.metric("resume", step=self.step)
+
+    def find_checkpoint(self) -> checkpoint.Checkpoint | None:
+        """The newest whole checkpoint; damaged newer ones are set aside. Raises InputError if it does not fit."""
+        saved, refused = checkpoint.latest(self.folder.checkpoints)
+        started = from_dict(RunConfig, saved.config) if saved else read_config(self.path)
+        changed = [d for d in differences(started, self.config) if not d.startswith(RESUMABLE)]
+        if changed:
+            raise InputError(f"the run in {self.path} has another config ({'; '.join(changed)})")
+        if saved and saved.dataset != self.dataset.digest:
+            raise InputError(f"{self.config.data.path} has changed since the checkpoint was written")
+        for path, reason in refused.items():
+            self.reporter.line(f"warning: {reason}")
+            path.rename(path.with_suffix(".damaged"))
+        write_json(self.path / "config.json", to_dict(self.config))
+        return saved
 
     def announce(self) -> None:
         """Decide what is left to decide, and say once what was decided."""
         c, t, say = self.config, self.trainer, self.reporter.line
-        backend, refused = select_backend(c.runtime.attention, c.model, c.data.seq_len, self.ranks.device, t.dtype)
+        lengths = (c.data.seq_len, c.window)
+        backend, refused = select_backend(c.runtime.attention, c.model, lengths, self.ranks.device, t.dtype)
         micro = c.data.microbatch_tokens or c.data.span_tokens
         cap = f"{c.schedule.max_seconds:.3f}" if c.schedule.max_seconds else "none"
         digest = self.dataset.digest[:16]
@@ -297,64 +363,85 @@ class _Run:
     def warm_up(self) -> None:
         """Compile before the clock starts."""
         steps = self.config.runtime.warmup_steps
-        if not self.trainer.compiled or not steps or self.finished:
-            return
-
-        def tick(step: int) -> None:
-            self.reporter.status(f"compiling and warming up: step {step + 1} of {steps}")
-            self.check_signals(f"before step {self.step}")
-
-        with self.ledger.phase("compile"):
-            self.trainer.warm_up(steps, tick)
-            begun = time.perf_counter()
-            self.trainer.accumulate(0)
-            self.recent.append(time.perf_counter() - begun)
+        if self.trainer.compiled and steps and not self.finished:
+            with self.ledger.phase("compile"):
+                self.trainer.warm_up(
+                    steps, lambda i: self.reporter.status(f"compiling and warming up: step {i + 1} of {steps}")
+                )
 
     def loop(self) -> None:
         """Train until max_steps or until rank 0 votes that another step could cross the cap."""
-        c, t = self.config, self.trainer
         last_save = time.monotonic()
-        while self.step < c.schedule.max_steps and not self.finished:
-            begun = self.ledger.seconds["train"]
-            with self.ledger.phase("train"):
-
-                def votes(begun: float = begun) -> tuple[bool, bool]:
-                    slowest = max(self.recent, default=self.ledger.elapsed("train") - begun)
-                    return crosses_cap(begun, slowest, c.schedule), bool(self.caught)
-
-                result = t.accumulate(self.step, begun, votes)
-                try:
-                    multiplier = t.update(self.step, result)
-                except NonFiniteError:
+        self.signals.deferred = True
+        with self.ledger.phase("train"):
+            while self.step < self.config.schedule.max_steps and not self.finished:
+                signaled = self.one_step()
+                if signaled:
+                    saved = self.save()
+                    self.signals.saved = (
+                        f"state saved at step {self.step}" if saved else "the last step could not be saved"
+                    )
+                    self.ranks.barrier()  # torchrun ends the others as soon as one rank leaves
+                    raise self.signals.interrupted()
+                every = self.config.runtime.checkpoint_seconds
+                validate = self.config.runtime.val_every and self.step % self.config.runtime.val_every == 0
+                if self.finished or validate or (every and time.monotonic() - last_save >= every):
                     self.save()
-                    raise
-                if self.ranks.device.type == "cuda":
-                    torch.cuda.synchronize()
-            seconds = self.ledger.seconds["train"]
-            self.step += 1
-            self.recent.append(seconds - begun)
-            self.finished = result.stop or self.step == c.schedule.max_steps
-            if self.step == 1 and c.schedule.max_seconds is not None and seconds > c.schedule.max_seconds:
-                raise BudgetError(
-                    f"schedule.max_seconds {c.schedule.max_seconds:g} is too short for one step, which took "
-                    f"{seconds:.1f} s; raise it or lower --data.batch-tokens"
-                )
-            self.log_step(result, multiplier, seconds)
-            if result.signaled:
-                self.save()
-                self.ranks.barrier()  # torchrun kills the others as soon as one rank leaves
-                self.check_signals(f"at step {self.step}, state saved", force=True)
-            if c.runtime.val_every and self.step % c.runtime.val_every == 0:
-                self.validate(seconds)
-            due = c.runtime.checkpoint_seconds and time.monotonic() - last_save >= c.runtime.checkpoint_seconds
-            if due or self.finished:
-                self.save()
-                last_save = time.monotonic()
-        if self.step < c.schedule.max_steps:
-            ms = self.ledger.seconds["train"] * 1000
+                    last_save = time.monotonic()
+                if validate:
+                    self.validate()
+        self.signals.deferred = False
+        seconds, cap = self.ledger.seconds["train"], self.config.schedule.max_seconds
+        if self.step < self.config.schedule.max_steps:
             self.reporter.line(
-                f"stopping_early: wallclock_cap train_time:{ms:.0f}ms step:{self.step}/{c.schedule.max_steps}"
+                f"stopping_early: wallclock_cap train_time:{seconds * 1000:.0f}ms "
+                f"step:{self.step}/{self.config.schedule.max_steps}"
             )
+        if cap is not None and seconds > cap:
+            self.reporter.line(f"warning: training took {seconds:.3f} s, more than schedule.max_seconds {cap:g}")
+
+    def one_step(self) -> bool:
+        """Train one step; returns whether some rank was told to stop."""
+        c, t = self.config, self.trainer
+        begun = self.ledger.elapsed("train")
+        if self.recent:
+            self.recent[-1] = begun - self.begun  # what was logged after the step included
+        self.begun = begun
+
+        def votes() -> tuple[bool, bool]:
+            slowest = max(self.recent, default=0.0)
+            return crosses_cap(begun, slowest, c.schedule), bool(self.signals.caught)
+
+        result = t.accumulate(self.step, begun, votes)
+        try:
+            multiplier = t.update(self.step, result)
+        except NonFiniteError:
+            self.save()
+            self.ranks.barrier()
+            raise
+        if self.ranks.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.step += 1
+        seconds = self.ledger.elapsed("train")
+        self.finished = result.stop or self.step == c.schedule.max_steps
+        if not self.recent and c.schedule.max_seconds is not None:
+            self.decide_after_first_step(seconds, seconds - begun)
+        self.recent.append(seconds - begun)
+        if self.finished:
+            t.check_finite()
+        self.log_step(result, multiplier, seconds)
+        return result.signaled
+
+    def decide_after_first_step(self, seconds: float, duration: float) -> None:
+        """The first step had no duration to vote by: rank 0 decides for all whether a second one fits."""
+        cap = self.config.schedule.max_seconds
+        stop, seconds, duration = self.ranks.share((seconds + 1.05 * duration > cap, seconds, duration))
+        if seconds > cap and self.step == 1:
+            raise BudgetError(
+                f"schedule.max_seconds {cap:g} is too short for one step, which took {duration:.1f} s; "
+                "raise it or lower --data.batch-tokens"
+            )
+        self.finished = self.finished or stop
 
     def log_step(self, result: StepResult, multiplier: float, seconds: float) -> None:
         c = self.config
@@ -380,10 +467,13 @@ class _Run:
                 train_seconds=round(seconds, 4),
             )
 
-    def save(self) -> None:
-        """Checkpoint on rank 0, off the training clock. A full disk is a warning: training goes on."""
+    def save(self) -> bool:
+        """Checkpoint on rank 0, off the training clock. A full disk is a warning: training goes on.
+
+        Returns whether the state is on disk. State that is not finite is not written: the last good one stays.
+        """
         if not self.folder:
-            return
+            return True
         with self.ledger.phase("checkpoint"):
             state = checkpoint.Checkpoint(
                 step=self.step,
@@ -395,22 +485,18 @@ class _Run:
                 optimizers=self.trainer.optimizers.state(),
             )
             try:
+                self.trainer.check_finite()
                 checkpoint.save(self.folder.checkpoints, state)
-            except OSError as error:
+            except (OSError, NonFiniteError) as error:
                 self.reporter.line(f"warning: no checkpoint at step {self.step}: {error}")
-                return
-            projected = Quantizer(self.config.model, self.config.quant).projected_bytes(state.model)
-            self.projection = f"about {projected:,} bytes"
+                return False
+            self.signals.saved = f"state saved at step {self.step}"
+            projected = None
+            with contextlib.suppress(InputError):  # weights that the export could not hold end the run there
+                projected = Quantizer(self.config.model, self.config.quant).projected_bytes(state.model)
+                self.projection = f"about {projected:,} bytes"
             self.reporter.metric("checkpoint", step=self.step, projected_artifact_bytes=projected)
-
-    def check_signals(self, where: str, *, force: bool = False) -> None:
-        """Raise Interrupted if this rank was told to stop."""
-        if self.caught or force:
-            signum = self.caught[0] if self.caught else signal.SIGTERM
-            raise Interrupted(
-                f"stopped by {signal.Signals(signum).name} {where}. Resume with: golfgpt train --resume {self.path}",
-                signum,
-            )
+            return True
 
     def score(self, status: str, eval: EvalConfig) -> Score:
         """Score the model as it is."""
@@ -423,13 +509,15 @@ class _Run:
             progress=lambda done, total, bpb: self.reporter.status(
                 f"{status}: {done:,} of {total:,} tokens, {bpb:.4f}"
             ),
-            poll=lambda: self.check_signals(f"during evaluation at step {self.step}"),
         )
 
-    def validate(self, seconds: float) -> None:
-        """Score the unquantized weights in chunks, off the training clock."""
+    def validate(self) -> None:
+        """Score the unquantized weights in chunks, off the training clock; the state was just saved."""
+        self.signals.deferred = False
         with self.ledger.phase("validate"):
             score = self.score("validating", replace(self.config.eval, stride=None))
+        self.signals.deferred = True
+        seconds = self.ledger.elapsed("train")
         self.reporter.line(
             f"step:{self.step}/{self.config.schedule.max_steps} val_loss:{score.val_loss:.4f} "
             f"{score.label}:{score.val_bpb:.4f} train_time:{seconds * 1000:.0f}ms "
@@ -438,32 +526,31 @@ class _Run:
         self.reporter.metric("val", step=self.step, **asdict(score))
 
     def finish(self) -> dict:
-        """Export, reload, score, report; the artifact is on disk before the scoring starts."""
+        """Export, reload, score, report. The artifact is on disk before the scoring starts, the score before the
+        yardsticks."""
         c, t, say = self.config, self.trainer, self.reporter.line
-        info = None
+        info = failed = None
         if self.folder:
-            with self.ledger.phase("export"):
-                info = self.export()
-        with self.ledger.phase("eval"):
-            if self.folder:
+            try:
+                with self.ledger.phase("export"):
+                    info = self.export()
                 t.model.load_state_dict(artifact.read(self.folder.artifact).state)
+            except (GolfError, OSError) as error:
+                failed = error
+        self.ranks.settle(failed)
+        with self.ledger.phase("eval"):
             for p in t.model.parameters():
                 self.ranks.broadcast_(p.data)
             score = self.score("scoring model.golf", c.eval)
-            if not self.folder:
-                return {}
-            known = yardsticks(self.dataset)
+        if not self.folder:
+            return {}
         stage = f"final_int{c.quant.bits}_{info.compressor}_roundtrip"
         ms = score.seconds * 1000
         say(f"{stage} val_loss:{score.val_loss:.4f} {score.label}:{score.val_bpb:.4f} eval_time:{ms:.0f}ms")
         say(f"{stage}_exact val_loss:{score.val_loss:.8f} {score.label}:{score.val_bpb:.8f}")
-        say(score_lines(score, known))
-        phases = [(name, round(used, 2), "yes" if counted else "no") for name, used, counted in self.ledger.report()]
-        say(table(("phase", "seconds", "in the budget"), phases))
         budget = artifact.budget_report(info.file_bytes, c.budget)
         result = {
             "score": asdict(score),
-            "yardsticks_bpb": known,
             "artifact_bytes": info.file_bytes,
             "code_bytes_allowance": c.budget.code_bytes,
             "total_bytes": budget.total_bytes,
@@ -474,9 +561,16 @@ class _Run:
             "seconds": {name: round(seconds, 3) for name, seconds, _ in self.ledger.report()},
             "dataset": self.dataset.digest,
             "artifact_sha256": sha256_file(self.folder.artifact),
+            "yardsticks_bpb": None,
         }
         write_json(self.path / "result.json", result)
+        self.reporter.status("compressing the text with gzip, xz and zstd for comparison")
+        result["yardsticks_bpb"] = None if score.partial else yardsticks(self.dataset)
+        write_json(self.path / "result.json", result)
         self.reporter.metric("result", **result)
+        say(score_lines(score, result["yardsticks_bpb"]))
+        phases = [(name, round(used, 2), "yes" if counted else "no") for name, used, counted in self.ledger.report()]
+        say(table(("phase", "seconds", "in the budget"), phases))
         artifact.check_budget(info.file_bytes, c.budget)
         return result
 

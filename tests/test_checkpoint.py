@@ -29,7 +29,7 @@ def test_round_trip_and_retention(tmp_path):
         checkpoint.save(tmp_path, make(step))
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["step_00000010.safetensors", "step_00000015.safetensors"]
     found, refused = checkpoint.latest(tmp_path)
-    assert same(found, make(15)) and refused == []
+    assert same(found, make(15)) and refused == {}
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "foreign"])
@@ -42,11 +42,27 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, damage):
     path.write_bytes({"truncated": data[:-5], "flipped": data, "empty": b"", "foreign": b"\x08" + bytes(99)}[damage])
     found, refused = checkpoint.latest(tmp_path)
     assert same(found, make(5))
-    assert len(refused) == 1 and "step_00000010" in refused[0]
+    assert list(refused) == [path] and str(path) in refused[path]
+
+
+def test_a_damaged_newer_file_never_costs_the_one_just_written(tmp_path):
+    for step in (100, 110):
+        (tmp_path / f"step_{step:08d}.safetensors").write_bytes(b"damaged")
+    checkpoint.save(tmp_path, make(60))
+    assert same(checkpoint.latest(tmp_path)[0], make(60))
+
+
+def test_altered_metadata_is_refused(tmp_path):
+    path = checkpoint.save(tmp_path, make(8))
+    data = path.read_bytes()
+    path.write_bytes(data.replace(rb"\"step\": 8", rb"\"step\": 9"))
+    assert path.read_bytes() != data
+    with pytest.raises(ValueError, match="damaged"):
+        checkpoint.load(path)
 
 
 def test_no_checkpoint(tmp_path):
-    assert checkpoint.latest(tmp_path) == (None, [])
+    assert checkpoint.latest(tmp_path) == (None, {})
 
 
 def test_a_full_disk_leaves_the_previous_file_whole(tmp_path, monkeypatch):

@@ -57,7 +57,7 @@ def test_strict_loading(edit, message):
         (lambda: ModelConfig(num_layers=0), "model.num_layers must be at least 1, got 0"),
         (lambda: ModelConfig(vocab_size=70_000), "tokens are uint16"),
         (lambda: ModelConfig(model_dim=24, num_heads=8), "head_dim 3 must be even"),
-        (lambda: OptimConfig(matrix_lr=-1.0), "optim.matrix_lr must not be negative"),
+        (lambda: OptimConfig(matrix_lr=-1.0), "optim.matrix_lr must be finite and not negative"),
         (lambda: OptimConfig(muon_momentum=1.0), "optim.muon_momentum must be below 1"),
         (lambda: ScheduleConfig(max_seconds=0.0), "schedule.max_seconds must be positive or None"),
         (lambda: ScheduleConfig(warmdown_frac=1.5), "schedule.warmdown_frac must lie in 0..1"),
@@ -67,6 +67,9 @@ def test_strict_loading(edit, message):
         (lambda: EvalConfig(stride=0), "eval.stride must be at least 1, got 0"),
         (lambda: EvalConfig(window=64, stride=65), "tokens would be skipped"),
         (lambda: RunConfig(eval=EvalConfig(stride=2048)), "exceeds the window 1024"),
+        (lambda: OptimConfig(muon_ns_steps=0), "optim.muon_ns_steps must be at least 1"),
+        (lambda: ModelConfig(logit_softcap=float("inf")), "model.logit_softcap must be positive and finite"),
+        (lambda: RunConfig(seed=2**64), "seed must lie in"),
         (lambda: BudgetConfig(artifact_bytes=50_000), "leaves nothing"),
     ],
 )
@@ -122,7 +125,9 @@ def test_the_cap_is_never_crossed(durations, cap):
     for duration in durations:
         if stop:
             break
-        stop = crosses_cap(clock, max(recent, default=duration), config)
+        stop = crosses_cap(clock, max(recent, default=0.0), config)
         clock += duration
+        if not recent:  # the loop decides once more after the first step
+            stop = clock + 1.05 * duration > cap
         recent = [*recent, duration][-32:]
     assert clock <= cap + 1e-9 or len(recent) == 1

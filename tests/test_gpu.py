@@ -37,5 +37,5 @@ def test_end_to_end_on_cuda(tiny, tmp_path):
 
 
 def test_a_fused_attention_backend_passes_the_probe(tiny):
-    name, _ = select_backend("auto", tiny.model, 64, torch.device("cuda"), torch.bfloat16)
+    name, _ = select_backend("auto", tiny.model, [64], torch.device("cuda"), torch.bfloat16)
     assert name != "math"

@@ -406,7 +406,7 @@ def _staging(out: Path, overwrite: bool) -> Iterator[Path]:
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; name a folder to write to")
     if old and not overwrite:
-        raise InputError(f"{out} is not empty; name another folder, remove it, or overwrite it")
+        raise InputError(f"{out} is not empty; name another folder, remove it, or replace it with --overwrite")
     if old and not (out / MANIFEST).exists():
         raise InputError(f"{out} holds files, but no {MANIFEST}: not made by golfgpt, so not overwritten; remove it")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -468,13 +468,15 @@ def prepare(
     total = sum(source.bytes for source in sources)
     workers = workers or max(1, min(_cpus(), total // _BYTES_PER_WORKER))
     with _staging(Path(out).resolve(), overwrite) as folder:
+        below = None if val_source else min(round(fraction * 2**64), 2**64 - 1).to_bytes(8, "big")
         must_round_trip = tokenizer is None
         if tokenizer is None:
             texts = train_source.documents(_meter(progress, "training the tokenizer", train_source.bytes))
+            if below:  # nothing that is trained sees val
+                texts = (text for text in texts if document_hash(text.encode()) >= below)
             tokenizer = Tokenizer.from_bytes(train_tokenizer(texts, vocab_size))
         elif not isinstance(tokenizer, Tokenizer):
             tokenizer = Tokenizer.from_file(tokenizer)
-        below = None if val_source else min(round(fraction * 2**64), 2**64 - 1).to_bytes(8, "big")
         advance = _meter(progress, "encoding", total)
         batches = itertools.chain.from_iterable(
             _batches("val", source.documents(advance))

@@ -339,13 +339,18 @@ class Dataset:
             raise InputError(f"{self.path} holds no tokenizer: bits per byte need it; copy its *.model there")
         return self.tokenizer
 
-    def check_token_ids(self, vocab_size: int | None = None, split: Literal["train", "val"] | None = None) -> None:
+    def check_token_ids(
+        self,
+        vocab_size: int | None = None,
+        split: Literal["train", "val"] | None = None,
+        deal: tuple[int, int] = (0, 1),
+    ) -> None:
         """Raises InputError naming the first shard (of one split, or of both) with a token id that is not below
-        `vocab_size` (None: the tokenizer's)."""
+        `vocab_size` (None: the tokenizer's). `deal` = (rank, world) reads only every world-th shard."""
         limit = vocab_size or self.need_tokenizer().vocab_size
         pairs = [("train", *pair) for pair in zip(self.train_files, self.train, strict=True)]
         pairs += [("val", *pair) for pair in zip(self.val_files, self.val, strict=True)]
-        for name, file, shard in pairs:
+        for name, file, shard in pairs[deal[0] :: deal[1]]:
             if split not in (None, name):
                 continue
             for start in range(0, len(shard), CHUNK_TOKENS):

@@ -208,5 +208,5 @@ def _explain(message: str, vocab_size: int) -> str:
     if found := re.search(r"set it to a value <= (\d+)", message):
         return f"vocabulary size {vocab_size} is too large for this text: choose at most {found[1]}, or give more text"
     if "sentences_.empty()" in message:
-        return "no text to train a tokenizer on"
+        return "no text to train a tokenizer on: the train split is empty"
     return f"SentencePiece could not train {vocab_size} pieces: {message}"
