@@ -38,7 +38,7 @@ _baseline = RunConfig(
 _demo = RunConfig(
     model=ModelConfig(num_layers=2, model_dim=192, num_heads=3, num_kv_heads=1, mlp_hidden=384),
     optim=OptimConfig(matrix_lr=0.02, scalar_lr=0.02, tied_embed_lr=0.025, muon_momentum_warmup_steps=100),
-    schedule=ScheduleConfig(max_seconds=100.0, warmdown_frac=0.85),
+    schedule=ScheduleConfig(max_seconds=115.0, warmdown_frac=0.85),
     data=DataConfig(batch_tokens=2048, seq_len=256, microbatch_tokens=1024),
     quant=QuantConfig(keep_numel=4096),
     eval=EvalConfig(stride=128, batch_tokens=8192),
@@ -64,7 +64,7 @@ RECIPES: dict[str, Recipe] = {
             _baseline,
         ),
         Recipe("small", "1.6 M parameters: ten minutes of training on two CPU cores.", _small),
-        Recipe("demo", "0.7 M parameters: 100 seconds of training on two CPU cores.", _demo),
+        Recipe("demo", "0.7 M parameters: two minutes of training on two CPU cores.", _demo),
     )
 }
 
