@@ -25,7 +25,7 @@ from golfgpt.model import GPT
 from golfgpt.optim import Muon
 from golfgpt.quant import Quantizer
 from golfgpt.recipes import RECIPES
-from golfgpt.train import Trainer
+from golfgpt.trainer import Trainer
 from golfgpt.upstream import from_upstream, read_ptz, to_upstream
 
 FOLDER = os.environ.get("GOLFGPT_CONFORMANCE")

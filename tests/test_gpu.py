@@ -10,7 +10,8 @@ import torch
 from golfgpt.attention import select_backend
 from golfgpt.data.shards import Dataset
 from golfgpt.distributed import Ranks
-from golfgpt.train import Trainer, train
+from golfgpt.train import train
+from golfgpt.trainer import Trainer
 
 pytestmark = pytest.mark.gpu
 

@@ -23,7 +23,8 @@ from golfgpt.distributed import Ranks
 from golfgpt.errors import BudgetError, BusyError, InputError, Interrupted, NonFiniteError
 from golfgpt.quant import Quantizer
 from golfgpt.run import RunFolder
-from golfgpt.train import Trainer, train
+from golfgpt.train import train
+from golfgpt.trainer import Trainer
 
 CPU = Ranks(0, 1, torch.device("cpu"))
 

@@ -1,18 +1,8 @@
-"""The command line. Three rules hold for every command:
-
-    what it works on is positional and comes first     golfgpt eval runs/first
-    --recipe NAME is the configuration to start from   golfgpt train --recipe small
-    --section.field VALUE overrides one field          --data.path data/books --model.num-layers 6
-
-A run remembers its configuration, so `eval` starts from it and takes the same overrides. `--json` prints one
-JSON object on standard output and everything else on standard error. Exit codes are those of golfgpt.errors.
-The only importer of tyro; torch is imported inside the commands.
-"""
+"""What each command does; torch is imported inside, so that help and mistakes answer at once."""
 
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
 import math
 import os
@@ -20,166 +10,34 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TextIO
-
-import tyro
-from tyro.conf import Positional
+from typing import Any, TextIO
 
 from golfgpt import recipes
+from golfgpt.cli.arguments import (
+    Budget,
+    DataPrepare,
+    DataVerify,
+    Demo,
+    Eval,
+    Export,
+    Inspect,
+    Recipes,
+    Sample,
+    Train,
+)
 from golfgpt.config import RunConfig, differences, to_dict
-from golfgpt.errors import BudgetError, GolfError, InputError, Interrupted, PeerError
+from golfgpt.errors import BudgetError, InputError
 
 RUNS = Path("runs")
 
-Config = Annotated[RunConfig, tyro.conf.arg(name="")]
 
+def stored_config(path: Path) -> RunConfig:
+    """The config that a run was started with."""
+    from golfgpt.run import read_config
 
-@dataclass(frozen=True, kw_only=True)
-class Train:
-    """Train a model, write model.golf, score it as reloaded from disk. Run under torchrun for several GPUs."""
-
-    config: Config
-    recipe: str = "baseline"
-    """Configuration to start from; `golfgpt recipes` lists them."""
-    name: str | None = None
-    """The run folder is runs/NAME; default: the recipe's name and the time."""
-    resume: Path | None = None
-    """Continue the run in this folder from its newest checkpoint, under the config it was started with."""
-    json: bool = False
-    """Print the result as JSON on standard output, the log on standard error."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Eval:
-    """Score a run's model.golf on validation text; starts from the run's own config."""
-
-    run: Positional[Path]
-    """Run folder."""
-    config: Config
-    json: bool = False
-    """Print the score as JSON."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """Generate text from a run's model.golf."""
-
-    run: Positional[Path]
-    """Run folder, or a .golf file with its tokenizer.model beside it."""
-    prompt: str = ""
-    """Text to continue; empty: a new document."""
-    tokens: int = 200
-    """Tokens to generate at most; generation also ends where the model ends its document."""
-    temperature: float = 0.8
-    """0 takes the likeliest token each time."""
-    top_k: int | None = 50
-    """Choose among this many likeliest tokens; None: all."""
-    seed: int = 0
-    """Seed of the choices."""
-    json: bool = False
-    """Print prompt and text as JSON."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Budget:
-    """Bytes of a configuration before training, or of an artifact, against the budget."""
-
-    run: Positional[Path | None] = None
-    """Run folder or .golf file to measure, given first; without it, the configuration is measured."""
-    config: Config
-    recipe: str = "baseline"
-    """Configuration to start from."""
-    json: bool = False
-    """Print the sizes as JSON."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Inspect:
-    """What an artifact holds, read from its header; nothing in it is executed."""
-
-    artifact: Positional[Path]
-    """Run folder or .golf file."""
-    json: bool = False
-    """Print the header as JSON."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Export:
-    """Write a run's decoded weights in another format, under upstream's parameter names."""
-
-    run: Positional[Path]
-    """Run folder or .golf file."""
-    to: Literal["safetensors"] = "safetensors"
-    """Format."""
-    out: Path | None = None
-    """File to write; default: beside the artifact."""
-    json: bool = False
-    """Print file and sizes as JSON."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Demo:
-    """Prepare the embedded corpus, train a small model on it, score it, sample from it: about three minutes."""
-
-    config: Config
-    name: str | None = None
-    """The run folder is runs/NAME; default: demo and the time."""
-    data: Path = Path("data/demo")
-    """Where the prepared corpus is kept."""
-    json: bool = False
-    """Print the result as JSON."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataPrepare:
-    """Turn text into token shards with byte counts and a manifest."""
-
-    inputs: Positional[tuple[str, ...]] = ()
-    """Files (.txt, .jsonl, .jsonl.zst), folders of them, or globs; none: the Python standard library's source."""
-    out: Path
-    """Folder to write."""
-    vocab_size: int | None = None
-    """Tokens of the tokenizer to train; default 1024."""
-    tokenizer: Path | None = None
-    """Use this SentencePiece model instead of training one."""
-    val: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Separate input for validation; give the flag once for each."""
-    val_fraction: float | None = None
-    """Share of the documents that goes to validation when --val is not given."""
-    document_separator: str | None = None
-    """Text between documents in .txt files; default: blank lines, packed to at least 2 kB a document."""
-    workers: int | None = None
-    """Processes; default: one a core."""
-    overwrite: bool = False
-    """Replace a folder that was prepared before."""
-    json: bool = False
-    """Print the manifest as JSON."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataVerify:
-    """Check digests, token ids, split overlap, and the byte counts against a second count of the decoded text."""
-
-    path: Positional[Path]
-    """Prepared folder."""
-    json: bool = False
-    """Print the report as JSON."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipes:
-    """List the recipes, or show one with its whole configuration."""
-
-    action: Positional[Literal["list", "show"]] = "list"
-    name: Positional[str | None] = None
-    """Recipe to show."""
-    json: bool = False
-    """Print as JSON."""
-
-
-# Commands
+    return read_config(path)
 
 
 def train(args: Train) -> int:
@@ -214,10 +72,11 @@ def evaluate(args: Eval) -> int:
     from golfgpt.evaluate import evaluate
     from golfgpt.report import score_lines
     from golfgpt.run import Reporter, load
-    from golfgpt.train import compute_dtype, open_dataset
+    from golfgpt.train import open_dataset
+    from golfgpt.trainer import compute_dtype
 
     config = args.config
-    started = _stored_config(args.run)
+    started = stored_config(args.run)
     changed = [d for d in differences(started, config) if not d.startswith(("eval.", "data.path", "runtime."))]
     if changed:
         raise InputError(f"a trained model keeps its configuration; not for eval: {'; '.join(changed)}")
@@ -322,7 +181,7 @@ def _budget_of_artifact(path: Path, as_json: bool, config: RunConfig) -> int:
     from golfgpt.report import budget_lines, tensor_table
     from golfgpt.run import artifact_file
 
-    started = _run_config([str(path)]) if path.is_dir() else RunConfig()
+    started = stored_config(path) if path.is_dir() else RunConfig()
     if changed := [d for d in differences(started, config) if not d.startswith("budget.")]:
         raise InputError(f"a file has the bytes it has; not for budget {path}: {'; '.join(changed)}")
     info = artifact.inspect(artifact_file(path))
@@ -485,138 +344,6 @@ def show_recipes(args: Recipes) -> int:
         for name, recipe in recipes.RECIPES.items():
             print(textwrap.fill(f"{name:<10} {recipe.summary}", 100, subsequent_indent=" " * 11))
     return 0
-
-
-# Parsing
-
-
-@dataclass(frozen=True)
-class Command:
-    """A command's arguments, what runs them, and the config that its overrides start from."""
-
-    args: type
-    run: Callable[[Any], int]
-    start: Callable[[list[str]], RunConfig] | None = None
-
-
-def _recipe_config(argv: list[str]) -> RunConfig:
-    return recipes.get(_option(argv, "--recipe") or "baseline").config
-
-
-def _train_config(argv: list[str]) -> RunConfig:
-    resume = _option(argv, "--resume")
-    return _stored_config(Path(resume)) if resume else _recipe_config(argv)
-
-
-def _run_config(argv: list[str]) -> RunConfig:
-    """The config of the run that argv names first."""
-    if not argv or argv[0].startswith("-"):
-        return RunConfig()
-    return _stored_config(Path(argv[0]))
-
-
-def _budget_config(argv: list[str]) -> RunConfig:
-    if argv and not argv[0].startswith("-"):
-        return _run_config(argv) if Path(argv[0]).is_dir() else RunConfig()
-    return _recipe_config(argv)
-
-
-def _stored_config(path: Path) -> RunConfig:
-    from golfgpt.run import read_config
-
-    return read_config(path)
-
-
-COMMANDS = {
-    "demo": Command(Demo, demo, lambda argv: recipes.get("demo").config),
-    "data prepare": Command(DataPrepare, data_prepare),
-    "data verify": Command(DataVerify, data_verify),
-    "train": Command(Train, train, _train_config),
-    "eval": Command(Eval, evaluate, _run_config),
-    "sample": Command(Sample, sample),
-    "budget": Command(Budget, budget, _budget_config),
-    "inspect": Command(Inspect, inspect),
-    "export": Command(Export, export),
-    "recipes": Command(Recipes, show_recipes),
-}
-
-
-def _option(argv: list[str], flag: str) -> str | None:
-    """The value of `flag` in argv, before tyro parses it: it decides the defaults that tyro shows."""
-    for i, word in enumerate(argv):
-        if word.startswith(flag + "="):
-            return word.removeprefix(flag + "=")
-        if word == flag and i + 1 < len(argv):
-            return argv[i + 1]
-    return None
-
-
-def main(argv: list[str]) -> int:
-    """Run one command; returns the process exit code."""
-    name = " ".join(argv[:2]) if argv[:1] == ["data"] else (argv[0] if argv else "")
-    try:
-        if name in COMMANDS:
-            return _dispatch(name, argv[len(name.split()) :])
-        if name in ("", "-h", "--help", "data", "data -h", "data --help"):
-            print(_overview())
-            return 0 if "-h" in name else 2
-        if name == "--version":
-            from golfgpt import __version__
-
-            print(f"golfgpt {__version__}")
-            return 0
-        close = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        print(f"golfgpt: unknown command {name!r}{hint}\n\n{_overview()}", file=sys.stderr)
-        return 2
-    except PeerError as error:
-        return error.exit_code
-    except Interrupted as error:
-        return _fail(str(error), error.exit_code) if int(os.environ.get("RANK", 0)) == 0 else error.exit_code
-    except GolfError as error:
-        return _fail(str(error), error.exit_code)
-    except BrokenPipeError:  # the reader of a pipe had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except OSError as error:
-        return _fail(str(error), 3)
-    except MemoryError as error:
-        return _fail(f"out of memory ({error}); lower --data.microbatch-tokens or --eval.batch-tokens", 3)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
-
-
-def _fail(message: str, code: int) -> int:
-    rank = int(os.environ.get("RANK", 0))
-    print(f"golfgpt: {'' if rank == 0 else f'rank {rank}: '}{message}", file=sys.stderr, flush=True)
-    return code
-
-
-def _dispatch(name: str, argv: list[str]) -> int:
-    command = COMMANDS[name]
-    config = command.start(argv) if command.start else None
-    args = _parse(command.args, name, argv, config)
-    run = getattr(args, "run", None)
-    if command.start and run is not None and Path(argv[0]) != run:
-        raise InputError(f"name the run first: golfgpt {name} {run} … (its config is what the options override)")
-    return command.run(args)
-
-
-def _parse(cls: type, name: str, argv: list[str], config: RunConfig | None) -> Any:
-    marked = Annotated[cls, tyro.conf.FlagCreatePairsOff]
-    if config is None:
-        return tyro.cli(marked, prog=f"golfgpt {name}", args=argv)
-    required = {"run": tyro.MISSING} if cls is Eval else {}
-    return tyro.cli(marked, prog=f"golfgpt {name}", args=argv, default=cls(config=config, **required))
-
-
-def _overview() -> str:
-    lines = ["golfgpt: train the best language model that fits a byte budget, and prove the score.", ""]
-    for name, command in COMMANDS.items():
-        sentence = command.args.__doc__.split(". ")[0].rstrip(".")
-        lines.append(f"  golfgpt {name:<13} {sentence}.")
-    lines += ["", "`golfgpt COMMAND --help` lists every option with its default."]
-    return "\n".join(lines)
 
 
 def _run_name(name: str | None, recipe: str) -> str:

@@ -1,0 +1,150 @@
+"""The command line. Three rules hold for every command:
+
+    what it works on is positional and comes first     golfgpt eval runs/first
+    --recipe NAME is the configuration to start from   golfgpt train --recipe small
+    --section.field VALUE overrides one field          --data.path data/books --model.num-layers 6
+
+A run remembers its configuration, so `eval` starts from it and takes the same overrides. `--json` prints one
+JSON object on standard output and everything else on standard error. Exit codes are those of golfgpt.errors.
+This package alone imports tyro; torch is imported inside the commands.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from golfgpt import recipes
+from golfgpt.cli import arguments, commands
+from golfgpt.config import RunConfig
+from golfgpt.errors import GolfError, InputError, Interrupted, PeerError
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command's arguments, what runs them, and the config that its overrides start from."""
+
+    args: type
+    run: Callable[[Any], int]
+    start: Callable[[list[str]], RunConfig] | None = None
+
+
+def _recipe_config(argv: list[str]) -> RunConfig:
+    return recipes.get(_option(argv, "--recipe") or "baseline").config
+
+
+def _train_config(argv: list[str]) -> RunConfig:
+    resume = _option(argv, "--resume")
+    return commands.stored_config(Path(resume)) if resume else _recipe_config(argv)
+
+
+def _run_config(argv: list[str]) -> RunConfig:
+    """The config of the run that argv names first."""
+    if not argv or argv[0].startswith("-"):
+        return RunConfig()
+    return commands.stored_config(Path(argv[0]))
+
+
+def _budget_config(argv: list[str]) -> RunConfig:
+    if argv and not argv[0].startswith("-"):
+        return _run_config(argv) if Path(argv[0]).is_dir() else RunConfig()
+    return _recipe_config(argv)
+
+
+COMMANDS = {
+    "demo": Command(arguments.Demo, commands.demo, lambda argv: recipes.get("demo").config),
+    "data prepare": Command(arguments.DataPrepare, commands.data_prepare),
+    "data verify": Command(arguments.DataVerify, commands.data_verify),
+    "train": Command(arguments.Train, commands.train, _train_config),
+    "eval": Command(arguments.Eval, commands.evaluate, _run_config),
+    "sample": Command(arguments.Sample, commands.sample),
+    "budget": Command(arguments.Budget, commands.budget, _budget_config),
+    "inspect": Command(arguments.Inspect, commands.inspect),
+    "export": Command(arguments.Export, commands.export),
+    "recipes": Command(arguments.Recipes, commands.show_recipes),
+}
+
+
+def _option(argv: list[str], flag: str) -> str | None:
+    """The value of `flag` in argv, before tyro parses it: it decides the defaults that tyro shows."""
+    for i, word in enumerate(argv):
+        if word.startswith(flag + "="):
+            return word.removeprefix(flag + "=")
+        if word == flag and i + 1 < len(argv):
+            return argv[i + 1]
+    return None
+
+
+def main(argv: list[str]) -> int:
+    """Run one command; returns the process exit code."""
+    name = " ".join(argv[:2]) if argv[:1] == ["data"] else (argv[0] if argv else "")
+    try:
+        if name in COMMANDS:
+            return _dispatch(name, argv[len(name.split()) :])
+        if name in ("", "-h", "--help", "data", "data -h", "data --help"):
+            print(_overview())
+            return 0 if "-h" in name else 2
+        if name == "--version":
+            from golfgpt import __version__
+
+            print(f"golfgpt {__version__}")
+            return 0
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        print(f"golfgpt: unknown command {name!r}{hint}\n\n{_overview()}", file=sys.stderr)
+        return 2
+    except PeerError as error:
+        return error.exit_code
+    except Interrupted as error:
+        return _fail(str(error), error.exit_code) if int(os.environ.get("RANK", 0)) == 0 else error.exit_code
+    except GolfError as error:
+        return _fail(str(error), error.exit_code)
+    except BrokenPipeError:  # the reader of a pipe had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        return _fail(str(error), 3)
+    except MemoryError as error:
+        return _fail(f"out of memory ({error}); lower --data.microbatch-tokens or --eval.batch-tokens", 3)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+
+
+def _fail(message: str, code: int) -> int:
+    rank = int(os.environ.get("RANK", 0))
+    print(f"golfgpt: {'' if rank == 0 else f'rank {rank}: '}{message}", file=sys.stderr, flush=True)
+    return code
+
+
+def _dispatch(name: str, argv: list[str]) -> int:
+    command = COMMANDS[name]
+    config = command.start(argv) if command.start else None
+    args = _parse(command.args, name, argv, config)
+    run = getattr(args, "run", None)
+    if command.start and run is not None and Path(argv[0]) != run:
+        raise InputError(f"name the run first: golfgpt {name} {run} … (its config is what the options override)")
+    return command.run(args)
+
+
+def _parse(cls: type, name: str, argv: list[str], config: RunConfig | None) -> Any:
+    marked = Annotated[cls, tyro.conf.FlagCreatePairsOff]
+    if config is None:
+        return tyro.cli(marked, prog=f"golfgpt {name}", args=argv)
+    required = {"run": tyro.MISSING} if cls is arguments.Eval else {}
+    return tyro.cli(marked, prog=f"golfgpt {name}", args=argv, default=cls(config=config, **required))
+
+
+def _overview() -> str:
+    lines = ["golfgpt: train the best language model that fits a byte budget, and prove the score.", ""]
+    for name, command in COMMANDS.items():
+        sentence = command.args.__doc__.split(". ")[0].rstrip(".")
+        lines.append(f"  golfgpt {name:<13} {sentence}.")
+    lines += ["", "`golfgpt COMMAND --help` lists every option with its default."]
+    return "\n".join(lines)

@@ -1,0 +1,157 @@
+"""The arguments of every command, as frozen dataclasses that tyro parses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from tyro.conf import Positional
+
+from golfgpt.config import RunConfig
+
+Config = Annotated[RunConfig, tyro.conf.arg(name="")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a model, write model.golf, score it as reloaded from disk. Run under torchrun for several GPUs."""
+
+    config: Config
+    recipe: str = "baseline"
+    """Configuration to start from; `golfgpt recipes` lists them."""
+    name: str | None = None
+    """The run folder is runs/NAME; default: the recipe's name and the time."""
+    resume: Path | None = None
+    """Continue the run in this folder from its newest checkpoint, under the config it was started with."""
+    json: bool = False
+    """Print the result as JSON on standard output, the log on standard error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Score a run's model.golf on validation text; starts from the run's own config."""
+
+    run: Positional[Path]
+    """Run folder."""
+    config: Config
+    json: bool = False
+    """Print the score as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """Generate text from a run's model.golf."""
+
+    run: Positional[Path]
+    """Run folder, or a .golf file with its tokenizer.model beside it."""
+    prompt: str = ""
+    """Text to continue; empty: a new document."""
+    tokens: int = 200
+    """Tokens to generate at most; generation also ends where the model ends its document."""
+    temperature: float = 0.8
+    """0 takes the likeliest token each time."""
+    top_k: int | None = 50
+    """Choose among this many likeliest tokens; None: all."""
+    seed: int = 0
+    """Seed of the choices."""
+    json: bool = False
+    """Print prompt and text as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Bytes of a configuration before training, or of an artifact, against the budget."""
+
+    run: Positional[Path | None] = None
+    """Run folder or .golf file to measure, given first; without it, the configuration is measured."""
+    config: Config
+    recipe: str = "baseline"
+    """Configuration to start from."""
+    json: bool = False
+    """Print the sizes as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspect:
+    """What an artifact holds, read from its header; nothing in it is executed."""
+
+    artifact: Positional[Path]
+    """Run folder or .golf file."""
+    json: bool = False
+    """Print the header as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write a run's decoded weights in another format, under upstream's parameter names."""
+
+    run: Positional[Path]
+    """Run folder or .golf file."""
+    to: Literal["safetensors"] = "safetensors"
+    """Format."""
+    out: Path | None = None
+    """File to write; default: beside the artifact."""
+    json: bool = False
+    """Print file and sizes as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Prepare the embedded corpus, train a small model on it, score it, sample from it: about three minutes."""
+
+    config: Config
+    name: str | None = None
+    """The run folder is runs/NAME; default: demo and the time."""
+    data: Path = Path("data/demo")
+    """Where the prepared corpus is kept."""
+    json: bool = False
+    """Print the result as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataPrepare:
+    """Turn text into token shards with byte counts and a manifest."""
+
+    inputs: Positional[tuple[str, ...]] = ()
+    """Files (.txt, .jsonl, .jsonl.zst), folders of them, or globs; none: the Python standard library's source."""
+    out: Path
+    """Folder to write."""
+    vocab_size: int | None = None
+    """Tokens of the tokenizer to train; default 1024."""
+    tokenizer: Path | None = None
+    """Use this SentencePiece model instead of training one."""
+    val: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Separate input for validation; give the flag once for each."""
+    val_fraction: float | None = None
+    """Share of the documents that goes to validation when --val is not given."""
+    document_separator: str | None = None
+    """Text between documents in .txt files; default: blank lines, packed to at least 2 kB a document."""
+    workers: int | None = None
+    """Processes; default: one a core."""
+    overwrite: bool = False
+    """Replace a folder that was prepared before."""
+    json: bool = False
+    """Print the manifest as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataVerify:
+    """Check digests, token ids, split overlap, and the byte counts against a second count of the decoded text."""
+
+    path: Positional[Path]
+    """Prepared folder."""
+    json: bool = False
+    """Print the report as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipes:
+    """List the recipes, or show one with its whole configuration."""
+
+    action: Positional[Literal["list", "show"]] = "list"
+    name: Positional[str | None] = None
+    """Recipe to show."""
+    json: bool = False
+    """Print as JSON."""

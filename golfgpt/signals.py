@@ -1,0 +1,45 @@
+"""SIGTERM and SIGINT end a run with its state saved and a line that says how to go on."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+
+from golfgpt.errors import Interrupted
+
+
+class Signals:
+    """SIGTERM and SIGINT: raise Interrupted at once, or, while `deferred`, wait for the end of the step.
+
+    A second signal of a kind does not wait. Outside the main thread the handlers are left alone.
+    """
+
+    def __init__(self, path: Path):
+        self.caught: list[int] = []
+        self.deferred = False
+        self.saved = "nothing was trained yet"
+        self._path = path
+
+    def __enter__(self) -> Signals:
+        main = threading.current_thread() is threading.main_thread()
+        kinds = (signal.SIGTERM, signal.SIGINT) if main else ()
+        self._previous = {kind: signal.signal(kind, self._handle) for kind in kinds}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for kind, previous in self._previous.items():
+            signal.signal(kind, previous)
+
+    def _handle(self, signum: int, frame) -> None:
+        self.caught.append(signum)
+        if not self.deferred or self.caught.count(signum) > 1:
+            raise self.interrupted()
+
+    def interrupted(self) -> Interrupted:
+        """The exception that ends the run: says what is saved and how to go on."""
+        signum = self.caught[0] if self.caught else signal.SIGTERM
+        return Interrupted(
+            f"stopped by {signal.Signals(signum).name}; {self.saved}. Resume with: golfgpt train --resume {self._path}",
+            signum,
+        )
