@@ -40,7 +40,7 @@ class ModelConfig:
     mlp_hidden: int = 1024
     """Hidden units of each MLP."""
     tie_embeddings: bool = True
-    """Use the token embedding as the output head."""
+    """Whether the token embedding is the output head."""
     logit_softcap: float = 30.0
     """Logits are softcap * tanh(logits / softcap)."""
     rope_base: float = 10_000.0
@@ -111,8 +111,11 @@ class OptimConfig:
     muon_ns_steps: int = 5
     """Newton-Schulz iterations."""
     adam_beta1: float = 0.9
+    """Adam's decay of the mean gradient."""
     adam_beta2: float = 0.95
+    """Adam's decay of the mean squared gradient."""
     adam_eps: float = 1e-8
+    """Adam's addend to the root of the mean squared gradient."""
     weight_decay: float = 0.0
     """Decoupled weight decay of every group: w <- w (1 - lr * weight_decay) - update."""
     grad_clip_norm: float = 0.0

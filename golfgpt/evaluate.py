@@ -190,7 +190,7 @@ def evaluate(
         bytes=nbytes,
         window=windows.window,
         stride=windows.stride,
-        label=label + (f" (first {tokens} tokens)" if partial else ""),
+        label=label + (f" (first {tokens:,} tokens)" if partial else ""),
         seconds=time.perf_counter() - begun,
         dtype=str(dtype).removeprefix("torch."),
         partial=partial,

@@ -63,7 +63,7 @@ RECIPES: dict[str, Recipe] = {
             "Adam, int8 rows with the published scale floor, zlib. 600 s on 8 GPUs.",
             _baseline,
         ),
-        Recipe("small", "1.6 M parameters: ten minutes of training on two CPU cores.", _small),
+        Recipe("small", "1.7 M parameters: ten minutes of training on two CPU cores.", _small),
         Recipe("demo", "0.7 M parameters: two minutes of training on two CPU cores.", _demo),
     )
 }

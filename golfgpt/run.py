@@ -125,7 +125,8 @@ def artifact_file(path: Path) -> Path:
     """The artifact of a run folder, or `path` itself if it is a file. Raises InputError when there is none."""
     file = path / "model.golf" if path.is_dir() else path
     if not file.is_file():
-        raise InputError(f"there is no {file}" + (": the run has not exported a model yet" if path.is_dir() else ""))
+        unfinished = f": finish the run with golfgpt train --resume {path}" if (path / "config.json").exists() else ""
+        raise InputError(f"there is no {file}{unfinished}")
     return file
 
 

@@ -148,7 +148,9 @@ class _Run:
         started = from_dict(RunConfig, saved.config) if saved else read_config(self.path)
         changed = [d for d in differences(started, self.config) if not d.startswith(RESUMABLE)]
         if changed:
-            raise InputError(f"the run in {self.path} has another config ({'; '.join(changed)})")
+            raise InputError(
+                f"the run in {self.path} has another config ({'; '.join(changed)}); start a new --name or drop the change"
+            )
         if saved and saved.dataset != self.dataset.digest:
             raise InputError(f"{self.config.data.path} has changed since the checkpoint was written")
         for path, reason in refused.items():
@@ -212,7 +214,8 @@ class _Run:
         if self.step < self.config.schedule.max_steps:
             self.reporter.line(
                 f"stopping_early: wallclock_cap train_time:{seconds * 1000:.0f}ms "
-                f"step:{self.step}/{self.config.schedule.max_steps}"
+                f"step:{self.step}/{self.config.schedule.max_steps} (the slowest of the last steps took "
+                f"{max(self.recent, default=0.0) * 1000:.0f}ms: one more could cross {cap:g} s)"
             )
         if cap is not None and seconds > cap:
             self.reporter.line(f"warning: training took {seconds:.3f} s, more than schedule.max_seconds {cap:g}")

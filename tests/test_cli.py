@@ -57,7 +57,6 @@ def run_json(capsys, *argv: str) -> dict:
 
 def test_train_eval_sample_budget_inspect_export(trained, corpus, capsys):
     result = json.loads((trained / "result.json").read_text())
-    assert main(["eval", str(trained), "--model.num-layers", "3"]) == 3
     assert main(["budget", str(trained), "--optim.matrix-lr", "3"]) == 3
     again = run_json(capsys, "eval", trained)
     assert again["score"]["val_bpb"] == result["score"]["val_bpb"]
@@ -87,6 +86,7 @@ def test_budget_before_training_computes_the_published_counts(capsys):
 
 
 def test_recipes(capsys):
+    assert run_json(capsys, "recipes", "demo")["name"] == "demo"
     assert set(run_json(capsys, "recipes")) >= {"baseline", "demo", "small"}
     assert run_json(capsys, "recipes", "show", "baseline")["config"]["optim"]["matrix_lr"] == 0.04
 
@@ -99,6 +99,8 @@ def test_recipes(capsys):
         (["recipes", "show", "demmo"], 3, "did you mean demo?"),
         (["eval", "nowhere"], 3, "nowhere holds no run"),
         (["eval", "--json", "nowhere"], 3, "name the run first"),
+        (["train", "--eval.stride", "5000"], 3, "exceeds the window 1024"),
+        (["data", "prepare", "--out", "d", "--vocab-size", "0"], 3, "vocabulary size 0"),
         (["recipes", "list", "demo"], 3, "recipes show demo"),
         (["data", "prepare", "--val", "x.txt", "--out", "d"], 3, "need inputs to train on"),
         (["sample", "nowhere", "--temperature", "nan"], 3, "--temperature must lie in"),

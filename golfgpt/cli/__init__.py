@@ -1,10 +1,10 @@
 """The command line. Three rules hold for every command:
 
-    what it works on is positional and comes first     golfgpt eval runs/first
+    a run, file or folder to work on comes first       golfgpt eval runs/first
     --recipe NAME is the configuration to start from   golfgpt train --recipe small
     --section.field VALUE overrides one field          --data.path data/books --model.num-layers 6
 
-A run remembers its configuration, so `eval` starts from it and takes the same overrides. `--json` prints one
+A run remembers its configuration, so `eval` starts from it. `--json` prints one
 JSON object on standard output and everything else on standard error. Exit codes are those of golfgpt.errors.
 This package alone imports tyro; torch is imported inside the commands.
 """
@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
 
@@ -125,6 +125,8 @@ def _fail(message: str, code: int) -> int:
 
 def _dispatch(name: str, argv: list[str]) -> int:
     command = COMMANDS[name]
+    if name == "recipes" and argv and argv[0] in recipes.RECIPES:
+        argv = ["show", *argv]
     config = command.start(argv) if command.start else None
     args = _parse(command.args, name, argv, config)
     run = getattr(args, "run", None)
@@ -134,11 +136,17 @@ def _dispatch(name: str, argv: list[str]) -> int:
 
 
 def _parse(cls: type, name: str, argv: list[str], config: RunConfig | None) -> Any:
-    marked = Annotated[cls, tyro.conf.FlagCreatePairsOff]
     if config is None:
-        return tyro.cli(marked, prog=f"golfgpt {name}", args=argv)
-    required = {"run": tyro.MISSING} if cls is arguments.Eval else {}
-    return tyro.cli(marked, prog=f"golfgpt {name}", args=argv, default=cls(config=config, **required))
+        default = tyro.MISSING_NONPROP
+    elif cls is arguments.Eval:
+        path = arguments.DataPath(path=config.data.path)
+        default = cls(run=tyro.MISSING, data=path, eval=config.eval, runtime=config.runtime)
+    else:
+        default = cls(config=config)
+    try:
+        return tyro.cli(cls, prog=f"golfgpt {name}", args=argv, default=default)
+    except ValueError as error:  # fields that are right alone and wrong together
+        raise InputError(str(error)) from error
 
 
 def _overview() -> str:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
-from golfgpt.config import RunConfig
+from golfgpt.config import EvalConfig, RunConfig, RuntimeConfig
 
 Config = Annotated[RunConfig, tyro.conf.arg(name="")]
 
@@ -30,12 +30,22 @@ class Train:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DataPath:
+    """Text to score."""
+
+    path: str | None = None
+    """Prepared folder; it must have the run's tokenizer."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Eval:
     """Score a run's model.golf on validation text; starts from the run's own config."""
 
     run: Positional[Path]
     """Run folder."""
-    config: Config
+    data: DataPath
+    eval: EvalConfig
+    runtime: RuntimeConfig
     json: bool = False
     """Print the score as JSON."""
 

@@ -37,6 +37,9 @@ def stored_config(path: Path) -> RunConfig:
     """The config that a run was started with."""
     from golfgpt.run import read_config
 
+    if path.is_file():
+        raise InputError(f"{path} is a file; name the run folder that it lies in")
+
     return read_config(path)
 
 
@@ -75,11 +78,9 @@ def evaluate(args: Eval) -> int:
     from golfgpt.train import open_dataset
     from golfgpt.trainer import compute_dtype
 
-    config = args.config
     started = stored_config(args.run)
-    changed = [d for d in differences(started, config) if not d.startswith(("eval.", "data.path", "runtime."))]
-    if changed:
-        raise InputError(f"a trained model keeps its configuration; not for eval: {'; '.join(changed)}")
+    data = replace(started.data, path=args.data.path)
+    config = replace(started, data=data, eval=args.eval, runtime=args.runtime)
     ranks = distributed.start(config.runtime.device)
     reporter = Reporter(None, speak=ranks.main, quiet=args.json)
     try:
@@ -216,7 +217,7 @@ def inspect(args: Inspect) -> int:
     if args.json:
         _print_json(facts | {"tensors": [report._asdict() for report in info.table()]})
     else:
-        print(table(("artifact", ""), [(key, str(value)) for key, value in facts.items()]))
+        print(table(("artifact", ""), [(key, f"{v:,}" if type(v) is int else str(v)) for key, v in facts.items()]))
         print("\n" + tensor_table(info.table()))
     return 0
 
@@ -256,6 +257,12 @@ def demo(args: Demo) -> int:
     config = replace(args.config, data=replace(args.config.data, path=str(args.data)))
     code = _train(config, path, resume=False, as_json=args.json)
     if not args.json:
+        steps = json.loads((path / "result.json").read_text(encoding="utf-8"))["steps"]
+        if steps < 300:
+            print(
+                f"\nonly {steps} steps in the time: this machine is slow or busy (README's figure took 687). On a busy "
+                "one `golfgpt demo --runtime.threads 1` does better."
+            )
         prompt = "    def __init__(self"
         print(f"\n--- a sample: golfgpt sample {path} --prompt {prompt!r} ---")
         sample(Sample(run=path, prompt=prompt, tokens=150))
@@ -268,7 +275,8 @@ def data_prepare(args: DataPrepare) -> int:
     if args.json:
         _print_json(manifest.to_json())
     else:
-        print(f"next: golfgpt train --recipe small --data.path {args.out}")
+        vocabulary = "" if manifest.vocab_size == 1024 else f" --model.vocab-size {manifest.vocab_size}"
+        print(f"next: golfgpt train --recipe small --data.path {args.out}{vocabulary}")
     return 0
 
 
@@ -290,7 +298,7 @@ def _prepare(args: DataPrepare) -> Any:
         manifest = prepare(
             args.inputs or None,
             args.out,
-            vocab_size=args.vocab_size or 1024,
+            vocab_size=1024 if args.vocab_size is None else args.vocab_size,
             tokenizer=args.tokenizer,
             val=args.val or None,
             val_fraction=args.val_fraction,
