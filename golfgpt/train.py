@@ -148,8 +148,9 @@ class _Run:
         started = from_dict(RunConfig, saved.config) if saved else read_config(self.path)
         changed = [d for d in differences(started, self.config) if not d.startswith(RESUMABLE)]
         if changed:
+            what = "; ".join(changed)
             raise InputError(
-                f"the run in {self.path} has another config ({'; '.join(changed)}); start a new --name or drop the change"
+                f"the run in {self.path} has another config ({what}); start a new --name or drop the change"
             )
         if saved and saved.dataset != self.dataset.digest:
             raise InputError(f"{self.config.data.path} has changed since the checkpoint was written")
