@@ -15,7 +15,7 @@ import difflib
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +140,8 @@ def _parse(cls: type, name: str, argv: list[str], config: RunConfig | None) -> A
         default = tyro.MISSING_NONPROP
     elif cls is arguments.Eval:
         path = arguments.DataPath(path=config.data.path)
-        default = cls(run=tyro.MISSING, data=path, eval=config.eval, runtime=config.runtime)
+        read = {field.name: getattr(config.runtime, field.name) for field in fields(arguments.EvalRuntime)}
+        default = cls(run=tyro.MISSING, data=path, eval=config.eval, runtime=arguments.EvalRuntime(**read))
     else:
         default = cls(config=config)
     try:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
-from golfgpt.config import EvalConfig, RunConfig, RuntimeConfig
+from golfgpt.config import EvalConfig, RunConfig
 
 Config = Annotated[RunConfig, tyro.conf.arg(name="")]
 
@@ -38,6 +38,20 @@ class DataPath:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvalRuntime:
+    """Where to score; the fields of the run's runtime that scoring reads."""
+
+    device: Literal["auto", "cpu", "cuda"]
+    """auto: cuda where available, else cpu."""
+    dtype: Literal["auto", "bfloat16", "float32"]
+    """Dtype of activations and matmuls."""
+    attention: Literal["auto", "cudnn", "flash", "efficient", "math"]
+    """Backend of scaled_dot_product_attention."""
+    threads: int
+    """CPU threads for torch; 0: torch's default."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Eval:
     """Score a run's model.golf on validation text; starts from the run's own config."""
 
@@ -45,7 +59,7 @@ class Eval:
     """Run folder."""
     data: DataPath
     eval: EvalConfig
-    runtime: RuntimeConfig
+    runtime: EvalRuntime
     json: bool = False
     """Print the score as JSON."""
 

@@ -69,6 +69,8 @@ def _train(config: RunConfig, path: Path, *, resume: bool, as_json: bool) -> int
 
 
 def evaluate(args: Eval) -> int:
+    import torch
+
     from golfgpt import distributed
     from golfgpt.attention import select_backend
     from golfgpt.data.yardsticks import yardsticks
@@ -80,8 +82,11 @@ def evaluate(args: Eval) -> int:
 
     started = stored_config(args.run)
     data = replace(started.data, path=args.data.path)
-    config = replace(started, data=data, eval=args.eval, runtime=args.runtime)
+    runtime = replace(started.runtime, **asdict(args.runtime))
+    config = replace(started, data=data, eval=args.eval, runtime=runtime)
     ranks = distributed.start(config.runtime.device)
+    if config.runtime.threads:
+        torch.set_num_threads(config.runtime.threads)
     reporter = Reporter(None, speak=ranks.main, quiet=args.json)
     try:
         model, tokenizer = load(args.run)
