@@ -36,10 +36,15 @@ class Signals:
         if not self.deferred or self.caught.count(signum) > 1:
             raise self.interrupted()
 
+    def release(self) -> None:
+        """Stop deferring; raises for a signal that came after the last step had voted."""
+        self.deferred = False
+        if self.caught:
+            raise self.interrupted()
+
     def interrupted(self) -> Interrupted:
         """The exception that ends the run: says what is saved and how to go on."""
         signum = self.caught[0] if self.caught else signal.SIGTERM
-        return Interrupted(
-            f"stopped by {signal.Signals(signum).name}; {self.saved}. Resume with: golfgpt train --resume {self._path}",
-            signum,
-        )
+        begun = (self._path / "config.json").exists()
+        hint = f" Resume with: golfgpt train --resume {self._path}" if begun else ""
+        return Interrupted(f"stopped by {signal.Signals(signum).name}; {self.saved}.{hint}", signum)

@@ -210,7 +210,7 @@ class _Run:
                     last_save = time.monotonic()
                 if validate:
                     self.validate()
-        self.signals.deferred = False
+        self.signals.release()
         seconds, cap = self.ledger.seconds["train"], self.config.schedule.max_seconds
         if self.step < self.config.schedule.max_steps:
             self.reporter.line(
@@ -334,7 +334,7 @@ class _Run:
 
     def validate(self) -> None:
         """Score the unquantized weights in chunks, off the training clock; the state was just saved."""
-        self.signals.deferred = False
+        self.signals.release()
         with self.ledger.phase("validate"):
             score = self.score("validating", replace(self.config.eval, stride=None))
         self.signals.deferred = True

@@ -355,6 +355,22 @@ def test_a_stop_during_validation_loses_nothing(tiny, tmp_path, monkeypatch):
     assert train(tiny, tmp_path / "run", resume=True)["steps"] == 8
 
 
+@pytest.mark.parametrize(("val_every", "step"), [(3, 3), (0, 8)], ids=["before validation", "before export"])
+def test_a_signal_after_the_vote_does_not_wait_for_an_evaluation(tiny, tmp_path, monkeypatch, val_every, step):
+    """It comes while the checkpoint is written, when the step has already voted."""
+    save = checkpoint.save
+
+    def signaled(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return save(*args)
+
+    monkeypatch.setattr(checkpoint, "save", signaled)
+    monkeypatch.setattr("golfgpt.train.evaluate", lambda *a, **k: pytest.fail("evaluated after SIGTERM"))
+    config = replace(tiny, runtime=replace(tiny.runtime, val_every=val_every))
+    with pytest.raises(Interrupted, match=f"state saved at step {step}"):
+        train(config, tmp_path / "run")
+
+
 def test_a_diverged_last_update_is_not_exported(tiny, tmp_path, monkeypatch):
     update = Trainer.update
 
