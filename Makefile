@@ -1,12 +1,25 @@
 # make demo   train, compress, prove and sample a small model (three minutes after installation)
 # make test   lint and test
 # PYTHON names the interpreter that makes .venv; PIP_ARGS goes to pip.
+#
+# On a machine with a GPU, from a bare checkout, without network and without installing anything (torch, triton, pytest,
+# pytest-benchmark, numpy and matplotlib are enough):
+# make gpu-check PYTHON=python3 [OUT=folder]   the three below, in order, each within 8 minutes; the report at the end
+# make gpu-test   the tests that are about a GPU; files that have none are not imported, for they want tyro, zstandard
+#                 and brotli
+# make gpu-bench  every kernel against eager, torch.compile and the measured roof
+# make gpu-tune   the check and timing that impl="auto" reads, then the search for tiles
+# Results go to OUT as JSON, written as they come. make gpu-check LIMIT=150 fits all into 10 minutes.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+OUT ?= bench/results
+LIMIT ?= 400
+GPU = PYTHONPATH=kernels:.$(if $(PYTHONPATH),:$(PYTHONPATH)) PYTHONUNBUFFERED=1 timeout --kill-after=10
+
+.PHONY: demo test lint clean gpu-check gpu-test gpu-bench gpu-tune
 
 demo: $(VENV)/installed
 	$(BIN)/golfgpt demo
@@ -24,6 +37,22 @@ $(VENV)/installed: setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[test]"
 	touch $@
+
+# A limit that is reached by itself ends in order; timeout is for what hangs.
+gpu-test:
+	$(GPU) 480 $(PYTHON) -m bench.gpu_test --seconds $(LIMIT) --out $(OUT)
+
+gpu-bench:
+	$(GPU) 480 $(PYTHON) -m pytest bench --seconds $(LIMIT) --out $(OUT)
+
+gpu-tune:
+	$(GPU) 70 $(PYTHON) -m bench.tune --quick --out $(OUT)
+	$(GPU) 410 $(PYTHON) -m bench.tune --seconds $$(($(LIMIT) - 60)) --out $(OUT)
+
+gpu-check:
+	failed=; for target in gpu-test gpu-bench gpu-tune; do $(MAKE) $$target || failed="$$failed $$target"; done; \
+	$(GPU) 60 $(PYTHON) -m bench.report --results $(OUT) || failed="$$failed report"; \
+	if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
 
 clean:
 	rm -rf $(VENV) build *.egg-info

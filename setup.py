@@ -31,8 +31,8 @@ setup(
     ],
     extras_require={
         "train": train,
-        "test": [*train, "hypothesis>=6.100", "pytest>=8", "pytest-benchmark>=5", "ruff>=0.9"],
-        "bench": [*train, "pytest>=8", "pytest-benchmark>=5"],
+        "test": [*train, "hypothesis>=6.100", "matplotlib>=3.9", "pytest>=8", "pytest-benchmark>=5", "ruff>=0.9"],
+        "bench": [*train, "matplotlib>=3.9", "pytest>=8", "pytest-benchmark>=5"],
     },
     entry_points={"console_scripts": ["golfgpt = golfgpt.__main__:main"]},
 )

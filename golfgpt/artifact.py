@@ -1,7 +1,7 @@
 """`model.golf`: the container of a trained model, and the byte budget that it must fit.
 
     magic        8 bytes   b"golfgpt\\0"
-    version      uint32    1                                     numbers are little-endian
+    version      uint32    2                                     numbers are little-endian
     header       uint32    bytes of the header, at most 1 MB
     compressed   uint64    bytes of the compressed payload
     digest      32 bytes   SHA-256 of everything else, in file order
@@ -47,7 +47,8 @@ from golfgpt.quant import QuantizedTensor, Quantizer, TensorFormat, TensorReport
 from golfgpt.upstream import parameter_shapes
 
 MAGIC = b"golfgpt\0"
-VERSION = 1
+VERSION = 2
+"""1 until the model config learnt of SmearGate, BigramHash, initializations and the rotary reference length."""
 MAX_HEADER_BYTES = 10**6
 MAX_PAYLOAD_BYTES = 256 * 2**20
 """Largest payload, compressed or not."""

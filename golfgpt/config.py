@@ -25,7 +25,8 @@ def _check(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A GPT with grouped-query attention, relu^2 MLP, U-Net skips and a softcapped head (recipe R0)."""
+    """A GPT with grouped-query attention, relu^2 MLP, U-Net skips and a softcapped head. The defaults are recipe R0;
+    SmearGate and BigramHash mix the previous token into each embedding (`golfgpt.model` has the equations)."""
 
     vocab_size: int = 1024
     """Tokens in the vocabulary; must equal the tokenizer's."""
@@ -49,6 +50,23 @@ class ModelConfig:
     """Initial per-head gain on normalized, rotated queries."""
     tied_embed_init_std: float = 0.005
     """Standard deviation of the initial embedding when it is tied."""
+    rope_reference_len: int | None = None
+    """Sequences longer than this get a larger rotary base (NTK-aware scaling, see `rope_base_at`); None: never."""
+    matrix_init: Literal["uniform", "orthogonal"] = "uniform"
+    """Initial c_q, c_k, c_v and mlp_fc: U(±1/sqrt(fan_in)), or orthogonal where both sides are at least 64 (R5)."""
+    resid_mix_init: Literal["identity", "phase"] = "identity"
+    """Initial (x, x0) weights of each block: (1, 0), or (p, 1 - p) with p rising from 0.18 to 0.82 over depth (R5)."""
+    smear_gate: Literal["none", "after_norm", "before_norm"] = "none"
+    """Blend of each embedding with the one before it, after the embedding's norm (R5) or before it (PR #65)."""
+    bigram_hash: Literal["none", "xor", "linear"] = "none"
+    """Embedding of token pairs through a hash: R5's, with a learned scale, or PR #65's, without."""
+    bigram_vocab_size: int = 0
+    """Rows of the pair table; R5 has 10240, the last for tokens without a predecessor."""
+    bigram_dim: int = 0
+    """Columns of the pair table, projected to model_dim; R5 has 128."""
+    document_start: int | None = None
+    """Token id that opens a document (BOS, 1 in published and prepared data): SmearGate and BigramHash treat it as
+    the first of a sequence. None, as published: they mix in the last token of the document before."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_hidden"):
@@ -70,6 +88,44 @@ class ModelConfig:
         for name in ("qk_gain_init", "tied_embed_init_std"):
             value = getattr(self, name)
             _check(0 <= value < math.inf, f"model.{name} must be finite and not negative, got {value}")
+        reference = self.rope_reference_len
+        _check(
+            reference is None or reference >= 1,
+            f"model.rope_reference_len must be at least 1 or None, got {reference}",
+        )
+        _check(
+            reference is None or self.head_dim > 2,
+            f"model.rope_reference_len {reference} needs a head_dim above 2: the base grows by length^(h / (h - 2))",
+        )
+        rows, columns = self.bigram_vocab_size, self.bigram_dim
+        if self.bigram_hash == "none":
+            _check(
+                rows == columns == 0,
+                f"model.bigram_vocab_size {rows} and model.bigram_dim {columns} need a model.bigram_hash, got none",
+            )
+        else:
+            _check(
+                rows >= 2 and columns >= 1,
+                f"model.bigram_hash {self.bigram_hash} needs a model.bigram_vocab_size of at least 2 and a "
+                f"model.bigram_dim of at least 1, got {rows} and {columns}",
+            )
+        if self.document_start is not None:
+            _check(
+                0 <= self.document_start < self.vocab_size,
+                f"model.document_start must be a token id below {self.vocab_size}, got {self.document_start}",
+            )
+            _check(
+                self.smear_gate != "none" or self.bigram_hash != "none",
+                f"model.document_start {self.document_start} changes nothing without model.smear_gate or "
+                "model.bigram_hash",
+            )
+
+    def rope_base_at(self, length: int) -> float:
+        """Rotary base for sequences of `length` tokens: base (length / reference)^(h / (h - 2)) beyond the reference
+        length, h = head_dim. The slowest angle then spans what it spanned there, the fastest one is unchanged."""
+        if self.rope_reference_len is None or length <= self.rope_reference_len:
+            return self.rope_base
+        return self.rope_base * (length / self.rope_reference_len) ** (self.head_dim / (self.head_dim - 2))
 
     @property
     def head_dim(self) -> int:
@@ -110,6 +166,10 @@ class OptimConfig:
     """Steps over which the momentum rises linearly; 0 starts at the final value."""
     muon_ns_steps: int = 5
     """Newton-Schulz iterations."""
+    muon_row_norm: bool = False
+    """Whether Muon divides the rows of what it orthogonalizes by their norms first (MuonEq-R)."""
+    muon_variance_beta: float = 0.0
+    """Decay of the running mean square of each row of Muon's update, by whose root it is divided (NorMuon); 0: off."""
     adam_beta1: float = 0.9
     """Adam's decay of the mean gradient."""
     adam_beta2: float = 0.95
@@ -126,7 +186,8 @@ class OptimConfig:
             value = getattr(self, item.name)
             _check(0 <= value < math.inf, f"optim.{item.name} must be finite and not negative, got {value}")
         _check(self.muon_ns_steps >= 1, f"optim.muon_ns_steps must be at least 1, got {self.muon_ns_steps}")
-        for name in ("muon_momentum", "muon_momentum_warmup_start", "adam_beta1", "adam_beta2"):
+        below_one = ("muon_momentum", "muon_momentum_warmup_start", "muon_variance_beta", "adam_beta1", "adam_beta2")
+        for name in below_one:
             _check(getattr(self, name) < 1, f"optim.{name} must be below 1, got {getattr(self, name)}")
 
 
@@ -225,7 +286,7 @@ class QuantConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """How the score is computed. Every token of the validation text is scored exactly once."""
+    """How the score is computed. Every token of the validation text is scored exactly once, unless `rule` is r4."""
 
     window: int | None = None
     """Tokens per forward; None: data.seq_len."""
@@ -233,9 +294,15 @@ class EvalConfig:
     """Tokens between window starts; None: the window (chunks). Each token then has window - stride or more
     tokens of context, except near the start of the text."""
     batch_tokens: int = 65_536
-    """Tokens per forward pass on one rank."""
+    """Tokens per forward pass on one rank; fewer need less memory. The score does not depend on it beyond rounding."""
     max_tokens: int | None = None
     """Score only this many leading tokens; the result is then labelled a partial score."""
+    document_aware: bool = False
+    """Whether tokens attend within their document only; a document starts at BOS, which is scored as the end of the
+    one before. SmearGate and BigramHash then need model.document_start."""
+    rule: Literal["every_token", "r4"] = "every_token"
+    """r4, to compare with the published recipe R4: full windows only, and of each, the first included, the last
+    `stride` tokens. The first window - stride tokens are then never scored, and the label says so."""
 
     def __post_init__(self) -> None:
         for name in ("window", "stride", "batch_tokens", "max_tokens"):
@@ -276,6 +343,11 @@ class RuntimeConfig:
     float32."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the forward and backward; auto: on cuda only."""
+    optimizer: Literal["replicated", "sharded"] = "replicated"
+    """replicated: gradients are all-reduced and every rank orthogonalizes every matrix; sharded: each rank gets the
+    gradients of its share of the matrices, steps those and hands out the new weights."""
+    optimizer_graph: bool = False
+    """Replay the whole optimizer step as one CUDA graph, captured in the warm-up; needs a GPU and warmup_steps."""
     attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = "auto"
     """Backend of scaled_dot_product_attention; auto: the first that passes a probe against math."""
     warmup_steps: int = 20

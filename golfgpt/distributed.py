@@ -13,6 +13,10 @@ from torch import Tensor
 
 from golfgpt.errors import InputError, PeerError
 
+# torch 2.13 renamed them and warns about the old names.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 TIMEOUT = datetime.timedelta(minutes=10)
 """A collective that waits longer than this has lost a peer; nothing rank 0 does alone takes as long."""
 
@@ -34,6 +38,22 @@ class Ranks:
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def reduce_scatter(self, tensor: Tensor) -> Tensor:
+        """The sum over ranks of this rank's share of `tensor` (world * n, ...), as (n, ...)."""
+        if self.world == 1:
+            return tensor
+        share = torch.empty_like(tensor[: len(tensor) // self.world])
+        _reduce_scatter(share, tensor)
+        return share
+
+    def all_gather(self, share: Tensor) -> Tensor:
+        """Every rank's `share` (n, ...) one after another, as (world * n, ...)."""
+        if self.world == 1:
+            return share
+        whole = share.new_empty(self.world * len(share), *share.shape[1:])
+        _all_gather(whole, share.contiguous())
+        return whole
 
     def broadcast_(self, tensor: Tensor) -> Tensor:
         """Overwrite `tensor` by rank 0's, in place."""

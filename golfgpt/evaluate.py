@@ -1,34 +1,45 @@
 """Scoring: the mean nats per token and the bits per byte of a validation text, every token exactly once.
 
-The text is one stream of N tokens; token 0 has no context and is no target, the other N - 1 are. Windows of
-L inputs start at 0, S, 2S, …; the last one is shifted back to end with the text. The first window scores all
-its targets, each later one those that no earlier window scored. So a token has at least L - S tokens of
-context (all of them near the start), and stride = window gives the usual chunks. Windows ignore document
-boundaries, as upstream's do.
-
     val_loss = sum of nats / targets          val_bpb = sum of nats / ln 2 / bytes of the decoded text
 
-The scorer owns the softmax: the model gives hidden states, `golfgpt_kernels.token_logprobs` the normalized
-log probabilities. Memory depends on eval.batch_tokens, never on the length of the text.
+Windows of L tokens start at 0, S, 2S, … (`golfgpt.scoring`). So a token is predicted from L - S + 1 tokens or more,
+all of them near the start of the text, and stride = window gives the usual chunks. Windows ignore document
+boundaries, as upstream's do; with eval.document_aware tokens attend within their document only. A document's BOS is
+then still a target like any other: predicted from the document before, it says that this one ends.
+
+A score is printed only with proof: the scored tokens are counted, their bytes are counted twice, and
+`golfgpt.compliance` checks a sample of the windows first. Sums stay on the device in float64 and are read once a
+second, for the progress line, for the partial sums that an interrupted evaluation continues from, and to see that
+they are finite. Memory depends on eval.batch_tokens, never on the length of the text; running out of it is an error,
+for a silently smaller batch would hide that the one asked for does not fit.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
+import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from golfgpt_kernels import token_logprobs
 from torch import Tensor
 
 from golfgpt.bpb import bits_per_byte
+from golfgpt.compliance import Checks, check
 from golfgpt.config import RunConfig
 from golfgpt.data.shards import Dataset
 from golfgpt.distributed import Ranks
-from golfgpt.errors import GolfError, InputError, NonFiniteError, VerificationError
+from golfgpt.errors import GolfError, InputError, Interrupted, NonFiniteError, VerificationError
+from golfgpt.files import write_json
 from golfgpt.model import GPT
+from golfgpt.scoring import Cut, Scorer, Windows, score_windows
+
+PROGRESS_SECONDS, SAVE_SECONDS = 1.0, 10.0
 
 
 @dataclass(frozen=True)
@@ -41,86 +52,112 @@ class Score:
     """Bits per byte of decoded text."""
     nats: float
     tokens: int
-    """Scored tokens: all but the first of the text."""
+    """Scored tokens: all but the first of the text, unless `partial`."""
     bytes: int
     """UTF-8 bytes of the scored text after decoding."""
     window: int
     stride: int
     label: str
-    """val_bpb; with a suffix when the text is normalized by a lossy tokenizer or only partly scored."""
+    """val_bpb; with a suffix when the text is normalized by a lossy tokenizer, only partly scored, or scored within
+    documents."""
     seconds: float
     dtype: str
     """Of activations and matmuls."""
     partial: bool
-    """Only the leading tokens of the text were scored."""
+    """Not all of the text was scored."""
+    document_aware: bool
+    checks: Checks
 
 
 @dataclass(frozen=True)
-class Windows:
-    """All windows over `targets` target positions; window i covers inputs start(i) .. start(i) + window - 1.
+class Sums:
+    """What the windows before `next` gave, on the device."""
 
-    Raises InputError for a window longer than the text, a stride of 0 or beyond the window.
+    next: int
+    values: Tensor
+    """float64 (3,): nats, tokens, bytes; the last two are exact up to 2^53."""
+    bad: Tensor
+    """Position of the first token without a finite log probability; a huge number if there is none."""
+
+    @classmethod
+    def start(cls, next: int, device: torch.device, values: tuple[float, float, float] = (0, 0, 0)) -> Sums:
+        none = torch.tensor(torch.iinfo(torch.int64).max, device=device)
+        return cls(next, torch.tensor(values, dtype=torch.float64, device=device), none)
+
+    def plus(self, next: int, part: Cut, logprobs: Tensor) -> Sums:
+        """With the batch that ends before window `next`; the order of additions is fixed."""
+        nbytes = part.nbytes.where(part.scored, 0)
+        added = torch.stack((-logprobs.double().sum(), part.scored.sum().double(), nbytes.sum().double()))
+        bad = torch.where(logprobs.isfinite(), self.bad, part.positions).min()
+        return Sums(next, self.values + added, torch.minimum(bad, self.bad))
+
+    def read(self) -> tuple[float, int, int]:
+        """Nats, tokens, bytes. Raises NonFiniteError naming the first bad token."""
+        nats, tokens, nbytes = self.values.tolist()
+        if not math.isfinite(nats):
+            raise NonFiniteError(f"the model gives token {int(self.bad)} of the validation text no finite probability")
+        return nats, int(tokens), int(nbytes)
+
+
+class PartialSums:
+    """One rank's sums of an evaluation under way, in `folder`/eval_partial_RANK.json while it runs.
+
+    `model_digest` tells models apart. The file belongs to one model, text, plan of windows, dtype and number of ranks;
+    for another one it is not used, which is said. `say` gets lines for the user.
     """
 
-    targets: int
-    window: int
-    stride: int
+    def __init__(self, folder: Path, rank: int, model_digest: str, say: Callable[[str], None] = lambda line: None):
+        self._file = folder / f"eval_partial_{rank}.json"
+        self._digest, self._say = model_digest, say
+        self._saved = time.monotonic()
+        self._warned = False
 
-    def __post_init__(self) -> None:
-        if not 1 <= self.stride <= self.window:
-            raise InputError(f"eval.stride must lie in 1..{self.window} (the window), got {self.stride}")
-        if self.window > self.targets:
-            raise InputError(
-                f"eval.window {self.window} is longer than the text's {self.targets} target tokens; "
-                "choose a smaller window"
-            )
+    def open(self, key: dict[str, Any], windows: Windows, share: range, ranks: Ranks) -> Sums:
+        """The sums to continue from: those of the file, or none."""
+        self._key = {"model": self._digest, **key, **asdict(windows), "world": ranks.world, "rank": ranks.rank}
+        fresh = Sums.start(share.start, ranks.device)
+        try:
+            stored = json.loads(self._file.read_bytes())
+            sums = Sums.start(int(stored["next"]), ranks.device, tuple(map(float, stored["values"])))
+            changed = [name for name, value in self._key.items() if stored["key"].get(name) != value]
+            damaged = not share.start <= sums.next <= share.stop or not bool(sums.values.isfinite().all())
+        except FileNotFoundError:
+            return fresh
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            changed, damaged = [], True
+        if changed or damaged:
+            why = f"is of another evaluation ({', '.join(changed)} changed)" if changed else "is damaged"
+            self._say(f"{self._file} {why}: starting over")
+            return fresh
+        self._say(f"continuing an interrupted evaluation: {int(sums.values[1]):,} tokens are scored already")
+        return sums
 
-    def __len__(self) -> int:
-        return 1 + -(-(self.targets - self.window) // self.stride)
+    def save(self, sums: Sums) -> None:
+        """Write the file; a folder that cannot be written is said once, the evaluation goes on."""
+        self._saved = time.monotonic()
+        values = sums.values.tolist()
+        if not math.isfinite(values[0]):
+            return
+        try:
+            write_json(self._file, {"key": self._key, "next": sums.next, "values": values})
+        except OSError as error:
+            if not self._warned:
+                self._say(f"warning: {self._file}: {error.strerror}; an interrupted evaluation would start over")
+            self._warned = True
 
-    def start(self, index: np.ndarray) -> np.ndarray:
-        """First input position of each window."""
-        return np.minimum(index * self.stride, self.targets - self.window)
+    def save_at_times(self, sums: Sums) -> None:
+        if time.monotonic() - self._saved >= SAVE_SECONDS:
+            self.save(sums)
 
-    def first_scored(self, index: np.ndarray) -> np.ndarray:
-        """Offset inside each window of the first target that no earlier window scored."""
-        return np.where(index == 0, 0, (index - 1) * self.stride + self.window - self.start(index))
+    def clear(self) -> None:
+        with contextlib.suppress(OSError):
+            self._file.unlink()
 
 
 def plan_windows(dataset: Dataset, config: RunConfig) -> Windows:
     """The windows that `evaluate` scores. Raises InputError when they do not fit the text."""
     targets = min(dataset.val_tokens - 1, config.eval.max_tokens or dataset.val_tokens)
-    return Windows(targets, config.window, config.stride)
-
-
-def score_windows(
-    hidden_states: Callable[[Tensor], Tensor],
-    head_weight: Tensor,
-    softcap: float,
-    read_tokens: Callable[[int, int], np.ndarray],
-    windows: Windows,
-    indices: range,
-    batch: int,
-    device: torch.device,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Yield (target positions int64, nats float32) of the windows `indices`, `batch` windows at a time.
-
-    `hidden_states` maps ids (b, window) to (b, window, D); `read_tokens(start, stop)` gives stream tokens.
-    Every batch has the same shape: the last one is filled up with repeats of its last window, unscored.
-    """
-    offsets = np.arange(windows.window)
-    for begin in range(indices.start, indices.stop, batch):
-        real = min(batch, indices.stop - begin)
-        index = np.minimum(np.arange(begin, begin + batch), begin + real - 1)
-        start = windows.start(index)
-        slab = read_tokens(int(start[0]), int(start[-1]) + windows.window + 1)
-        span = torch.from_numpy(slab[(start - start[0])[:, None] + np.arange(windows.window + 1)].astype(np.int64))
-        mask = offsets >= windows.first_scored(index)[:, None]
-        mask[real:] = False
-        span, where = span.to(device), torch.from_numpy(mask).to(device)
-        hidden = hidden_states(span[:, :-1])
-        logprobs = token_logprobs(hidden[where], head_weight, span[:, 1:][where], softcap=softcap)
-        yield (start[:, None] + offsets + 1)[mask], -logprobs.cpu().numpy()
+    return Windows(targets, config.window, config.stride, config.eval.rule == "r4")
 
 
 @torch.no_grad()
@@ -131,57 +168,75 @@ def evaluate(
     ranks: Ranks,
     *,
     dtype: torch.dtype,
-    progress: Callable[[int, int, float], None] | None = None,
+    progress: Callable[[str], None] | None = None,
+    keep: PartialSums | None = None,
 ) -> Score:
     """Score `model` on the validation split, windows dealt to the ranks in contiguous ranges.
 
-    `progress(done, total, bpb)` is called after every batch of this rank with its own running score.
-    Raises InputError for windows that do not fit, NonFiniteError naming the first bad token, and
-    VerificationError when the bytes of the text, counted a second time by decoding it, are not the bytes
-    that the score is divided by.
+    `progress` gets a line about this rank's share every second: running bits per byte, tokens a second, time left.
+    With `keep` an interrupted evaluation continues where it was saved, every ten seconds and when Interrupted
+    or KeyboardInterrupt ends it. Raises InputError for windows that do not fit and tokens outside the vocabulary,
+    NonFiniteError naming the first bad token, and VerificationError when the sampled windows break a rule, or when
+    the bytes of the text, counted a second time by decoding it, are not those that the score is divided by.
     """
     begun = time.perf_counter()
     windows = plan_windows(dataset, config)
-    targets = windows.targets
     share = range(*(len(windows) * r // ranks.world for r in (ranks.rank, ranks.rank + 1)))
     most = max(1, config.eval.batch_tokens // windows.window)
     batch = max(1, -(-len(share) // max(1, -(-len(share) // most))))  # even batches: little filling at the end
-    sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes: exact integers up to 2^53
-    proved, failed = 0, None
+    document_start = dataset.need_tokenizer().bos_id if config.eval.document_aware else None
+    device, vocab_size = ranks.device, model.config.vocab_size
+    compile = config.runtime.compile == "on" or (config.runtime.compile == "auto" and device.type == "cuda")
+    scorer = Scorer(model, dtype, document_start=document_start, compiled=compile)
+
+    def read(start: int, stop: int) -> Tensor:
+        ids = dataset.val_ids(start, stop)
+        if int(ids.max()) >= vocab_size:
+            at = int((ids >= vocab_size).argmax())
+            raise InputError(
+                f"token {start + at} of the validation text is {ids[at]}, outside the model's vocabulary of "
+                f"{vocab_size}; it was prepared with another tokenizer, or a shard is damaged"
+            )
+        return torch.from_numpy(np.stack((ids, dataset.byte_counts(start, stop))).astype(np.int64)).to(device)
+
+    sums, findings, proved, failed = Sums.start(share.start, device), None, 0, None
     try:
-        scored = score_windows(
-            lambda ids: model(ids, dtype=dtype),
-            model.head_weight.to(dtype),
-            model.config.logit_softcap,
-            dataset.val_ids,
-            windows,
-            share,
-            batch,
-            ranks.device,
-        )
-        for positions, nats in scored:
-            if not np.isfinite(nats).all():
-                bad = int(positions[~np.isfinite(nats)][0])
-                raise NonFiniteError(f"the model gives token {bad} of the validation text no finite probability")
-            low, high = int(positions[0]), int(positions[-1]) + 1
-            counts = dataset.byte_counts(low, high)[positions - low]
-            sums += torch.tensor([nats.astype(np.float64).sum(), nats.size, counts.sum(dtype=np.float64)])
-            if progress:
-                running = bits_per_byte(float(sums[0]), max(int(sums[2]), 1))
-                progress(int(sums[1]), targets // ranks.world, running)
+        findings = check(scorer, windows, read, share, batch)
+        if keep:
+            key = {"text": dataset.digest, "dtype": str(dtype), "document_start": document_start}
+            sums = keep.open(key, windows, share, ranks)
+        report = _Progress(progress, len(windows.scored(share)), sums)
+        for stop, part, logprobs in score_windows(scorer, read, windows, range(sums.next, share.stop), batch):
+            sums = sums.plus(stop, part, logprobs)
+            if report.due() or stop == share.stop:
+                report(sums)
+                if keep:
+                    keep.save_at_times(sums)
+        if keep and ranks.world > 1:
+            keep.save(sums)  # another rank may still be stopped
         if ranks.main:
-            proved = dataset.prove_val_bytes(targets + 1) - int(dataset.byte_counts(0, 1)[0])
+            scored = windows.scored(range(len(windows)))
+            proved = dataset.prove_val_bytes(scored.stop + 1) - dataset.prove_val_bytes(scored.start + 1)
     except GolfError as error:
         failed = error
+        if keep and isinstance(error, Interrupted):
+            keep.save(sums)
+        elif keep:
+            keep.clear()
+    except (KeyboardInterrupt, MemoryError, torch.OutOfMemoryError):
+        if keep:
+            keep.save(sums)
+        raise
     ranks.settle(failed)
-    sums = ranks.sum_(sums.to(ranks.device)).cpu()
-    nats, tokens, nbytes = float(sums[0]), int(sums[1]), int(sums[2])
+    everything = ranks.sum_(sums.values.clone()).cpu()
+    nats, tokens, nbytes = float(everything[0]), int(everything[1]), int(everything[2])
+    targets = len(windows.scored(range(len(windows))))
+    if keep:
+        keep.clear()
     if tokens != targets or (ranks.main and nbytes != proved):
         raise VerificationError(
             f"scored {tokens} of {targets} tokens and {nbytes} of {proved} bytes: no score can be proved"
         )
-    partial = tokens < dataset.val_tokens - 1
-    label = "val_bpb" if dataset.lossless else "val_bpb (normalized text)"
     return Score(
         val_loss=nats / tokens,
         val_bpb=bits_per_byte(nats, nbytes),
@@ -190,8 +245,46 @@ def evaluate(
         bytes=nbytes,
         window=windows.window,
         stride=windows.stride,
-        label=label + (f" (first {tokens:,} tokens)" if partial else ""),
+        label=_label(dataset, windows, config.eval.document_aware),
         seconds=time.perf_counter() - begun,
         dtype=str(dtype).removeprefix("torch."),
-        partial=partial,
+        partial=tokens < dataset.val_tokens - 1,
+        document_aware=config.eval.document_aware,
+        checks=Checks.of(findings, windows, ranks),
     )
+
+
+class _Progress:
+    """Tells `progress` about this rank's share, and raises NonFiniteError when its sums are not finite."""
+
+    def __init__(self, progress: Callable[[str], None] | None, total: int, sums: Sums):
+        self._progress, self._total = progress, total
+        self._begun = self._told = time.perf_counter()
+        self._already = int(sums.values[1])
+
+    def due(self) -> bool:
+        return time.perf_counter() - self._told >= PROGRESS_SECONDS
+
+    def __call__(self, sums: Sums) -> None:
+        nats, tokens, nbytes = sums.read()
+        self._told = time.perf_counter()
+        if self._progress:
+            rate = (tokens - self._already) / (self._told - self._begun)
+            running = f"{bits_per_byte(nats, nbytes):.4f}" if nbytes else "none"
+            self._progress(
+                f"{tokens:,} of {self._total:,} tokens, {running} bits per byte so far, {rate:,.0f} tokens/s, "
+                f"{(self._total - tokens) / max(rate, 1e-9):.0f} s left"
+            )
+
+
+def _label(dataset: Dataset, windows: Windows, document_aware: bool) -> str:
+    """val_bpb, and what is to be known before it is compared with another."""
+    notes = [] if dataset.lossless else ["normalized text"]
+    notes += ["document-aware"] if document_aware else []
+    if windows.targets < dataset.val_tokens - 1:
+        notes.append(f"first {windows.targets:,} tokens")
+    scored = windows.scored(range(len(windows)))
+    unscored = (("first", scored.start), ("last", windows.targets - scored.stop))
+    if parts := [f"{side} {count:,}" for side, count in unscored if count]:
+        notes.append(f"R4: {' and '.join(parts)} tokens not scored")
+    return " ".join(["val_bpb", *(f"({note})" for note in notes)])

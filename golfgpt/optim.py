@@ -1,26 +1,34 @@
 """Muon for matrix banks, AdamW for the rest, behind one `Optimizers` that the training loop steps.
 
-Muon (Keller Jordan, https://kellerjordan.github.io/posts/muon):
+Muon (Keller Jordan, https://kellerjordan.github.io/posts/muon), over banks of matrices:
     buf <- mu buf + g;   u = g + mu buf (Nesterov);   O = newton_schulz(u) * sqrt(max(1, rows / cols))
     w <- w (1 - lr wd) - lr O
-Every rank holds summed gradients and takes the same step, so parameters never need communication.
+Matrices of one shape are orthogonalized as one batch, whichever banks they come from. Learning rates and the
+momentum live on the device, so a schedule moves them without recapturing a CUDA graph of the whole step.
+
+Options, as torch operations around the orthogonalization: `row_norm` divides each row of u by its norm first
+(MuonEq-R); `variance_beta` divides each row of O by the root of a running mean of its squares and restores the
+matrix's norm (NorMuon, arXiv:2510.05491; the norm is kept as modded-nanogpt does).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
-from golfgpt_kernels import newton_schulz
+from golfgpt_kernels import muon_momentum_, muon_update_, newton_schulz
 from torch import Tensor, nn
 
 from golfgpt.config import OptimConfig
-from golfgpt.model import EMBEDDINGS, GPT, MATRIX_BANKS
+from golfgpt.flat import FlatGradients
+from golfgpt.model import GPT, MATRIX_BANKS
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum orthogonalized by Newton-Schulz, over parameters (..., rows, cols) with rows = out features.
 
+    `lr` and `momentum` of a group are numbers or 0-d float32 tensors on the parameters' device. `shadows` maps
+    parameters to tensors of their shape that get a rounded copy of every update. `dtype` is the iteration's.
     Raises ValueError for a parameter with fewer than two dimensions.
     """
 
@@ -28,94 +36,244 @@ class Muon(torch.optim.Optimizer):
         self,
         params: Iterable[nn.Parameter],
         *,
-        lr: float,
-        momentum: float = 0.95,
+        lr: float | Tensor,
+        momentum: float | Tensor = 0.95,
         nesterov: bool = True,
         ns_steps: int = 5,
         weight_decay: float = 0.0,
+        row_norm: bool = False,
+        variance_beta: float = 0.0,
+        dtype: torch.dtype = torch.bfloat16,
+        shadows: Mapping[Tensor, Tensor] | None = None,
+        impl: str = "auto",
     ):
-        params = list(params)
-        for p in params:
-            if p.ndim < 2:
-                raise ValueError(f"Muon takes matrices or banks of matrices, got shape {tuple(p.shape)}")
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "ns_steps": ns_steps,
-            "weight_decay": weight_decay,
-        }
+        self.dtype, self.shadows, self.impl = dtype, shadows or {}, impl
+        defaults = dict(
+            lr=lr, momentum=momentum, nesterov=nesterov, ns_steps=ns_steps, weight_decay=weight_decay,
+            row_norm=row_norm, variance_beta=variance_beta,
+        )  # fmt: skip
         super().__init__(params, defaults)
 
+    def add_param_group(self, group: dict) -> None:
+        super().add_param_group(group)
+        for p in self.param_groups[-1]["params"]:
+            if p.ndim < 2:
+                raise ValueError(f"Muon takes matrices or banks of matrices, got shape {tuple(p.shape)}")
+
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure: Callable | None = None, *, ok: Tensor | None = None):
+        """Update every parameter that has a gradient.
+
+        A gradient that is not finite refuses the step and leaves all state as it was: on a CPU with a ValueError, on
+        a GPU on the device, without waiting. Who has looked already passes `ok`, a 0-d bool tensor on the device.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if grads and ok is None:
+            ok = torch.stack(torch._foreach_norm(grads)).isfinite().all()
+            if ok.device.type == "cpu":
+                if not ok:
+                    bad = next(tuple(g.shape) for g in grads if not g.isfinite().all())
+                    raise ValueError(
+                        f"Muon: the gradient of a parameter of shape {bad} is not finite; nothing was updated"
+                    )
+                ok = None
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                buf = state["momentum_buffer"]
-                buf.mul_(group["momentum"]).add_(p.grad)
-                update = p.grad.add(buf, alpha=group["momentum"]) if group["nesterov"] else buf
-                update = newton_schulz(update, steps=group["ns_steps"])
-                update = update * max(1.0, p.size(-2) / p.size(-1)) ** 0.5
-                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.to(p.dtype), alpha=-group["lr"])
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                self._step(group, params, ok)
+        return loss
+
+    def _step(self, group: dict, params: list[nn.Parameter], ok: Tensor | None) -> None:
+        for p in params:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        stacks: dict[tuple[int, int], list[nn.Parameter]] = {}
+        for p in params:
+            stacks.setdefault((p.size(-2), p.size(-1)), []).append(p)
+        params = [p for members in stacks.values() for p in members]
+        # bf16 holds any gradient's magnitude; fp16 would lose small ones before they are normalized.
+        dtype = torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
+        batches, updates = [], []
+        for (rows, cols), members in stacks.items():
+            counts = [p.numel() // (rows * cols) for p in members]
+            batches.append(torch.empty(sum(counts), rows, cols, dtype=dtype, device=members[0].device))
+            updates += [u.view(p.shape) for u, p in zip(batches[-1].split(counts), members, strict=True)]
+        muon_momentum_(
+            [p.grad for p in params],
+            [self.state[p]["momentum_buffer"] for p in params],
+            updates,
+            _scalar(group["momentum"], params[0].device),
+            nesterov=group["nesterov"],
+            ok=ok,
+            impl=self.impl,
+        )
+        orthogonal = []
+        for batch, members in zip(batches, stacks.values(), strict=True):
+            if group["row_norm"]:
+                batch = batch / (torch.linalg.vector_norm(batch, dim=-1, keepdim=True, dtype=torch.float32) + 1e-7)
+            o = newton_schulz(batch, steps=group["ns_steps"], dtype=self.dtype, impl=self.impl)
+            parts = o.split([p.numel() // (p.size(-2) * p.size(-1)) for p in members])
+            for part, p in zip(parts, members, strict=True):
+                part = part.view(p.shape)
+                orthogonal.append(
+                    self._equalize(p, part, group["variance_beta"], ok) if group["variance_beta"] else part
+                )
+        shadows = [self.shadows[p] for p in params] if self.shadows else None
+        muon_update_(
+            params,
+            orthogonal,
+            _scalar(group["lr"], params[0].device),
+            scales=[max(1.0, p.size(-2) / p.size(-1)) ** 0.5 for p in params],
+            weight_decay=group["weight_decay"],
+            shadows=shadows,
+            ok=ok,
+            impl=self.impl,
+        )
+
+    def _equalize(self, p: nn.Parameter, o: Tensor, beta: float, ok: Tensor | None) -> Tensor:
+        """Rows of o over the root of their running mean square, with the norm of the matrix kept."""
+        state = self.state[p]
+        if "row_variance" not in state:
+            state["row_variance"] = torch.zeros(*p.shape[:-1], 1, device=p.device)
+        variance = state["row_variance"].lerp(o.float().square().mean(-1, keepdim=True), 1 - beta)
+        state["row_variance"].copy_(variance if ok is None else torch.where(ok, variance, state["row_variance"]))
+        scaled = o * variance.clamp_min(1e-10).rsqrt()
+        norms = [torch.linalg.matrix_norm(x.float()) for x in (o, scaled)]
+        return scaled * (norms[0] / norms[1].clamp_min(1e-10))[..., None, None]
+
+
+def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
+    """0-d float32 on the device; a fill and not a copy, which would make the host wait for a GPU."""
+    return value if isinstance(value, Tensor) else torch.full((), value, device=device)
 
 
 class Optimizers:
-    """All optimizer groups of a model, with their base learning rates (recipes: tok, head, matrices, scalars)."""
+    """All optimizer groups of a model, each with its base learning rate: embedding, pairs, head, scalars; matrices.
 
-    def __init__(self, model: GPT, config: OptimConfig):
+    With `flat` the matrices are stepped as it says, replicated or sharded, and gathered afterwards.
+    """
+
+    def __init__(self, model: GPT, config: OptimConfig, flat: FlatGradients | None = None):
         named = dict(model.named_parameters())
         embed_lr = config.tied_embed_lr if model.config.tie_embeddings else config.embed_lr
-        groups = [{"params": [named["tok_emb"]], "lr": embed_lr}]
-        if not model.config.tie_embeddings:
-            groups.append({"params": [named["lm_head"]], "lr": config.head_lr})
-        scalars = [p for name, p in named.items() if name not in (*MATRIX_BANKS, *EMBEDDINGS)]
+        rates = {"tok_emb": embed_lr, "bigram_table": embed_lr, "lm_head": config.head_lr}
+        groups = [{"params": [named[name]], "lr": lr} for name, lr in rates.items() if name in named]
+        matrices = [p for name, p in named.items() if name in MATRIX_BANKS]
+        scalars = [p for name, p in named.items() if name not in MATRIX_BANKS and name not in rates]
         groups.append({"params": scalars, "lr": config.scalar_lr})
+        self._flat = flat if flat is not None and flat.sharded else None
+        device = named["tok_emb"].device
+        self._base = [group["lr"] for group in groups] + [config.matrix_lr]
+        self._scalars = torch.zeros(len(self._base) + 1, device=device)
+        *rates_on_device, momentum = self._scalars.unbind()
+        for group, lr in zip(groups, rates_on_device, strict=False):
+            group["lr"] = lr
         self.adam = torch.optim.AdamW(
             groups,
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_eps,
             weight_decay=config.weight_decay,
             fused=True,
+            capturable=device.type == "cuda",
         )
         self.muon = Muon(
-            [named[name] for name in MATRIX_BANKS],
-            lr=config.matrix_lr,
+            matrices if self._flat is None else [stack.shard for stack in self._flat.stacks],
+            lr=rates_on_device[-1],
+            momentum=momentum,
             ns_steps=config.muon_ns_steps,
             weight_decay=config.weight_decay,
+            row_norm=config.muon_row_norm,
+            variance_beta=config.muon_variance_beta,
         )
-        self._groups = [(group, group["lr"]) for o in (self.adam, self.muon) for group in o.param_groups]
-        self._names = {p: name for name, p in named.items()}
+        self._ok = torch.ones((), dtype=torch.bool, device=device)
+        self._parameters, self._names = named, {p: name for name, p in named.items()}
+        self._graph: torch.cuda.CUDAGraph | None = None
 
     def step(self, multiplier: float, momentum: float) -> None:
-        """Update every parameter from its .grad with learning rates base * multiplier."""
-        for group, base_lr in self._groups:
-            group["lr"] = base_lr * multiplier
-        for group in self.muon.param_groups:
-            group["momentum"] = momentum
+        """Update every parameter from its .grad, which is finite, with learning rates base * multiplier."""
+        values = torch.tensor([base * multiplier for base in self._base] + [momentum])
+        if self._scalars.is_cuda:
+            values = values.pin_memory()
+        self._scalars.copy_(values, non_blocking=True)
+        if self._graph is None:
+            self._step()
+        elif self._addresses() == self._captured:
+            self._graph.replay()
+        else:
+            raise RuntimeError(
+                "parameters, gradients or groups changed after the step was captured; call capture() again"
+            )
+        if self._flat is not None:
+            self._flat.gather_weights()
+
+    def _step(self) -> None:
         self.adam.step()
-        self.muon.step()
+        self.muon.step(ok=self._ok)
+
+    def capture(self) -> None:
+        """Record the step of all groups in one CUDA graph, which `step` replays from then on.
+
+        Everything must have been stepped once, so that all state exists and all kernels are compiled. Parameters,
+        gradients and state keep their addresses from here on (`load_state` writes in place). Nothing is executed.
+        Raises RuntimeError without a GPU.
+        """
+        if not self._scalars.is_cuda:
+            raise RuntimeError("a CUDA graph needs parameters on a GPU")
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._step()
+        self._captured = self._addresses()
+
+    def _addresses(self) -> list[tuple[int, int]]:
+        groups = (*self.adam.param_groups, *self.muon.param_groups)
+        return [(p.data_ptr(), p.grad.data_ptr()) for group in groups for p in group["params"]]
 
     def state(self) -> dict[str, Tensor]:
-        """State tensors by 'parameter.key', for a checkpoint; empty before the first step."""
-        return {
+        """State tensors by 'parameter.key', for a checkpoint; empty before the first step. The same for any number of
+        ranks and either strategy; all ranks call it together, since shards are gathered."""
+        out = {
             f"{self._names[p]}.{key}": value
             for optimizer in (self.adam, self.muon)
             for p, state in optimizer.state.items()
+            if p in self._names
             for key, value in state.items()
         }
+        for stack in self._flat.stacks if self._flat is not None else ():
+            for key, shard in sorted(self.muon.state[stack.shard].items()):  # every rank in the same order
+                banks = self._flat.gather(stack, shard)
+                out |= {
+                    f"{name}.{key}": bank.view(*self._parameters[name].shape[:-1], -1) for name, bank in banks.items()
+                }
+        return out
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Restore what `state` gave; an empty dict resets. Tensors are copied to their parameter's device."""
+        """Restore what `state` gave, in place where there is state already; what is not named starts over from zero."""
         for optimizer in (self.adam, self.muon):
-            optimizer.state.clear()
             for group in optimizer.param_groups:
                 for p in group["params"]:
-                    prefix = self._names[p] + "."
-                    state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-                    if state:
-                        optimizer.state[p] = {k: v.to(p.device, copy=True) for k, v in state.items()}
+                    named = self._tensors_of(p, tensors)
+                    state = optimizer.state[p]
+                    for key in {*state, *named}:
+                        value = named.get(key)
+                        if key not in state:
+                            state[key] = value.to(p.device, copy=True)
+                        elif value is None:
+                            state[key].zero_()
+                        else:
+                            state[key].copy_(value)
+
+    def _tensors_of(self, p: nn.Parameter, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """State key -> tensor of one parameter, or of this rank's shard of a stack."""
+        if p in self._names:
+            prefix = self._names[p] + "."
+            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        stack = next(stack for stack in self._flat.stacks if stack.shard is p)
+        keys = {k.removeprefix(f"{stack.names[0]}.") for k in tensors if k.startswith(f"{stack.names[0]}.")}
+        return {
+            key: self._flat.scatter(stack, {name: tensors[f"{name}.{key}"].to(p.device) for name in stack.names})
+            for key in keys
+        }

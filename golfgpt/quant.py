@@ -29,8 +29,10 @@ from golfgpt.config import ModelConfig, QuantConfig
 from golfgpt.errors import InputError
 from golfgpt.upstream import check_state, parameter_shapes
 
-CONTROL_TENSORS = frozenset({"attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights"})
-_MODEL_MATRICES = frozenset({"tok_emb", "lm_head"})  # one tensor a model; the other banks hold one a layer
+CONTROL_TENSORS = frozenset(
+    {"attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights", "smear_gate", "bigram_scale"}
+)
+_MODEL_MATRICES = frozenset({"tok_emb", "lm_head", "bigram_table", "bigram_proj"})  # other banks hold one a layer
 
 SCALE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 DTYPES = {"float32": torch.float32, "float16": torch.float16} | {f"int{bits}": torch.int8 for bits in range(2, 9)}

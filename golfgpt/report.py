@@ -53,10 +53,11 @@ YARDSTICKS = {"gzip": "gzip -9", "xz": "xz", "zstd": "zstd -22", "bigram": "toke
 
 
 def score_lines(score: Score, yardsticks: dict[str, float] | None) -> str:
-    """A score, with the yardsticks on the same text below it where the whole text was scored."""
+    """A score and what was checked of it, with the yardsticks on the same text below where all of it was scored."""
     line = (
         f"{score.label} {score.val_bpb:.4f}   val_loss {score.val_loss:.4f}   window {score.window} stride "
-        f"{score.stride}   {score.dtype}   {score.tokens:,} tokens, {score.bytes:,} bytes, {score.seconds:.1f} s"
+        f"{score.stride}   {score.dtype}   {score.tokens:,} tokens, {score.bytes:,} bytes, {score.seconds:.1f} s\n"
+        f"{score.checks}"
     )
     if not yardsticks:
         return line

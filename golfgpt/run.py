@@ -4,6 +4,7 @@ config.json      resolved config, strict              metrics.jsonl   append-onl
 env.json         versions, hardware, command          train.log       lines compatible with upstream's
 checkpoints/     resumable state                      tokenizer.model the tokenizer, copied
 model.golf       the artifact                         result.json     score and bytes of model.golf
+eval_partial_R.json  sums of rank R in an unfinished `golfgpt eval`
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
+from golfgpt_kernels import implementation
 
 from golfgpt import artifact, checkpoint, distributed
 from golfgpt.attention import select_backend
@@ -33,7 +34,9 @@ def open_dataset(config: RunConfig, ranks: Ranks) -> Dataset:
     if config.data.path is None:
         raise InputError("no data: name a prepared folder with --data.path DIR (see golfgpt data prepare)")
     dataset = Dataset.open(Path(config.data.path))
-    dataset.need_tokenizer()
+    bos, start = dataset.need_tokenizer().bos_id, config.model.document_start
+    if start is not None and start != bos:
+        raise InputError(f"model.document_start is {start}, but texts in {config.data.path} start with token {bos}")
     if dataset.vocab_size != config.model.vocab_size:
         raise InputError(
             f"the tokenizer of {config.data.path} has {dataset.vocab_size} tokens, the model "
@@ -77,6 +80,8 @@ def train(config: RunConfig, path: Path, *, resume: bool = False, quiet: bool = 
         except GolfError as error:
             failed = error
         ranks.settle(failed)
+        for p in trainer.model.parameters():  # an orthogonal start is a QR, whose rounding differs between CPUs
+            ranks.broadcast_(p.data)
         reporter = Reporter(folder, speak=ranks.main, quiet=quiet)
         stack.callback(reporter.close)
         run = _Run(config, path, trainer, dataset, ranks, ledger, folder, reporter, signals)
@@ -118,6 +123,8 @@ class _Run:
     """Seconds of the last steps."""
     begun: float = 0.0
     """Training clock at the start of the last step."""
+    last_save: float = 0.0
+    """time.monotonic() of the last checkpoint."""
     projection: str = ""
     """Forecast of the artifact's bytes at the last checkpoint."""
 
@@ -145,7 +152,10 @@ class _Run:
     def find_checkpoint(self) -> checkpoint.Checkpoint | None:
         """The newest whole checkpoint; damaged newer ones are set aside. Raises InputError if it does not fit."""
         saved, refused = checkpoint.latest(self.folder.checkpoints)
-        started = from_dict(RunConfig, saved.config) if saved else read_config(self.path)
+        try:
+            started = from_dict(RunConfig, saved.config) if saved else read_config(self.path)
+        except ValueError as error:
+            raise InputError(f"{self.path} was written by another version: {error}") from None
         changed = [d for d in differences(started, self.config) if not d.startswith(RESUMABLE)]
         if changed:
             what = "; ".join(changed)
@@ -174,7 +184,9 @@ class _Run:
         say(f"world_size:{self.ranks.world} spans:{c.data.spans} microbatch_tokens:{micro}")
         say(f"device:{self.ranks.device} dtype:{t.dtype} compile:{t.compiled} threads:{torch.get_num_threads()}")
         say(f"attention:{backend}" + "".join(f" ({name}: {why})" for name, why in refused.items()))
-        say("kernels:eager for every op (this version ships no Triton kernel)")
+        ops = ("relu2_mlp", "softcap_cross_entropy", "newton_schulz", "muon_momentum_", "muon_update_")
+        for op in ops:
+            say("kernel:{}: {} ({})".format(op, *implementation(op, self.ranks.device, t.dtype)))
         say(
             f"train_batch_tokens:{c.data.batch_tokens} train_seq_len:{c.data.seq_len} "
             f"iterations:{c.schedule.max_steps} max_wallclock_seconds:{cap} seed:{c.seed}"
@@ -191,23 +203,21 @@ class _Run:
 
     def loop(self) -> None:
         """Train until max_steps or until rank 0 votes that another step could cross the cap."""
-        last_save = time.monotonic()
+        self.last_save = time.monotonic()
         self.signals.deferred = True
         with self.ledger.phase("train"):
             while self.step < self.config.schedule.max_steps and not self.finished:
-                signaled = self.one_step()
-                if signaled:
+                result = self.one_step()
+                if result.signaled:
                     saved = self.save()
                     self.signals.saved = (
                         f"state saved at step {self.step}" if saved else "the last step could not be saved"
                     )
                     self.ranks.barrier()  # torchrun ends the others as soon as one rank leaves
                     raise self.signals.interrupted()
-                every = self.config.runtime.checkpoint_seconds
                 validate = self.config.runtime.val_every and self.step % self.config.runtime.val_every == 0
-                if self.finished or validate or (every and time.monotonic() - last_save >= every):
+                if self.finished or validate or result.save:
                     self.save()
-                    last_save = time.monotonic()
                 if validate:
                     self.validate()
         self.signals.release()
@@ -221,17 +231,18 @@ class _Run:
         if cap is not None and seconds > cap:
             self.reporter.line(f"warning: training took {seconds:.3f} s, more than schedule.max_seconds {cap:g}")
 
-    def one_step(self) -> bool:
-        """Train one step; returns whether some rank was told to stop."""
+    def one_step(self) -> StepResult:
+        """Train one step."""
         c, t = self.config, self.trainer
         begun = self.ledger.elapsed("train")
         if self.recent:
             self.recent[-1] = begun - self.begun  # what was logged after the step included
         self.begun = begun
 
-        def votes() -> tuple[bool, bool]:
-            slowest = max(self.recent, default=0.0)
-            return crosses_cap(begun, slowest, c.schedule), bool(self.signals.caught)
+        def votes() -> tuple[bool, bool, bool]:
+            slowest, every = max(self.recent, default=0.0), c.runtime.checkpoint_seconds
+            due = bool(every) and time.monotonic() - self.last_save >= every
+            return crosses_cap(begun, slowest, c.schedule), due, bool(self.signals.caught)
 
         result = t.accumulate(self.step, begun, votes)
         try:
@@ -251,7 +262,7 @@ class _Run:
         if self.finished:
             t.check_finite()
         self.log_step(result, multiplier, seconds)
-        return result.signaled
+        return result
 
     def decide_after_first_step(self, seconds: float, duration: float) -> None:
         """The first step had no duration to vote by: rank 0 decides for all whether a second one fits."""
@@ -289,13 +300,16 @@ class _Run:
             )
 
     def save(self) -> bool:
-        """Checkpoint on rank 0, off the training clock. A full disk is a warning: training goes on.
+        """Checkpoint on rank 0, off the training clock; all ranks call it, for shards are gathered. A full disk is a
+        warning: training goes on.
 
         Returns whether the state is on disk. State that is not finite is not written: the last good one stays.
         """
-        if not self.folder:
-            return True
         with self.ledger.phase("checkpoint"):
+            optimizers = self.trainer.optimizers.state()
+            self.last_save = time.monotonic()
+            if not self.folder:
+                return True
             state = checkpoint.Checkpoint(
                 step=self.step,
                 finished=self.finished,
@@ -303,7 +317,7 @@ class _Run:
                 config=to_dict(self.config),
                 dataset=self.dataset.digest,
                 model=self.trainer.model.state_dict(),
-                optimizers=self.trainer.optimizers.state(),
+                optimizers=optimizers,
             )
             try:
                 self.trainer.check_finite()
@@ -327,9 +341,7 @@ class _Run:
             replace(self.config, eval=eval),
             self.ranks,
             dtype=self.trainer.dtype,
-            progress=lambda done, total, bpb: self.reporter.status(
-                f"{status}: {done:,} of {total:,} tokens, {bpb:.4f}"
-            ),
+            progress=lambda text: self.reporter.status(f"{status}: {text}"),
         )
 
     def validate(self) -> None:

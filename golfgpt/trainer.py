@@ -1,9 +1,9 @@
 """One training step on one rank: spans in, summed gradients, one update.
 
-Gradients of this rank's spans accumulate in views of one flat buffer; one all-reduce sums them together with
-the loss, rank 0's clock and the votes to stop; every rank then takes the same update. The learning rate of a
-step is decided by rank 0's clock, so ranks never drift apart, and the vote to stop travels a step ahead, so
-nobody waits for a decision.
+Gradients of this rank's spans accumulate in views of one flat buffer; one all-reduce (or its sharded
+equivalent) sums them together with the loss, rank 0's clock and its votes; every rank then takes the same
+update. The learning rate of a step is decided by rank 0's clock, so ranks never drift apart, and the vote to
+stop travels a step ahead, so nobody waits for a decision.
 
 A step reads `data.spans` spans of span_tokens + 1 tokens. They are dealt to the ranks, so one rank or eight
 see the same tokens, and gradients are token-weighted sums, so they agree within rounding.
@@ -16,17 +16,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from golfgpt.config import RunConfig
 from golfgpt.data.shards import Dataset
 from golfgpt.data.streams import TokenStream, spans_of_rank, step_spans
 from golfgpt.distributed import Ranks
 from golfgpt.errors import InputError, NonFiniteError
-from golfgpt.model import GPT
+from golfgpt.flat import FlatGradients
+from golfgpt.model import GPT, MATRIX_BANKS
 from golfgpt.optim import Optimizers
 from golfgpt.schedule import lr_multiplier, muon_momentum
 from golfgpt.upstream import to_upstream
+
+_CONTROL = 5  # loss, clock, stop, save, signaled
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class StepResult:
     """Rank 0's training clock at the start of the step."""
     stop: bool
     """Rank 0 expects that one more step could cross the cap."""
+    save: bool
+    """Rank 0's clock says that a checkpoint is due."""
     signaled: bool
     """Some rank was told to stop."""
     grad_norm: float
@@ -57,32 +61,35 @@ class Trainer:
         self.config, self.ranks = config, ranks
         self.dtype = compute_dtype(config, ranks)
         self.model = GPT(config.model, seed=config.seed).to(ranks.device)
-        self.optimizers = Optimizers(self.model, config.optim)
+        sharded = config.runtime.optimizer == "sharded"
+        self.flat = FlatGradients(self.model, MATRIX_BANKS, ranks, sharded=sharded, control=_CONTROL)
+        self.optimizers = Optimizers(self.model, config.optim, self.flat)
         self.stream = TokenStream(dataset.train)
         self.compiled = config.runtime.compile == "on" or (
             config.runtime.compile == "auto" and ranks.device.type == "cuda"
         )
+        if config.runtime.optimizer_graph and not (
+            self.compiled and ranks.device.type == "cuda" and config.runtime.warmup_steps
+        ):
+            raise InputError(
+                f"runtime.optimizer_graph is captured in the warm-up of a compiled run on a GPU; got device "
+                f"{ranks.device}, compile {self.compiled}, warmup_steps {config.runtime.warmup_steps}"
+            )
         self._loss = torch.compile(self.model.loss, dynamic=False, fullgraph=True) if self.compiled else self.model.loss
-        sizes = [p.numel() for p in self.model.parameters()]
-        self._flat = torch.zeros(sum(sizes) + 4, device=ranks.device)
-        *views, self._control = self._flat.split([*sizes, 4])
-        for p, view in zip(self.model.parameters(), views, strict=True):
-            p.grad = view.view_as(p)
-
-    @property
-    def gradients(self) -> Tensor:
-        """All gradients (num_parameters,), float32; every parameter's .grad is a view of it."""
-        return self._flat[:-4]
 
     def accumulate(
-        self, step: int, seconds: float = 0.0, votes: Callable[[], tuple[bool, bool]] = lambda: (False, False)
+        self,
+        step: int,
+        seconds: float = 0.0,
+        votes: Callable[[], tuple[bool, bool, bool]] = lambda: (False, False, False),
     ) -> StepResult:
         """Sum the gradients of step number `step` over all spans and ranks.
 
-        `seconds` is this rank's training clock; `votes` is asked for (stop, signaled) after the backward.
+        `seconds` is this rank's training clock; `votes` is asked for (stop, save, signaled) after the
+        backward; of the first two, rank 0's count.
         """
         data = self.config.data
-        self._flat.zero_()
+        self.flat.zero_()
         loss = torch.zeros((), device=self.ranks.device)
         positions = step_spans(step, data.batch_tokens, data.spans)
         spans = [
@@ -96,14 +103,13 @@ class Trainer:
             part = self._loss(x, y, dtype=self.dtype) * (y.numel() / data.batch_tokens)
             part.backward()
             loss += part.detach()
-        stop, signaled = votes()
-        clock = (seconds, stop) if self.ranks.main else (0.0, False)
-        self._control.copy_(torch.tensor([0.0, *clock, signaled]))
-        self._control[0] = loss
-        self.ranks.sum_(self._flat)
-        norm = torch.linalg.vector_norm(self.gradients)
-        loss, seconds, stop, signaled, norm = torch.cat((self._control, norm[None])).tolist()
-        return StepResult(loss, seconds, stop > 0, signaled > 0, norm)
+        stop, save, signaled = votes()
+        clock = (seconds, stop, save) if self.ranks.main else (0.0, False, False)
+        self.flat.control.copy_(torch.tensor([0.0, *clock, signaled]))
+        self.flat.control[0] = loss
+        self.flat.sum_()
+        loss, seconds, stop, save, signaled, norm = torch.cat((self.flat.control, self.flat.norm()[None])).tolist()
+        return StepResult(loss, seconds, stop > 0, save > 0, signaled > 0, norm)
 
     def update(self, step: int, result: StepResult) -> float:
         """Clip, step all optimizers, return the learning-rate multiplier.
@@ -115,7 +121,7 @@ class Trainer:
             raise NonFiniteError(f"step {step}: {self._culprit(result)} is not finite; the update was not applied")
         limit = self.config.optim.grad_clip_norm
         if limit and result.grad_norm > limit:
-            self.gradients.mul_(limit / (result.grad_norm + 1e-6))
+            self.flat.gradients.mul_(limit / (result.grad_norm + 1e-6))
         multiplier = lr_multiplier(step, result.seconds, self.config.schedule)
         self.optimizers.step(multiplier, muon_momentum(step, self.config.optim))
         return multiplier
@@ -141,6 +147,8 @@ class Trainer:
             tick(step)
             self.accumulate(0)
             self.optimizers.step(1.0, self.config.optim.muon_momentum)
+        if self.config.runtime.optimizer_graph:
+            self.optimizers.capture()
         self.model.load_state_dict(model)
         self.optimizers.load_state(optimizers)
 

@@ -1,4 +1,4 @@
-"""Names and files of the published baseline (openai/parameter-golf, recipe R0).
+"""Names and files of the published models (openai/parameter-golf).
 
 A golfgpt model keeps the same-shaped matrices of all L layers in one bank of shape (L, out, in); upstream
 names one tensor per layer. `parameter_shapes` is the one statement of what a model holds.
@@ -16,6 +16,13 @@ names one tensor per layer. `parameter_shapes` is the one statement of what a mo
     resid_mix      (L, 2, dim)               blocks.{i}.resid_mix
     q_gain         (L, heads)                blocks.{i}.attn.q_gain
     skip_weights   (skips, dim), skips > 0   skip_weights
+    smear_gate     (dim,), smear_gate        smear.gate
+    bigram_table   (rows, pair dim)          bigram.embed.weight         these with bigram_hash,
+    bigram_proj    (dim, pair dim)           bigram.proj.weight
+    bigram_scale   ()                        bigram.scale                this with "xor" only
+
+The banks of SmearGate and BigramHash come last, so that models of one seed agree in the others. The upstream
+names are those of PRs #162, #180 and R5; files of PR #65, whose "linear" variant this is, were not seen.
 
 `read_ptz` reads upstream's exported file (zlib of a torch.save dict, "int8_clean_per_row_v1"). It is the
 only place where golfgpt meets a pickle. The pickle is scanned before it is loaded: it may only rebuild
@@ -67,7 +74,15 @@ _LAYER_NAMES = {
     "resid_mix": "resid_mix",
     "q_gain": "attn.q_gain",
 }
-_MODEL_NAMES = {"tok_emb": "tok_emb.weight", "lm_head": "lm_head.weight", "skip_weights": "skip_weights"}
+_MODEL_NAMES = {
+    "tok_emb": "tok_emb.weight",
+    "lm_head": "lm_head.weight",
+    "skip_weights": "skip_weights",
+    "smear_gate": "smear.gate",
+    "bigram_table": "bigram.embed.weight",
+    "bigram_proj": "bigram.proj.weight",
+    "bigram_scale": "bigram.scale",
+}
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -87,12 +102,20 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "resid_mix": (layers, 2, dim),
         "q_gain": (layers, config.num_heads),
         "skip_weights": (config.num_skips, dim),
+        "smear_gate": (dim,),
+        "bigram_table": (config.bigram_vocab_size, config.bigram_dim),
+        "bigram_proj": (dim, config.bigram_dim),
+        "bigram_scale": (),
     }
-    if config.tie_embeddings:
-        del shapes["lm_head"]
-    if config.num_skips == 0:
-        del shapes["skip_weights"]
-    return shapes
+    absent = {
+        "lm_head": config.tie_embeddings,
+        "skip_weights": config.num_skips == 0,
+        "smear_gate": config.smear_gate == "none",
+        "bigram_table": config.bigram_hash == "none",
+        "bigram_proj": config.bigram_hash == "none",
+        "bigram_scale": config.bigram_hash != "xor",
+    }
+    return {name: shape for name, shape in shapes.items() if not absent.get(name)}
 
 
 def check_state(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -26,6 +26,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are imported
 
 
+@pytest.fixture
+def device() -> str:
+    """Where kernels are tested: compiled on a GPU, else interpreted on the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     """Sums depend on the number of threads and tests compare runs bit for bit; tiny models gain nothing."""

@@ -59,13 +59,14 @@ HEADER, COMPRESSED = parts(BLOB)
     st.integers(1, 3),
     st.sampled_from([2, 4, 6]),
     st.booleans(),
+    st.sampled_from(["none", "xor", "linear"]),
     st.integers(2, 8),
     st.sampled_from([0, 40, 10**9]),
     st.sampled_from(["float16", "float32"]),
     st.sampled_from(list(CODECS)),
     st.integers(0, 1000),
 )
-def test_round_trip(vocab, layers, head_dim, tied, bits, keep_numel, scale_dtype, compressor, seed):
+def test_round_trip(vocab, layers, head_dim, tied, pairs, bits, keep_numel, scale_dtype, compressor, seed):
     model = ModelConfig(
         vocab_size=vocab,
         num_layers=layers,
@@ -74,6 +75,10 @@ def test_round_trip(vocab, layers, head_dim, tied, bits, keep_numel, scale_dtype
         num_kv_heads=1,
         mlp_hidden=5,
         tie_embeddings=tied,
+        smear_gate="none" if pairs == "none" else "after_norm",
+        bigram_hash=pairs,
+        bigram_vocab_size=0 if pairs == "none" else 11,
+        bigram_dim=0 if pairs == "none" else 3,
     )
     quant = QuantConfig(bits=bits, keep_numel=keep_numel, scale_dtype=scale_dtype, compressor=compressor)
     blob, quantizer = packed(model, quant, seed), Quantizer(model, quant)
@@ -208,7 +213,7 @@ def test_random_bytes_are_refused(blob):
     ("offset", "size", "value", "message"),
     [
         (0, 8, b"PK\3\4\0\0\0\0", "magic"),
-        (8, 4, 2, "version 2"),
+        (8, 4, 1, "version 1, this program reads version 2"),
         (12, 4, 10**6 + 1, "header of 1000001 bytes"),
         (12, 4, 2**32 - 1, "header of 4294967295 bytes"),
         (16, 8, 2**28 + 1, "payload of 268435457 bytes"),

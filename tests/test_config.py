@@ -57,6 +57,13 @@ def test_strict_loading(edit, message):
         (lambda: ModelConfig(num_layers=0), "model.num_layers must be at least 1, got 0"),
         (lambda: ModelConfig(vocab_size=70_000), "tokens are uint16"),
         (lambda: ModelConfig(model_dim=24, num_heads=8), "head_dim 3 must be even"),
+        (lambda: ModelConfig(rope_reference_len=0), "model.rope_reference_len must be at least 1 or None, got 0"),
+        (lambda: ModelConfig(model_dim=16, rope_reference_len=8), "needs a head_dim above 2"),
+        (lambda: ModelConfig(bigram_dim=128), "bigram_vocab_size 0 and model.bigram_dim 128 need a model.bigram_hash"),
+        (lambda: ModelConfig(bigram_hash="xor", bigram_dim=128), "bigram_vocab_size of at least 2 .* got 0 and 128"),
+        (lambda: ModelConfig(bigram_hash="linear", bigram_vocab_size=9), "bigram_dim of at least 1, got 9 and 0"),
+        (lambda: ModelConfig(document_start=1), "changes nothing without model.smear_gate or model.bigram_hash"),
+        (lambda: ModelConfig(smear_gate="after_norm", document_start=1024), "must be a token id below 1024, got 1024"),
         (lambda: OptimConfig(matrix_lr=-1.0), "optim.matrix_lr must be finite and not negative"),
         (lambda: OptimConfig(muon_momentum=1.0), "optim.muon_momentum must be below 1"),
         (lambda: ScheduleConfig(max_seconds=0.0), "schedule.max_seconds must be positive or None"),
@@ -76,6 +83,16 @@ def test_strict_loading(edit, message):
 def test_validation(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_rope_base_grows_beyond_the_reference_length():
+    """The published bases: 1408, 2048 and 4096 tokens against 1024 (R1 to R3), 4096 against 2048 (R5)."""
+    model = ModelConfig(rope_reference_len=1024)
+    assert [round(model.rope_base_at(length)) for length in (64, 1024, 1408, 2048, 4096)] == [
+        10_000, 10_000, 13_892, 20_452, 41_829,
+    ]  # fmt: skip
+    assert round(replace(model, rope_reference_len=2048).rope_base_at(4096)) == 20_452
+    assert ModelConfig().rope_base_at(10**6) == 10_000
 
 
 def test_differences_name_the_fields():

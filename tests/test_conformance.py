@@ -20,13 +20,13 @@ from safetensors import safe_open
 from golfgpt.config import DataConfig, ModelConfig, OptimConfig, RunConfig, RuntimeConfig, ScheduleConfig
 from golfgpt.data.shards import open_shard
 from golfgpt.distributed import Ranks
-from golfgpt.evaluate import Windows, score_windows
-from golfgpt.model import GPT
+from golfgpt.model import GPT, LAYER_MATRICES, MATRIX_BANKS, rope_table
 from golfgpt.optim import Muon
 from golfgpt.quant import Quantizer
 from golfgpt.recipes import RECIPES
+from golfgpt.scoring import Scorer, Windows, score_windows
 from golfgpt.trainer import Trainer
-from golfgpt.upstream import from_upstream, read_ptz, to_upstream
+from golfgpt.upstream import from_upstream, parameter_shapes, read_ptz, to_upstream
 
 FOLDER = os.environ.get("GOLFGPT_CONFORMANCE")
 FILES = sorted(p for p in Path(FOLDER).iterdir() if p.suffix in (".safetensors", ".ptz")) if FOLDER else []
@@ -51,17 +51,37 @@ class Vectors(dict):
         return {k.removeprefix(prefix): v for k, v in self.items() if k.startswith(prefix)}
 
 
-def model_config(meta: dict) -> ModelConfig:
-    """Upstream's names to ours; skips configurations whose recipe is not built yet."""
-    config = dict(meta["config"])
-    waits = [name for name in ("bigram_vocab_size", "bigram_dim") if config.pop(name, 0)]
-    waits += [name for name in ("rope_reference_length", "resid_mix_init") if name in meta]
-    waits += ["qat"] if not meta.get("qat", "none").startswith("none") else []
-    if waits:
-        pytest.skip(f"recipe {meta.get('recipe')} needs {', '.join(waits)}")
-    config.pop("train_seq_len", None)
-    hidden = int(config["model_dim"] * config.pop("mlp_mult"))
-    return ModelConfig(mlp_hidden=hidden, **config)
+def model_config(v: Vectors) -> ModelConfig:
+    """Upstream's names to ours. R5's modules scale the rotary base beyond the training length."""
+    config = dict(v.meta["config"])
+    reference = v.meta.get("rope_reference_length", config.pop("train_seq_len", None))
+    pairs = config.pop("bigram_vocab_size", 0)
+    return ModelConfig(
+        mlp_hidden=int(config["model_dim"] * config.pop("mlp_mult")),
+        rope_reference_len=reference,
+        resid_mix_init=v.meta.get("resid_mix_init", "identity"),
+        smear_gate="after_norm" if any(name.endswith("smear.gate") for name in v) else "none",
+        bigram_hash="xor" if pairs else "none",
+        bigram_vocab_size=pairs,
+        bigram_dim=config.pop("bigram_dim", 0) if pairs else 0,
+        **config,
+    )
+
+
+def fake_quantization(v: Vectors, config: ModelConfig, impl: str) -> dict[str, dict] | None:
+    """Options of each bank that the file's recipe fake-quantizes in training: grids of fp32 scales."""
+    qat = v.meta.get("qat", "none")
+    if qat.startswith("none"):
+        return None
+    grid = {"scale_dtype": torch.float32, "impl": impl}
+    if qat.startswith("int6_ste on every linear"):
+        grid |= {"bits": 6, "clip": "quantile", "scale_floor": 1e-8 / 31}
+        return {name: grid for name in LAYER_MATRICES}
+    assert qat.startswith("int5 rows for .mlp., int6 rows for .attn. and *.proj"), qat
+    grid |= {"code_range": "full"}
+    int5, int6 = grid | {"bits": 5, "scale_floor": 1e-12 / 15}, grid | {"bits": 6, "scale_floor": 1e-12 / 31}
+    banks = [name for name in MATRIX_BANKS if name in parameter_shapes(config)]
+    return {name: int5 if name.startswith("mlp") else int6 for name in banks}
 
 
 def build(config: ModelConfig, state: dict[str, torch.Tensor]) -> GPT:
@@ -74,9 +94,13 @@ def relative(x: torch.Tensor, reference: torch.Tensor) -> float:
     return ((x.double() - reference.double()).norm() / reference.double().norm()).item()
 
 
-def check_gpt(v: Vectors) -> None:
-    model = build(model_config(v.meta), v.part("param."))
-    loss = model.loss(v["input_ids"], v["target_ids"])
+def check_gpt(v: Vectors, impl: str) -> None:
+    config = model_config(v)
+    initial = to_upstream({name: p.detach() for name, p in GPT(config).named_parameters()})
+    for name, expected in v.part("init.").items():
+        assert (initial[name] - expected).abs().max() <= 1e-6, name
+    model = build(config, v.part("param."))
+    loss = model.loss(v["input_ids"], v["target_ids"], fake_quant=fake_quantization(v, config, impl))
     loss.backward()
     assert abs(loss.item() - v["loss"].item()) <= 1e-5
     grads = to_upstream({name: p.grad for name, p in model.named_parameters()})
@@ -87,6 +111,21 @@ def check_gpt(v: Vectors) -> None:
     if "eval_logits" in v:
         logits = model.logits(model(v["input_ids"]))
         assert (logits - v["eval_logits"]).abs().max() <= 1e-4
+
+
+def check_ntk_rope(v: Vectors) -> None:
+    for name in (key for key in v if key.startswith("cos.")):
+        head_dim, length = (int(number) for number in name.split(".")[1:])
+        config = ModelConfig(
+            model_dim=head_dim,
+            num_heads=1,
+            num_kv_heads=1,
+            rope_base=v.meta["rope_base"],
+            rope_reference_len=v.meta["rope_reference_length"],
+        )
+        cos, sin = rope_table(0, length, head_dim, config.rope_base_at(length), torch.device("cpu"))
+        assert (cos[::7] - v[name]).abs().max() <= 1e-3, name
+        assert (sin[::7] - v[name.replace("cos", "sin")]).abs().max() <= 1e-3, name
 
 
 def check_muon(v: Vectors) -> None:
@@ -111,7 +150,7 @@ def check_quant(v: Vectors) -> None:
     if "R0" not in str(v.meta["recipe"]).split(", "):
         pytest.skip(f"recipe {v.meta['recipe']} is not built yet")
     source = Vectors(v.path.with_name(v.meta["state"] + ".safetensors"))
-    config = model_config(source.meta)
+    config = model_config(source)
     quantizer = Quantizer(config, RECIPES["baseline"].config.quant)
     assert quantizer.payload_bytes == v.meta["payload_bytes"]
     encoded = quantizer.encode(from_upstream({k: t.float() for k, t in source.items()}, config))
@@ -138,36 +177,40 @@ def check_ptz(path: Path) -> None:
         assert torch.equal(weights[name], decoded.to(dtype).float()), name
     for name, kept in export.part("keep.").items():
         assert torch.equal(weights[name], kept), name
-    build(model_config(source.meta), weights)
+    build(model_config(source), weights)
 
 
 def check_sliding(v: Vectors) -> None:
-    model = build(model_config(v.meta), v.part("param."))
+    model = build(model_config(v), v.part("param."))
     tokens = v["tokens"].numpy()
     prev, ids = tokens[:-1], tokens[1:]
     spaced = v["has_leading_space"].numpy()[ids].astype(bool) & ~v["is_boundary"].numpy()[prev].astype(bool)
-    nbytes = int(v["base_bytes"].numpy()[ids].sum() + spaced.sum())
-    for key in sorted(k for k in v if k.startswith("nll.stride")):
-        windows = Windows(len(ids), v.meta["window"], int(key.removeprefix("nll.stride")))
-        got = np.full(len(tokens), np.nan)
+    nbytes = v["base_bytes"].numpy()[ids] + spaced
+    slab = torch.stack((v["tokens"].long(), torch.from_numpy(np.append(0, nbytes)).long()))
+
+    def score(windows: Windows) -> tuple[torch.Tensor, tuple[float, float]]:
+        """Per-token nats, NaN where not scored, and (mean nats, bits per byte)."""
+        nats, counted = torch.full((len(ids),), torch.nan, dtype=torch.float64), 0
+        scorer = Scorer(model, torch.float32)
         with torch.no_grad():
-            for positions, nats in score_windows(
-                model,
-                model.head_weight,
-                model.config.logit_softcap,
-                lambda start, stop: tokens[start:stop],
-                windows,
-                range(len(windows)),
-                7,
-                torch.device("cpu"),
-            ):
-                assert np.isnan(got[positions]).all(), "a token was scored twice"
-                got[positions] = nats
-        expected = v[key].numpy()
-        assert np.abs(got[1:] - expected).max() <= 1e-4, key
-        mean, bpb = v.meta["once." + key.removeprefix("nll.")]
-        assert abs(got[1:].mean() - mean) <= 1e-5
-        assert abs(got[1:].sum() / np.log(2) / nbytes - bpb) <= 1e-5
+            for _, part, logprobs in score_windows(scorer, lambda a, b: slab[:, a:b], windows, range(len(windows)), 7):
+                targets = part.positions[part.scored] - 1
+                assert nats[targets].isnan().all(), "a token was scored twice"
+                nats[targets] = -logprobs[part.scored].double()
+                counted += int(part.nbytes[part.scored].sum())
+        total = float(nats.nansum())
+        return nats, (total / int((~nats.isnan()).sum()), total / np.log(2) / counted)
+
+    keys = [key for key in sorted({*v, *v.meta}) if key.startswith(("nll.stride", "pr65.stride"))]
+    assert keys
+    for key in keys:
+        kind, stride = key.split(".stride")
+        windows = Windows(len(ids), v.meta["window"], int(stride), r4=kind == "pr65")
+        nats, means = score(windows)
+        if kind == "nll":
+            assert (nats - v[key]).abs().max() <= 1e-4, key
+        expected = v.meta[key.replace("nll", "once")]
+        assert np.abs(np.subtract(means, expected)).max() <= 1e-5, key
 
 
 class ShardOnly:
@@ -178,8 +221,13 @@ class ShardOnly:
 
 
 def check_trajectory(v: Vectors) -> None:
-    hyper = v.meta["hyperparameters"]
-    config = model_config(v.meta)
+    hyper, qat = v.meta["hyperparameters"], v.meta.get("qat", "none")
+    waits = [] if qat.startswith("none") else [f"fake quantization in the training loop ({qat})"]
+    waits += [] if hyper["warmdown_shape"] == "linear" else [f"a {hyper['warmdown_shape']} warmdown"]
+    waits += ["weight averaging"] if hyper["swa_every"] else []
+    if waits:
+        pytest.skip(f"recipe {v.meta['recipe']} needs {', '.join(waits)}")
+    config = model_config(v)
     beta1, beta2 = hyper["adam_betas"]
     run = RunConfig(
         model=config,
@@ -222,15 +270,29 @@ def check_trajectory(v: Vectors) -> None:
 
 
 CHECKS = {
-    "gpt": check_gpt,
     "muon": check_muon,
+    "ntk": check_ntk_rope,
     "quant": check_quant,
     "sliding": check_sliding,
     "trajectory": check_trajectory,
 }
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
+GPT_FILES = [path for path in FILES if path.name.startswith("gpt_")]
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+@pytest.mark.parametrize("path", GPT_FILES, ids=lambda p: p.name)
+def test_gpt(path: Path, impl: str):
+    v = Vectors(path)
+    if impl == "triton" and v.meta.get("qat", "none").startswith("none"):
+        pytest.skip("nothing is fake-quantized")
+    if impl == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("kernels run on CPU tensors under TRITON_INTERPRET=1 only")
+    check_gpt(v, impl)
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path not in GPT_FILES], ids=lambda p: p.name)
 def test_conformance(path: Path):
     if path.suffix == ".ptz":
         return check_ptz(path)

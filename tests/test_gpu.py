@@ -37,6 +37,41 @@ def test_end_to_end_on_cuda(tiny, tmp_path):
     assert result["seconds"]["compile"] > 0
 
 
+def test_captured_optimizer_step_is_the_eager_step(tiny, corpus):
+    """Ten steps under a moving schedule; the graph reads learning rates and momentum from the device."""
+    dataset = Dataset.open(corpus)
+    config = replace(tiny, runtime=replace(tiny.runtime, device="cuda", warmup_steps=2))
+    graphed = replace(config, runtime=replace(config.runtime, optimizer_graph=True))
+    trainers = [Trainer(c, dataset, Ranks(0, 1, torch.device("cuda", 0))) for c in (config, graphed)]
+    for trainer in trainers:
+        trainer.warm_up(2, lambda step: None)
+    for step in range(10):
+        for trainer in trainers:
+            trainer.flat.gradients.copy_(torch.randn(trainer.flat.gradients.shape, generator=torch.manual_seed(step)))
+            trainer.optimizers.step(1.0 - step / 20, 0.85 + step / 100)
+    weights = [trainer.model.state_dict() for trainer in trainers]
+    assert all(torch.equal(weights[0][name], value) for name, value in weights[1].items())
+    trainers[1].optimizers.muon.param_groups[0]["params"][0].grad = torch.zeros_like(trainers[1].model.c_q)
+    with pytest.raises(RuntimeError, match="changed after the step was captured"):
+        trainers[1].optimizers.step(1.0, 0.9)
+
+
+def test_a_whole_run_with_a_captured_optimizer(tiny, tmp_path):
+    runtime = replace(tiny.runtime, device="cuda", warmup_steps=2, optimizer_graph=True)
+    assert train(replace(tiny, runtime=runtime), tmp_path / "run")["steps"] == 8
+
+
+def test_optimizer_step_does_not_synchronize(tiny, corpus):
+    config = replace(tiny, runtime=replace(tiny.runtime, device="cuda"))
+    trainer = Trainer(config, Dataset.open(corpus), Ranks(0, 1, torch.device("cuda", 0)))
+    trainer.optimizers.step(1.0, 0.9)  # state is created here
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.optimizers.step(1.0, 0.9)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_a_fused_attention_backend_passes_the_probe(tiny):
     name, _ = select_backend("auto", tiny.model, [64], torch.device("cuda"), torch.bfloat16)
     assert name != "math"

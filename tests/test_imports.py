@@ -30,7 +30,7 @@ def imported(path: Path) -> set[str]:
 def test_kernels_import_torch_and_triton_only(path):
     roots = {name.split(".")[0] for name in imported(path) if not name.startswith(".")}
     assert roots <= {"torch", "triton"} | sys.stdlib_module_names
-    if not path.name.startswith("_"):
+    if not path.name.startswith("_") and path.stem not in ("testing", "tuning"):  # which use the ops
         siblings = {name.lstrip(".").split(".")[0] for name in imported(path) if name.startswith(".")}
         assert all(name.startswith("_") for name in siblings), "an op never imports another op"
 

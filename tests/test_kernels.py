@@ -466,15 +466,8 @@ def test_compiled_quantizer_is_opaque(name):
     op, args = OPS[name]
     code = []
     torch.compile(op, fullgraph=True, backend=lambda graph, _: code.append(graph.code) or graph)(*args)
-    assert "golfgpt.quantize_rows" in code[0]
+    assert "golfgpt.quantize_rows" in code[0] or "golfgpt.fake_quantize_" in code[0]
     assert "round" not in code[0]
-
-
-@pytest.mark.parametrize("group_size", [None, 4])
-def test_opcheck(group_size):
-    options = dict(bits=6, clip="quantile", scale_dtype=torch.bfloat16, group_size=group_size)
-    for w in (W, rand(2, 8, 5).mT):
-        torch.library.opcheck(torch.ops.golfgpt.quantize_rows, (w,), options)
 
 
 def test_shadow_write_compiles():
@@ -508,19 +501,17 @@ def test_single_token_without_batch_dimension():
 @each_op
 def test_named_implementation_never_falls_back(op, args, monkeypatch):
     torch.testing.assert_close(op(*args, impl="eager"), op(*args, impl="auto"))
-    with pytest.raises(RuntimeError, match=r"impl='triton' cannot run: .*ships no Triton kernel for"):
-        op(*args, impl="triton")
-    monkeypatch.setitem(sys.modules, "triton", None)
-    with pytest.raises(RuntimeError, match="triton is not installed"):
-        op(*args, impl="triton")
     with pytest.raises(ValueError, match="impl='cuda'; possible: 'auto', 'triton', 'eager'"):
         op(*args, impl="cuda")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="names the missing CUDA device")
-def test_triton_without_cuda_says_so():
-    with pytest.raises(RuntimeError, match="no CUDA device"):
-        gk.newton_schulz(W, impl="triton")
+    doubles = [a.double() if a.is_floating_point() else a for a in args]
+    with pytest.raises(RuntimeError, match=r"impl='triton' cannot run: .*not in torch\.float64; impl='eager' can"):
+        op(*doubles, impl="triton")
+    monkeypatch.setattr("golfgpt_kernels._dispatch.INTERPRETING", False)
+    with pytest.raises(RuntimeError, match=r"no CUDA device|not on CUDA"):
+        op(*args, impl="triton")
+    monkeypatch.setattr("golfgpt_kernels._dispatch.MISSING", "triton is not installed")
+    with pytest.raises(RuntimeError, match=r"impl='triton' cannot run: triton is not installed"):
+        op(*args, impl="triton")
 
 
 NAN = W.clone()

@@ -1,4 +1,4 @@
-"""The model: counts, causality, cache, dtypes, attention backends."""
+"""The model: counts, initialization, embeddings, causality, cache, fake quantization, dtypes, attention backends."""
 
 from __future__ import annotations
 
@@ -6,17 +6,149 @@ from dataclasses import replace
 
 import pytest
 import torch
+from golfgpt_kernels import fake_quantize_rows
 from models import SMALL, lively
 
 from golfgpt.attention import select_backend
-from golfgpt.config import ModelConfig
+from golfgpt.config import ModelConfig, OptimConfig
 from golfgpt.errors import InputError
 from golfgpt.model import GPT, KVCache, rms_norm
+from golfgpt.optim import Optimizers
 from golfgpt.upstream import from_upstream, to_upstream
 
+R5 = ModelConfig(
+    num_layers=10,
+    mlp_hidden=1536,
+    rope_reference_len=2048,
+    matrix_init="orthogonal",
+    resid_mix_init="phase",
+    smear_gate="after_norm",
+    bigram_hash="xor",
+    bigram_vocab_size=10_240,
+    bigram_dim=128,
+)
+PAIRS = replace(SMALL, bigram_hash="xor", bigram_vocab_size=60, bigram_dim=12)
+VARIANTS = {
+    "plain": SMALL,
+    "r5": replace(PAIRS, smear_gate="after_norm"),
+    "pr65": replace(PAIRS, smear_gate="before_norm", bigram_hash="linear"),
+    "r5-documents": replace(PAIRS, smear_gate="after_norm", document_start=1),
+    "pr65-documents": replace(PAIRS, smear_gate="before_norm", bigram_hash="linear", document_start=1),
+    "ntk": replace(SMALL, rope_reference_len=10),
+}
+variants = pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
 
-def test_baseline_has_the_published_number_of_parameters():
-    assert sum(p.numel() for p in GPT(ModelConfig()).parameters()) == 17_059_912
+
+def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Random ids with a document start (id 1) in every eighth place or so."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(2, 97, shape, generator=generator)
+    return ids.masked_fill(torch.rand(shape, generator=generator) < 1 / 8, 1)
+
+
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [
+        (ModelConfig(), 17_059_912),
+        (ModelConfig(mlp_hidden=992), 16_765_000),
+        (ModelConfig(mlp_hidden=1536), 21_778_504),
+        (R5, 25_517_137),
+        (replace(R5, num_layers=9, bigram_vocab_size=4096), 22_368_841),
+        (replace(R5, num_layers=9, bigram_vocab_size=4096, bigram_hash="linear"), 22_368_840),
+    ],
+    ids=["r0", "r1", "r3-r4", "r5-and-180", "162", "65"],
+)
+def test_models_have_the_published_number_of_parameters(config, count):
+    assert GPT(config).num_parameters() == count
+
+
+def test_initialization():
+    config = replace(R5, vocab_size=64, num_layers=4, model_dim=128, num_heads=4, num_kv_heads=2, mlp_hidden=192)
+    config = replace(config, bigram_vocab_size=300, bigram_dim=64)
+    model = GPT(config, seed=5)
+    for bank in (model.c_q, model.c_k, model.c_v, model.mlp_fc.mT, model.bigram_proj.mT * (2 * 4) ** 0.5):
+        torch.testing.assert_close(bank @ bank.mT, torch.eye(bank.size(-2)).expand(bank.shape[:-1] + bank.shape[-2:-1]))
+    assert not (model.c_q[0] - model.c_q[1]).abs().max() < 0.1
+    p = torch.tensor([0.182426, 0.377541, 0.622459, 0.817574])  # sigmoid(3 (i / 3 - 1 / 2))
+    torch.testing.assert_close(model.resid_mix, torch.stack((p, 1 - p), 1)[..., None].expand(4, 2, 128))
+    assert not model.bigram_table.any() and not model.smear_gate.any() and model.bigram_scale == 0.05
+    assert not model.attn_proj.any() and not model.mlp_proj.any()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), GPT(config, seed=5).parameters(), strict=True))
+
+    other = GPT(replace(config, bigram_hash="linear", smear_gate="before_norm"), seed=5)
+    assert not other.bigram_proj.any() and (other.smear_gate == 3).all()
+    assert 0.008 < other.bigram_table.std() < 0.012
+
+
+@variants
+def test_models_of_one_seed_share_their_other_weights(config):
+    model = GPT(config)
+    for name, p in GPT(SMALL).named_parameters():
+        assert torch.equal(model.get_parameter(name), p), name
+
+
+def test_a_narrow_pair_projection_can_learn():
+    """Orthogonal matrices need 64 columns; zeros beside a table of zeros would never have a gradient."""
+    model = GPT(replace(PAIRS, matrix_init="orthogonal"))
+    assert 0 < model.bigram_proj.abs().max() <= (2 * SMALL.num_layers * PAIRS.bigram_dim) ** -0.5
+    ids = tokens(2, 30)
+    with torch.no_grad():
+        model.mlp_proj.normal_()
+    model.loss(ids, ids).backward()
+    assert model.bigram_table.grad.any()
+
+
+def published_embedding(model: GPT, ids: torch.Tensor) -> torch.Tensor:
+    """x0 of ids (T,), token by token."""
+    c, out, last = model.config, [], None
+    for t, token in enumerate(ids.tolist()):
+        prev = ids[t - 1].item() if t and token != c.document_start else None
+        if c.bigram_hash == "xor":
+            row = (
+                c.bigram_vocab_size - 1 if prev is None else (36313 * token ^ 27191 * prev) % (c.bigram_vocab_size - 1)
+            )
+            pair = model.bigram_scale * (model.bigram_proj @ model.bigram_table[row])
+        else:
+            pair = model.bigram_proj @ model.bigram_table[((prev or 0) * 92821 + token) % c.bigram_vocab_size]
+        x = model.tok_emb[token] + pair
+        x = rms_norm(x) if c.smear_gate == "after_norm" else x
+        before = torch.zeros_like(x) if prev is None else last
+        g = torch.sigmoid(model.smear_gate)
+        mixed = (1 - g) * x + g * before if c.smear_gate == "after_norm" else rms_norm(g * x + (1 - g) * before)
+        out.append(mixed)
+        last = x
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("name", ["r5", "pr65", "r5-documents", "pr65-documents"])
+def test_embeddings_follow_the_published_formulas(name):
+    """Without layers' contributions the hidden states are the normalized x0."""
+    model = lively(replace(VARIANTS[name], num_layers=1))
+    ids = tokens(24)
+    assert (ids == 1).sum() >= 3
+    with torch.no_grad():
+        model.attn_scale.zero_()
+        model.mlp_scale.zero_()
+        model.resid_mix.copy_(torch.tensor([1.0, 0.0])[:, None].expand(1, 2, 48))
+    torch.testing.assert_close(model(ids[None])[0], rms_norm(published_embedding(model, ids)), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["r5", "pr65"])
+def test_nothing_flows_across_a_document_start_that_is_named(name):
+    """But for attention, which ignores documents as upstream's does, and is off here."""
+    ids = torch.tensor([[5, 6, 7, 1, 8, 9, 10]])
+    changed = torch.tensor([[5, 6, 11, 1, 8, 9, 10]])
+    for config in (VARIANTS[name], VARIANTS[name + "-documents"]):
+        model = lively(config)
+        with torch.no_grad():
+            model.attn_scale.zero_()
+        a, b, alone = model(ids)[0, 3:], model(changed)[0, 3:], model(ids[:, 3:])[0]
+        if config.document_start is None:
+            assert (a[0] - b[0]).abs().max() > 1e-3
+            torch.testing.assert_close(a[2:], b[2:])
+        else:
+            torch.testing.assert_close(a, b)
+            torch.testing.assert_close(a, alone)
 
 
 def test_initial_loss_is_uniform():
@@ -25,10 +157,11 @@ def test_initial_loss_is_uniform():
     assert model.loss(ids[:, :-1], ids[:, 1:]).item() == pytest.approx(6.9315, abs=0.05)
 
 
+@variants
 @pytest.mark.parametrize("layers", [1, 2, 5])
-def test_a_later_token_changes_no_earlier_hidden_state(layers):
-    model = lively(replace(SMALL, num_layers=layers))
-    ids = torch.randint(0, 97, (1, 40), generator=torch.Generator().manual_seed(1))
+def test_a_later_token_changes_no_earlier_hidden_state(layers, config):
+    model = lively(replace(config, num_layers=layers))
+    ids = tokens(1, 40, seed=1)
     changed = ids.clone()
     changed[0, 25] = (changed[0, 25] + 1) % 97
     a, b = model(ids), model(changed)
@@ -37,22 +170,113 @@ def test_a_later_token_changes_no_earlier_hidden_state(layers):
 
 
 def test_upstream_names_round_trip():
-    model = lively(replace(SMALL, tie_embeddings=False))
+    model = lively(replace(VARIANTS["r5"], tie_embeddings=False))
     state = {k: v.detach() for k, v in model.state_dict().items()}
     upstream = to_upstream(state)
     assert upstream["blocks.3.attn.c_q.weight"].shape == (48, 48)
     assert upstream["lm_head.weight"].shape == (97, 48)
+    assert upstream["bigram.embed.weight"].shape == (60, 12)
+    assert upstream["bigram.scale"].shape == ()
     back = from_upstream(upstream, model.config)
     assert back.keys() == state.keys()
     assert all(torch.equal(back[k], state[k]) for k in state)
 
 
-def test_cache_gives_the_same_hidden_states():
-    model = lively()
-    ids = torch.randint(0, 97, (2, 30), generator=torch.Generator().manual_seed(2))
-    cache = KVCache(window=64)
+@variants
+def test_cache_gives_the_same_hidden_states(config):
+    model = lively(config)
+    ids = tokens(2, 30, seed=2)
+    cache = KVCache(window=30)
     parts = [model(ids[:, :12], cache=cache)] + [model(ids[:, i : i + 1], cache=cache) for i in range(12, 30)]
     torch.testing.assert_close(torch.cat(parts, dim=1), model(ids), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(VARIANTS.keys() - {"ntk"}))  # whose base depends on the window, not on the text
+def test_generation_equals_the_forward_of_the_whole_text(name):
+    model, ids = lively(VARIANTS[name]), tokens(6).tolist()
+    for _ in range(20):
+        ids.append(model.logits(model(torch.tensor([ids])))[0, -1].argmax().item())
+    assert model.generate(torch.tensor(ids[:6]), 20, window=64, temperature=0) == ids[6:]
+
+
+def test_the_rotary_base_depends_on_the_length_of_the_window():
+    model, ids = lively(VARIANTS["ntk"]), tokens(1, 12)
+    scaled = lively(replace(SMALL, rope_base=10_000.0 * 1.2 ** (12 / 10)))  # head_dim 12, 12 tokens against 10
+    torch.testing.assert_close(model(ids), scaled(ids), atol=1e-5, rtol=1e-4)
+    assert torch.equal(model(ids[:, :10]), lively()(ids[:, :10]))
+    assert not torch.allclose(model(ids), lively()(ids), atol=1e-3)
+
+
+INT5 = {"bits": 5, "code_range": "full"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fake_quantized_banks_are_the_decoded_weights_with_straight_through_gradients(dtype):
+    model, ids, targets = lively(VARIANTS["r5"]), tokens(2, 32), tokens(2, 32, seed=1)
+    fake_quant = {"mlp_fc": INT5, "c_k": {"bits": 6, "clip": "quantile"}, "bigram_proj": {"bits": 6}}
+    loss = model.loss(ids, targets, dtype=dtype, fake_quant=fake_quant)
+    hidden = model(ids, dtype=dtype, fake_quant=fake_quant)
+    loss.backward()
+    decoded = lively(VARIANTS["r5"])
+    with torch.no_grad():
+        for name, options in fake_quant.items():
+            decoded.get_parameter(name).copy_(fake_quantize_rows(model.get_parameter(name), **options))
+    expected = decoded.loss(ids, targets, dtype=dtype)
+    expected.backward()
+    assert torch.equal(loss, expected)
+    assert torch.equal(hidden, decoded(ids, dtype=dtype))
+    assert not torch.equal(loss, model.loss(ids, targets, dtype=dtype))
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, decoded.get_parameter(name).grad, rtol=0, atol=0, msg=name)
+
+
+def test_a_fake_quantized_embedding_is_that_of_the_head_too():
+    model, ids = lively(), tokens(2, 32)
+    loss = model.loss(ids, ids, fake_quant={"tok_emb": INT5})
+    with torch.no_grad():
+        model.tok_emb.copy_(fake_quantize_rows(model.tok_emb, **INT5))
+    assert torch.equal(loss, model.loss(ids, ids))
+
+
+def test_fake_quantizing_a_bank_that_is_not_there_is_an_error():
+    with pytest.raises(ValueError, match="fake_quant names 'bigram_proj'; this model's banks are tok_emb, c_q"):
+        lively()(tokens(1, 4), fake_quant={"bigram_proj": INT5})
+
+
+def test_fake_quantization_is_live_under_compile_and_switches_without_recompiling():
+    model, ids = lively(replace(VARIANTS["r5-documents"], num_layers=2)), tokens(2, 32)
+    enabled = torch.tensor(False)
+    fake_quant = {name: {**INT5, "enabled": enabled} for name in ("mlp_fc", "mlp_proj", "c_q")}
+    compiled = torch.compile(model.loss, dynamic=False, fullgraph=True, backend="aot_eager")
+    plain = compiled(ids, ids, fake_quant=fake_quant).item()
+    assert plain == pytest.approx(model.loss(ids, ids).item(), abs=1e-6)
+    enabled.fill_(True)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        quantized = compiled(ids, ids, fake_quant=fake_quant).item()
+        assert quantized == pytest.approx(model.loss(ids, ids, fake_quant=fake_quant).item(), abs=1e-6)
+        assert abs(quantized - plain) > 1e-4
+        with torch.no_grad():
+            model.mlp_fc.mul_(1.5)
+        assert abs(compiled(ids, ids, fake_quant=fake_quant).item() - quantized) > 1e-4
+
+
+def test_every_parameter_has_its_optimizer_and_rate():
+    """Adam's first step moves every element by its learning rate; Muon's has the norm of an orthogonal matrix."""
+    model = GPT(VARIANTS["r5"])
+    optimizers = Optimizers(model, OptimConfig(tied_embed_lr=0.03, matrix_lr=0.02, scalar_lr=0.01))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizers.step(1.0, 0.9)
+    moved = {name: before[name] - p.detach() for name, p in model.named_parameters()}
+    for name, delta in moved.items():
+        if name in ("c_q", "c_k", "c_v", "attn_proj", "mlp_fc", "mlp_proj", "bigram_proj"):
+            rows, cols = delta.shape[-2:]
+            norms = torch.linalg.matrix_norm(delta) / (0.02 * max(1, rows / cols) ** 0.5)  # of rank one here
+            assert ((norms > 0.6) & (norms < 1.3)).all(), name
+        else:
+            lr = 0.03 if name in ("tok_emb", "bigram_table") else 0.01
+            torch.testing.assert_close(delta, torch.full_like(delta, lr), atol=1e-6, rtol=0, msg=name)
 
 
 def test_generation_goes_on_past_the_window_and_is_repeatable():

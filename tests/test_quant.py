@@ -28,7 +28,7 @@ def random_state(config: ModelConfig, seed: int = 0, std: float = 0.5) -> dict[s
 
 def models() -> st.SearchStrategy[ModelConfig]:
     return st.builds(
-        lambda vocab, layers, heads, groups, head_dim, hidden, tied: ModelConfig(
+        lambda vocab, layers, heads, groups, head_dim, hidden, tied, pairs: ModelConfig(
             vocab_size=vocab,
             num_layers=layers,
             model_dim=heads * groups * head_dim,
@@ -36,6 +36,10 @@ def models() -> st.SearchStrategy[ModelConfig]:
             num_kv_heads=heads,
             mlp_hidden=hidden,
             tie_embeddings=tied,
+            smear_gate="none" if pairs == "none" else "before_norm",
+            bigram_hash=pairs,
+            bigram_vocab_size=0 if pairs == "none" else 9,
+            bigram_dim=0 if pairs == "none" else 5,
         ),
         st.integers(1, 40),
         st.integers(1, 4),
@@ -44,6 +48,7 @@ def models() -> st.SearchStrategy[ModelConfig]:
         st.sampled_from([2, 4, 6]),
         st.integers(1, 30),
         st.booleans(),
+        st.sampled_from(["none", "xor", "linear"]),
     )
 
 
@@ -71,14 +76,19 @@ def test_baseline_sizes_are_the_published_ones():
 
 def test_plan_decides_by_the_size_of_one_layer():
     shapes = {"tok_emb": (10, 10), "c_q": (9, 10, 10), "c_k": (9, 10, 11), "resid_mix": (9, 2, 100)}
+    shapes |= {"bigram_table": (11, 10), "bigram_proj": (10, 10), "smear_gate": (200,), "bigram_scale": ()}
     formats = plan(shapes, QuantConfig(bits=6, keep_numel=100))
     assert formats == {
         "tok_emb": TensorFormat((10, 10), "float16"),
         "c_q": TensorFormat((9, 10, 10), "float16"),
         "c_k": TensorFormat((9, 10, 11), "int6", "float16"),
         "resid_mix": TensorFormat((9, 2, 100), "float32"),
+        "bigram_table": TensorFormat((11, 10), "int6", "float16"),
+        "bigram_proj": TensorFormat((10, 10), "float16"),
+        "smear_gate": TensorFormat((200,), "float32"),
+        "bigram_scale": TensorFormat((), "float32"),
     }
-    assert payload_bytes(formats) == 2 * 100 + 2 * 900 + 990 + 2 * 90 + 4 * 1800
+    assert payload_bytes(formats) == 2 * 100 + 2 * 900 + 990 + 2 * 90 + 4 * 1800 + 110 + 2 * 11 + 2 * 100 + 4 * 201
     assert formats["c_k"].max_code == 31
 
 

@@ -47,6 +47,8 @@ class EvalRuntime:
     """Dtype of activations and matmuls."""
     attention: Literal["auto", "cudnn", "flash", "efficient", "math"]
     """Backend of scaled_dot_product_attention."""
+    compile: Literal["auto", "on", "off"]
+    """torch.compile of the forward; auto: on cuda only."""
     threads: int
     """CPU threads for torch; 0: torch's default."""
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import signal
 import sys
 import textwrap
 import time
@@ -28,7 +29,7 @@ from golfgpt.cli.arguments import (
     Train,
 )
 from golfgpt.config import RunConfig, differences, to_dict
-from golfgpt.errors import BudgetError, InputError
+from golfgpt.errors import BudgetError, InputError, Interrupted
 
 RUNS = Path("runs")
 
@@ -74,9 +75,11 @@ def evaluate(args: Eval) -> int:
     from golfgpt import distributed
     from golfgpt.attention import select_backend
     from golfgpt.data.yardsticks import yardsticks
-    from golfgpt.evaluate import evaluate
+    from golfgpt.evaluate import PartialSums, evaluate
+    from golfgpt.files import sha256_file
     from golfgpt.report import score_lines
-    from golfgpt.run import Reporter, load
+    from golfgpt.run import Reporter, artifact_file, load
+    from golfgpt.signals import Signals
     from golfgpt.train import open_dataset
     from golfgpt.trainer import compute_dtype
 
@@ -89,6 +92,7 @@ def evaluate(args: Eval) -> int:
         torch.set_num_threads(config.runtime.threads)
     reporter = Reporter(None, speak=ranks.main, quiet=args.json)
     try:
+        keep = PartialSums(args.run, ranks.rank, sha256_file(artifact_file(args.run)), reporter.line)
         model, tokenizer = load(args.run)
         dataset = open_dataset(config, ranks)
         if dataset.need_tokenizer().digest != tokenizer.digest:
@@ -96,15 +100,14 @@ def evaluate(args: Eval) -> int:
         dtype = compute_dtype(config, ranks)
         backend, _ = select_backend(config.runtime.attention, config.model, [config.window], ranks.device, dtype)
         reporter.line(f"device:{ranks.device} dtype:{dtype} attention:{backend} data:{config.data.path}")
-        score = evaluate(
-            model.to(ranks.device),
-            dataset,
-            config,
-            ranks,
-            dtype=dtype,
-            progress=lambda done, total, bpb: reporter.status(f"{done:,} of {total:,} tokens, {bpb:.4f} so far"),
-        )
+        with Signals(args.run):
+            score = evaluate(
+                model.to(ranks.device), dataset, config, ranks, dtype=dtype, progress=reporter.status, keep=keep
+            )
         known = yardsticks(dataset) if ranks.main and not score.partial else None
+    except Interrupted as error:
+        signum = error.exit_code - 128
+        raise Interrupted(f"stopped by {signal.Signals(signum).name}; the same command continues", signum) from None
     finally:
         reporter.close()
         ranks.close()

@@ -1,10 +1,12 @@
-"""Ops of small language models with eager references: `import golfgpt_kernels` needs torch only, and no GPU.
+"""Ops of small language models, eager and in Triton: `import golfgpt_kernels` needs torch only, and no GPU.
 
-Five families, one file each; the file's docstring has the equation, the shapes and where values are
+One file per family; the file's docstring has the equation, the shapes and where values are
 rounded.
 """
 
-from .fake_quant import dequantize_rows, fake_quant_linear, fake_quantize_rows, quantize_rows
+from ._dispatch import implementation
+from .fake_quant import dequantize_rows, fake_quant_linear, fake_quantize_banks, fake_quantize_rows, quantize_rows
+from .muon import muon_momentum_, muon_update_
 from .newton_schulz import newton_schulz
 from .relu2_mlp import linear_relu2, relu2_mlp
 from .softcap_cross_entropy import softcap_cross_entropy
@@ -13,8 +15,12 @@ from .token_logprobs import token_logprobs
 __all__ = [
     "dequantize_rows",
     "fake_quant_linear",
+    "fake_quantize_banks",
     "fake_quantize_rows",
+    "implementation",
     "linear_relu2",
+    "muon_momentum_",
+    "muon_update_",
     "newton_schulz",
     "quantize_rows",
     "relu2_mlp",

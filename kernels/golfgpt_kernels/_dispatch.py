@@ -1,36 +1,134 @@
 """Which implementation of an op runs, and the input checks that ops share.
 
-`impl` is "auto", "eager" or "triton", the last keyword of every op. "auto" is "eager" in this version. A
-named implementation runs or raises its reason; it never falls back.
+`impl` is "auto", "eager" or "triton", the last keyword of every op. A named implementation runs or raises
+its reason; it never falls back. "auto" is "eager" (which torch.compile fuses with the rest of a model)
+unless a measurement says that the kernel wins: an entry of measured.json for this architecture, or of the
+file that `python -m bench.tune --quick` wrote on this machine for this GPU and these versions. It says once
+per op what it chose on a GPU and why.
 
 Checks of dtype, shape and device always run. Checks of values (NaN, targets outside the vocabulary) would
 cost a host synchronization on a GPU and a graph break under torch.compile: they run for CPU tensors in
 eager mode only.
 """
 
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import re
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ._jit import triton_missing
+from ._jit import INTERPRETING, MISSING
+from ._tiles import compute_capability
 
 Impl = Literal["auto", "triton", "eager"]
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+log = logging.getLogger("golfgpt_kernels")
 
 
-def check_impl(op: str, impl: str, device: torch.device) -> None:
-    """Returns if the eager reference is to run, else raises why `impl` cannot."""
-    if impl in ("auto", "eager"):
-        return
+def runs_triton(op: str, impl: Impl, tensor: Tensor, rows: int) -> bool:
+    """Whether the kernel computes `op` for this tensor's device and dtype and `rows` rows of input, or the reference.
+
+    Raises ValueError for an unknown impl, RuntimeError with the reasons where "triton" cannot run.
+    """
+    if impl == "eager":
+        return False
+    if impl == "auto":
+        if tensor.device.type != "cuda":
+            return False
+        least = _least_rows(op, tensor.device, tensor.dtype)
+        return least is not None and rows >= least
     if impl != "triton":
         raise ValueError(f"{op}: impl={impl!r}; possible: 'auto', 'triton', 'eager'")
-    reasons = [triton_missing()]
+    if reason := _cannot_run(tensor.device, tensor.dtype):
+        raise RuntimeError(f"impl='triton' cannot run: {reason}; impl='eager' can")
+    return True
+
+
+def implementation(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """What impl="auto" means for `op` there: ("triton" or "eager", the reason in one sentence)."""
+    if reason := _cannot_run(device, dtype):
+        return "eager", reason
     if device.type != "cuda":
-        reasons.append("no CUDA device" if not torch.cuda.is_available() else f"tensors are on {device}, not on CUDA")
-    reasons.append(f"this version ships no Triton kernel for {op}")
-    raise RuntimeError(f"{op}: impl='triton' cannot run: {'; '.join(filter(None, reasons))}; impl='eager' can")
+        return "eager", "Triton's interpreter is for tests"
+    gpu = f"{torch.cuda.get_device_name(device)} (sm_{compute_capability(device)})"
+    if entries := _measurements(op, device, dtype):
+        worst = max(entries, key=_against_best)
+        ratio = f"at worst {_against_best(worst):.2f} x the faster of eager and torch.compile"
+        return ("triton" if _against_best(worst) < 1 else "eager"), f"{worst['gpu']}, {worst['date']}: {ratio}"
+    return "eager", f"the kernel was never measured on {gpu}; `python -m bench.tune --quick` does"
+
+
+def tuned_file(device: torch.device) -> Path:
+    """Where `python -m bench.tune --quick` keeps what it measured for this GPU, torch and triton."""
+    import triton
+
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    name = f"{torch.cuda.get_device_name(device)}-torch{torch.__version__}-triton{triton.__version__}"
+    return cache / "golfgpt" / (re.sub(r"[^A-Za-z0-9.]+", "-", name) + ".json")
+
+
+@torch.compiler.assume_constant_result
+def _least_rows(op: str, device: torch.device, dtype: torch.dtype) -> int | None:
+    """From how many rows on "auto" is the kernel: half of the smallest count it won at; None for never."""
+    return _least_rows_said(op, device, dtype)
+
+
+@functools.cache
+def _least_rows_said(op: str, device: torch.device, dtype: torch.dtype) -> int | None:
+    chosen, why = implementation(op, device, dtype)
+    log.warning("%s on %s in %s: %s (%s)", op, device, str(dtype).removeprefix("torch."), chosen, why)
+    if chosen == "eager":
+        return None
+    return min(entry["rows"] for entry in _measurements(op, device, dtype)) // 2
+
+
+def _against_best(entry: dict) -> float:
+    """The kernel's time over the better of eager's and torch.compile's; infinite where it failed its check."""
+    us = entry["us"]
+    return us["triton"] / min(us["eager"], us["compile"]) if entry["correct"] else float("inf")
+
+
+def _measurements(op: str, device: torch.device, dtype: torch.dtype) -> list[dict]:
+    """What was timed on this very GPU if anything was, else what was committed for its architecture."""
+    committed = [e for e in _read(Path(__file__).parent / "measured.json") if e["sm"] == compute_capability(device)]
+    for entries in (_read(tuned_file(device)), committed):
+        if found := [e for e in entries if e["op"] == op and e["dtype"] == str(dtype).removeprefix("torch.")]:
+            return found
+    return []
+
+
+def _read(file: Path) -> list[dict]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+
+
+def _cannot_run(device: torch.device, dtype: torch.dtype) -> str | None:
+    reasons = [MISSING]
+    if device.type == "cuda":
+        if compute_capability(device) < 80:
+            reasons.append(f"{torch.cuda.get_device_name(device)} is older than sm_80")
+    elif device.type != "cpu" or not INTERPRETING:
+        there = "no CUDA device" if not torch.cuda.is_available() else f"tensors are on {device}, not on CUDA"
+        reasons.append(f"{there} (TRITON_INTERPRET=1, set before the import, interprets kernels on CPU)")
+    if dtype not in KERNEL_DTYPES:
+        reasons.append(f"kernels compute in {', '.join(map(str, KERNEL_DTYPES))}, not in {dtype}")
+    return "; ".join(filter(None, reasons)) or None
+
+
+def autocast(x: Tensor) -> Tensor:
+    """x as F.linear would take it: in autocast's dtype where autocast is on."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
 
 
 def check_floats(op: str, **tensors: Tensor) -> None:

@@ -27,12 +27,33 @@ instead of rounding up below it are scale_floor=2**-14.
 Backward of the fake-quantized ops is straight-through, without a mask for clipped weights:
     y = x ŵᵀ      dx = dy ŵ      dw = dyᵀ x
 
+`enabled`, a 0-d bool tensor on w's device, turns fake quantization on in the middle of a run without a
+recompilation or a host synchronization: while it is false ŵ is w, rounded to the dtype asked for.
+
+Forms of fake_quant_linear. "shadow" rounds ŵ to x's dtype, which is what evaluation of a decoded artifact
+computes with, and multiplies: y = x ŵᵀ. "codes" multiplies by the integers, exact in every 16-bit dtype, and
+scales the fp32 accumulator: y = (x qᵀ) s, without that rounding; it needs one scale per row and `enabled`
+None. Both have the same gradients. "auto" is "shadow" where no measurement shows "codes" to be faster.
+
+Kernels.
+- quantize: one launch for all rows of any number of matrices (they come as tuples; the branch that a program
+  takes is compiled for the columns of its matrix, so rows up to BLOCK long are read once and stay in
+  registers; longer ones are read twice, the second time from L2). Reading 21.2 M fp32 weights once and
+  writing bf16 is 127 MB. Codes equal the reference exactly, ties included: true division (`tl.div_rn`), no
+  fused multiply-add, half to even by adding and subtracting 1.5 x 2^23. Only the quantile's interpolation is
+  fused, as torch.lerp's is: it is computed in float64 and rounded once.
+- codes x scale: a persistent GEMM over TMA tiles. Quantizing inside a GEMM's loop is left out: every row
+  block repeats it, 402 M element operations per matmul at 65,536 rows; bench/bench_fake_quant.py has its cost.
+
 Weights that are NaN or infinite are a ValueError on CPU; on CUDA and under torch.compile they are not
 looked for.
 
 Sources: Bengio et al., arXiv:1308.3432 (straight-through); the quantile is parameter-golf's int8 export.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -41,13 +62,28 @@ from torch import Tensor
 
 from ._dispatch import (
     FLOAT_DTYPES,
+    KERNEL_DTYPES,
     Impl,
     accumulate_dtype,
+    autocast,
     check_floats,
-    check_impl,
     check_linear,
+    runs_triton,
     values_readable,
 )
+from ._jit import descriptor, dot, dot_precision, empty_rows, halves, jit, launch, narrow, num_programs, tl
+from ._rows import (
+    CLIP_QUANTILE,
+    RowBlocks,
+    interpolate,
+    load_rows,
+    row_codes,
+    row_constants,
+    row_offsets,
+    stored_scale,
+    two_largest,
+)
+from ._tiles import INTERPRETED_GEMM, Tile, TileTable, gemm_tile
 
 __all__ = [
     "CLIP_QUANTILE",
@@ -55,18 +91,19 @@ __all__ = [
     "fake_quant_linear",
     "fake_quant_linear_cost",
     "fake_quant_linear_ref",
+    "fake_quantize_banks",
     "fake_quantize_rows",
     "quantize_rows",
     "quantize_rows_cost",
     "quantize_rows_ref",
 ]
 
-CLIP_QUANTILE = 0.9999984
 _QUANTILE_MAX_COLS = 500_000  # from 625,000 columns on the rank lies below the second largest magnitude
 
 Clip = Literal["max", "quantile"]
 CodeRange = Literal["symmetric", "full"]
 CodesFrom = Literal["stored_scale", "float32_scale"]
+Form = Literal["auto", "shadow", "codes"]
 
 
 def quantize_rows_ref(
@@ -109,25 +146,20 @@ def _representable(s: Tensor, dtype: torch.dtype) -> Tensor:
     return s.clamp(min=step, max=info.max)
 
 
-_opaque = torch.library.custom_op("golfgpt::quantize_rows", quantize_rows_ref, mutates_args=())
+def fake_quantize_rows_ref(
+    w: Tensor, *, bits: int, dtype: torch.dtype | None = None, enabled: Tensor | None = None, **options
+) -> Tensor:
+    codes, scale = quantize_rows_ref(w, bits=bits, **options)
+    w_hat = dequantize_rows(codes, scale, dtype=dtype or w.dtype, group_size=options.get("group_size"))
+    return w_hat if enabled is None else torch.where(enabled, w_hat, w.to(w_hat.dtype))
 
 
-@_opaque.register_fake
-def _(w: Tensor, *, scale_dtype=torch.float16, group_size=None, **_options):
-    groups = () if group_size is None else (w.shape[-1] // group_size,)
-    return w.new_empty(w.shape, dtype=torch.int8), w.new_empty((*w.shape[:-1], *groups), dtype=scale_dtype)
-
-
-def _quantize(w: Tensor, **options) -> tuple[Tensor, Tensor]:
-    """Under torch.compile the quantizer is one opaque op: Inductor drops the round trip of the scale through fp16
-    and may divide approximately, and then training would not see the weights that are exported."""
-    w = w.detach()
-    return _opaque(w, **options) if torch.compiler.is_compiling() else quantize_rows_ref(w, **options)
-
-
-def fake_quant_linear_ref(x: Tensor, w: Tensor, *, bits: int, **options) -> Tensor:
-    codes, scale = _quantize(w, bits=bits, **options)
-    w_hat = dequantize_rows(codes, scale, dtype=x.dtype, group_size=options.get("group_size"))
+def fake_quant_linear_ref(
+    x: Tensor, w: Tensor, *, bits: int, form: str = "shadow", enabled: Tensor | None = None, **options
+) -> Tensor:
+    if form == "codes":
+        return _CodesLinear.apply(x, w, *quantize_rows_ref(w.detach(), bits=bits, **options))
+    w_hat = fake_quantize_rows_ref(w.detach(), bits=bits, dtype=x.dtype, enabled=enabled, **options)
     return F.linear(x, _StraightThrough.apply(w, w_hat))
 
 
@@ -145,6 +177,24 @@ class _StraightThrough(torch.autograd.Function):
         return grad_output.to(ctx.dtype), None
 
 
+class _CodesLinear(torch.autograd.Function):
+    """(x codesᵀ) scale with the gradients of x ŵᵀ, that of ŵ passed to w."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(x, codes, scale)
+        ctx.dtype = w.dtype
+        wide = accumulate_dtype(x.dtype)
+        return (F.linear(x.to(wide), codes.to(wide)) * scale.to(wide)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        x, codes, scale = ctx.saved_tensors
+        dx = dy @ dequantize_rows(codes, scale, dtype=dy.dtype) if ctx.needs_input_grad[0] else None
+        dw = (dy.flatten(0, -2).mT @ x.flatten(0, -2)).to(ctx.dtype) if ctx.needs_input_grad[1] else None
+        return dx, dw, None, None
+
+
 def quantize_rows_cost(rows: int, cols: int, *, itemsize: int = 4, scale_itemsize: int = 2) -> tuple[int, int]:
     """(flops, bytes): magnitude, maximum, clamp, divide and round per weight; codes are one byte each."""
     return 5 * rows * cols, rows * cols * (itemsize + 1) + rows * scale_itemsize
@@ -156,6 +206,259 @@ def fake_quant_linear_cost(
     """(flops, bytes) of the forward: master read once, ŵ written and read once, x read, y written."""
     traffic = itemsize * (tokens * cols + tokens * rows + 2 * rows * cols) + master_itemsize * rows * cols
     return 2 * tokens * rows * cols + 5 * rows * cols, traffic
+
+
+# ---- tiles
+
+# BLOCK is the number of weights that a program holds: rows of 512 come 8 at a time.
+_ROW_TILES = TileTable(
+    "quantize_rows",
+    "columns",
+    *(Tile(sm=0, itemsize=size, launch={"BLOCK": 2048, "num_warps": 4}) for size in (2, 4)),
+    *(Tile(sm=80, itemsize=size, launch={"BLOCK": 4096, "num_warps": 4}) for size in (2, 4)),
+)
+_CODES_TILES = TileTable(
+    "codes_linear",
+    "rows",
+    *INTERPRETED_GEMM,
+    gemm_tile(80, 2, 128, 128, 32, 8, 3),
+    gemm_tile(80, 4, 64, 64, 32, 4, 2),
+    gemm_tile(90, 2, 128, 256, 64, 8, 3),
+    gemm_tile(90, 4, 64, 64, 32, 4, 3),
+)
+
+
+# ---- kernels
+
+
+@jit
+def _clip(w_ptr, rows, offs_r, fraction, COLS: tl.constexpr, WIDTH: tl.constexpr, QUANTILE: tl.constexpr):
+    """The clip magnitude of rows longer than a block, in one pass."""
+    first = tl.zeros_like(offs_r).to(tl.float32)
+    second = first
+    for start in tl.range(0, COLS, WIDTH):
+        w = load_rows(w_ptr, rows, offs_r, start, COLS, WIDTH)
+        m1, m2 = two_largest(tl.abs(w), COLS)
+        second = tl.maximum(tl.minimum(first, m1), tl.maximum(second, m2))
+        first = tl.maximum(first, m1)
+    return interpolate(first, second, fraction, QUANTILE)
+
+
+@jit
+def _quantize_matrix(
+    w_ptr, out_ptr, scale_ptr, on, block, rows, qmax, fraction, floor,
+    COLS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    QUANTILE: tl.constexpr, FULL: tl.constexpr, STORED: tl.constexpr,
+    SCALE: tl.constexpr, TINY: tl.constexpr, STEP: tl.constexpr, MAX: tl.constexpr, CODES: tl.constexpr,
+):  # fmt: skip
+    """One block of rows of one matrix: codes and scale if CODES, else ŵ (w where `on` is false)."""
+    offs_r = block * (BLOCK // WIDTH) + tl.arange(0, BLOCK // WIDTH)
+    w = load_rows(w_ptr, rows, offs_r, 0, COLS, WIDTH)
+    if COLS <= WIDTH:
+        first, second = two_largest(tl.abs(w), COLS)
+        c = interpolate(first, second, fraction, QUANTILE)
+    else:
+        c = _clip(w_ptr, rows, offs_r, fraction, COLS, WIDTH, QUANTILE)
+    s, stored = stored_scale(c, qmax, floor, SCALE, TINY, STEP, MAX)
+    decode = stored.to(tl.float32)
+    s = decode if STORED else s
+    for start in tl.range(0, COLS, WIDTH):
+        if COLS > WIDTH:
+            w = load_rows(w_ptr, rows, offs_r, start, COLS, WIDTH)
+        q = row_codes(w, c, s, qmax, FULL)
+        out = q if CODES else tl.where(on, q * decode[:, None], w)
+        offs, mask = row_offsets(rows, offs_r, start, COLS, WIDTH)
+        tl.store(out_ptr + offs, narrow(out, out_ptr.dtype.element_ty), mask=mask)
+    if CODES:
+        tl.store(scale_ptr + offs_r, stored, mask=offs_r < rows)
+
+
+@jit
+def _quantize_kernel(
+    w_ptrs, out_ptrs, scale_ptrs, on_ptr, first_block, rows, qmax, fraction, floor,
+    COLS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    QUANTILE: tl.constexpr, FULL: tl.constexpr, STORED: tl.constexpr,
+    SCALE: tl.constexpr, TINY: tl.constexpr, STEP: tl.constexpr, MAX: tl.constexpr, CODES: tl.constexpr,
+    SWITCH: tl.constexpr,
+):  # fmt: skip
+    """Blocks first_block[i] to first_block[i + 1] belong to matrix i."""
+    pid = tl.program_id(0)
+    on = tl.load(on_ptr) != 0 if SWITCH else True
+    for i in tl.static_range(len(COLS)):
+        if (pid >= first_block[i]) & (pid < first_block[i + 1]):
+            _quantize_matrix(
+                w_ptrs[i], out_ptrs[i], scale_ptrs[i], on, pid - first_block[i], rows[i], qmax[i], fraction[i], floor,
+                COLS[i], WIDTH[i], BLOCK, QUANTILE, FULL, STORED, SCALE, TINY, STEP, MAX, CODES,
+            )  # fmt: skip
+
+
+@jit
+def _codes_linear_kernel(
+    x_desc, codes_desc, scale_ptr, y_desc,
+    M, N, K,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """y (M, N) = (x codesᵀ) scale, with x (M, K), codes (N, K) whole numbers in x's dtype."""
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    HALF: tl.constexpr = BLOCK_N // 2
+    for tile in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * tiles_n, tl.num_programs(0), flatten=True):
+        m = tile // tiles_n * BLOCK_M
+        n = tile % tiles_n * BLOCK_N
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in tl.range(0, K, BLOCK_K):
+            acc = dot(x_desc.load([m, k]), codes_desc.load([n, k]).T, acc, PRECISION)
+        left, right = halves(acc, BLOCK_M, BLOCK_N)
+        offs_n = n + tl.arange(0, HALF)
+        scale = tl.load(scale_ptr + offs_n, mask=offs_n < N, other=0).to(tl.float32)
+        y_desc.store([m, n], narrow(left * scale[None, :], y_desc.dtype))
+        scale = tl.load(scale_ptr + offs_n + HALF, mask=offs_n + HALF < N, other=0).to(tl.float32)
+        y_desc.store([m, n + HALF], narrow(right * scale[None, :], y_desc.dtype))
+
+
+# ---- launchers
+
+
+def quantize_matrices(
+    ws: Sequence[Tensor],
+    outs: Sequence[Tensor],
+    scales: Sequence[Tensor] | None,
+    bits: Sequence[int],
+    enabled: Tensor | None,
+    *,
+    clip: str,
+    code_range: str,
+    scale_dtype: torch.dtype,
+    scale_floor: float,
+    codes_from: str,
+    group_size: int | None,
+    tile: dict | None = None,
+) -> None:
+    """One launch: contiguous ws (..., cols) -> outs, codes if there are scales to go with them, else ŵ."""
+    cols = [group_size or w.shape[-1] for w in ws]
+    kept = [i for i, w in enumerate(ws) if w.numel()]
+    if not kept:
+        return
+    w = ws[0]
+    tile = tile or _ROW_TILES.select(w.device, w.dtype, max(cols))
+    layout = RowBlocks.of([ws[i] for i in kept], [cols[i] for i in kept], tile["BLOCK"])
+    numbers, constants = row_constants(
+        layout.cols, [bits[i] for i in kept], clip, code_range, scale_dtype, scale_floor, codes_from
+    )
+    launch(
+        _quantize_kernel, (layout.starts[-1],), w.device,
+        *(tuple(tensors[i] for i in kept) for tensors in (ws, outs, scales or outs)), w if enabled is None else enabled,
+        layout.starts, layout.rows, *numbers, COLS=layout.cols, WIDTH=layout.widths, **constants,
+        CODES=scales is not None, SWITCH=enabled is not None, enable_fp_fusion=False, **tile,
+    )  # fmt: skip
+
+
+def codes_linear(x: Tensor, codes: Tensor, scale: Tensor, tile: dict | None = None) -> Tensor:
+    (m, k), n = x.shape, codes.shape[0]
+    y = empty_rows((m, n), x.dtype, x.device)
+    if y.numel() == 0 or k == 0:
+        return y.zero_()
+    tile = tile or _CODES_TILES.select(x.device, x.dtype, m)
+    bm, bn, bk = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
+    grid = (min(num_programs(x.device), -(-m // bm) * -(-n // bn)),)
+    operands = descriptor(x, (bm, bk)), descriptor(codes, (bn, bk)), scale, descriptor(y, (bm, bn // 2))
+    launch(_codes_linear_kernel, grid, x.device, *operands, m, n, k, dot_precision(x.dtype), **tile)
+    return y
+
+
+# ---- custom ops
+
+
+def _quantize_op(w: Tensor, *, bits: int, codes_dtype: torch.dtype, kernel: bool, **options) -> tuple[Tensor, Tensor]:
+    """One opaque op, under torch.compile too: Inductor drops the round trip of the scale through fp16 and may divide
+    approximately, and then training would not see the weights that are exported."""
+    if not kernel:
+        codes, scale = quantize_rows_ref(w, bits=bits, **options)
+        return codes.to(codes_dtype), scale
+    codes, scale = _empty_codes(w, codes_dtype, options["scale_dtype"], options["group_size"])
+    quantize_matrices([w.contiguous()], [codes], [scale], [bits], None, **options)
+    return codes, scale
+
+
+def _empty_codes(w: Tensor, codes_dtype: torch.dtype, scale_dtype: torch.dtype, group_size: int | None):
+    groups = () if group_size is None else (w.shape[-1] // group_size,)
+    return w.new_empty(w.shape, dtype=codes_dtype), w.new_empty((*w.shape[:-1], *groups), dtype=scale_dtype)
+
+
+_OPTIONS = "str clip, str code_range, ScalarType scale_dtype, float scale_floor, str codes_from, int? group_size"
+_quantize = torch.library.custom_op(
+    "golfgpt::quantize_rows",
+    _quantize_op,
+    mutates_args=(),
+    schema=f"(Tensor w, *, int bits, ScalarType codes_dtype, bool kernel, {_OPTIONS}) -> (Tensor, Tensor)",
+)
+
+
+@_quantize.register_fake
+def _(w, *, codes_dtype, scale_dtype, group_size, **_options):
+    return _empty_codes(w, codes_dtype, scale_dtype, group_size)
+
+
+def _fake_quantize_op(
+    ws: list[Tensor], outs: list[Tensor], bits: list[int], enabled: Tensor | None, *, kernel: bool, **options
+) -> None:
+    if kernel:
+        direct = [out if out.is_contiguous() else out.new_empty(out.shape) for out in outs]
+        quantize_matrices([w.contiguous() for w in ws], direct, None, bits, enabled, **options)
+    else:
+        direct = [
+            fake_quantize_rows_ref(w, bits=n, dtype=out.dtype, enabled=enabled, **options)
+            for w, out, n in zip(ws, outs, bits, strict=True)
+        ]
+    for out, value in zip(outs, direct, strict=True):
+        if out is not value:
+            out.copy_(value)
+
+
+_fake_quantize = torch.library.custom_op(
+    "golfgpt::fake_quantize_",
+    _fake_quantize_op,
+    mutates_args=("outs",),
+    schema=f"(Tensor[] ws, Tensor(a!)[] outs, int[] bits, Tensor? enabled, *, bool kernel, {_OPTIONS}) -> ()",
+)
+
+
+@_fake_quantize.register_fake
+def _(ws, outs, bits, enabled, **_options):
+    return None
+
+
+@torch.library.custom_op("golfgpt::codes_linear", mutates_args=())
+def _codes_linear(x: Tensor, w: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """w is not read; the gradient of ŵ goes to it."""
+    return codes_linear(x, codes, scale)
+
+
+@_codes_linear.register_fake
+def _(x, w, codes, scale):
+    return empty_rows((x.shape[0], codes.shape[0]), x.dtype, x.device)
+
+
+def _save_codes_linear(ctx, inputs, output):
+    x, w, codes, scale = inputs
+    ctx.save_for_backward(x, codes, scale)
+    ctx.dtype = w.dtype
+
+
+def _codes_linear_backward(ctx, dy):
+    x, codes, scale = ctx.saved_tensors
+    dx = dw = None
+    if ctx.needs_input_grad[0]:
+        wide = accumulate_dtype(scale.dtype)
+        dx = dy @ (codes.to(wide) * scale.to(wide).unsqueeze(-1)).to(dy.dtype)
+    if ctx.needs_input_grad[1]:
+        dw = (dy.mT @ x).to(ctx.dtype)
+    return dx, dw, None, None
+
+
+_codes_linear.register_autograd(_codes_linear_backward, setup_context=_save_codes_linear)
+
+
+# ---- public
 
 
 def quantize_rows(
@@ -171,13 +474,13 @@ def quantize_rows(
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """w (..., rows, cols) -> int8 codes of w's shape and scale, (..., rows) or (..., rows, groups)."""
-    check_impl("quantize_rows", impl, w.device)
     options = dict(
-        bits=bits, clip=clip, code_range=code_range, scale_dtype=scale_dtype, scale_floor=scale_floor,
-        codes_from=codes_from, group_size=group_size,
+        clip=clip, code_range=code_range, scale_dtype=scale_dtype, scale_floor=scale_floor, codes_from=codes_from,
+        group_size=group_size,
     )  # fmt: skip
-    _check("quantize_rows", w, **options)
-    return _quantize(w, **options)
+    _check("quantize_rows", w, bits=bits, **options)
+    kernel = _runs_triton("quantize_rows", impl, w, scale_dtype)
+    return _quantize(w.detach(), bits=bits, codes_dtype=torch.int8, kernel=kernel, **options)
 
 
 def dequantize_rows(
@@ -208,29 +511,69 @@ def fake_quantize_rows(
     scale_floor: float = 0.0,
     codes_from: CodesFrom = "stored_scale",
     group_size: int | None = None,
+    enabled: Tensor | None = None,
+    dtype: torch.dtype | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """dequantize_rows(quantize_rows(w)) in w's dtype, with straight-through gradient.
+    """dequantize_rows(quantize_rows(w)) in `dtype` (None: w's), rounded once, with straight-through gradient.
 
     With `out`, of w's shape and any float dtype (a bf16 shadow of a fp32 master), the decoded weights are written
     there, rounded once from fp32, without gradient, and `out` is returned.
     """
-    check_impl("fake_quantize_rows", impl, w.device)
     options = dict(
-        bits=bits, clip=clip, code_range=code_range, scale_dtype=scale_dtype, scale_floor=scale_floor,
-        codes_from=codes_from, group_size=group_size,
+        clip=clip, code_range=code_range, scale_dtype=scale_dtype, scale_floor=scale_floor, codes_from=codes_from,
+        group_size=group_size,
     )  # fmt: skip
-    _check("fake_quantize_rows", w, **options)
-    if out is None:
-        codes, scale = _quantize(w, **options)
-        w_hat = dequantize_rows(codes, scale, dtype=w.dtype, group_size=group_size)
-        return _StraightThrough.apply(w, w_hat)
-    check_floats("fake_quantize_rows", w=w, out=out)
-    if out.shape != w.shape:
-        raise ValueError(f"fake_quantize_rows: out has shape {tuple(out.shape)}; possible: {tuple(w.shape)}, as w")
-    with torch.no_grad():
-        codes, scale = _quantize(w, **options)
-        return out.copy_(dequantize_rows(codes, scale, dtype=out.dtype, group_size=group_size))
+    if dtype is not None and (out is not None or dtype not in FLOAT_DTYPES):
+        raise ValueError(f"fake_quantize_rows: dtype={dtype}; possible: None where out is given, else {FLOAT_DTYPES}")
+    if out is not None:
+        fake_quantize_banks([w], [out], bits=bits, enabled=enabled, impl=impl, **options)
+        return out
+    _check("fake_quantize_rows", w, bits=bits, **options)
+    _check_enabled("fake_quantize_rows", w, enabled)
+    kernel = _runs_triton("fake_quantize_rows", impl, w, scale_dtype)
+    return _StraightThrough.apply(w, _decoded(w, dtype or w.dtype, bits, enabled, kernel, options))
+
+
+def fake_quantize_banks(
+    ws: Sequence[Tensor],
+    outs: Sequence[Tensor],
+    *,
+    bits: int | Sequence[int],
+    clip: Clip = "max",
+    code_range: CodeRange = "symmetric",
+    scale_dtype: torch.dtype = torch.float16,
+    scale_floor: float = 0.0,
+    codes_from: CodesFrom = "stored_scale",
+    group_size: int | None = None,
+    enabled: Tensor | None = None,
+    impl: Impl = "auto",
+) -> None:
+    """fake_quantize_rows(w, out) for each of ws and outs, in one launch; `bits` for all or one number each."""
+    options = dict(
+        clip=clip, code_range=code_range, scale_dtype=scale_dtype, scale_floor=scale_floor, codes_from=codes_from,
+        group_size=group_size,
+    )  # fmt: skip
+    op = "fake_quantize_rows" if len(ws) == 1 else "fake_quantize_banks"
+    bits = [bits] * len(ws) if isinstance(bits, int) else list(bits)
+    if not len(ws) == len(outs) == len(bits):
+        raise ValueError(
+            f"{op}: {len(ws)} weights, {len(outs)} outs, {len(bits)} bits; possible: one of each per weight"
+        )
+    for w, out, n in zip(ws, outs, bits, strict=True):
+        _check(op, w, bits=n, **options)
+        check_floats(op, w=w, out=out)
+        if out.shape != w.shape:
+            raise ValueError(f"{op}: out has shape {tuple(out.shape)}; possible: {tuple(w.shape)}, as w")
+        if w.device != ws[0].device or w.dtype != ws[0].dtype:
+            raise ValueError(
+                f"{op}: weights in {ws[0].dtype} on {ws[0].device} and in {w.dtype} on {w.device}; use one of each"
+            )
+        _check_enabled(op, w, enabled)
+    if ws:
+        kernel = _runs_triton("fake_quantize_rows", impl, ws[0], scale_dtype)
+        with torch.no_grad():
+            _fake_quantize([w.detach() for w in ws], list(outs), bits, enabled, kernel=kernel, **options)
 
 
 def fake_quant_linear(
@@ -238,24 +581,64 @@ def fake_quant_linear(
     w: Tensor,
     *,
     bits: int,
+    form: Form = "auto",
     clip: Clip = "max",
     code_range: CodeRange = "symmetric",
     scale_dtype: torch.dtype = torch.float16,
     scale_floor: float = 0.0,
     codes_from: CodesFrom = "stored_scale",
     group_size: int | None = None,
+    enabled: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """x ŵᵀ: x (..., K), w (N, K) -> (..., N) in x's dtype. ŵ is rounded from fp32 to x's dtype, once."""
-    check_impl("fake_quant_linear", impl, x.device)
-    check_floats("fake_quant_linear", x=x, w=w)
-    check_linear("fake_quant_linear", x, w)
+    op = "fake_quant_linear"
+    check_floats(op, x=x, w=w)
+    check_linear(op, x, w)
     options = dict(
-        bits=bits, clip=clip, code_range=code_range, scale_dtype=scale_dtype, scale_floor=scale_floor,
-        codes_from=codes_from, group_size=group_size,
+        clip=clip, code_range=code_range, scale_dtype=scale_dtype, scale_floor=scale_floor, codes_from=codes_from,
+        group_size=group_size,
     )  # fmt: skip
-    _check("fake_quant_linear", w, **options)
-    return fake_quant_linear_ref(x, w, **options)
+    _check(op, w, bits=bits, **options)
+    _check_enabled(op, w, enabled)
+    if form not in ("auto", "shadow", "codes"):
+        raise ValueError(f"{op}: form={form!r}; possible: 'auto', 'shadow', 'codes'")
+    per_row = group_size is None and enabled is None
+    if form == "codes" and not per_row:
+        raise ValueError(f"{op}: form='codes' with group_size={group_size}, enabled={enabled}; possible: both None")
+    x, lead = autocast(x), x.shape[:-1]
+    codes_kernel = form != "shadow" and per_row and _runs_triton("codes_linear", impl, x, scale_dtype, lead.numel())
+    if codes_kernel and (form == "codes" or impl == "auto"):
+        codes, scale = _quantize(w.detach(), bits=bits, codes_dtype=x.dtype, kernel=True, **options)
+        return _codes_linear(x.reshape(lead.numel(), x.shape[-1]), w, codes, scale).reshape(*lead, w.shape[0])
+    if form == "codes":
+        codes, scale = _quantize(w.detach(), bits=bits, codes_dtype=torch.int8, kernel=False, **options)
+        return _CodesLinear.apply(x, w, codes, scale)
+    kernel = _runs_triton("fake_quantize_rows", impl, w, scale_dtype)
+    return F.linear(x, _StraightThrough.apply(w, _decoded(w, x.dtype, bits, enabled, kernel, options)))
+
+
+def _decoded(w: Tensor, dtype: torch.dtype, bits: int, enabled: Tensor | None, kernel: bool, options: dict) -> Tensor:
+    """ŵ in `dtype`, without gradient."""
+    out = w.new_empty(w.shape, dtype=dtype)
+    _fake_quantize([w.detach()], [out], [bits], enabled, kernel=kernel, **options)
+    return out
+
+
+def _runs_triton(op: str, impl: Impl, tensor: Tensor, scale_dtype: torch.dtype, rows: int = 1 << 62) -> bool:
+    """Of quantizing, "auto" knows no least number of rows: it is one launch for any."""
+    kernel = runs_triton(op, impl, tensor, rows)
+    if impl == "triton" and scale_dtype not in KERNEL_DTYPES:
+        raise RuntimeError(f"{op}: impl='triton' cannot run: it stores no scale in {scale_dtype}; impl='eager' can")
+    return kernel and scale_dtype in KERNEL_DTYPES
+
+
+def _check_enabled(op: str, w: Tensor, enabled: Tensor | None) -> None:
+    if enabled is not None and (enabled.dtype != torch.bool or enabled.ndim or enabled.device != w.device):
+        raise ValueError(
+            f"{op}: enabled has dtype {enabled.dtype}, shape {tuple(enabled.shape)}, on {enabled.device}; "
+            f"possible: a 0-d bool tensor on {w.device}"
+        )
 
 
 def _check(op, w, *, bits, clip, code_range, scale_dtype, scale_floor, codes_from, group_size) -> None:

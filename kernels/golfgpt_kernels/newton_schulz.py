@@ -19,9 +19,29 @@ Backward: autograd through the iteration. With P = b A + c A², Y = a X + P X, b
 
 A zero matrix stays zero. With ‖X‖_F below about 100 eps, X0 has visibly less than unit norm.
 
+Kernels. Two launches for X0, three per step, whatever the batch:
+- X0: sums of squares per tile of X, then every program adds its matrix's sums in one order and divides: the
+  norm is deterministic. X is read by pointers here, with any strides, and only here.
+- symmetric: A = X Xᵀ, then P = b A + c A Aᵀ. Tiles on and below the diagonal are computed; one below it is
+  stored a second time, transposed. The products x y and y x round alike and every element is summed over k in
+  one order, so that A and P are exactly symmetric.
+- update: a X + P X.
+A tall X is never transposed: A = Xᵀ X is read from X as it lies (wgmma takes either order of a 16-bit
+operand) and the update is a X + X P, since A and P are symmetric. A, P and a step's X are rounded once each,
+where eager rounds b A, c A, their products and sums one by one. Any batch runs, in tiles that suit banks of
+a small GPT; fp32 operands are multiplied as torch.set_float32_matmul_precision says. Backward recomputes
+the iteration in eager PyTorch.
+
+Left out on purpose: one persistent launch for all steps, whose programs would wait for each other (the
+interpreter runs them one by one, and they must all be resident); the iteration on the Gram matrix alone,
+which is unstable in bf16 without restarts and gains nothing for square matrices.
+
 Sources: K. Jordan et al., Muon (kellerjordan.github.io/posts/muon), 2024; Amsel, Persson, Musco, Gower,
-"The Polar Express", arXiv:2505.16932, appendix A.
+"The Polar Express", arXiv:2505.16932, appendix A. Half of X Xᵀ with a mirrored store is from byronxu99's kernels
+(dion, modded-nanogpt).
 """
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Literal
@@ -29,7 +49,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ._dispatch import FLOAT_DTYPES, Impl, accumulate_dtype, check_floats, check_impl
+from ._dispatch import FLOAT_DTYPES, KERNEL_DTYPES, Impl, accumulate_dtype, check_floats, runs_triton
+from ._jit import descriptor, dot, dot_precision, empty_rows, jit, launch, narrow, tl
+from ._tiles import Tile, TileTable
 
 __all__ = [
     "POLAR_EXPRESS_COEFFICIENTS",
@@ -99,13 +121,255 @@ def _per_step(coefficients: Coefficients, steps: int) -> list[Triple]:
 
 
 def newton_schulz_cost(
-    batch: int, rows: int, cols: int, *, steps: int = 5, itemsize: int = 2, io_itemsize: int = 4
+    batch: int,
+    rows: int,
+    cols: int,
+    *,
+    steps: int = 5,
+    itemsize: int = 2,
+    io_itemsize: int = 4,
+    symmetric: bool = False,
 ) -> tuple[int, int]:
-    """(flops, bytes) of X Xᵀ, A A and P X per step, unsymmetric; operands read once, results written once."""
+    """(flops, bytes) of X Xᵀ, A A and P X per step; operands read once, results written once.
+
+    symmetric: the half of X Xᵀ and A A that determines the rest, which is what the kernels compute but for tiles on
+    the diagonal.
+    """
     m, n = sorted((rows, cols))
-    flops = 2 * (2 * m * m * n + m * m * m)
+    symmetric_flops = 2 * (m * m * n + m * m * m)
+    flops = symmetric_flops // (2 if symmetric else 1) + 2 * m * m * n
     traffic = itemsize * ((m * n + m * m) + 2 * m * m + (2 * m * n + m * m))
     return batch * steps * flops, batch * (steps * traffic + 2 * io_itemsize * m * n)
+
+
+# ---- tiles
+
+
+def _tile(sm: int, itemsize: int, m: int, k: int, warps: int, stages: int, max_size: int | None = None) -> Tile:
+    """Square, for mirrored stores; the update takes the same."""
+    blocks = {"BLOCK": m, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
+    return Tile(sm=sm, itemsize=itemsize, launch=blocks, max_size=max_size)
+
+
+# Tiles of 64 do 32 flops per byte that they read from L2, tiles of 128 do 64: at 5.5 TB/s 180 and 350 TF/s. The small
+# ones are for results of which the large ones would leave an H100's multiprocessors idle. Before sm_90 a descriptor's
+# loads become loads of single elements, whose addresses fill the registers that a larger tile would need.
+_SMALL = 128 * 128 * 128
+
+_TILES = TileTable(
+    "newton_schulz",
+    "elements of the result",
+    _tile(0, 2, 32, 32, 4, 1),
+    _tile(0, 4, 32, 32, 4, 1),
+    _tile(80, 2, 64, 32, 8, 3),
+    _tile(80, 4, 32, 32, 8, 2),
+    _tile(90, 2, 64, 64, 4, 4, _SMALL),
+    _tile(90, 2, 128, 64, 8, 3),
+    _tile(90, 4, 64, 16, 8, 3),
+)
+_NORM_BLOCK = (32, 128)
+
+
+# ---- kernels: the matrix is the slow part of a program's index, so that programs side by side share operands in L2
+
+
+@jit
+def _norm_tile(
+    x_ptr,
+    M, N, stride_b, stride_m, stride_n, tiles, tiles_n,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The program's matrix, rows and columns, which of them exist, and x there in fp32."""
+    matrix = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    m = (tile // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]).to(tl.int64)
+    n = (tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]).to(tl.int64)
+    inside = (m < M) & (n < N)
+    x = tl.load(x_ptr + matrix * stride_b + m * stride_m + n * stride_n, mask=inside, other=0.0)
+    return matrix, m, n, inside, x.to(tl.float32)
+
+
+@jit
+def _squares_kernel(
+    x_ptr, squares_ptr,
+    M, N, stride_b, stride_m, stride_n, tiles, tiles_n,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    _, _, _, _, x = _norm_tile(x_ptr, M, N, stride_b, stride_m, stride_n, tiles, tiles_n, BLOCK_M, BLOCK_N)
+    tl.store(squares_ptr + tl.program_id(0), tl.sum(x * x))
+
+
+@jit
+def _normalize_kernel(
+    x_ptr, squares_ptr, u_ptr, eps,
+    M, N, stride_b, stride_m, stride_n, tiles, tiles_n, u_stride_b, u_stride_m,
+    TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    matrix, m, n, inside, x = _norm_tile(x_ptr, M, N, stride_b, stride_m, stride_n, tiles, tiles_n, BLOCK_M, BLOCK_N)
+    index = tl.arange(0, TILES)
+    norm = tl.sqrt_rn(tl.sum(tl.load(squares_ptr + matrix * tiles + index, mask=index < tiles, other=0.0)))
+    u = narrow(x / (norm + eps), u_ptr.dtype.element_ty)  # within 2 ulp of fp32
+    tl.store(u_ptr + matrix * u_stride_b + m * u_stride_m + n, u, mask=inside)
+
+
+@jit
+def _symmetric_kernel(
+    x_desc, a_desc, out_desc, b, c,
+    K, tiles,
+    TALL: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out (B, S, S) = X Xᵀ with X (B, S, K), or Xᵀ X with X (B, K, S) if TALL; b A + c X Xᵀ if there is an A."""
+    matrix = tl.program_id(0) // tiles
+    tile = tl.program_id(0) % tiles
+    # Tile i (i + 1) / 2 + j is (i, j), j <= i. In fp32 that is exact below 2048 rows of tiles.
+    i = ((tl.sqrt_rn((8 * tile + 1).to(tl.float32)) - 1) * 0.5).to(tl.int32)
+    j = tile - i * (i + 1) // 2
+    row = i * BLOCK
+    col = j * BLOCK
+    acc = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for k in tl.range(0, K, BLOCK_K):
+        if TALL:
+            left = x_desc.load([matrix, k, row]).reshape(BLOCK_K, BLOCK).T
+            right = x_desc.load([matrix, k, col]).reshape(BLOCK_K, BLOCK)
+        else:
+            left = x_desc.load([matrix, row, k]).reshape(BLOCK, BLOCK_K)
+            right = x_desc.load([matrix, col, k]).reshape(BLOCK, BLOCK_K).T
+        acc = dot(left, right, acc, PRECISION)
+    if a_desc is not None:
+        acc = b * a_desc.load([matrix, row, col]).reshape(BLOCK, BLOCK).to(tl.float32) + c * acc
+    out = narrow(acc, out_desc.dtype)
+    out_desc.store([matrix, row, col], out.reshape(1, BLOCK, BLOCK))
+    if i != j:
+        out_desc.store([matrix, col, row], out.T.reshape(1, BLOCK, BLOCK))
+
+
+@jit
+def _update_kernel(
+    left_desc, right_desc, x_desc, out_desc, a,
+    K, tiles, tiles_n,
+    PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out (B, M, N) = a X + L R with L (B, M, K) and R (B, K, N), rounded to X's dtype first if out has another."""
+    matrix = tl.program_id(0) // tiles
+    tile = tl.program_id(0) % tiles
+    row = tile // tiles_n * BLOCK
+    col = tile % tiles_n * BLOCK
+    acc = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for k in tl.range(0, K, BLOCK_K):
+        left = left_desc.load([matrix, row, k]).reshape(BLOCK, BLOCK_K)
+        right = right_desc.load([matrix, k, col]).reshape(BLOCK_K, BLOCK)
+        acc = dot(left, right, acc, PRECISION)
+    acc += a * x_desc.load([matrix, row, col]).reshape(BLOCK, BLOCK).to(tl.float32)
+    out = narrow(acc, x_desc.dtype)
+    if out_desc.dtype != x_desc.dtype:
+        out = narrow(out.to(tl.float32), out_desc.dtype)
+    out_desc.store([matrix, row, col], out.reshape(1, BLOCK, BLOCK))
+
+
+# ---- launchers: (B, M, N), none of them empty, checked by the public function
+
+
+def normalize(x: Tensor, dtype: torch.dtype, eps: float) -> Tensor:
+    """x / (‖x‖_F + eps) in `dtype`; x has any strides."""
+    batch, m, n = x.shape
+    u = empty_rows(x.shape, dtype, x.device)
+    tiles_n = -(-n // _NORM_BLOCK[1])
+    tiles = -(-m // _NORM_BLOCK[0]) * tiles_n
+    squares = torch.empty((batch, tiles), dtype=torch.float32, device=x.device)
+    shape = m, n, *x.stride(), tiles, tiles_n
+    launch(_squares_kernel, (batch * tiles,), x.device, x, squares, *shape, *_NORM_BLOCK, num_warps=4)
+    options = *u.stride()[:2], 1 << (tiles - 1).bit_length(), *_NORM_BLOCK
+    launch(_normalize_kernel, (batch * tiles,), x.device, x, squares, u, eps, *shape, *options, num_warps=4)
+    return u
+
+
+def gram(x: Tensor, tile: dict | None = None) -> Tensor:
+    """x xᵀ, or xᵀ x of a tall x: (B, S, S), S the smaller side."""
+    return _symmetric(x, None, 0.0, 1.0, tile)
+
+
+def polynomial(a: Tensor, b: float, c: float, tile: dict | None = None) -> Tensor:
+    """b A + c A² of symmetric A (B, S, S)."""
+    return _symmetric(a, a, b, c, tile)
+
+
+def _symmetric(x: Tensor, a: Tensor | None, b: float, c: float, tile: dict | None) -> Tensor:
+    batch, size, k = x.shape[0], min(x.shape[1:]), max(x.shape[1:])
+    out = empty_rows((batch, size, size), x.dtype, x.device)
+    tile = tile or _TILES.select(x.device, x.dtype, out.numel())
+    block, block_k, tall = tile["BLOCK"], tile["BLOCK_K"], x.shape[1] > x.shape[2]
+    side = -(-size // block)
+    tiles = side * (side + 1) // 2
+    x_desc = descriptor(x, (1, block_k, block) if tall else (1, block, block_k))
+    a_desc = None if a is None else descriptor(a, (1, block, block))
+    operands = x_desc, a_desc, descriptor(out, (1, block, block)), b, c
+    options = k, tiles, tall, dot_precision(x.dtype)
+    launch(_symmetric_kernel, (batch * tiles,), x.device, *operands, *options, **tile)
+    return out
+
+
+def update(x: Tensor, p: Tensor, a: float, dtype: torch.dtype, tile: dict | None = None) -> Tensor:
+    """a x + p x, or a x + x p of a tall x, rounded to x's dtype and then to `dtype`."""
+    batch, m, n = x.shape
+    out = empty_rows(x.shape, dtype, x.device)
+    tile = tile or _TILES.select(x.device, x.dtype, out.numel())
+    block, block_k = tile["BLOCK"], tile["BLOCK_K"]
+    left, right = (x, p) if m > n else (p, x)
+    tiles_n = -(-n // block)
+    tiles = -(-m // block) * tiles_n
+    operands = (
+        descriptor(left, (1, block, block_k)), descriptor(right, (1, block_k, block)),
+        descriptor(x, (1, block, block)), descriptor(out, (1, block, block)), a,
+    )  # fmt: skip
+    options = min(m, n), tiles, tiles_n, dot_precision(x.dtype)
+    launch(_update_kernel, (batch * tiles,), x.device, *operands, *options, **tile)
+    return out
+
+
+def iterate(u: Tensor, triples: Sequence[Triple], dtype: torch.dtype) -> Tensor:
+    """The steps from u, normalized and in the iteration's dtype, to the result in `dtype`. The allocator hands each
+    step the buffers of the step before last."""
+    for i, (a, b, c) in enumerate(triples, 1):
+        u = update(u, polynomial(gram(u), b, c), a, dtype if i == len(triples) else u.dtype)
+    return u
+
+
+# ---- custom op and its gradient
+
+
+@torch.library.custom_op("golfgpt::newton_schulz", mutates_args=())
+def _newton_schulz(x: Tensor, coefficients: list[float], dtype: torch.dtype, eps: float) -> Tensor:
+    if x.numel() == 0:
+        return empty_rows(x.shape, x.dtype, x.device)
+    return iterate(normalize(x, dtype, eps), _triples(coefficients), x.dtype)
+
+
+@_newton_schulz.register_fake
+def _(x, coefficients, dtype, eps):
+    return empty_rows(x.shape, x.dtype, x.device)
+
+
+def _triples(flat: Sequence[float]) -> list[Triple]:
+    return list(zip(flat[::3], flat[1::3], flat[2::3], strict=True))
+
+
+def _save(ctx, inputs, output):
+    x, coefficients, ctx.dtype, ctx.eps = inputs
+    ctx.triples = _triples(coefficients)
+    ctx.save_for_backward(x)
+
+
+def _backward(ctx, dy):
+    with torch.enable_grad():
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        y = newton_schulz_ref(x, steps=len(ctx.triples), coefficients=ctx.triples, dtype=ctx.dtype, eps=ctx.eps)
+    return torch.autograd.grad(y, x, dy)[0], None, None, None
+
+
+_newton_schulz.register_autograd(_backward, setup_context=_save)
+
+
+# ---- public
 
 
 def newton_schulz(
@@ -118,7 +382,6 @@ def newton_schulz(
     impl: Impl = "auto",
 ) -> Tensor:
     """Approximately orthogonal x (..., M, N), in x's dtype; the iteration runs in `dtype`."""
-    check_impl("newton_schulz", impl, x.device)
     check_floats("newton_schulz", x=x)
     if x.ndim < 2:
         raise ValueError(f"newton_schulz: x has shape {tuple(x.shape)}; possible: (..., M, N)")
@@ -128,4 +391,9 @@ def newton_schulz(
         raise ValueError(f"newton_schulz: steps={steps!r}; possible: an integer >= 1")
     if not eps > 0:
         raise ValueError(f"newton_schulz: eps={eps}; possible: a positive number (zero matrices divide by it)")
-    return newton_schulz_ref(x, steps=steps, coefficients=coefficients, dtype=dtype, eps=eps)
+    triples = _per_step(coefficients, steps)
+    computed = x.new_empty(0, dtype=dtype if x.dtype in KERNEL_DTYPES else x.dtype)  # kernels take neither in float64
+    if not runs_triton("newton_schulz", impl, computed, x.shape[:-1].numel()):
+        return newton_schulz_ref(x, steps=steps, coefficients=triples, dtype=dtype, eps=eps)
+    flat = [float(value) for triple in triples for value in triple]
+    return _newton_schulz(x.reshape(x.shape[:-2].numel(), *x.shape[-2:]), flat, dtype, eps).reshape(x.shape)

@@ -5,18 +5,23 @@ scalar for reduction "mean" (over targets that are not ignore_index; NaN if ther
 and "sum", (...) for "none". Natural logarithm. softcap=None leaves z = h Wᵀ. z_loss adds z_loss · lse²
 per token, lse = log Σ exp z.
 
-Precision: h Wᵀ is accumulated in fp32 and rounded to hidden's dtype; softcap, softmax and loss are fp32
-(float64 for float64 hidden). The eager reference holds the logits in memory: tokens × V in hidden's dtype
-and in fp32.
+Precision: h Wᵀ is accumulated in fp32, and eager rounds it to hidden's dtype, where the kernel keeps it; softcap,
+softmax and loss are fp32 (float64 for float64 hidden). Both sum dW in fp32 and round it to head_weight's dtype.
+
+Memory: eager holds the logits, tokens × V, in hidden's dtype and in fp32. The kernel (_softcap.py) holds none in the
+forward, and in the backward a chunk of 128 MiB of their gradient, in hidden's dtype.
 
 Backward, with p = softmax(z) and g the gradient of a token's loss (mean: 1 / count; ignored: 0):
     dz = g (p - onehot(target) + 2 z_loss lse p)      du = dz (1 - (z / cap)²), u = h Wᵀ
     dh = du W                                         dW = duᵀ h
 
-Targets outside the vocabulary are a ValueError on CPU; on CUDA torch's own device assertion stops them.
+Targets outside the vocabulary are a ValueError on CPU; on CUDA torch's own device assertion stops eager, and the
+kernel answers NaN.
 
 Sources: Gemma 2, arXiv:2408.00118 (softcap); PaLM, arXiv:2204.02311 (z-loss).
 """
+
+from __future__ import annotations
 
 from typing import Literal
 
@@ -27,12 +32,15 @@ from torch import Tensor
 from ._dispatch import (
     Impl,
     accumulate_dtype,
+    autocast,
     check_floats,
-    check_impl,
     check_linear,
     check_softcap,
     check_targets,
+    runs_triton,
 )
+from ._softcap import backward_cost as softcap_cross_entropy_backward_cost  # noqa: F401
+from ._softcap import softcap_logprobs
 
 __all__ = ["softcap_cross_entropy", "softcap_cross_entropy_cost", "softcap_cross_entropy_ref"]
 
@@ -57,9 +65,13 @@ def softcap_cross_entropy_ref(
     loss = F.cross_entropy(z, flat, ignore_index=ignore_index, reduction="none")
     if z_loss:
         loss = loss + z_loss * torch.logsumexp(z, dim=-1).square() * (flat != ignore_index)
+    return _reduce(loss, targets, ignore_index, reduction)
+
+
+def _reduce(loss: Tensor, targets: Tensor, ignore_index: int, reduction: Reduction) -> Tensor:
     if reduction == "none":
         return loss.view(targets.shape)
-    return loss.sum() if reduction == "sum" else loss.sum() / (flat != ignore_index).sum()
+    return loss.sum() if reduction == "sum" else loss.sum() / (targets != ignore_index).sum()
 
 
 def softcap_cross_entropy_cost(tokens: int, dim: int, vocab_size: int, *, itemsize: int = 2) -> tuple[int, int]:
@@ -80,7 +92,6 @@ def softcap_cross_entropy(
 ) -> Tensor:
     """hidden (..., D), head_weight (V, D), targets (...) -> fp32 loss in nats."""
     op = "softcap_cross_entropy"
-    check_impl(op, impl, hidden.device)
     check_floats(op, hidden=hidden, head_weight=head_weight)
     check_linear(op, hidden, head_weight, "hidden", "head_weight")
     check_targets(op, hidden, head_weight, targets, targets != ignore_index)
@@ -89,6 +100,12 @@ def softcap_cross_entropy(
         raise ValueError(f"{op}: reduction={reduction!r}; possible: 'mean', 'sum', 'none'")
     if not 0 <= z_loss < float("inf"):
         raise ValueError(f"{op}: z_loss={z_loss}; possible: a finite number >= 0")
+    hidden = autocast(hidden)
+    if runs_triton(op, impl, hidden, targets.numel()):
+        flat = hidden.reshape(targets.numel(), hidden.shape[-1]), head_weight, targets.flatten()
+        logprobs, lse, _ = softcap_logprobs(*flat, softcap, ignore_index)
+        loss = z_loss * lse.square() - logprobs if z_loss else -logprobs
+        return _reduce(loss, targets, ignore_index, reduction)
     return softcap_cross_entropy_ref(
         hidden,
         head_weight,

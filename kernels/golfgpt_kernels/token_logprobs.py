@@ -4,20 +4,25 @@ Shapes: hidden (..., D); head_weight (V, D), rounded to hidden's dtype; targets 
 bool, True where a token is scored, None for everywhere. Result: (...), natural logarithm, exactly 0 where
 masked; targets there are not looked at. softcap=None leaves z = h Wᵀ.
 
-Precision: h Wᵀ is accumulated in fp32 and rounded to hidden's dtype; softcap, softmax and result are fp32
-(float64 for float64 hidden).
+Precision: h Wᵀ is accumulated in fp32, and eager rounds it to hidden's dtype, where the kernel keeps it; softcap,
+softmax and result are fp32 (float64 for float64 hidden).
 
-Memory: rows are scored in chunks of 2^24 / V, so that the logits alive at a time are 64 MiB in fp32, 200 MiB
+Kernel (_softcap.py): no logits in memory, with gradients or without.
+
+Memory of eager: rows are scored in chunks of 2^24 / V, so that the logits alive at a time are 64 MiB in fp32, 200 MiB
 with temporaries, whatever the length of the input. That holds without gradients; with them autograd keeps
 every chunk.
 
 Backward, with p = softmax(z) and g the gradient of a token's log probability (masked: 0):
     dz = g (onehot(target) - p)      du = dz (1 - (z / cap)²), u = h Wᵀ      dh = du W      dW = duᵀ h
 
-Targets outside the vocabulary are a ValueError on CPU; on CUDA torch's own device assertion stops them.
+Targets outside the vocabulary are a ValueError on CPU; on CUDA torch's own device assertion stops eager, and the
+kernel answers NaN.
 
 Sources: Gemma 2, arXiv:2408.00118 (softcap).
 """
+
+from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
@@ -26,18 +31,23 @@ from torch import Tensor
 from ._dispatch import (
     Impl,
     accumulate_dtype,
+    autocast,
     check_floats,
-    check_impl,
     check_linear,
     check_softcap,
     check_targets,
+    runs_triton,
 )
+from ._softcap import backward_cost as token_logprobs_backward_cost  # noqa: F401
+from ._softcap import softcap_logprobs
 
 __all__ = ["token_logprobs", "token_logprobs_cost", "token_logprobs_ref"]
 
 # Blocks above 32 MiB go back to the system when freed. Smaller chunks let results that stay alive fragment glibc's
 # heap: 30,000 rows at V = 8192 grew the process by 970 MiB with 2^22 logits a chunk, by 203 MiB with 2^24, as fast.
 _CHUNK_LOGITS = 1 << 24
+
+_MASKED = torch.iinfo(torch.int64).min  # the target of a token that is not scored
 
 
 def token_logprobs_ref(
@@ -72,7 +82,6 @@ def token_logprobs(
     impl: Impl = "auto",
 ) -> Tensor:
     """hidden (..., D), head_weight (V, D), targets (...) -> fp32 log p(target) in nats, 0 where not mask."""
-    check_impl("token_logprobs", impl, hidden.device)
     check_floats("token_logprobs", hidden=hidden, head_weight=head_weight)
     check_linear("token_logprobs", hidden, head_weight, "hidden", "head_weight")
     if mask is not None and (mask.dtype != torch.bool or mask.shape != targets.shape):
@@ -82,6 +91,12 @@ def token_logprobs(
         )
     check_targets("token_logprobs", hidden, head_weight, targets, mask)
     check_softcap("token_logprobs", softcap)
+    hidden = autocast(hidden)
+    if runs_triton("token_logprobs", impl, hidden, targets.numel()):
+        scored = targets if mask is None else targets.where(mask, _MASKED)
+        flat = hidden.reshape(targets.numel(), hidden.shape[-1]), head_weight, scored.flatten()
+        logprobs, _, _ = softcap_logprobs(*flat, softcap, _MASKED)
+        return logprobs.view(targets.shape)
     rows = max(1, _CHUNK_LOGITS // max(1, head_weight.shape[0]))
     mask = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask
     flat = hidden.reshape(targets.numel(), hidden.shape[-1]), targets.flatten(), mask.flatten()

@@ -1,0 +1,86 @@
+"""Row quantizer and fake-quantized linear: both forms, the plain bf16 linear layer, and quantizing inside the GEMM.
+
+Wanted: all 54 matrices of the 9-layer model in at most 2 x the time of reading fp32 and writing bf16 once, which is
+half of the roof; fake_quant_linear in at most 1.05 x the plain linear layer, with backward.
+
+The form that is not in the package is `in_loop_linear`: each program quantizes its tile of the fp32 master in every
+step of the k loop, so that ŵ never exists in memory, and every block of rows does all of it again. It is here so
+that its cost is measured and not assumed.
+"""
+
+from __future__ import annotations
+
+from golfgpt_kernels._cases import Case, Inputs, linear_inputs
+from golfgpt_kernels._dispatch import runs_triton
+from golfgpt_kernels._jit import descriptor, dot, dot_precision, empty_rows, jit, launch, narrow, num_programs, tl
+from golfgpt_kernels._tiles import compute_capability
+from golfgpt_kernels.fake_quant import fake_quant_linear, fake_quant_linear_cost, quantize_rows
+from golfgpt_kernels.tuning import cases
+from torch import Tensor
+
+BITS = 6
+# By least compute capability, 0 the interpreter. The tallest that compile without spills (192 registers and 156 KB for
+# sm_90, triton 3.7.1), since every block of rows quantizes the whole weight.
+TILES = {0: (32, 32, 32, 4, 1), 80: (128, 128, 32, 8, 4), 90: (256, 128, 32, 8, 3)}
+
+
+@jit
+def _in_loop_kernel(
+    x_desc, w_desc, scale_ptr, y_desc,
+    M, N, K, qmax,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """y (M, N) = x ŵᵀ with x (M, K), w (N, K) in fp32 and one scale per row of w. Codes as the quantizer's, bit for
+    bit: true division and half to even, hence enable_fp_fusion=False."""
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * tiles_n, tl.num_programs(0)):
+        m = tile // tiles_n * BLOCK_M
+        n = tile % tiles_n * BLOCK_N
+        offs_n = n + tl.arange(0, BLOCK_N)
+        scale = tl.load(scale_ptr + offs_n, mask=offs_n < N, other=1).to(tl.float32)[:, None]
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in tl.range(0, K, BLOCK_K):
+            w = w_desc.load([n, k])
+            q = tl.div_rn(w, tl.zeros_like(w) + scale)
+            q = (tl.minimum(tl.maximum(q, -512.0), 512.0) + 12582912.0) - 12582912.0  # 1.5 x 2^23: half to even
+            q = tl.minimum(tl.maximum(q, -qmax), qmax)
+            acc = dot(x_desc.load([m, k]), narrow(q * scale, x_desc.dtype).T, acc, PRECISION)
+        y_desc.store([m, n], narrow(acc, y_desc.dtype))
+
+
+def in_loop_linear(x: Tensor, w: Tensor) -> Tensor:
+    scale = quantize_rows(w, bits=BITS, impl="triton")[1]
+    (m, k), n = x.shape, w.shape[0]
+    y = empty_rows((m, n), x.dtype, x.device)
+    sm = compute_capability(x.device)
+    block_m, block_n, block_k, warps, stages = TILES[max(least for least in TILES if least <= sm)]
+    grid = (min(num_programs(x.device), -(-m // block_m) * -(-n // block_n)),)
+    operands = descriptor(x, (block_m, block_k)), descriptor(w, (block_n, block_k)), scale
+    launch(
+        _in_loop_kernel, grid, x.device, *operands, descriptor(y, (block_m, block_n)),
+        m, n, k, float(2 ** (BITS - 1) - 1), dot_precision(x.dtype), block_m, block_n, block_k,
+        num_warps=warps, num_stages=stages, enable_fp_fusion=False,
+    )  # fmt: skip
+    return y
+
+
+def in_loop_case(rows: int, k: int, n: int) -> Case:
+    def call(i: Inputs, impl: str) -> Tensor:
+        if runs_triton("in_loop_linear", impl, i["x"], rows):
+            return in_loop_linear(i["x"], i["w"])
+        return fake_quant_linear(i["x"], i["w"], bits=BITS, form="shadow", impl=impl)
+
+    return Case(
+        op="in_loop_linear", rows=rows, shape=(rows, k, n), call=call, draw=linear_inputs(k, n),
+        cost=fake_quant_linear_cost(rows, n, k),
+    )  # fmt: skip
+
+
+CASES = (
+    *cases("fake_quantize_rows", "quantize_rows", "linear", "fake_quant_linear", "codes_linear"),
+    *(in_loop_case(*shape) for shape in dict.fromkeys(case.shape for case in cases("linear"))),
+)
+
+
+def test_fake_quant(case, column, timed):
+    timed(case, column)

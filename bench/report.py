@@ -1,0 +1,202 @@
+"""Benchmark results as one Markdown table and one picture.
+
+    python -m bench.report               table to stdout, bench/results/kernels.png
+    python -m bench.report --readme      and into kernels/README.md, between <!-- bench:begin --> and <!-- bench:end -->
+    python -m bench.report --adopt FILE  copy a result's entries into measured.json, from which impl="auto" decides
+
+A result file, bench/results/gpu-<gpu>-torch<version>-triton<version>.json, is written by `pytest bench/`:
+
+    gpu, sm, torch, triton, cuda, driver, date, command
+    roofs      {"tflops", "gbps"} as bench/roofs.py measured them in that process
+    entries    one per case; the fields are in golfgpt_kernels/tuning.py
+
+floor = max(flops / roof, bytes / roof) of the case's flops and bytes. TFLOP/s, GB/s and the share of the roof (floor /
+time) are the kernel's. A kernel that failed its check has no figures, and "auto" never picks it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from golfgpt_kernels import _dispatch
+from golfgpt_kernels.tuning import COLUMNS, QUICK, decides, has_no_kernel, merged, slug, write_json
+
+from bench.roofs import floor_us
+
+RESULTS = Path(__file__).parent / "results"
+KERNELS = Path(__file__).parent.parent / "kernels"
+README = KERNELS / "README.md"
+MEASURED = KERNELS / "golfgpt_kernels" / "measured.json"
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+NOTHING = "On a GPU: not yet measured."
+ADOPTED = (
+    "op", "sm", "gpu", "dtype", "rows", "shape", "direction", "us", "correct", "torch", "triton", "date", "command",
+)  # fmt: skip
+
+
+def result_name(environment: dict) -> str:
+    return f"gpu-{slug(environment)}.json"
+
+
+def read_results(folder: Path = RESULTS) -> list[dict]:
+    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("gpu-*.json"))]
+
+
+def table(result: dict) -> str:
+    roofs = result["roofs"]
+    lines = [
+        f"{result['gpu']}, torch {result['torch']}, triton {result['triton']}, {result['date']}: {result['command']}"
+    ]
+    if roofs:
+        lines[0] += f". Roofs: {roofs['tflops']:.0f} TFLOP/s, {roofs['gbps']:.0f} GB/s."
+    header = (
+        "op", "shape", "direction", "eager us", "compile us", "golfgpt us", "floor us",
+        "golfgpt / compile", "TFLOP/s", "GB/s", "of roof", "auto",
+    )  # fmt: skip
+    lines += ["", _line(header), "|" + "---|" * 3 + "---:|" * 8 + "---|"]
+    lines += [_line(_cells(entry, result)) for entry in result["entries"]]
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _cells(entry: dict, result: dict) -> list[str]:
+    us, failed, roofs = entry["us"], entry["failed"].get("triton"), result["roofs"]
+    kernel = us.get("triton") if entry["correct"] else None
+    floor = floor_us(*_cost(entry), roofs) if roofs else None
+    golfgpt = "-" if failed is None or has_no_kernel(failed) else "failed its check"
+    return [
+        entry["op"],
+        " x ".join(f"{size:,}" for size in entry["shape"]),
+        entry["direction"],
+        *(f"{us[column]:,.1f}" if column in us else "-" for column in ("eager", "compile")),
+        f"{kernel:,.1f}" if kernel else golfgpt,
+        f"{floor:,.1f}" if floor else "-",
+        f"{kernel / us['compile']:.2f}" if kernel and "compile" in us else "-",
+        f"{entry['flops'] / kernel / 1e6:,.0f}" if kernel else "-",
+        f"{entry['bytes'] / kernel / 1e3:,.0f}" if kernel else "-",
+        f"{floor / kernel:.0%}" if kernel and floor else "-",
+        choice(entry["op"], result["entries"]),
+    ]
+
+
+def figures(result: dict) -> str:
+    """The ratios that this project wants to reach, each reached, missed or not yet measured."""
+    entries = {(e["op"], *e["shape"], e["direction"]): e for e in result["entries"]}
+
+    def us(op: str, *key: int | str, columns: Sequence[str] = ("triton",)) -> float | None:
+        """The fastest of `columns`, of a kernel only if it is right."""
+        entry = entries.get((op, *key))
+        return entry and min(
+            (entry["us"][c] for c in columns if c in entry["us"] and (c != "triton" or entry["correct"])), default=None
+        )
+
+    def line(what: str, time: float | None, against: float | None, most: float) -> str:
+        verdict = "not yet measured"
+        if time and against:
+            verdict = f"{time / against:.2f}, {'reached' if time / against <= most else 'missed'}"
+        return f"- {what}: wanted at most {most}; {verdict}"
+
+    lines = []
+    for hidden in (1024, 1536):
+        key = 65536, 512, hidden, "forward+backward"
+        name = f"65,536 x 512 x {hidden:,} forward+backward"
+        mlp, plain = us("relu2_mlp", *key), us("linear", *key, columns=("eager", "compile"))
+        quantized = [time for op in ("fake_quant_linear", "codes_linear") if (time := us(op, *key))]
+        floor = floor_us(*_cost(entries[("relu2_mlp", *key)]), result["roofs"]) if mlp else None
+        lines += [
+            line(f"relu2_mlp {name} / torch.compile", mlp, us("relu2_mlp", *key, columns=("compile",)), 0.75),
+            line(f"relu2_mlp {name} / floor (1.54: 65 % of the roof)", mlp, floor, 1.54),
+            line(f"fake-quantized linear {name} / plain linear", min(quantized, default=None), plain, 1.05),
+        ]
+    key = next((key for key in entries if key[0] == "fake_quantize_rows"), ("fake_quantize_rows",))
+    all_matrices = us(*key)
+    floor = floor_us(*_cost(entries[key]), result["roofs"]) if all_matrices else None
+    lines.append(line("fake quantization of all matrices / reading and writing them once", all_matrices, floor, 2))
+    return "\n".join(lines)
+
+
+def _cost(entry: dict) -> tuple[int, int]:
+    return entry["flops"], entry["bytes"]
+
+
+def choice(op: str, entries: Sequence[dict]) -> str:
+    """What "auto" would do with these entries alone; nothing for what it is not asked about."""
+    if op not in {case.op for case in QUICK}:
+        return ""
+    measured = [entry for entry in entries if entry["op"] == op and decides(entry)]
+    return "triton" if measured and all(_dispatch._against_best(entry) < 1 for entry in measured) else "eager"
+
+
+def picture(results: Sequence[dict], file: Path) -> None:
+    """Time over floor of each case and column, one panel per result; the floor is 1."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = max(len(result["entries"]) for result in results)
+    figure, panels = pyplot.subplots(1, len(results), figsize=(9 * len(results), 1 + 0.4 * rows), squeeze=False)
+    for panel, result in zip(panels[0], results, strict=True):
+        names = [f"{e['op']} {' x '.join(map(str, e['shape']))} {e['direction']}" for e in result["entries"]]
+        for offset, (column, label) in enumerate(zip(COLUMNS, ("eager", "torch.compile", "golfgpt"), strict=True)):
+            times = [
+                None if column == "triton" and not e["correct"] else e["us"].get(column) for e in result["entries"]
+            ]
+            floors = [floor_us(*_cost(e), result["roofs"]) for e in result["entries"]]
+            ratios = [time / floor if time else 0 for time, floor in zip(times, floors, strict=True)]
+            panel.barh([row + 0.27 * (offset - 1) for row in range(len(names))], ratios, height=0.25, label=label)
+        panel.axvline(1, color="black", linewidth=0.8)
+        panel.set(xscale="log", xlabel="time / floor at the measured roofs (1 = no version is faster)")
+        panel.set_yticks(range(len(names)), names)
+        panel.invert_yaxis()
+        panel.set_title(f"{result['gpu']}, torch {result['torch']}, triton {result['triton']}, {result['date']}")
+        panel.legend()
+    figure.tight_layout()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=100)
+    pyplot.close(figure)
+
+
+def insert(text: str, readme: Path) -> None:
+    page = readme.read_text(encoding="utf-8")
+    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
+        raise ValueError(f"{readme} has no {BEGIN} followed by {END}, each once")
+    head, tail = page.split(BEGIN)[0], page.split(END)[1]
+    readme.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}", encoding="utf-8")
+
+
+def adopt(file: Path, measured: Path = MEASURED) -> int:
+    """Entries that "auto" can decide by; what was measured before for the same is replaced."""
+    entries = json.loads(file.read_text(encoding="utf-8"))["entries"]
+    entries = [{name: entry[name] for name in ADOPTED} for entry in entries if decides(entry)]
+    write_json(measured, merged(_dispatch._read(measured), entries))
+    return len(entries)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results and of kernels.png")
+    parser.add_argument("--readme", nargs="?", type=Path, const=README, help="file with the two markers")
+    parser.add_argument("--adopt", type=Path, metavar="FILE", help="a result file, gpu-*.json")
+    parser.add_argument("--measured", type=Path, default=MEASURED, help="where --adopt copies to")
+    options = parser.parse_args(arguments)
+    if options.adopt:
+        print(f"{adopt(options.adopt, options.measured)} entries of {options.adopt} are now in {options.measured}")
+        return
+    results = read_results(options.results)
+    text = "\n\n".join(f"{table(result)}\n\n{figures(result)}" for result in results) or NOTHING
+    print(text)
+    if options.readme:
+        insert(text, options.readme)
+    if results:
+        picture(results, options.results / "kernels.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""All gradients in one buffer, summed over ranks in few collectives; matrices grouped so that they can be sharded.
+
+Layout: stacks of same-shaped matrices (their banks one after another), then every other parameter, then a few
+control numbers that travel with the gradients.
+
+Replicated: one all-reduce; every rank steps every matrix. Sharded (ZeRO stage 1, Rajbhandari et al.,
+arXiv:1910.02054): stacks are padded with zero matrices to a multiple of the ranks, a reduce-scatter leaves each
+rank the summed gradients of its share of every stack, it steps those, and an all-gather hands out the new
+weights, which lie in one buffer too. Reduce-scatter and all-gather together move what an all-reduce moves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from golfgpt.distributed import Ranks
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Banks of same-shaped matrices, one after another and padded; of a sharded one this rank steps `shard`."""
+
+    names: tuple[str, ...]
+    counts: tuple[int, ...]
+    """Matrices of each bank."""
+    gradients: Tensor
+    """(padded, rows, cols), float32."""
+    weights: Tensor | None
+    """The same of the parameters, whose storage it is; None where nothing is sharded."""
+    shard: nn.Parameter | None
+    """This rank's matrices (padded / ranks, rows, cols), with their summed gradients."""
+
+
+class FlatGradients:
+    """The gradients of a model's parameters, and their sum over ranks.
+
+    `matrices` names the banks (..., rows, cols) that are stacked, `control` is the number of extra values.
+    """
+
+    def __init__(self, model: nn.Module, matrices: Collection[str], ranks: Ranks, *, sharded: bool, control: int):
+        self.ranks, self.sharded = ranks, sharded and ranks.world > 1
+        self._parts = ranks.world if self.sharded else 1
+        named = dict(model.named_parameters())
+        groups: dict[tuple[int, ...], list[str]] = {}
+        for name in named:
+            if name in matrices:
+                groups.setdefault(tuple(named[name].shape[-2:]), []).append(name)
+        padded = {shape: self._pad(shape, [named[n] for n in names]) for shape, names in groups.items()}
+        rest = [name for name in named if name not in matrices]
+        sizes = [count * math.prod(shape) for shape, count in padded.items()]
+        self._all = torch.zeros(sum(sizes) + sum(named[n].numel() for n in rest) + control, device=ranks.device)
+        *regions, self._tail = self._all.split([*sizes, self._all.numel() - sum(sizes)])
+        self.stacks = [
+            self._stack(named, names, region.view(-1, *shape))
+            for (shape, names), region in zip(groups.items(), regions, strict=True)
+        ]
+        *views, self.control = self._tail.split([*(named[n].numel() for n in rest), control])
+        for name, view in zip(rest, views, strict=True):
+            named[name].grad = view.view_as(named[name])
+        self.gradients = self._all[: self._all.numel() - control]
+
+    def _pad(self, shape: tuple[int, ...], banks: list[Tensor]) -> int:
+        count = sum(bank.numel() for bank in banks) // math.prod(shape)
+        return -(-count // self._parts) * self._parts
+
+    def _stack(self, named: dict[str, nn.Parameter], names: list[str], gradients: Tensor) -> Stack:
+        counts = [named[name].numel() // gradients[0].numel() for name in names]
+        weights = shard = None
+        for name, grad in zip(names, gradients[: sum(counts)].split(counts), strict=True):
+            named[name].grad = grad.view_as(named[name])
+        if self.sharded:
+            weights = torch.zeros_like(gradients)
+            for name, weight in zip(names, weights[: sum(counts)].split(counts), strict=True):
+                named[name].data = weight.view_as(named[name]).copy_(named[name].data)
+            shard = nn.Parameter(self._own(weights))
+            shard.grad = self._own(gradients)
+        return Stack(tuple(names), tuple(counts), gradients, weights, shard)
+
+    def _own(self, stack: Tensor) -> Tensor:
+        return stack.chunk(self._parts)[self.ranks.rank] if self.sharded else stack
+
+    def zero_(self) -> None:
+        self._all.zero_()
+
+    def sum_(self) -> None:
+        """Sum over ranks: everything, or of each stack this rank's share and of the rest everything."""
+        if not self.sharded:
+            self.ranks.sum_(self._all)
+            return
+        for stack in self.stacks:
+            stack.shard.grad.copy_(self.ranks.reduce_scatter(stack.gradients))
+        self.ranks.sum_(self._tail)
+
+    def norm(self) -> Tensor:
+        """Global norm of the summed gradients, 0-d, the same on every rank."""
+        if not self.sharded:
+            return torch.linalg.vector_norm(self.gradients)
+        own = torch.stack([torch.linalg.vector_norm(stack.shard.grad) for stack in self.stacks]).square().sum()
+        rest = torch.linalg.vector_norm(self._tail[: self._tail.numel() - self.control.numel()]).square()
+        return (self.ranks.sum_(own) + rest).sqrt()
+
+    def gather_weights(self) -> None:
+        """Hand this rank's stepped matrices to all ranks."""
+        if self.sharded:
+            for stack in self.stacks:
+                stack.weights.copy_(self.ranks.all_gather(stack.shard.detach()))
+
+    def gather(self, stack: Stack, shard: Tensor) -> dict[str, Tensor]:
+        """Bank name -> tensor (count, ...) of what every rank holds for its share of the stack, such as momentum."""
+        whole = self.ranks.all_gather(shard)[: sum(stack.counts)]
+        return dict(zip(stack.names, whole.split(stack.counts), strict=True))
+
+    def scatter(self, stack: Stack, banks: dict[str, Tensor]) -> Tensor:
+        """The inverse of `gather` on this rank; padding is zero."""
+        parts = [
+            banks[name].reshape(count, *banks[name].shape[-2:])
+            for name, count in zip(stack.names, stack.counts, strict=True)
+        ]
+        whole = torch.cat(parts)
+        missing = len(stack.gradients) - len(whole)
+        return self._own(torch.cat([whole, whole.new_zeros(missing, *whole.shape[1:])])).clone()

@@ -1,0 +1,353 @@
+"""Softcapped log probabilities without logits in memory: the kernels behind token_logprobs and softcap_cross_entropy.
+
+    u = h Wᵀ      z = cap tanh(u / cap)      lse = log Σ exp z      logprob = z[target] - lse
+
+Shapes: hidden (M, D), fp16, bf16 or fp32; weight (V, D), rounded to hidden's dtype; targets (M), int64 ->
+logprob and lse (M), fp32. A row whose target is ignore_index is dropped: both results and its gradient are
+exactly 0. Any other target outside the vocabulary gives NaN. Without softcap z = u.
+
+Backward, for gradients d_logprob and d_lse, with p = exp(z - lse); G is what reaches u:
+    G = ((d_lse - d_logprob) p + d_logprob onehot(target)) (1 - (z / cap)²)      dh = G W      dW = Gᵀ h
+
+Precision: u stays in fp32 where eager rounds it to hidden's dtype. G is rounded to hidden's dtype once, as eager
+rounds it; dW is summed in fp32 and rounded once, to weight's dtype.
+
+Kernels.
+- forward: a program owns BLOCK_M rows, walks the vocabulary in tiles of BLOCK_N columns and keeps the sum of
+  exponentials and the target's u in registers. No other program adds to its rows: no locks, no atomics, and
+  the order of the sum is fixed.
+- backward: a persistent GEMM recomputes u and writes G, a chunk of rows at a time; torch.mm and the split
+  weight gradient read it. Forward and dh in one pass, as attention does it, does not fit: the fp32 dh of 64 rows
+  of 512 is all registers of a program, and more than 32 columns beside it spill.
+
+Softmax without a maximum. With r = 1 / (1 + exp(2 u / cap)), z - cap = -2 cap r: three special-function
+instructions per logit (ex2, rcp, ex2) and no cancellation, and 1 - (z / cap)² = 4 r (1 - r). Every exp(z - cap) lies in
+[exp(-2 cap), 1], so no maximum is needed while exp(-2 cap) is a normal fp32 number (cap <= 43) and V exp(cap) is
+finite: up to cap = 40 (65,536 exp(40) = 1.5e22). lse = log(exp(cap) Σ exp(z - cap)) rather than cap + log Σ, whose
+terms cancel. Measured by the tests: lse within 2e-6 of float64 at cap = 30 and V = 8192. z[target] is one
+value a row and gets an accurate tanh. Larger caps, no cap, and fp32 operands take a running maximum and
+the accurate tanh everywhere: r is exact to 2e-6 in z, which eager in fp32 beats.
+
+The special functions are the hidden cost: 6144 clocks per 128 x 256 logits against 8192 of tensor core at
+D = 512, one after the other within a program. So the tiles for sm_90 are small enough (128 x 128, at most 128
+registers, 96 KB) for two programs per multiprocessor, of which one multiplies while the other exponentiates.
+Chosen on paper; never timed.
+
+Sources: Gemma 2, arXiv:2408.00118 (softcap); Wijmans et al., "Cut Your Losses", arXiv:2411.09009 (cross entropy
+without logits in memory; its locks and its skipped blocks are left out, because V / D is 2 to 16 here).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ._jit import descriptor, dot, dot_precision, empty_rows, halves, jit, launch, narrow, tl
+from ._tiles import TileTable, gemm_tile
+from ._weight_grad import split_weight_grad
+
+# Bytes of G alive at a time. 65,536 rows at V = 1024 in bf16 are one chunk; at V = 8192 a chunk is 8192 rows, whose dh
+# at D = 512 is 128 tiles of 128 x 256, one for each of 132 multiprocessors. Less would leave some idle.
+_CHUNK_BYTES = 1 << 27
+
+_MAX_BOUNDED = 40.0
+
+# Wider than INTERPRETED_GEMM: the interpreter's time is one numpy call per operation and tile.
+_INTERPRETED = (gemm_tile(0, 2, 32, 128, 64, 4, 1), gemm_tile(0, 4, 32, 128, 64, 4, 1))
+_FWD_TILES = TileTable(
+    "softcap_logprobs_fwd",
+    "rows",
+    *_INTERPRETED,
+    gemm_tile(80, 2, 128, 128, 32, 8, 3),
+    gemm_tile(80, 4, 64, 64, 16, 8, 3),
+    # Up to 16,384 rows, blocks of 128 would be one program per multiprocessor or less. A row's sum has the same order.
+    replace(gemm_tile(90, 2, 64, 128, 64, 4, 3), max_size=16_384),
+    gemm_tile(90, 2, 128, 128, 64, 8, 3),
+    gemm_tile(90, 4, 64, 64, 32, 8, 2),
+)
+_GRAD_TILES = TileTable(
+    "softcap_logits_grad",
+    "rows",
+    *_INTERPRETED,
+    gemm_tile(80, 2, 128, 128, 32, 8, 3),
+    gemm_tile(80, 4, 64, 64, 16, 8, 3),
+    gemm_tile(90, 2, 128, 128, 64, 8, 3),
+    gemm_tile(90, 4, 64, 64, 32, 8, 2),
+)
+
+
+def backward_cost(tokens: int, dim: int, vocab_size: int, *, itemsize: int = 2) -> tuple[int, int]:
+    """(flops, bytes) of the backward: three matmuls; G written once and read twice, dW in fp32."""
+    flops = 6 * tokens * dim * vocab_size
+    return flops, 3 * itemsize * tokens * (vocab_size + dim) + (2 * itemsize + 4) * vocab_size * dim
+
+
+# ---- kernels
+
+
+@jit
+def _tanh(y):
+    """Relative error 3e-7: an odd polynomial (minimax in relative error, ours) where 1 - 2 / (exp(2y) + 1) cancels."""
+    s = y * y
+    tail = -0.3333329927 + s * (0.1333195824 + s * (-0.05378668345 + s * (0.02080538418 - 0.005905867946 * s)))
+    return tl.where(s < 0.36, y + y * s * tail, 1 - 2 / (tl.exp(2 * y) + 1))
+
+
+@jit
+def _remainder(u, softcap):
+    """r = (1 - tanh(u / softcap)) / 2"""
+    return 1 / (1 + tl.exp2(u * (2.8853900817779268 / softcap)))  # 2 log2 e
+
+
+@jit
+def _softcap_logprobs_fwd_kernel(
+    h_desc, w_desc, targets_ptr, logprob_ptr, lse_ptr, low_ptr, softcap,
+    M, V, D, ignore_index,
+    CAPPED: tl.constexpr, BOUNDED: tl.constexpr, RAGGED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    m = tl.program_id(0) * BLOCK_M
+    rows = m + tl.arange(0, BLOCK_M)
+    target = tl.load(targets_ptr + rows, mask=rows < M, other=0)
+    inside = (target >= 0) & (target < V)
+    column = tl.where(inside, target, -1).to(tl.int32)
+    logit = tl.zeros((BLOCK_M,), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    top = tl.full((BLOCK_M,), -3.4e38, tl.float32)  # finite, so that logits of -inf leave no inf - inf
+    for v in tl.range(0, V, BLOCK_N, disable_licm=True):
+        u = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in tl.range(0, D, BLOCK_K):
+            u = dot(h_desc.load([m, k]), w_desc.load([v, k]).T, u, PRECISION)
+        columns = v + tl.arange(0, BLOCK_N)[None, :]
+        logit += tl.sum(tl.where(columns == column[:, None], u, 0.0), 1)
+        if BOUNDED:
+            e = tl.exp2(_remainder(u, softcap) * (-2.8853900817779268 * softcap))
+            if RAGGED:
+                e = tl.where(columns < V, e, 0.0)
+        else:
+            z = softcap * _tanh(u / softcap) if CAPPED else u
+            if RAGGED:
+                z = tl.where(columns < V, z, -float("inf"))
+            above = tl.maximum(top, tl.max(z, 1))
+            total *= tl.exp(top - above)
+            top = above
+            e = tl.exp(z - top[:, None])
+        total += tl.sum(e, 1)
+    z = softcap * _tanh(logit / softcap) if CAPPED else logit
+    if BOUNDED:
+        lse = tl.log(total * tl.exp(softcap))
+        low = tl.zeros_like(lse)
+        logprob = z - lse
+    else:
+        lse = top + tl.log(total)
+        low = (top - lse) + tl.log(total)
+        logprob = (z - top) - tl.log(total)
+    logprob = tl.where(logprob > 0, 0.0, logprob)  # by rounding, where p is 1
+    kept = target != ignore_index
+    nan = float("nan")
+    tl.store(logprob_ptr + rows, tl.where(kept, tl.where(inside, logprob, nan), 0.0), mask=rows < M)
+    tl.store(lse_ptr + rows, tl.where(kept, tl.where(inside, lse, nan), 0.0), mask=rows < M)
+    tl.store(low_ptr + rows, low, mask=rows < M)
+
+
+@jit
+def _logits_grad(
+    u, columns, column, kept, lse, low, on_p, on_hit, softcap,
+    CAPPED: tl.constexpr, BOUNDED: tl.constexpr,
+):  # fmt: skip
+    """G, in fp32, of u (rows, columns)."""
+    if BOUNDED:
+        r = _remainder(u, softcap)
+        p = tl.exp2(((softcap - lse) * 1.4426950408889634)[:, None] - r * (2.8853900817779268 * softcap))
+        slope = r - r * r
+    elif CAPPED:
+        t = _tanh(u / softcap)
+        p = tl.exp((softcap * t - lse[:, None]) - low[:, None])
+        slope = 1 - t * t
+    else:
+        p = tl.exp((u - lse[:, None]) - low[:, None])
+        slope = 1.0
+    hit = columns[None, :] == column[:, None]
+    grad = slope * (on_p[:, None] * p + tl.where(hit, on_hit[:, None], 0.0))
+    # 0 * p would be NaN where p overflows or hidden is NaN
+    return tl.where(kept[:, None], grad, 0.0)
+
+
+@jit
+def _softcap_logits_grad_kernel(
+    h_desc, w_desc, g_desc, targets_ptr, lse_ptr, low_ptr, d_logprob_ptr, d_lse_ptr, softcap,
+    M, V, D, ignore_index,
+    CAPPED: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    tiles_v = tl.cdiv(V, BLOCK_N)
+    m = tl.program_id(0) // tiles_v * BLOCK_M
+    v = tl.program_id(0) % tiles_v * BLOCK_N
+    u = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in tl.range(0, D, BLOCK_K):
+        u = dot(h_desc.load([m, k]), w_desc.load([v, k]).T, u, PRECISION)
+    rows = m + tl.arange(0, BLOCK_M)
+    target = tl.load(targets_ptr + rows, mask=rows < M, other=ignore_index)
+    kept, column = target != ignore_index, target.to(tl.int32)
+    lse = tl.load(lse_ptr + rows, mask=rows < M, other=0.0)
+    low = tl.load(low_ptr + rows, mask=rows < M, other=0.0)
+    d_logprob = tl.load(d_logprob_ptr + rows, mask=rows < M, other=0.0)
+    d_lse = tl.load(d_lse_ptr + rows, mask=rows < M, other=0.0)
+    SCALE: tl.constexpr = 4.0 if BOUNDED else 1.0
+    on_p = SCALE * (d_lse - d_logprob)
+    on_hit = SCALE * d_logprob
+    left, right = halves(u, BLOCK_M, BLOCK_N)
+    HALF: tl.constexpr = BLOCK_N // 2
+    columns = v + tl.arange(0, HALF)
+    grad = _logits_grad(left, columns, column, kept, lse, low, on_p, on_hit, softcap, CAPPED, BOUNDED)
+    g_desc.store([m, v], narrow(grad, g_desc.dtype))
+    columns += HALF
+    grad = _logits_grad(right, columns, column, kept, lse, low, on_p, on_hit, softcap, CAPPED, BOUNDED)
+    g_desc.store([m, v + HALF], narrow(grad, g_desc.dtype))
+
+
+# ---- launchers: 2-d operands of one dtype, checked by the public functions
+
+
+def softcap_logprobs_fwd(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    softcap: float | None,
+    ignore_index: int,
+    tile: dict | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    (m, d), v = hidden.shape, weight.shape[0]
+    results = tuple(hidden.new_empty(m, dtype=torch.float32) for _ in range(3))
+    if m == 0:
+        return results
+    tile = tile or _FWD_TILES.select(hidden.device, hidden.dtype, m)
+    bm, bn, bk = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
+    operands = descriptor(hidden, (bm, bk)), descriptor(weight, (bn, bk)), targets.contiguous(), *results
+    launch(
+        _softcap_logprobs_fwd_kernel, (-(-m // bm),), hidden.device,
+        *operands, softcap or 0.0, m, v, d, ignore_index,
+        softcap is not None, _bounded(softcap, hidden.dtype), v % bn != 0, dot_precision(hidden.dtype), **tile,
+    )  # fmt: skip
+    return results
+
+
+def softcap_logits_grad(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    low: Tensor,
+    d_logprob: Tensor,
+    d_lse: Tensor,
+    softcap: float | None,
+    ignore_index: int,
+    out: Tensor,
+    tile: dict | None = None,
+) -> None:
+    """G of these rows into out (M, V), of hidden's dtype and from `empty_rows`. The vectors are contiguous."""
+    (m, d), v = hidden.shape, weight.shape[0]
+    tile = tile or _GRAD_TILES.select(hidden.device, hidden.dtype, m)
+    bm, bn, bk = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
+    grid = (-(-m // bm) * -(-v // bn),)
+    operands = descriptor(hidden, (bm, bk)), descriptor(weight, (bn, bk)), descriptor(out, (bm, bn // 2))
+    launch(
+        _softcap_logits_grad_kernel, grid, hidden.device,
+        *operands, targets, lse, low, d_logprob, d_lse, softcap or 0.0, m, v, d, ignore_index,
+        softcap is not None, _bounded(softcap, hidden.dtype), dot_precision(hidden.dtype), **tile,
+    )  # fmt: skip
+
+
+def softcap_logprobs_bwd(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    low: Tensor,
+    d_logprob: Tensor,
+    d_lse: Tensor,
+    softcap: float | None,
+    ignore_index: int,
+    needs_hidden: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """dh and dW; what is not needed has no rows."""
+    (m, d), v = hidden.shape, weight.shape[0]
+    w = weight.to(hidden.dtype)
+    dh = hidden.new_empty((m if needs_hidden else 0, d))
+    dw = weight.new_zeros((v if needs_weight else 0, d))
+    chunk = max(128, _CHUNK_BYTES // (v * hidden.itemsize) // 128 * 128)
+    grad = empty_rows((min(chunk, m), v), hidden.dtype, hidden.device)
+    vectors = [vector.contiguous() for vector in (targets, lse, low, d_logprob, d_lse)]
+    for begin in range(0, m, chunk):
+        rows = slice(begin, min(begin + chunk, m))
+        g = grad[: rows.stop - begin]
+        softcap_logits_grad(hidden[rows], w, *(vector[rows] for vector in vectors), softcap, ignore_index, g)
+        if needs_hidden:
+            torch.mm(g, w, out=dh[rows])
+        if needs_weight:
+            part = split_weight_grad(g, hidden[rows], torch.float32)
+            dw = part if begin == 0 else dw.add_(part)
+    return dh, dw.to(weight.dtype)
+
+
+def _bounded(softcap: float | None, dtype: torch.dtype) -> bool:
+    return softcap is not None and softcap <= _MAX_BOUNDED and dtype.itemsize == 2
+
+
+# ---- custom ops and the gradient
+
+
+@torch.library.custom_op("golfgpt::softcap_logprobs", mutates_args=())
+def softcap_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return softcap_logprobs_fwd(hidden, weight.to(hidden.dtype), targets, softcap, ignore_index)
+
+
+@torch.library.custom_op("golfgpt::softcap_logprobs_backward", mutates_args=())
+def _softcap_logprobs_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    low: Tensor,
+    d_logprob: Tensor,
+    d_lse: Tensor,
+    softcap: float | None,
+    ignore_index: int,
+    needs_hidden: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    return softcap_logprobs_bwd(
+        hidden, weight, targets, lse, low, d_logprob, d_lse, softcap, ignore_index, needs_hidden, needs_weight
+    )
+
+
+@softcap_logprobs.register_fake
+def _(hidden, weight, targets, softcap, ignore_index):
+    return tuple(hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(3))
+
+
+@_softcap_logprobs_backward.register_fake
+def _(hidden, weight, targets, lse, low, d_logprob, d_lse, softcap, ignore_index, needs_hidden, needs_weight):
+    d = hidden.shape[1]
+    dh = hidden.new_empty((hidden.shape[0] if needs_hidden else 0, d))
+    return dh, weight.new_empty((weight.shape[0] if needs_weight else 0, d))
+
+
+def _save(ctx, inputs, output):
+    hidden, weight, targets, ctx.softcap, ctx.ignore_index = inputs
+    ctx.save_for_backward(hidden, weight, targets, *output[1:])
+
+
+def _backward(ctx, d_logprob, d_lse, _):
+    needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+    options = ctx.softcap, ctx.ignore_index, needs_hidden, needs_weight
+    dh, dw = _softcap_logprobs_backward(*ctx.saved_tensors, d_logprob, d_lse, *options)
+    return dh if needs_hidden else None, dw if needs_weight else None, None, None, None
+
+
+softcap_logprobs.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,82 @@
+"""Weight gradient of a linear layer:  dW = dyᵀ x, summed over many rows.
+
+dy (M, N), x (M, K) -> dW (N, K), accumulated in fp32 and rounded once, to the dtype of the weight and not of
+the activations, so a fp32 master weight gets a fp32 gradient from bf16 operands.
+
+M is the long axis, 65,536 rows for a dW of 1536 x 512: one program per tile of dW would leave most of 132
+multiprocessors idle (24 tiles of 128 x 256). M is split into ranges of rows whose fp32 partial sums go to
+memory and are added in a fixed order: deterministic, without atomics or locks. The splits depend on the
+shape and the number of multiprocessors only.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._jit import descriptor, dot, dot_precision, jit, launch, num_programs, tl
+from ._tiles import INTERPRETED_GEMM, TileTable, gemm_tile
+
+_DW_TILES = TileTable(
+    "weight_grad",
+    "rows",
+    *INTERPRETED_GEMM,
+    gemm_tile(80, 2, 128, 128, 32, 8, 3),
+    gemm_tile(80, 4, 64, 64, 32, 4, 2),
+    gemm_tile(90, 2, 128, 256, 64, 8, 3),
+    gemm_tile(90, 4, 64, 64, 32, 4, 3),
+)
+
+
+@jit
+def _weight_grad_kernel(
+    dy_desc, x_desc, partial_ptr,
+    M, N, K, rows_per_split,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """partial (splits, N, K) in fp32: dyᵀ x over rows_per_split rows each, a multiple of BLOCK_K, the step along M."""
+    tiles_k = tl.cdiv(K, BLOCK_N)
+    tiles = tl.cdiv(N, BLOCK_M) * tiles_k
+    split = tl.program_id(0) // tiles
+    tile = tl.program_id(0) % tiles
+    n = tile // tiles_k * BLOCK_M
+    k = tile % tiles_k * BLOCK_N
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    begin = split * rows_per_split
+    for m in tl.range(begin, tl.minimum(begin + rows_per_split, M), BLOCK_K):
+        acc = dot(dy_desc.load([m, n]).T, x_desc.load([m, k]), acc, PRECISION)
+    offs_n = n + tl.arange(0, BLOCK_M)[:, None]
+    offs_k = k + tl.arange(0, BLOCK_N)[None, :]
+    offs = (split.to(tl.int64) * N + offs_n) * K + offs_k
+    tl.store(partial_ptr + offs, acc, mask=(offs_n < N) & (offs_k < K))
+
+
+def split_weight_grad(dy: Tensor, x: Tensor, dtype: torch.dtype, tile: dict | None = None) -> Tensor:
+    """dyᵀ x (N, K) of dy (M, N) and x (M, K), accumulated in fp32 and rounded once to `dtype`."""
+    (m, n), k = dy.shape, x.shape[1]
+    tile = tile or _DW_TILES.select(x.device, x.dtype, m)
+    bm, bn, bk = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
+    tiles = -(-n // bm) * -(-k // bn)
+    if m == 0 or tiles == 0:
+        return dy.new_zeros((n, k), dtype=dtype)
+    blocks = -(-m // bk)
+    # One wave of programs; a range of fewer than four blocks would be more prologue and partial sums than matmul.
+    splits = max(1, min(num_programs(x.device) // tiles, blocks // 4))
+    rows_per_split = -(-blocks // splits) * bk
+    splits = -(-m // rows_per_split)
+    partial = torch.empty((splits, n, k), dtype=torch.float32, device=x.device)
+    operands = descriptor(dy, (bk, bm)), descriptor(x, (bk, bn)), partial
+    options = m, n, k, rows_per_split, dot_precision(x.dtype)
+    launch(_weight_grad_kernel, (tiles * splits,), x.device, *operands, *options, **tile)
+    return partial.sum(0).to(dtype)
+
+
+@torch.library.custom_op("golfgpt::weight_grad", mutates_args=())
+def weight_grad(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    return split_weight_grad(dy, x, dtype)
+
+
+@weight_grad.register_fake
+def _(dy, x, dtype):
+    return dy.new_empty((dy.shape[1], x.shape[1]), dtype=dtype)

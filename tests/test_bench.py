@@ -1,0 +1,514 @@
+"""The benchmark's machinery on a CPU: what is checked, timed, searched, reported and adopted. No time is judged."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from golfgpt_kernels import _cases, _dispatch, tuning
+from golfgpt_kernels._jit import INTERPRETING, MISSING
+from golfgpt_kernels._tiles import TABLES
+
+from bench import bench_fake_quant, gpu_test, report, tune
+
+CPU = torch.device("cpu")
+TINY = {case.name: case for case in _cases._cases(64, 32, (64,), (96,), 1)}
+KERNELS = {name: case for name, case in TINY.items() if "triton" in case.columns}
+LINEAR = TINY["linear_relu2 64 x 32 x 64 forward"]
+MLP = TINY["relu2_mlp 64 x 32 x 64 forward+backward"]
+QUANTIZE = TINY["quantize_rows 1 x 64 x 32 forward"]
+OPS = ("fake_quant", "muon", "newton_schulz", "relu2_mlp", "softcap_cross_entropy", "token_logprobs")
+interpreted = pytest.mark.skipif(not INTERPRETING, reason="calls kernels on CPU tensors")
+
+# ---- cases and their check
+
+
+@interpreted
+@pytest.mark.parametrize("case", KERNELS.values(), ids=KERNELS.keys())
+def test_kernels_pass_and_cases_name_the_rows_that_dispatch_counts(case, monkeypatch):
+    asked = set()
+    for module in (importlib.import_module(f"golfgpt_kernels.{op}") for op in OPS):
+
+        def runs_triton(op, impl, tensor, rows, really=module.runs_triton):
+            asked.add((op, impl, tensor.dtype, rows))
+            return really(op, impl, tensor, rows)
+
+        monkeypatch.setattr(module, "runs_triton", runs_triton)
+    assert tuning.check(case, CPU) is None
+    shadow = "fake_quantize_rows" if case.op == "fake_quant_linear" else case.op  # which has no dispatch of its own
+    rows = {
+        rows
+        for op, impl, dtype, rows in asked
+        if (op, impl) == (shadow, "triton") and dtype in (case.dtype, torch.float32)
+    }
+    assert rows in ({case.rows}, {1 << 62}), "1 << 62: any number of rows"
+
+
+def spoiled(case, spoil):
+    """The case with a kernel whose first result is changed."""
+
+    def call(inputs, impl):
+        out = case.call(inputs, "eager")
+        return spoil(out) if impl == "triton" else out
+
+    return dataclasses.replace(case, call=call)
+
+
+def dropped_row(out):
+    return torch.cat([out[:-1], torch.zeros_like(out[-1:])])
+
+
+@pytest.mark.parametrize("case", [LINEAR, MLP], ids=["forward", "backward"])
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda out: out * 1.01, "mean error"),
+        (lambda out: torch.zeros_like(out) * out, "maximal error"),
+        (dropped_row, "maximal error"),
+        (lambda out: torch.where(out == out.max(), torch.nan, out), "not finite"),
+        (lambda out: out.float(), "expected"),
+    ],
+    ids=["scale", "zeros", "tail", "nan", "dtype"],
+)
+def test_check_sees_a_wrong_kernel(case, spoil, why):
+    assert why in tuning.check(spoiled(case, spoil), CPU)
+    assert tuning.check(spoiled(case, lambda out: out), CPU) is None
+
+
+def test_check_sees_what_is_wrong_at_full_size_only():
+    case = spoiled(LINEAR, lambda out: dropped_row(out) if len(out) == 64 else out)
+    assert tuning.check(case, CPU, rows=32).startswith("out0: differs from eager by")
+
+
+def test_codes_must_be_equal():
+    def one_code_off(out):
+        codes, scale = out
+        codes = codes.clone()
+        codes[0, 0, 0] += 1
+        return codes, scale
+
+    assert tuning.check(spoiled(QUANTIZE, one_code_off), CPU) == "out0: 1 of 2048 values differ from eager's"
+
+
+def test_inputs_depend_on_the_seed_alone():
+    first, same, other = (MLP.make(CPU, seed) for seed in (1, 1, 2))
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    assert not torch.equal(first["x"], other["x"])
+
+
+def test_full_size_is_what_the_figures_are_about():
+    assert {c.shape for c in tuning.CASES if c.op == "relu2_mlp"} == {(65536, 512, 1024), (65536, 512, 1536)}
+    (fake,) = (c for c in tuning.CASES if c.op == "fake_quantize_rows")
+    assert fake.shape == (54, 21_233_664) and fake.cost[1] == 21_233_664 * 6
+
+
+# ---- timing
+
+
+def test_measure_without_a_kernel():
+    entry = tuning.measure(TINY["linear 64 x 32 x 64 forward+backward"], CPU, command="test", columns=["eager"])
+    assert entry["us"]["eager"] > 0 and entry["failed"] == {} and not entry["correct"]
+    assert not tuning.decides(entry)
+    assert (entry["op"], entry["rows"], entry["dtype"], entry["sm"]) == ("linear", 64, "bfloat16", 0)
+
+
+def test_measure_says_what_failed_and_times_the_rest():
+    def call(inputs, impl):
+        if impl == "triton":
+            raise ValueError("broken\nkernel")
+        return LINEAR.call(inputs, impl)
+
+    entry = tuning.measure(dataclasses.replace(LINEAR, call=call), CPU, command="test", columns=["eager", "triton"])
+    assert entry["failed"] == {"triton": "ValueError: broken kernel"} and set(entry["us"]) == {"eager"}
+    assert tuning.decides(entry), "auto should know of a broken kernel"
+
+
+def test_a_kernel_that_cannot_run_here_decides_nothing():
+    def call(inputs, impl):
+        if impl == "triton":
+            raise RuntimeError("impl='triton' cannot run: no CUDA device; impl='eager' can")
+        return LINEAR.call(inputs, impl)
+
+    entry = tuning.measure(dataclasses.replace(LINEAR, call=call), CPU, command="test", columns=["triton"])
+    assert tuning.has_no_kernel(entry["failed"]["triton"]) and not tuning.decides(entry)
+
+
+def test_a_wrong_kernel_is_timed_and_not_correct():
+    case = spoiled(LINEAR, torch.zeros_like)
+    entry = tuning.measure(case, CPU, command="test", columns=["triton"])
+    assert entry["us"]["triton"] > 0 and not entry["correct"] and "maximal error" in entry["failed"]["triton"]
+
+
+def test_calls_rotate_over_the_inputs():
+    seen = []
+    calls = tuning.prepare(seen.append, ["a", "b", "c"], CPU)
+    seen.clear()
+    timing = tuning.time_calls(calls, seconds=0)
+    assert calls.count == 3 and seen[:6] == ["a", "b", "c"] * 2
+    assert len(seen) == 3 * 6 and timing.us > 0
+
+
+def test_the_time_limit_interrupts_and_skips():
+    def measure(case):
+        if case == "wrapped":  # compilers wrap what passes through them, or swallow it
+            try:
+                time.sleep(60)
+            except TimeoutError as error:
+                raise RuntimeError("compilation failed") from error
+        if case == "swallowed":
+            with contextlib.suppress(TimeoutError):
+                time.sleep(60)
+            time.sleep(60)
+        if case == "broken":
+            raise RuntimeError("broken")
+        return case
+
+    start = time.monotonic()
+    assert list(tuning.within(60, ["a", "b"], measure)) == [("a", "a"), ("b", "b")]
+    for slow in ("wrapped", "swallowed"):
+        assert list(tuning.within(0.2, ["a", slow, "b"], measure)) == [("a", "a"), (slow, None), ("b", None)]
+    with pytest.raises(RuntimeError, match="broken"):
+        list(tuning.within(60, ["broken"], measure))
+    assert time.monotonic() - start < 50
+
+
+class FakeCuda:
+    """Streams, events and graphs that do their work on the CPU at once; a capture of `forbidden` fails."""
+
+    def __init__(self, monkeypatch, forbidden=None):
+        self.capturing, self.captured, self.replays, self.forbidden = False, 0, 0, forbidden
+        nothing = contextlib.nullcontext
+        for name, value in {
+            "Stream": lambda device: self,
+            "current_stream": lambda device: self,
+            "Event": lambda enable_timing: self,
+            "CUDAGraph": lambda: self,
+            "device": lambda device: nothing(),
+            "stream": lambda stream: nothing(),
+            "graph": self.graph,
+            "synchronize": lambda device: None,
+            "is_available": lambda: True,
+            "get_device_name": lambda device=None: "Fixture GPU",
+            "get_device_capability": lambda device=None: (9, 0),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    @contextlib.contextmanager
+    def graph(self, graph, stream):
+        self.capturing = True
+        try:
+            yield
+        finally:
+            self.capturing = False
+
+    def call(self, inputs):
+        if self.capturing and inputs == self.forbidden:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.captured += self.capturing
+
+    def replay(self):
+        self.replays += 1
+
+    def elapsed_time(self, end):
+        return 2.0  # milliseconds
+
+    def wait_stream(self, stream): ...
+
+    record = synchronize = lambda self: None
+
+
+CUDA = torch.device("cuda", 0)
+
+
+def test_a_graph_holds_whole_rounds_of_at_least_5_ms(monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+    timing = tuning.time_us(cuda.call, ["a", "b"], CUDA)
+    assert cuda.captured == 6, "three rounds of 2 ms"
+    assert cuda.replays >= 6 and timing.us == pytest.approx(2000 / 6) and timing.how is None
+
+
+def test_what_cannot_be_captured_is_timed_without_and_says_so(monkeypatch):
+    cuda = FakeCuda(monkeypatch, forbidden="b")
+    timing = tuning.time_us(cuda.call, ["a", "b"], CUDA)
+    assert cuda.replays == 0 and timing.us == pytest.approx(2000 / 2)
+    assert "not permitted when stream is capturing" in timing.how
+
+
+@pytest.mark.skipif(MISSING is not None, reason="without triton auto is eager")
+def test_quick_writes_what_auto_reads_and_says_what_it_does(monkeypatch, tmp_path):
+    FakeCuda(monkeypatch)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(_dispatch, "__file__", str(tmp_path / "_dispatch.py"))
+    results = {
+        "relu2_mlp": {"us": {"eager": 3.0, "compile": 2.0, "triton": 1.0}, "correct": True},
+        "codes_linear": {"us": {"eager": 3.0, "compile": 2.0, "triton": 1.0}, "failed": {"triton": "wrong"}},
+        "newton_schulz": {"us": {"eager": 3.0}, "failed": {"triton": "impl='triton' cannot run: no kernel"}},
+    }
+
+    def measure(case, *, device, command):
+        return tuning.new_entry(case, device, command) | results[case.op]
+
+    monkeypatch.setattr(tuning, "measure", measure)
+    said = []
+    before = made_up(op="other")
+    tuning.write_json(_dispatch.tuned_file(CUDA), [before])
+    cases = [case for case in tuning.QUICK if case.op in results]
+    entries = tuning.quick(CUDA, cases=cases, say=said.append)
+    assert [entry["op"] for entry in entries] == ["relu2_mlp", "newton_schulz", "codes_linear"]
+    written = json.loads(_dispatch.tuned_file(CUDA).read_text())
+    assert [entry["op"] for entry in written] == ["other", "relu2_mlp", "codes_linear"]
+    last = {line.split()[0]: line.split()[1] for line in said[-3:]}
+    assert last == {"relu2_mlp": "triton", "newton_schulz": "eager", "codes_linear": "eager"}
+    assert any("codes_linear" in line and "wrong" in line for line in said)
+
+
+def test_quick_needs_a_gpu():
+    with pytest.raises(RuntimeError, match="possible: a CUDA device"):
+        tuning.quick(CPU)
+
+
+@pytest.mark.parametrize("command", [tune, gpu_test], ids=["tune", "gpu_test"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would run")
+def test_commands_say_that_they_need_a_gpu(command, capsys):
+    with pytest.raises(SystemExit) as exit:
+        command.main([])
+    assert exit.value.code == 1 and "needs a CUDA device" in capsys.readouterr().err
+
+
+def test_search_names_the_tables_that_exist(capsys):
+    with pytest.raises(SystemExit):
+        tune.main(["linear_relu3_fwd"])
+    assert "no table for linear_relu3_fwd" in (err := capsys.readouterr().err) and "linear_relu2_fwd" in err
+
+
+# ---- search
+
+GEMM = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4}
+
+
+def test_candidates_are_powers_of_two_that_fit():
+    tiles = tune.candidates(GEMM, 2, 227 * 1024)
+    assert GEMM in tiles and len(tiles) > 100
+    assert all(value & (value - 1) == 0 for tile in tiles for name, value in tile.items() if name != "num_stages")
+    for tile in tiles:
+        m, n, k = (tile[f"BLOCK_{axis}"] for axis in "MNK")
+        assert (m + n) * k * 2 * tile["num_stages"] <= 227 * 1024
+        assert m * n / (32 * tile["num_warps"]) <= 128, "accumulators in registers"
+    assert len(tune.candidates(GEMM, 2, 99 * 1024)) < len(tiles)
+    assert tune.candidates({"BLOCK": 4096, "num_warps": 1}, 4, 0)[0] == {"BLOCK": 1024, "num_warps": 1}
+
+
+def test_search_starts_with_the_shipped_tile_and_walks_downhill():
+    target = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
+    tiles = tune.candidates(GEMM, 2, 227 * 1024)
+
+    def evaluate(batch):
+        for tile in batch:
+            yield "spills" if tile["num_stages"] == 6 else 100 + tune.distance(tile, target)
+
+    steps = list(tune.best_first(GEMM, tiles, evaluate, 60))
+    assert steps[0][0] == GEMM and len(steps) == len(tiles)
+    tried = [tile for tile, _ in steps]
+    assert tried.index(target) < len(tiles) / 2
+
+
+def test_search_ends_when_the_time_is_up():
+    tiles = tune.candidates(GEMM, 2, 227 * 1024)
+    assert [tile for tile, _ in tune.best_first(GEMM, tiles, lambda batch: iter([1.0] * len(batch)), -1)] == [GEMM]
+
+
+@interpreted
+def test_recorded_launches_are_those_of_the_table_with_its_tile():
+    found = tune.units([LINEAR, MLP], CPU)
+    assert {unit.kernel for unit in found} == {"linear_relu2_fwd", "relu2_mlp_dz", "weight_grad"}
+    unit = next(unit for unit in found if unit.kernel == "linear_relu2_fwd")
+    assert found[unit] == [LINEAR], "the case without backward is enough"
+    tile = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1}
+    inputs = MLP.make(CPU, 0)
+    with tune.recording({unit: tile}, run=True) as launches:
+        out = MLP.run(inputs, "triton")
+    (ours,) = (launch for launch in launches if launch.unit == unit)
+    assert ours.options == tile and len(launches) > 1
+    assert torch.equal(out["out0"], MLP.run(inputs, "triton")["out0"]), "and afterwards all is as before"
+    select = TABLES["linear_relu2_fwd"].select(CPU, torch.bfloat16, 64)
+    assert "unit" not in select
+
+
+@interpreted
+def test_evaluation_refuses_wrong_results_and_survives_errors(monkeypatch):
+    monkeypatch.setattr(tune, "time_launches", lambda calls, device: float(len(calls)))
+    monkeypatch.setattr(tune.Evaluation, "compile", lambda self, tiles: None)
+    (unit,) = tune.units([LINEAR], CPU)
+    evaluation = tune.Evaluation(unit, [LINEAR], CPU)
+    tile = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1}
+    good, bad = evaluation([tile, {**tile, "BLOCK_M": 24}])
+    assert good == 2.0 and isinstance(bad, str)
+    evaluation.eager = [{"out0": torch.zeros_like(evaluation.eager[0]["out0"])}]
+    assert "differs from eager" in next(evaluation([tile]))
+
+
+def test_the_winning_line_is_python_that_makes_a_tile():
+    from golfgpt_kernels._tiles import Tile
+
+    this = {"kernel": "k", "itemsize": 2, "size": 65536, "cases": ["c"]}
+    this |= {"shipped": {"launch": GEMM, "us": 100.0}, "best": {"launch": GEMM | {"num_stages": 3}, "us": 90.0}}
+    result = {
+        "gpu": "GH",
+        "sm": 90,
+        "torch": "2",
+        "triton": "3",
+        "date": "2026-01-01",
+        "command": "python -m bench.tune",
+    }
+    (tile,) = eval(tune.tile_line(this, result), {"Tile": Tile})
+    assert tile.launch == this["best"]["launch"] and (tile.sm, tile.itemsize) == (90, 2)
+    assert "GH" in tile.source and "90.0 us" in tile.source and "100.0" in tile.source
+
+
+# ---- report: a made-up result of a GPU that does not exist
+
+
+def made_up(**fields):
+    return {
+        "op": "relu2_mlp", "sm": 90, "gpu": "Fixture GPU", "dtype": "bfloat16", "rows": 65536,
+        "shape": [65536, 512, 1024], "direction": "forward+backward",
+        "us": {"eager": 1000.0, "compile": 800.0, "triton": 500.0}, "spread": {}, "how": {}, "failed": {},
+        "correct": True, "flops": 200_000_000_000, "bytes": 800_000_000,
+        "torch": "2.11.0", "triton": "3.6.0", "command": "fixture", "date": "2026-01-01",
+    } | fields  # fmt: skip
+
+
+@pytest.fixture
+def result(tmp_path):
+    """Roofs of 800 TFLOP/s and 4,000 GB/s: the floor of 0.2 TFLOP and 0.8 GB is 250 us."""
+    entries = [
+        made_up(),
+        made_up(op="linear_relu2", correct=False, failed={"triton": "out0: differs"}),
+        made_up(
+            op="token_logprobs",
+            us={"eager": 9.0},
+            correct=False,
+            failed={"triton": "impl='triton' cannot run: no kernel"},
+        ),
+        made_up(op="linear", us={"eager": 3.0, "compile": 2.0}, correct=False),
+    ]
+    environment = {name: entries[0][name] for name in ("gpu", "sm", "torch", "triton", "date", "command")}
+    value = environment | {"cuda": "13.0", "driver": "1", "roofs": {"tflops": 800.0, "gbps": 4000.0}}
+    file = tmp_path / report.result_name(value)
+    tuning.write_json(file, value | {"entries": entries})
+    return file
+
+
+def test_report_makes_a_table_and_a_picture(result, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert result.name == "gpu-Fixture-GPU-torch2.11.0-triton3.6.0.json"
+    report.main(["--results", str(tmp_path)])
+    printed = capsys.readouterr().out
+    rows = [line for line in printed.splitlines() if line.startswith("| ")]
+    mlp, failed, missing, plain = ([cell.strip() for cell in row.split("|")[1:-1]] for row in rows[1:])
+    assert mlp[:3] == ["relu2_mlp", "65,536 x 512 x 1,024", "forward+backward"]
+    assert mlp[3:] == ["1,000.0", "800.0", "500.0", "250.0", "0.62", "400", "1,600", "50%", "triton"]
+    assert failed[5:] == ["failed its check", "250.0", "-", "-", "-", "-", "eager"], "no speed of a wrong kernel"
+    assert plain[-1] == "", "auto is not asked"
+    assert missing[3:6] == ["9.0", "-", "-"] and missing[-1] == "eager"
+    assert plain[3:6] == ["3.0", "2.0", "-"]
+    assert "1,024 forward+backward / torch.compile: wanted at most 0.75; 0.62, reached" in printed
+    assert "/ floor (1.54: 65 % of the roof): wanted at most 1.54; 2.00, missed" in printed
+    assert "1,536 forward+backward / torch.compile: wanted at most 0.75; not yet measured" in printed
+    assert (tmp_path / "kernels.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_without_a_gpu_result(tmp_path, capsys):
+    (tmp_path / "offline-triton3.7.1.json").write_text("[]")
+    report.main(["--results", str(tmp_path)])
+    assert "not yet measured" in capsys.readouterr().out
+    assert not (tmp_path / "kernels.png").exists()
+
+
+def test_report_goes_between_the_markers(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    for _ in range(2):
+        report.main(["--results", str(tmp_path / "none"), "--readme", str(readme)])
+        assert readme.read_text() == f"before\n{report.BEGIN}\n{report.NOTHING}\n{report.END}\nafter\n"
+    readme.write_text("no markers")
+    with pytest.raises(ValueError, match="bench:begin"):
+        report.main(["--results", str(tmp_path / "none"), "--readme", str(readme)])
+
+
+@pytest.mark.skipif(MISSING is not None, reason="without triton auto is eager")
+def test_adopted_entries_decide_auto(result, tmp_path, monkeypatch):
+    measured = tmp_path / "measured.json"
+    old = made_up(us={"eager": 1.0, "compile": 1.0, "triton": 2.0}), made_up(op="other")
+    tuning.write_json(measured, list(old))
+    report.main(["--adopt", str(result), "--measured", str(measured)])
+    entries = json.loads(measured.read_text())
+    assert [entry["op"] for entry in entries] == ["relu2_mlp", "other", "linear_relu2"], "no kernel, no entry"
+    assert entries[0]["us"]["triton"] == 500.0, "the old measurement of the same is replaced"
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Fixture GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(_dispatch, "__file__", str(tmp_path / "_dispatch.py"))
+    cuda = torch.device("cuda", 0)
+    chosen = {
+        op: _dispatch.implementation(op, cuda, torch.bfloat16)[0] for op in ("relu2_mlp", "linear_relu2", "linear")
+    }
+    assert chosen == {"relu2_mlp": "triton", "linear_relu2": "eager", "linear": "eager"}
+    table = report.table(json.loads(result.read_text()))
+    assert all(f"| {op} |" in table for op in chosen)
+
+
+def test_a_half_written_file_is_never_seen(tmp_path, monkeypatch):
+    file = tmp_path / "a" / "result.json"
+    tuning.write_json(file, {"entries": [1]})
+    with pytest.raises(TypeError):
+        tuning.write_json(file, {"entries": object()})
+    assert json.loads(file.read_text()) == {"entries": [1]}
+    assert [path.name for path in file.parent.iterdir()] == ["result.json"]
+
+
+# ---- gpu-test
+
+
+def test_gpu_test_takes_kernel_tests_and_no_others():
+    names = {file.name for file in gpu_test.gpu_files()}
+    assert {"test_gpu.py", "test_relu2_kernels.py", "test_fake_quant_kernels.py"} <= names
+    assert not names & {"test_prepare.py", "test_artifact.py", "test_tokenizer.py"}
+
+
+def test_gpu_test_selects_and_keeps_outcomes(tmp_path):
+    (tmp_path / "test_it.py").write_text(
+        "import pytest\n"
+        "@pytest.fixture\ndef device(): return 'cpu'\n"
+        "def test_good(device): pass\n"
+        "def test_bad(device): assert not 'reason'\n"
+        "def test_other(): assert False\n"
+    )
+    code = (
+        "import sys, pathlib, pytest\nfrom bench.gpu_test import Journal\n"
+        "journal = Journal(pathlib.Path('out.json'), {'tests': []}, 60)\n"
+        "sys.exit(pytest.main(['-p', 'bench.gpu_test', '-c', '/dev/null', 'test_it.py'], plugins=[journal]))"
+    )
+    paths = f"{gpu_test.ROOT}:{gpu_test.ROOT / 'kernels'}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": paths}, capture_output=True)
+    tests = json.loads((tmp_path / "out.json").read_text())["tests"]
+    assert done.returncode == 1
+    assert [(row["test"].split("::")[1], row["outcome"]) for row in tests] == [
+        ("test_good", "passed"),
+        ("test_bad", "failed"),
+    ]
+    assert "reason" in tests[1]["why"]
+
+
+@interpreted
+def test_quantizing_in_the_loop_is_checked_like_the_rest():
+    assert tuning.check(bench_fake_quant.in_loop_case(70, 40, 36), CPU) is None

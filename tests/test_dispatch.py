@@ -1,0 +1,115 @@
+"""impl="auto" on a GPU, with torch's questions to CUDA answered by hand: eager, unless a measurement shows a win."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import torch
+from golfgpt_kernels import _dispatch, implementation
+from golfgpt_kernels._dispatch import runs_triton, tuned_file
+from golfgpt_kernels._jit import MISSING
+
+pytestmark = pytest.mark.skipif(MISSING is not None, reason="without triton auto is eager")
+CUDA, BF16 = torch.device("cuda", 0), torch.bfloat16
+
+
+class OnCuda:
+    """As much of a tensor as dispatch looks at."""
+
+    def __init__(self, dtype=BF16):
+        self.device, self.dtype = CUDA, dtype
+
+
+@pytest.fixture
+def committed(monkeypatch, tmp_path):
+    """A function that commits entries; nothing was measured on this machine, whose GPU is a GH of sm_90."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "GH")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(_dispatch, "__file__", str(tmp_path / "_dispatch.py"))
+    _dispatch._least_rows_said.cache_clear()
+
+    def write(*entries, file=tmp_path / "measured.json"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(entries))
+        _dispatch._least_rows_said.cache_clear()
+
+    yield write
+    _dispatch._least_rows_said.cache_clear()
+
+
+def entry(triton, *, eager=100.0, compiled=80.0, **fields):
+    return {
+        "op": "relu2_mlp", "sm": 90, "gpu": "GH", "dtype": "bfloat16", "rows": 65536, "date": "2026-01-01",
+        "us": {"eager": eager, "compile": compiled, "triton": triton}, "correct": True,
+    } | fields  # fmt: skip
+
+
+def auto(op="relu2_mlp", rows=65536, dtype=BF16) -> bool:
+    return runs_triton(op, "auto", OnCuda(dtype), rows)
+
+
+def test_eager_without_a_measurement_and_says_so(committed):
+    assert not auto()
+    chosen, why = implementation("relu2_mlp", CUDA, BF16)
+    assert chosen == "eager" and "never measured on GH (sm_90)" in why
+
+
+@pytest.mark.parametrize(
+    ("fields", "wins"),
+    [
+        ({"triton": 79.0}, True),
+        ({"triton": 81.0}, False),  # faster than eager, slower than torch.compile
+        ({"triton": 60.0, "eager": 50.0}, False),  # and the other way round
+        ({"triton": 10.0, "correct": False}, False),
+        ({"triton": 10.0, "sm": 80}, False),
+        ({"triton": 10.0, "dtype": "float16"}, False),
+        ({"triton": 10.0, "op": "linear_relu2"}, False),
+    ],
+)
+def test_a_measured_win_of_a_correct_kernel_decides(committed, fields, wins):
+    committed(entry(**fields))
+    assert auto() is wins
+    assert implementation("relu2_mlp", CUDA, BF16)[0] == ("triton" if wins else "eager")
+
+
+def test_one_lost_shape_or_direction_is_enough_to_stay_eager(committed):
+    committed(entry(10.0), entry(90.0, direction="forward"))
+    assert not auto()
+
+
+def test_few_rows_stay_eager(committed):
+    committed(entry(10.0, rows=65536), entry(10.0, rows=8192))
+    assert auto(rows=4096)
+    assert not auto(rows=4095)
+
+
+def test_what_was_measured_on_this_machine_overrides_what_is_committed(committed):
+    committed(entry(10.0), entry(10.0, op="linear_relu2"))
+    committed(entry(99.0), file=tuned_file(CUDA))
+    assert not auto()
+    assert auto("linear_relu2"), "this op was not measured here"
+
+
+def test_says_once_per_op_and_dtype_what_it_chose(committed, caplog):
+    committed(entry(40.0))
+    with caplog.at_level(logging.INFO, "golfgpt_kernels"):
+        for _ in range(3):
+            auto()
+    assert len(caplog.messages) == 1
+    assert "relu2_mlp" in caplog.text and "triton" in caplog.text and "0.50" in caplog.text
+
+
+def test_an_old_gpu_is_eager_whatever_was_measured(committed, monkeypatch):
+    committed(entry(10.0, sm=75))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    assert not auto()
+
+
+def test_a_named_implementation_does_not_look_at_measurements(committed):
+    assert runs_triton("relu2_mlp", "triton", OnCuda(), 1)
+    committed(entry(10.0))
+    assert not runs_triton("relu2_mlp", "eager", OnCuda(), 65536)

@@ -1,0 +1,285 @@
+"""The quantizer's kernels: codes and decoded weights equal eager's, the scaled matmul keeps the error budget."""
+
+from __future__ import annotations
+
+import itertools
+
+import golfgpt_kernels as gk
+import pytest
+import torch
+import torch.nn.functional as F
+from golfgpt_kernels import fake_quant
+from golfgpt_kernels.fake_quant import codes_linear, fake_quant_linear_ref, fake_quantize_rows_ref, quantize_rows_ref
+from golfgpt_kernels.testing import assert_within_budget, gradients, poisoned, randn, strided
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+DEFAULTS = dict(
+    clip="max", code_range="symmetric", scale_dtype=torch.float16, scale_floor=0.0, codes_from="stored_scale",
+    group_size=None,
+)  # fmt: skip
+
+
+def hard_rows(cols, dtype=torch.float32, device="cpu", seed=0):
+    """Gaussian rows, and the ones that quantizers get wrong."""
+    w = randn(8, cols, seed=seed, dtype=torch.float32)
+    w[1] = 0  # no scale
+    w[2, 1:] *= 1e-6
+    w[2, 0] = 1e3  # one outlier
+    w[3] *= 1e-6  # scales below fp16's normal numbers
+    w[4] *= 1e3
+    w[5] = torch.arange(cols) % 63 - 31  # codes without rounding in 6 bits
+    w[6] = (torch.arange(cols) % 125 - 62) / 2  # ties
+    w[6, 0] = 31
+    w[7] = 0.25  # the largest magnitude many times
+    return w.to(device, dtype)
+
+
+def assert_same_quantization(w, **options):
+    with poisoned():
+        codes, scale = gk.quantize_rows(w, impl="triton", **options)
+        shadow = gk.fake_quantize_rows(w, impl="triton", **options)
+    expected_codes, expected_scale = quantize_rows_ref(w, **options)
+    assert torch.equal(scale, expected_scale)
+    assert torch.equal(codes, expected_codes)
+    assert torch.equal(shadow, fake_quantize_rows_ref(w, **options))
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("clip", ["max", "quantile"])
+def test_bits_and_clip(bits, clip, device):
+    assert_same_quantization(hard_rows(100, device=device), bits=bits, clip=clip)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("codes_from", ["stored_scale", "float32_scale"])
+def test_dtypes(dtype, scale_dtype, codes_from, device):
+    w = hard_rows(96, dtype, device)
+    assert_same_quantization(w, bits=6, code_range="full", scale_dtype=scale_dtype, codes_from=codes_from)
+
+
+# "two blocks": rows longer than a block when interpreting are read twice, the quantile's maxima merged across blocks
+@pytest.mark.parametrize("cols", [1, 2, 3, 512, 1536, 2049, 4100], ids=lambda n: f"{n} columns")
+def test_widths(cols, device):
+    for clip in ("max", "quantile"):
+        assert_same_quantization(hard_rows(cols, device=device), bits=6, clip=clip, scale_floor=1 / 31)
+
+
+def test_quantile_maxima_in_different_blocks(device):
+    w = torch.zeros(3, 4100, device=device)
+    w[0, [0, 4099]] = torch.tensor([2.0, -3.0], device=device)
+    w[1, [4098, 4099]] = torch.tensor([2.0, 3.0], device=device)
+    w[2, [5, 3000]] = torch.tensor([3.0, 3.0], device=device)
+    assert_same_quantization(w, bits=8, clip="quantile", scale_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("group_size", [1, 8, 25])
+def test_groups(group_size, device):
+    assert_same_quantization(hard_rows(200, device=device), bits=5, group_size=group_size)
+
+
+def test_saturated_scale(device):
+    """Above fp16's 65504 the scale saturates, and so do the codes."""
+    assert_same_quantization(torch.tensor([[1e6, -1e9, 3e38, 5.0]], device=device), bits=6)
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    rows=st.integers(1, 5),
+    cols=st.integers(1, 80),
+    bits=st.integers(2, 8),
+    exponent=st.integers(-12, 6),
+)
+@settings(max_examples=15, deadline=None)
+def test_any_weights(seed, rows, cols, bits, exponent):
+    assert_same_quantization(randn(rows, cols, seed=seed, scale=10.0**exponent), bits=bits, clip="quantile")
+
+
+def banks(device):
+    """Matrices as a model holds them: layers first, other widths, one of them empty."""
+    shapes = [(2, 5, 64), (2, 3, 64), (7, 192), (0, 64), (2, 4, 33)]
+    return [randn(*shape, seed=i, device=device) for i, shape in enumerate(shapes)]
+
+
+def test_banks_are_one_launch(device, monkeypatch):
+    ws, bits = banks(device), [5, 6, 8, 6, 4]
+    launches = []
+    launch = fake_quant.launch
+    monkeypatch.setattr(fake_quant, "launch", lambda *args, **kw: launches.append(args[0]) or launch(*args, **kw))
+    outs = [torch.full(w.shape, float("nan"), dtype=torch.bfloat16, device=device) for w in ws]
+    gk.fake_quantize_banks(ws, outs, bits=bits, impl="triton")
+    assert len(launches) == 1
+    for w, out, n in zip(ws, outs, bits, strict=True):
+        assert torch.equal(out, fake_quantize_rows_ref(w, bits=n, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+def test_strided_weight_and_out(impl, device):
+    w = hard_rows(40, device=device)
+    out = torch.zeros(40, 8, dtype=torch.float16, device=device).T
+    assert gk.fake_quantize_rows(strided(w), out, bits=6, impl=impl) is out
+    assert torch.equal(out, fake_quantize_rows_ref(w, bits=6, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+def test_compute_dtype_with_gradient(impl, device):
+    w = hard_rows(40, device=device).requires_grad_()
+    w_hat = gk.fake_quantize_rows(w, bits=6, dtype=torch.bfloat16, impl=impl)
+    assert torch.equal(w_hat, fake_quantize_rows_ref(w.detach(), bits=6, dtype=torch.bfloat16))
+    w_hat.sum().backward()
+    assert torch.equal(w.grad, torch.ones_like(w))
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+def test_switched_off_the_shadow_is_the_rounded_weight(impl, device):
+    w, enabled = hard_rows(40, device=device), torch.tensor(False, device=device)
+    for on in (False, True):
+        enabled.fill_(on)
+        shadow = gk.fake_quantize_rows(w, torch.empty_like(w, dtype=torch.bfloat16), bits=6, enabled=enabled, impl=impl)
+        expected = fake_quantize_rows_ref(w, bits=6, dtype=torch.bfloat16) if on else w.bfloat16()
+        assert torch.equal(shadow, expected)
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+def test_switching_on_recompiles_nothing(impl, device):
+    torch.compiler.reset()
+    x, w = randn(6, 32, seed=1, device=device), randn(8, 32, seed=2, device=device)
+    enabled, graphs = torch.tensor(False, device=device), []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph
+
+    step = torch.compile(
+        lambda x, w: gk.fake_quant_linear(x, w, bits=3, enabled=enabled, impl=impl), fullgraph=True, backend=count
+    )
+    off = step(x, w)
+    enabled.fill_(True)
+    on = step(x, w)
+    assert len(graphs) == 1
+    torch.testing.assert_close(off, F.linear(x, w))
+    torch.testing.assert_close(on, fake_quant_linear_ref(x, w, bits=3))
+    assert not torch.allclose(on, off, atol=1e-3)
+
+
+SHAPES = {
+    "aligned": (64, 64, 64),
+    "ragged": (37, 129, 67),
+    "one row": (1, 512, 40),
+    "waves": (200, 96, 160),
+    "long K": (24, 544, 48),
+}
+
+
+@pytest.mark.parametrize("form", ["shadow", "codes"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_linear_forward_and_gradients(shape, dtype, form, device):
+    m, k, n = shape
+    inputs = {"x": randn(m, k, seed=1, dtype=dtype, device=device), "w": randn(n, k, seed=2, device=device)}
+    grad = randn(m, n, seed=3, dtype=dtype, device=device)
+    with poisoned():
+        ours = gradients(lambda **kw: gk.fake_quant_linear(**kw, bits=6, form=form, impl="triton"), inputs, grad)
+    eager = gradients(lambda **kw: fake_quant_linear_ref(**kw, bits=6), inputs, grad)
+    codes, scale = quantize_rows_ref(inputs["w"], bits=6)
+    w_hat = codes.double() * scale.double().unsqueeze(-1)
+    if form == "shadow":
+        w_hat = w_hat.to(dtype).double()
+    oracle = gradients(F.linear, {"input": inputs["x"].double(), "weight": w_hat}, grad.double())
+    for name, exact in (("out", "out"), ("x", "input"), ("w", "weight")):
+        assert_within_budget(ours[name], eager[name], oracle[exact], name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_codes_are_exact_in_every_dtype(dtype, device):
+    """Integers up to 128 and x of few bits: nothing rounds but the last store."""
+    x = torch.randint(-8, 9, (33, 64), device=device).to(dtype)
+    w = torch.randint(-128, 128, (40, 64), device=device).to(dtype)
+    y = codes_linear(x, w, torch.ones(40, device=device))
+    assert torch.equal(y, (x.double() @ w.double().T).to(dtype))
+
+
+@pytest.mark.parametrize("form", ["shadow", "codes"])
+def test_gradients_where_needed_only(form, device):
+    x, w = randn(9, 24, seed=1, device=device), randn(8, 24, seed=2, device=device)
+    for wanted in itertools.product([False, True], repeat=2):
+        leaves = [t.clone().requires_grad_(want) for t, want in zip((x, w), wanted, strict=True)]
+        out = gk.fake_quant_linear(*leaves, bits=6, form=form, impl="triton")
+        assert out.requires_grad == any(wanted)
+        if any(wanted):
+            out.sum().backward()
+        assert [leaf.grad is not None for leaf in leaves] == list(wanted)
+
+
+@pytest.mark.parametrize("form", ["auto", "shadow", "codes"])
+@pytest.mark.parametrize("lead", [(), (3,), (2, 5), (0,)], ids=str)
+def test_leading_dimensions(lead, form, device):
+    x, w = randn(*lead, 24, seed=1, device=device), randn(8, 24, seed=2, device=device)
+    ours = gk.fake_quant_linear(x, w, bits=6, form=form, impl="triton")
+    torch.testing.assert_close(ours, fake_quant_linear_ref(x, w, bits=6))
+    torch.testing.assert_close(gk.fake_quant_linear(x, w, bits=6, form=form, impl="eager"), ours)
+
+
+@pytest.mark.parametrize("kernel", [False, True], ids=["eager", "triton"])
+def test_opcheck(kernel, device):
+    w, x = hard_rows(24, device=device), randn(5, 24, seed=1, device=device)
+    for weight in (w, w.T, w[None]):
+        options = dict(DEFAULTS, bits=6, codes_dtype=torch.int8, kernel=kernel, clip="quantile", group_size=4)
+        torch.library.opcheck(torch.ops.golfgpt.quantize_rows, (weight,), options)
+    outs = [torch.empty_like(w, dtype=torch.bfloat16), torch.empty(24, 8, device=device).T]
+    torch.library.opcheck(torch.ops.golfgpt.fake_quantize_, ([w, w], outs, [6, 5], None), dict(DEFAULTS, kernel=kernel))
+    if kernel:
+        codes, scale = torch.ops.golfgpt.quantize_rows(w, **DEFAULTS, bits=6, codes_dtype=torch.float32, kernel=True)
+        args = x.requires_grad_(), w.clone().requires_grad_(), codes, scale
+        torch.library.opcheck(torch.ops.golfgpt.codes_linear, args)
+
+
+@pytest.mark.parametrize("form", ["shadow", "codes"])
+def test_compiles_as_one_graph(form, device):
+    torch.compiler.reset()
+    x, w = randn(2, 9, 16, seed=1, device=device), randn(21, 16, seed=2, device=device)
+
+    def step(x, w):
+        return gk.fake_quant_linear(x, w, bits=6, form=form, impl="triton").square().sum()
+
+    leaves = [[t.clone().requires_grad_() for t in (x, w)] for _ in range(2)]
+    torch.compile(step, fullgraph=True, backend="aot_eager")(*leaves[0]).backward()
+    step(*leaves[1]).backward()
+    for compiled, eager in zip(*leaves, strict=True):
+        torch.testing.assert_close(compiled.grad, eager.grad)
+
+
+def test_autocast_rounds_like_linear(device):
+    x, w = randn(9, 16, seed=1, device=device), randn(24, 16, seed=2, device=device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        ours = gk.fake_quant_linear(x, w, bits=6, impl="triton")
+        assert ours.dtype == torch.bfloat16
+        torch.testing.assert_close(ours, gk.fake_quant_linear(x, w, bits=6, impl="eager"))
+
+
+W = randn(5, 8)
+REFUSED = {
+    "counts": (lambda: gk.fake_quantize_banks([W], [W, W], bits=6), "1 weights, 2 outs, 1 bits"),
+    "bits count": (lambda: gk.fake_quantize_banks([W, W], [W, W], bits=[6]), "2 weights, 2 outs, 1 bits"),
+    "mixed dtypes": (lambda: gk.fake_quantize_banks([W, W.half()], [W.clone(), W.clone()], bits=6), "use one of each"),
+    "form": (lambda: gk.fake_quant_linear(W, W, bits=6, form="int8"), "form='int8'; possible"),
+    "grouped codes": (
+        lambda: gk.fake_quant_linear(W, W, bits=6, form="codes", group_size=4),
+        "'codes' with group_size=4",
+    ),
+    "dtype": (lambda: gk.fake_quantize_rows(W, bits=6, dtype=torch.int8), r"dtype=torch\.int8; possible"),
+    "switch": (lambda: gk.fake_quantize_rows(W, bits=6, enabled=torch.tensor(1)), "enabled has dtype torch.int64"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("call, message", REFUSED.values(), ids=REFUSED.keys())
+def test_bad_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_unsupported_scale_is_a_named_reason():
+    with pytest.raises(RuntimeError, match=r"stores no scale in torch\.float64"):
+        gk.quantize_rows(W, bits=6, scale_dtype=torch.float64, impl="triton")

@@ -1,0 +1,291 @@
+"""Newton-Schulz kernels against float64, in the polynomial's own measures where bf16 amplifies roundings."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+
+import golfgpt_kernels as gk
+import pytest
+import torch
+from golfgpt_kernels._tiles import TABLES
+from golfgpt_kernels.testing import assert_within_budget, poisoned, randn, strided
+
+ns = importlib.import_module("golfgpt_kernels.newton_schulz")  # the package's attribute is the function
+
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+EPS = {F16: 2**-10, BF16: 2**-7, F32: 2**-23}
+A, B, C = ns.QUINTIC_COEFFICIENTS
+LARGER = {"BLOCK": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2}
+
+SHAPES = {
+    "aligned": (2, 32, 64),
+    "ragged": (1, 37, 83),
+    "tall": (1, 83, 37),
+    "tall aligned": (1, 64, 32),
+    "square": (1, 45, 45),
+    "one row": (12, 1, 9),
+    "one column": (12, 9, 1),
+    "batch": (4, 8, 12),
+}
+each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+each_dtype = pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=["bf16", "fp16", "fp32"])
+
+
+def triton(x, **options):
+    """The kernels' result, from buffers full of NaN."""
+    with poisoned():
+        return gk.newton_schulz(x, impl="triton", **options)
+
+
+def exact(x, **options):
+    return gk.newton_schulz(x.double(), impl="eager", dtype=F64, eps=1e-30, **options)
+
+
+# ---- the launchers, one by one
+
+
+@each_shape
+@each_dtype
+def test_gram(shape, dtype, device):
+    x = randn(*shape, dtype=dtype, device=device)
+    x64, tall = x.double(), shape[1] > shape[2]
+    with poisoned():
+        a = ns.gram(x)
+    rival, oracle = (x.mT @ x, x64.mT @ x64) if tall else (x @ x.mT, x64 @ x64.mT)
+    assert_within_budget(a, rival, oracle)
+    assert torch.equal(a, a.mT)
+
+
+def test_triangle_of_many_tiles(device):
+    """Eleven rows of tiles: every pair is computed, and stored once."""
+    x = randn(1, 330, 333, dtype=BF16, device=device)
+    with poisoned():
+        a = ns.gram(x, tile={"BLOCK": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 1})
+    assert_within_budget(a, x @ x.mT, x.double() @ x.double().mT)
+    assert torch.equal(a, a.mT)
+
+
+@each_dtype
+@pytest.mark.parametrize("shape", [(2, 32), (2, 45), (12, 1)], ids=["aligned", "ragged", "1 x 1"])
+def test_polynomial(shape, dtype, device):
+    batch, size = shape
+    half = randn(batch, size, size, dtype=dtype, device=device, scale=size**-0.5)
+    a = torch.tril(half) + torch.tril(half, -1).mT
+    with poisoned():
+        p = ns.polynomial(a, B, C)
+    assert_within_budget(p, B * a + (C * a) @ a, B * a.double() + C * a.double() @ a.double())
+    assert torch.equal(p, p.mT)
+
+
+@each_shape
+@each_dtype
+def test_update(shape, dtype, device):
+    x = randn(*shape, dtype=dtype, device=device)
+    size, tall = min(shape[1:]), shape[1] > shape[2]
+    half = randn(shape[0], size, size, seed=1, device=device, scale=size**-0.5)
+    p = (half + half.mT).to(dtype)
+    with poisoned():
+        y = ns.update(x, p, A, dtype)
+    x64, p64 = x.double(), p.double()
+    rival, oracle = (A * x + x @ p, A * x64 + x64 @ p64) if tall else (A * x + p @ x, A * x64 + p64 @ x64)
+    assert_within_budget(y, rival, oracle)
+    with poisoned():
+        assert torch.equal(ns.update(x, p, A, F32), y.float())  # rounded to x's dtype first
+
+
+@pytest.mark.parametrize("shape", [(1, 70, 150), (150, 70)], ids=["wide", "tall"])
+def test_larger_tiles(shape, device):
+    """Blocks of 64 in each of the three: K is shorter than a block, a multiple of none, and blocks overhang."""
+    x = randn(*shape, dtype=BF16, device=device).view(-1, *shape[-2:]) / 16
+    x64, tall = x.double(), x.shape[1] > x.shape[2]
+    oracle = x64.mT @ x64 if tall else x64 @ x64.mT
+    with poisoned():
+        a = ns.gram(x, tile=LARGER)
+        p = ns.polynomial(a, B, C, tile=LARGER)
+        y = ns.update(x, p, A, F32, tile=LARGER)
+    assert_within_budget(a, oracle.bfloat16(), oracle)
+    assert_within_budget(p, B * a + (C * a) @ a, B * a.double() + C * a.double() @ a.double())
+    rival = A * x + (x @ p if tall else p @ x)
+    assert_within_budget(y.bfloat16(), rival, A * x64 + (x64 @ p.double() if tall else p.double() @ x64))
+
+
+@each_dtype
+def test_normalize(dtype, device):
+    for shape, x_dtype, scale in (((2, 40, 200), F32, 1.0), ((2, 70, 3), BF16, 1e4), ((1, 1, 5), F16, 1e-2)):
+        x = randn(*shape, dtype=x_dtype, device=device, scale=scale)
+        with poisoned():
+            u = ns.normalize(x, dtype, 1e-7)
+        oracle = x.double() / (torch.linalg.vector_norm(x.double(), dim=(1, 2), keepdim=True) + 1e-7)
+        ulps = 4 if dtype == F32 else 0.51  # a GPU's approximate division; one rounding hides it
+        torch.testing.assert_close(u.double(), oracle, rtol=ulps * EPS[dtype], atol=2**-25)
+
+
+# ---- the op
+
+
+@each_dtype
+@pytest.mark.parametrize("x_dtype", [F32, BF16, F16], ids=["of fp32", "of bf16", "of fp16"])
+def test_op_within_budget(x_dtype, dtype, device):
+    for shape in ((2, 24, 40), (40, 24)):
+        x = randn(*shape, dtype=x_dtype, device=device)
+        y = triton(x, dtype=dtype, steps=2)
+        rival = gk.newton_schulz(x, impl="eager", dtype=dtype, steps=2)
+        assert_within_budget(y, rival, exact(x, steps=2))
+        assert torch.equal(y, y.to(dtype).to(x_dtype))
+
+
+@pytest.mark.parametrize("name", ["ragged", "tall", "square", "one row", "batch"])
+@pytest.mark.parametrize("coefficients", ["quintic", "polar_express"])
+def test_op_is_a_map_of_singular_values(name, coefficients, device):
+    """bf16 amplifies roundings, so Y is near U s(S) Vᵀ as a whole, which its subspaces must be too, and in each σ."""
+    x = randn(*SHAPES[name], device=device)[:2]
+    y, oracle = triton(x, coefficients=coefficients).double(), exact(x, coefficients=coefficients)
+    assert (y - oracle).norm() <= 0.1 * oracle.norm()  # 0.059 at worst
+    difference = torch.linalg.svdvals(y) - torch.linalg.svdvals(oracle)
+    assert difference.abs().max() <= 0.1
+
+
+HOSTILE = {
+    "zero": torch.zeros(8, 12),
+    "rank 1": randn(32, 1) @ randn(1, 32, seed=1),
+    "one dominant": torch.diag(torch.tensor([1e4] + [1e-4] * 15)),
+    "1e-8": randn(24, 16, scale=1e-8),
+    "1e4": randn(16, 16, scale=1e4),
+    "zero among others": torch.stack((randn(8, 12), torch.zeros(8, 12))),
+}
+
+
+@pytest.mark.parametrize("coefficients", ["quintic", "polar_express"])
+@pytest.mark.parametrize("x", HOSTILE.values(), ids=HOSTILE.keys())
+def test_hostile_spectra(x, coefficients, device):
+    x = x.to(device)
+    for dtype in (BF16, F16, F32):
+        y = triton(x, coefficients=coefficients, dtype=dtype)
+        s = torch.linalg.svdvals(y)
+        assert s.isfinite().all() and s.max() <= 1.3
+        assert not y[(x == 0).all(-1)].any()  # a zero row, and a zero matrix, stays zero
+        rank = min(torch.linalg.matrix_rank(x.double()).max(), 1)
+        assert s.max() >= 0.6 * rank or x.norm() < 1e-5  # below that, eps is most of the divisor
+
+
+def test_any_strides(device):
+    """Close and not equal: a GPU adds squares in the order in which threads read them."""
+    run = functools.partial(triton, steps=1, dtype=F32)
+    x = randn(2, 2, 20, 33, device=device)
+    y = run(x)
+    torch.testing.assert_close(run(strided(x)), y)
+    torch.testing.assert_close(run(x.mT.contiguous().mT), y)
+    torch.testing.assert_close(run(x.transpose(0, 1)), y.transpose(0, 1))
+    torch.testing.assert_close(run(x[0, 0].expand(2, 20, 33)), y[0, 0].expand(2, 20, 33))
+    shifted = x[0, :, :, 1:]  # rows that start off 16 bytes
+    torch.testing.assert_close(run(shifted), run(shifted.clone()))
+
+
+def test_matrices_of_a_batch_do_not_touch(device):
+    """Not beyond ragged edges either: a matrix comes out the same alone, and next to one of NaN."""
+    run = functools.partial(triton, steps=1)
+    x = randn(3, 37, 41, device=device)
+    y = run(x)
+    assert torch.equal(run(x[1]), y[1])
+    x[1] = float("nan")
+    beside_nan = run(x)
+    assert torch.equal(beside_nan[::2], y[::2])
+    assert beside_nan[1].isnan().all()
+
+
+def test_empty(device):
+    for shape in ((0, 4, 5), (3, 0, 5), (4, 0), (2, 0, 4, 5)):
+        assert triton(torch.zeros(shape, device=device)).shape == shape
+
+
+@pytest.mark.parametrize("shape", [(20, 33), (33, 20)], ids=["wide", "tall"])
+def test_scale_transpose_and_row_permutation(shape, device):
+    x = randn(*shape, device=device)
+    permutation = torch.randperm(shape[0], generator=torch.Generator().manual_seed(0)).to(device)
+    for dtype in (BF16, F32):
+        run = functools.partial(triton, dtype=dtype, steps=3)
+        y = run(x)
+        assert torch.equal(run(x * 2.0**10), y)  # the exponent drops out; the norm is far above eps
+        amplified = 16 * EPS[dtype]
+        assert (run(x[permutation]) - y[permutation]).abs().max() <= amplified
+        assert (run(x.mT) - y.mT).abs().max() <= amplified
+
+
+def test_launches(device, monkeypatch):
+    """Two for the norm, three per step, whatever the batch; x stays as it is."""
+    launched = []
+    launch = ns.launch
+    monkeypatch.setattr(ns, "launch", lambda *args, **options: launched.append(launch(*args, **options)))
+    x = randn(4, 8, 8, device=device)
+    before = x.clone()
+    triton(x, steps=3)
+    assert len(launched) == 2 + 3 * 3
+    assert torch.equal(x, before)
+
+
+# ---- gradient and compilation
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 9), (1, 9, 5)], ids=["wide", "tall"])
+def test_gradient_is_eager(shape, device):
+    x, dy = randn(*shape, device=device), randn(*shape, seed=1, device=device)
+    options = dict(steps=2, coefficients="polar_express")
+    grads = []
+    for impl in ("triton", "eager"):
+        leaf = x.clone().requires_grad_()
+        gk.newton_schulz(leaf, impl=impl, **options).backward(dy)
+        grads.append(leaf.grad)
+    assert torch.equal(*grads)
+
+
+def test_gradient_is_the_slope_of_the_kernels(device):
+    x, dy, along = (randn(6, 10, seed=seed, device=device) for seed in range(3))
+    run = functools.partial(gk.newton_schulz, steps=2, dtype=F32, impl="triton")
+    leaf = x.clone().requires_grad_()
+    run(leaf).backward(dy)
+    h = 1e-2
+    slope = ((run(x + h * along) - run(x - h * along)) * dy).sum() / (2 * h)
+    torch.testing.assert_close((leaf.grad * along).sum(), slope, rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(1, 6, 8), (1, 10, 5), (0, 3, 4)], ids=["wide", "tall ragged", "empty"])
+def test_opcheck(shape, device):
+    x = randn(*shape, device=device).requires_grad_()
+    torch.library.opcheck(torch.ops.golfgpt.newton_schulz, (x, [A, B, C], BF16, 1e-7))
+
+
+def test_compiles_as_one_graph(device):
+    torch.compiler.reset()
+    run = functools.partial(gk.newton_schulz, steps=2, impl="triton")
+    leaves = [randn(2, 6, 11, device=device).requires_grad_() for _ in range(2)]
+    outs = [torch.compile(run, fullgraph=True, backend="aot_eager")(leaves[0]), run(leaves[1])]
+    assert torch.equal(*outs)
+    for out in outs:
+        out.square().sum().backward()
+    torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
+
+
+# ---- refusals and tables
+
+
+def test_float64_is_refused_by_name(device):
+    x = randn(4, 6, device=device)
+    for options in ({"x": x.double()}, {"x": x, "dtype": F64}):
+        with pytest.raises(RuntimeError, match=r"impl='triton' cannot run: .*not in torch.float64; impl='eager' can"):
+            gk.newton_schulz(impl="triton", **options)
+        gk.newton_schulz(**options)
+
+
+def test_symmetric_cost():
+    full, traffic = ns.newton_schulz_cost(1, 512, 1024)
+    half, same = ns.newton_schulz_cost(1, 512, 1024, symmetric=True)
+    assert (full, half) == (pytest.approx(6.71e9, rel=1e-3), pytest.approx(4.70e9, rel=1e-3))
+    assert traffic == same
+
+
+def test_small_results_get_small_tiles(monkeypatch):
+    monkeypatch.setattr("golfgpt_kernels._tiles.compute_capability", lambda device: 90)
+    select = functools.partial(TABLES["newton_schulz"].select, torch.device("cpu"), BF16)
+    assert select(9 * 256 * 256)["BLOCK"] == 64
+    assert select(9 * 512 * 512)["BLOCK"] == 128

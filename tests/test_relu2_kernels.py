@@ -1,0 +1,209 @@
+"""The relu² MLP's kernels against float64, on a GPU or interpreted: values, gradients, edges, registration."""
+
+from __future__ import annotations
+
+import itertools
+
+import golfgpt_kernels as gk
+import pytest
+import torch
+from golfgpt_kernels._weight_grad import split_weight_grad
+from golfgpt_kernels.relu2_mlp import linear_relu2_fwd, linear_relu2_ref, relu2_mlp_dz, relu2_mlp_ref
+from golfgpt_kernels.testing import assert_within_budget, gradients, poisoned, randn, strided
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SLOPES = [0.0, 0.5]
+
+# rows, K, H, N. Tiles are 32 x 32 x 32 and programs 3 when interpreting: "waves" gives each several tiles.
+SHAPES = {
+    "aligned": (64, 64, 64, 64),
+    "ragged": (37, 129, 67, 51),
+    "one row": (1, 512, 40, 33),
+    "waves": (200, 96, 160, 64),
+    "long K": (40, 544, 48, 32),
+}
+
+
+def mlp_inputs(shape, dtype, device, weight_dtype=torch.float32):
+    m, k, h, n = shape
+    return {
+        "x": randn(m, k, seed=1, dtype=dtype, device=device),
+        "w_fc": randn(h, k, seed=2, dtype=weight_dtype, device=device, scale=k**-0.5),
+        "w_proj": randn(n, h, seed=3, dtype=weight_dtype, device=device, scale=h**-0.5),
+    }
+
+
+def check_against_eager(op, reference, inputs, grad, **options):
+    """The kernel's output and gradients within the budget that eager's errors set."""
+    with poisoned():
+        ours = gradients(lambda **kw: op(**kw, **options, impl="triton"), inputs, grad)
+    eager = gradients(lambda **kw: reference(**kw, **options), inputs, grad)
+    exact = {name: value.to(inputs["x"].dtype).double() for name, value in inputs.items()}  # weights are rounded to x's
+    oracle = gradients(lambda **kw: reference(**kw, **options), exact, grad.double())
+    for name in oracle:
+        assert_within_budget(ours[name], eager[name], oracle[name], name)
+
+
+@pytest.mark.parametrize("slope", SLOPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_mlp_forward_and_gradients(shape, dtype, slope, device):
+    inputs = mlp_inputs(shape, dtype, device)
+    grad = randn(shape[0], shape[3], seed=4, dtype=dtype, device=device)
+    check_against_eager(gk.relu2_mlp, relu2_mlp_ref, inputs, grad, negative_slope=slope)
+
+
+@pytest.mark.parametrize("slope", SLOPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear_forward_and_gradients(dtype, slope, device):
+    m, k, n, _ = SHAPES["ragged"]
+    inputs = {"x": randn(m, k, seed=1, dtype=dtype, device=device), "w": randn(n, k, seed=2, device=device, scale=0.1)}
+    grad = randn(m, n, seed=3, dtype=dtype, device=device)
+    check_against_eager(gk.linear_relu2, linear_relu2_ref, inputs, grad, negative_slope=slope)
+
+
+def big_tile(m, n, k):
+    return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": 4, "num_stages": 2}
+
+
+@pytest.mark.parametrize("tile", [big_tile(64, 128, 32), big_tile(16, 32, 64)], ids=["large", "small"])
+def test_other_tiles(tile, device):
+    """Numbers do not depend on the tile beyond rounding, whichever a table holds."""
+    inputs = mlp_inputs((70, 80, 90, 48), torch.float32, device)
+    x, w_fc, w_proj = inputs.values()
+    with poisoned():
+        h = linear_relu2_fwd(x, w_fc, 0.5, tile)
+        dz = relu2_mlp_dz(x[:, :48].contiguous(), w_proj, h, 0.5, tile)
+        dw = split_weight_grad(dz, x, torch.float32, tile)
+    close = {"rtol": 2e-5, "atol": 2e-5}
+    torch.testing.assert_close(h, linear_relu2_fwd(x, w_fc, 0.5), **close)
+    torch.testing.assert_close(dz, relu2_mlp_dz(x[:, :48].contiguous(), w_proj, h, 0.5), **close)
+    torch.testing.assert_close(dw, dz.T @ x, **close)
+
+
+def test_gradients_where_needed_only(device):
+    inputs = mlp_inputs((33, 40, 24, 16), torch.float32, device)
+    full = gradients(lambda **kw: gk.relu2_mlp(**kw, impl="triton"), inputs, torch.ones(33, 16, device=device))
+    for wanted in itertools.product([False, True], repeat=3):
+        leaves = [t.clone().requires_grad_(want) for t, want in zip(inputs.values(), wanted, strict=True)]
+        out = gk.relu2_mlp(*leaves, impl="triton")
+        assert out.requires_grad == any(wanted)
+        if any(wanted):
+            out.sum().backward()
+        for name, leaf, want in zip(inputs, leaves, wanted, strict=True):
+            assert (leaf.grad is not None) == want
+            if want:
+                assert torch.equal(leaf.grad, full[name])
+
+
+def test_weight_gradient_is_deterministic_and_fp32_from_half(device):
+    """The sum over rows keeps fp32 to the end: rounding it to fp16 first would be off by 5e-4."""
+    dy, x = (randn(700, 40, seed=s, dtype=torch.float16, device=device) for s in (1, 2))
+    dw = split_weight_grad(dy, x, torch.float32)
+    assert torch.equal(dw, split_weight_grad(dy, x, torch.float32))
+    oracle = dy.double().T @ x.double()
+    assert ((dw - oracle).norm() / oracle.norm()).item() < 1e-6
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (2, 5), (0,), (4, 0)], ids=str)
+def test_leading_dimensions(lead, device):
+    x = randn(*lead, 24, seed=1, device=device)
+    w_fc, w_proj = randn(40, 24, seed=2, device=device, scale=0.1), randn(8, 40, seed=3, device=device, scale=0.1)
+    torch.testing.assert_close(gk.relu2_mlp(x, w_fc, w_proj, impl="triton"), relu2_mlp_ref(x, w_fc, w_proj))
+    torch.testing.assert_close(gk.linear_relu2(x, w_fc, impl="triton"), linear_relu2_ref(x, w_fc))
+
+
+def test_empty_batch_has_zero_gradients(device):
+    inputs = mlp_inputs((0, 24, 16, 8), torch.float32, device)
+    out = gradients(lambda **kw: gk.relu2_mlp(**kw, impl="triton"), inputs, torch.empty(0, 8, device=device))
+    assert out["x"].shape == (0, 24)
+    assert not out["w_fc"].any() and not out["w_proj"].any()
+
+
+def test_no_inputs_to_sum(device):
+    x, w = torch.empty(3, 0, device=device), torch.empty(5, 0, device=device)
+    assert torch.equal(gk.linear_relu2(x, w, impl="triton"), torch.zeros(3, 5, device=device))
+
+
+@pytest.mark.parametrize("layout", ["strided", "transposed", "offset"])
+def test_any_strides(layout, device):
+    """Operands that TMA cannot address are copied; gaps of the buffers are NaN."""
+    inputs = mlp_inputs((33, 40, 24, 16), torch.float32, device)
+    change = {
+        "strided": strided,
+        "transposed": lambda t: t.T.contiguous().T,
+        "offset": lambda t: torch.cat([t.new_full((1,), float("nan")), t.flatten()])[1:].view(t.shape),
+    }[layout]
+    moved = {name: change(value) for name, value in inputs.items()}
+    out = gk.relu2_mlp(**moved, impl="triton")
+    torch.testing.assert_close(out, gk.relu2_mlp(**inputs, impl="triton"), rtol=0, atol=0)
+
+
+def test_expanded_grad_output(device):
+    """A sum's gradient has stride 0."""
+    inputs = mlp_inputs((33, 40, 24, 16), torch.float32, device)
+    leaves = [t.clone().requires_grad_() for t in inputs.values()]
+    gk.relu2_mlp(*leaves, impl="triton").sum().backward()
+    full = gradients(lambda **kw: gk.relu2_mlp(**kw, impl="triton"), inputs, torch.ones(33, 16, device=device))
+    assert torch.equal(leaves[0].grad, full["x"])
+
+
+def test_nonfinite_values_come_through(device):
+    x = torch.tensor([[float("nan"), 1.0], [float("inf"), 1.0], [-float("inf"), 1.0]], device=device)
+    for slope in SLOPES:
+        h = gk.linear_relu2(x, torch.eye(2, device=device), negative_slope=slope, impl="triton")
+        assert h[0].isnan().any() and h[1, 0].isinf()
+        assert h[2, 0] == (float("inf") if slope else 0.0) or h[2].isnan().any()  # 0 * inf in the matmul
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sign_travels_in_the_last_bit(dtype, device):
+    """h of LeakyReLU² is within one ulp of the square, and its last bit is the sign of z. In fp32 the square itself
+    has been rounded before."""
+    z = randn(64, 64, seed=5, dtype=dtype, device=device, scale=2.0)
+    z[0, :3] = torch.tensor([0.0, 1e-30, -1e-30], device=device).to(dtype)
+    h = linear_relu2_fwd(z, torch.eye(64, dtype=dtype, device=device), 0.5)
+    exact = torch.where(z > 0, z.double(), z.double() * 0.5).square()
+    bits = h.contiguous().view(torch.int16 if dtype.itemsize == 2 else torch.int32)
+    assert torch.equal((bits & 1).bool(), z < 0)
+    ulp = torch.finfo(dtype).eps * exact.clamp(min=torch.finfo(dtype).tiny)
+    assert ((h.double() - exact).abs() <= ulp * (1.51 if dtype == torch.float32 else 1.01)).all()
+
+
+@pytest.mark.parametrize("name", ["relu2_mlp", "linear_relu2", "relu2_mlp_dz", "relu2_dz", "weight_grad"])
+def test_opcheck(name, device):
+    x, w_fc, w_proj = mlp_inputs((9, 16, 24, 8), torch.float32, device).values()
+    h = linear_relu2_fwd(x, w_fc, 0.0)
+    args = {
+        "relu2_mlp": (x.requires_grad_(), w_fc.requires_grad_(), w_proj.requires_grad_(), 0.5),
+        "linear_relu2": (x, w_fc, 0.0),
+        "relu2_mlp_dz": (h[:, :8].contiguous(), w_proj.detach(), h, 0.0),
+        "relu2_dz": (h, h, 0.0),
+        "weight_grad": (h, x.detach(), torch.float32),
+    }[name]
+    torch.library.opcheck(getattr(torch.ops.golfgpt, name), args)
+
+
+@pytest.mark.parametrize("shape", [(2, 9, 16), (11, 16)], ids=str)
+def test_compiles_as_one_graph(shape, device):
+    torch.compiler.reset()
+    _, w_fc, w_proj = mlp_inputs((9, 16, 21, 8), torch.float32, device).values()
+    x = randn(*shape, seed=7, device=device)
+
+    def step(x, w_fc, w_proj):
+        return (gk.relu2_mlp(x, w_fc, w_proj, impl="triton") * 2).square().sum()
+
+    leaves = [[t.clone().requires_grad_() for t in (x, w_fc, w_proj)] for _ in range(2)]
+    torch.compile(step, fullgraph=True, backend="aot_eager")(*leaves[0]).backward()
+    step(*leaves[1]).backward()
+    for compiled, eager in zip(*leaves, strict=True):
+        torch.testing.assert_close(compiled.grad, eager.grad)
+
+
+def test_autocast_rounds_like_linear(device):
+    x, w_fc, w_proj = mlp_inputs((9, 16, 24, 8), torch.float32, device).values()
+    with torch.autocast(device, dtype=torch.bfloat16):
+        ours, eager = (gk.relu2_mlp(x, w_fc, w_proj, impl=impl) for impl in ("triton", "eager"))
+    assert ours.dtype == eager.dtype == torch.bfloat16
+    oracle = relu2_mlp_ref(*(t.bfloat16().double() for t in (x, w_fc, w_proj)))
+    assert_within_budget(ours, eager, oracle)

@@ -1,0 +1,377 @@
+"""Scoring and the softcapped loss as kernels, against float64, on a GPU or interpreted."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from functools import partial
+
+import golfgpt_kernels as gk
+import pytest
+import torch
+from golfgpt_kernels import _softcap
+from golfgpt_kernels._softcap import backward_cost, softcap_logits_grad, softcap_logprobs, softcap_logprobs_fwd
+from golfgpt_kernels.testing import assert_within_budget, gradients, poisoned, randn, strided
+
+# Programs of a GPU hide what overflows to infinity and is not selected; numpy says so.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:overflow encountered", "ignore:invalid value encountered", "ignore:All-NaN slice"
+)
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SOFTCAPS = [30, 5.0, 100.0, None]  # bounded, bounded and saturated, running maximum with and without a cap
+
+# rows, D, V. Tiles are 32 x 128 x 64 when interpreting.
+SHAPES = {
+    "aligned": (64, 64, 256),
+    "one row": (1, 64, 257),
+    "wide": (20, 515, 140),
+    "rows": (130, 40, 129),
+}
+
+
+def make(shape, dtype, device, scale=1.0, weight_dtype=torch.float32):
+    """Inputs whose logits have standard deviation 4 scale, and targets of which two are -100."""
+    m, d, v = shape
+    inputs = {
+        "hidden": randn(m, d, seed=1, dtype=dtype, device=device, scale=scale),
+        "head_weight": randn(v, d, seed=2, dtype=weight_dtype, device=device, scale=4 * d**-0.5),
+    }
+    targets = torch.arange(m, device=device) * 7 % v
+    targets[2:4] = -100
+    return inputs, targets
+
+
+def check_against_eager(op, inputs, grad):
+    """The kernel's output and gradients within the budget that eager's errors set; weights are rounded to hidden's."""
+    with poisoned():
+        ours = gradients(partial(op, impl="triton"), inputs, grad)
+    eager = gradients(partial(op, impl="eager"), inputs, grad)
+    exact = {name: value.to(inputs["hidden"].dtype).double() for name, value in inputs.items()}
+    oracle = gradients(partial(op, impl="eager"), exact, grad.double())
+    for name in oracle:
+        assert_within_budget(ours[name], eager[name], oracle[name], name)
+    return ours
+
+
+def loss_of(targets, **options):
+    options = {"reduction": "none"} | options
+    return lambda hidden, head_weight, impl: gk.softcap_cross_entropy(
+        hidden, head_weight, targets, **options, impl=impl
+    )
+
+
+def logprobs_of(targets, **options):
+    return lambda hidden, head_weight, impl: gk.token_logprobs(hidden, head_weight, targets, **options, impl=impl)
+
+
+# ---- values and gradients
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_loss_and_gradients(shape, dtype, device):
+    inputs, targets = make(shape, dtype, device)
+    grad = randn(shape[0], seed=3, device=device)
+    ours = check_against_eager(loss_of(targets, z_loss=1e-2), inputs, grad)
+    assert ours["head_weight"].dtype == torch.float32
+    for dropped in (targets == -100).nonzero():
+        assert not ours["out"][dropped].any() and not ours["hidden"][dropped].any()
+
+
+@pytest.mark.parametrize("softcap", SOFTCAPS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_logprobs_and_gradients(dtype, softcap, device):
+    inputs, targets = make((37, 64, 257), dtype, device, scale=4.0)  # logits of 16, twice the softcap at most
+    grad = randn(37, seed=3, device=device)
+    ours = check_against_eager(logprobs_of(targets, softcap=softcap, mask=targets >= 0), inputs, grad)
+    assert (ours["out"] <= 0).all()
+
+
+@pytest.mark.parametrize("softcap", [30.0, 100.0, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_extreme_logits(dtype, softcap, device):
+    """Logits of ±1e4: a softcap saturates and its gradients vanish; without one the largest logit takes all."""
+    inputs, targets = make((33, 64, 150), dtype, device, scale=2500.0)
+    check_against_eager(loss_of(targets, softcap=softcap), inputs, randn(33, seed=3, device=device))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(65_536, 512, 1024), (9000, 512, 8192), (3000, 768, 50_257)], ids=str)
+def test_real_shapes(shape):
+    inputs, targets = make(shape, torch.bfloat16, "cuda")
+    check_against_eager(loss_of(targets), inputs, randn(shape[0], seed=3, device="cuda"))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_reductions(reduction, device):
+    """A mean's gradient is one number expanded over the rows: stride 0."""
+    inputs, targets = make((37, 64, 129), torch.float32, device)
+    check_against_eager(loss_of(targets, reduction=reduction, z_loss=1e-3), inputs, torch.ones((), device=device))
+
+
+def test_weights_of_hiddens_dtype_get_gradients_of_it(device):
+    inputs, targets = make((33, 64, 129), torch.bfloat16, device, weight_dtype=torch.bfloat16)
+    check_against_eager(loss_of(targets), inputs, randn(33, seed=3, device=device))
+
+
+# ---- the softmax without a maximum
+
+
+def test_sum_without_maximum(device, monkeypatch):
+    """At cap = 30 and V = 8192 lse is within 2e-6 of float64, half an ulp of 32, and as close as with a maximum."""
+    scale = torch.tensor([0.02, 1.0, 2.0], device=device).repeat_interleave(8).unsqueeze(-1)
+    hidden = (randn(24, 64, seed=1, device=device) * scale).bfloat16()
+    weight = randn(8192, 64, seed=2, dtype=torch.bfloat16, device=device, scale=0.5)
+    u = hidden.double() @ weight.double().T
+    oracle = (30 * torch.tanh(u / 30)).logsumexp(-1)
+
+    def error():
+        _, lse, _ = softcap_logprobs(hidden, weight, torch.zeros(24, dtype=torch.int64, device=device), 30.0, -100)
+        return (lse.double() - oracle).abs().max().item()
+
+    without = error()
+    # compiled, ex2 and rcp are off by 2 ulp of their own, and the tensor core's sum truncates
+    assert without <= (2e-6 if device == "cpu" else 1e-5)
+    monkeypatch.setattr(_softcap, "_MAX_BOUNDED", 0.0)
+    assert without <= 2 * error()
+
+
+@pytest.mark.parametrize("softcap", [30.0, 40.0, 40.1])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_all_logits_at_the_cap(softcap, sign, device):
+    """The ends of the range in which no maximum is needed: every exponential is 1, or exp(-2 cap)."""
+    hidden = torch.full((3, 16), 100.0, dtype=torch.bfloat16, device=device)
+    weight = torch.full((300, 16), 10.0 * sign, dtype=torch.bfloat16, device=device)
+    targets = torch.tensor([0, 150, 299], device=device)
+    logprobs = gk.token_logprobs(hidden, weight, targets, softcap=softcap, impl="triton")
+    torch.testing.assert_close(logprobs, torch.full((3,), -math.log(300), device=device), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("softcap", SOFTCAPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_probabilities_sum_to_one(dtype, softcap, device):
+    inputs, _ = make((2, 16, 150), dtype, device, scale=2.0)
+    hidden = inputs["hidden"].unsqueeze(1).expand(2, 150, 16)
+    every = torch.arange(150, device=device).expand(2, 150)
+    logprobs = gk.token_logprobs(hidden, inputs["head_weight"], every, softcap=softcap, impl="triton")
+    torch.testing.assert_close(
+        logprobs.double().exp().sum(-1), torch.ones_like(logprobs[:, 0]).double(), rtol=0, atol=5e-6
+    )
+
+
+# ---- rows that do not count, targets that do not exist, values that are not finite
+
+
+@pytest.mark.parametrize("softcap", [30.0, 100.0, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_masked_rows_are_not_looked_at(dtype, softcap, device):
+    """Exactly 0 for any target there, with NaN and with exponentials that overflow in their hidden states."""
+    inputs, targets = make((40, 16, 130), dtype, device)
+    mask = targets % 3 != 0
+    targets = torch.where(mask, targets.clamp(min=0), torch.tensor([-100, 2**40, -1, 130], device=device).repeat(10))
+    hidden, weight = inputs["hidden"].clone(), inputs["head_weight"]
+    hidden[~mask] *= 1000
+    leaves = hidden.requires_grad_(), weight.clone().requires_grad_()
+    logprobs = gk.token_logprobs(*leaves, targets, mask=mask, softcap=softcap, impl="triton")
+    dh, dw = torch.autograd.grad(logprobs.sum(), leaves)
+    assert not logprobs[~mask].any() and not dh[~mask].any()
+    kept = [t.detach().requires_grad_() for t in (hidden[mask], weight)]
+    alone = gk.token_logprobs(*kept, targets[mask], softcap=softcap, impl="triton")
+    expected = torch.autograd.grad(alone.sum(), kept)
+    torch.testing.assert_close(logprobs[mask], alone)
+    torch.testing.assert_close(dh[mask], expected[0])
+    torch.testing.assert_close(dw, expected[1])
+    nan = hidden.detach().masked_fill(~mask[:, None], math.nan).requires_grad_()
+    logprobs = gk.token_logprobs(nan, weight, targets, mask=mask, softcap=softcap, impl="triton")
+    assert torch.equal(torch.autograd.grad(logprobs.sum(), nan)[0], dh)
+
+
+@pytest.mark.parametrize("ignore_index", [0, 1, -7])
+def test_ignore_index(ignore_index, device):
+    """Also one that is a token."""
+    inputs, targets = make((33, 16, 40), torch.float32, device)
+    targets = targets.clamp(min=0)
+    targets[5:8] = ignore_index
+    check_against_eager(
+        loss_of(targets, ignore_index=ignore_index, z_loss=0.1), inputs, randn(33, seed=3, device=device)
+    )
+
+
+def test_nothing_to_score(device):
+    inputs, targets = make((5, 16, 40), torch.float32, device)
+    ignored = torch.full_like(targets, -100)
+    assert gk.softcap_cross_entropy(**inputs, targets=ignored, impl="triton").isnan()  # a mean of nothing, as in torch
+    assert gk.softcap_cross_entropy(**inputs, targets=ignored, reduction="sum", impl="triton") == 0
+    assert not gk.token_logprobs(**inputs, targets=ignored, mask=targets > 99, impl="triton").any()
+
+
+@pytest.mark.parametrize("softcap", [30.0, None])
+def test_target_outside_the_vocabulary_is_nan(softcap, device):
+    """Where values are not checked beforehand, on a GPU, such a row must not pass as a score."""
+    inputs, targets = make((5, 16, 40), torch.bfloat16, device)
+    hidden, weight = (t.requires_grad_() for t in inputs.values())
+    targets[:] = torch.tensor([0, 40, -1, 2**33, -100])
+    logprob, lse, _ = softcap_logprobs(hidden, weight, targets, softcap, -100)
+    outside = torch.tensor([False, True, True, True, False], device=device)
+    assert torch.equal(logprob.isnan(), outside) and torch.equal(lse.isnan(), outside)
+    (dh,) = torch.autograd.grad(logprob.sum(), hidden)
+    assert torch.equal(dh.isnan().all(1), outside)
+
+
+@pytest.mark.parametrize("softcap", [30.0, 100.0, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nonfinite_logits(dtype, softcap, device):
+    """One logit is -inf, +inf or NaN in the first three rows; the fourth is finite."""
+    hidden = torch.tensor([[-1e30, 0.0], [1e30, 0.0], [math.nan, 0.0], [0.0, 1.0]], dtype=dtype, device=device)
+    weight = torch.zeros(140, 2, dtype=dtype, device=device)
+    weight[0, 0] = 1e30
+    weight[:, 1] = 1.0
+    targets = torch.tensor([3, 3, 3, 3], device=device)
+    ours, eager = (gk.token_logprobs(hidden, weight, targets, softcap=softcap, impl=i) for i in ("triton", "eager"))
+    torch.testing.assert_close(ours, eager, equal_nan=True)
+    assert ours[[0, 3]].isfinite().all() and ours[2].isnan()
+
+
+# ---- shapes, strides, chunks, tiles
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (2, 5), (0,), (4, 0)], ids=str)
+def test_leading_dimensions(lead, device):
+    hidden, weight = randn(*lead, 24, seed=1, device=device), randn(40, 24, seed=2, device=device)
+    targets = torch.zeros(lead, dtype=torch.int64, device=device)
+    for op in (loss_of(targets), logprobs_of(targets)):
+        ours, eager = (op(hidden, weight, impl) for impl in ("triton", "eager"))
+        torch.testing.assert_close(ours, eager)
+
+
+def test_empty_batch_has_zero_gradients(device):
+    inputs, targets = make((0, 24, 40), torch.float32, device)
+    out = gradients(partial(loss_of(targets), impl="triton"), inputs, torch.empty(0, device=device))
+    assert out["hidden"].shape == (0, 24) and out["head_weight"].shape == (40, 24)
+    assert not out["head_weight"].any()
+
+
+@pytest.mark.parametrize("layout", ["strided", "transposed", "offset"])
+def test_any_strides(layout, device):
+    """Operands that TMA cannot address are copied; gaps of the buffers are NaN."""
+    inputs, targets = make((33, 40, 130), torch.bfloat16, device)
+    change = {
+        "strided": strided,
+        "transposed": lambda t: t.T.contiguous().T,
+        "offset": lambda t: torch.cat([t.new_full((1,), math.nan), t.flatten()])[1:].view(t.shape),
+    }[layout]
+    grad = randn(33, seed=3, device=device)
+    plain, moved = (
+        gradients(partial(loss_of(t), impl="triton"), i, g)
+        for i, t, g in (
+            (inputs, targets, grad),
+            ({k: change(v) for k, v in inputs.items()}, targets.repeat_interleave(2)[::2], strided(grad)),
+        )
+    )
+    for name, value in plain.items():
+        assert torch.equal(value, moved[name])
+
+
+def test_chunks(device, monkeypatch):
+    """Rows of G at a time: another order of dW's sum, and no other difference."""
+    inputs, targets = make((300, 24, 65), torch.float32, device)
+    grad = randn(300, seed=3, device=device)
+    whole = gradients(partial(loss_of(targets), impl="triton"), inputs, grad)
+    monkeypatch.setattr(_softcap, "_CHUNK_BYTES", 128 * 65 * 4)
+    sizes = []
+
+    def spy(hidden, *args):
+        sizes.append(len(hidden))
+        return softcap_logits_grad(hidden, *args)
+
+    monkeypatch.setattr(_softcap, "softcap_logits_grad", spy)
+    chunked = gradients(partial(loss_of(targets), impl="triton"), inputs, grad)
+    assert sizes == [128, 128, 44]
+    torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tile", [(64, 64, 32), (16, 256, 16)], ids=str)
+def test_other_tiles(tile, device):
+    """Numbers do not depend on the tile beyond rounding, whichever a table holds."""
+    tile = dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), tile, strict=True)) | {"num_warps": 4, "num_stages": 2}
+    inputs, targets = make((70, 80, 300), torch.float32, device)
+    args = *inputs.values(), targets
+    outs = [torch.empty(70, 300, device=device) for _ in range(2)]
+    with poisoned():
+        results = [softcap_logprobs_fwd(*args, 30.0, -100, t) for t in (tile, None)]
+        for out, t in zip(outs, (tile, None), strict=True):
+            softcap_logits_grad(*args, *results[1][1:], *results[1][:2], 30.0, -100, out, t)
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-5)
+
+
+def test_deterministic(device):
+    inputs, targets = make((130, 64, 257), torch.bfloat16, device)
+    grad = randn(130, seed=3, device=device)
+    first, second = (gradients(partial(loss_of(targets, z_loss=0.1), impl="triton"), inputs, grad) for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(value, second[name])
+
+
+# ---- autograd and torch.compile
+
+
+def test_gradients_where_needed_only(device):
+    inputs, targets = make((33, 40, 130), torch.float32, device)
+    for op in (loss_of(targets, z_loss=0.1), logprobs_of(targets, mask=targets >= 0)):
+        full = gradients(partial(op, impl="triton"), inputs, torch.ones(33, device=device))
+        for wanted in itertools.product([False, True], repeat=2):
+            leaves = [t.clone().requires_grad_(want) for t, want in zip(inputs.values(), wanted, strict=True)]
+            out = op(*leaves, "triton")
+            assert out.requires_grad == any(wanted)
+            if any(wanted):
+                out.sum().backward()
+            for name, leaf, want in zip(inputs, leaves, wanted, strict=True):
+                assert (leaf.grad is not None) == want
+                if want:
+                    assert torch.equal(leaf.grad, full[name])
+
+
+@pytest.mark.parametrize("softcap", [30.0, None])
+def test_opcheck(softcap, device):
+    inputs, targets = make((9, 16, 40), torch.float32, device)
+    hidden, weight = inputs.values()
+    args = hidden.requires_grad_(), weight.requires_grad_(), targets, softcap, -100
+    torch.library.opcheck(torch.ops.golfgpt.softcap_logprobs, args)
+    logprob, lse, low = (t.detach() for t in softcap_logprobs(*args))
+    saved = hidden.detach(), weight.detach(), targets, lse, low, logprob, lse
+    for needs in itertools.product([False, True], repeat=2):
+        torch.library.opcheck(torch.ops.golfgpt.softcap_logprobs_backward, (*saved, softcap, -100, *needs))
+
+
+@pytest.mark.parametrize("name", ["loss", "logprobs"])
+def test_compiles_as_one_graph(name, device):
+    torch.compiler.reset()
+    inputs, targets = make((9, 16, 21), torch.float32, device)
+    op = {"loss": loss_of(targets, reduction="mean", z_loss=1e-3), "logprobs": logprobs_of(targets, mask=targets >= 0)}
+
+    def step(hidden, head_weight):
+        return (op[name](hidden * 2, head_weight, "triton") * 2).sum()
+
+    leaves = [[t.clone().requires_grad_() for t in inputs.values()] for _ in range(2)]
+    torch.compile(step, fullgraph=True, backend="aot_eager")(*leaves[0]).backward()
+    step(*leaves[1]).backward()
+    for compiled, eager in zip(*leaves, strict=True):
+        torch.testing.assert_close(compiled.grad, eager.grad)
+
+
+def test_autocast_rounds_like_linear(device):
+    inputs, targets = make((9, 16, 21), torch.float32, device)
+    for op in (loss_of(targets), logprobs_of(targets, mask=targets >= 0)):
+        with torch.autocast(device, dtype=torch.bfloat16):
+            ours, eager = (op(**inputs, impl=impl) for impl in ("triton", "eager"))
+        assert ours.dtype == eager.dtype == torch.float32
+        oracle = op(**{name: value.bfloat16().double() for name, value in inputs.items()}, impl="eager")
+        assert_within_budget(ours, eager, oracle)
+
+
+def test_backward_cost():
+    flops, moved = backward_cost(4, 8, 16)
+    assert flops == 3 * 2 * 4 * 8 * 16
+    assert moved == 2 * (3 * 4 * 16 + 3 * 4 * 8 + 2 * 16 * 8) + 4 * 16 * 8  # G and h three times, W twice, dW in fp32
