@@ -37,6 +37,9 @@ ADOPTED = (
 )  # fmt: skip
 
 
+ASKED = {case.op for case in QUICK}  # by impl="auto"
+
+
 def result_name(environment: dict) -> str:
     return f"gpu-{slug(environment)}.json"
 
@@ -127,7 +130,7 @@ def _cost(entry: dict) -> tuple[int, int]:
 
 def choice(op: str, entries: Sequence[dict]) -> str:
     """What "auto" would do with these entries alone; nothing for what it is not asked about."""
-    if op not in {case.op for case in QUICK}:
+    if op not in ASKED:
         return ""
     measured = [entry for entry in entries if entry["op"] == op and decides(entry)]
     return "triton" if measured and all(_dispatch._against_best(entry) < 1 for entry in measured) else "eager"
@@ -153,10 +156,11 @@ def picture(results: Sequence[dict], file: Path) -> None:
             panel.barh([row + 0.27 * (offset - 1) for row in range(len(names))], ratios, height=0.25, label=label)
         panel.axvline(1, color="black", linewidth=0.8)
         panel.set(xscale="log", xlabel="time / floor at the measured roofs (1 = no version is faster)")
+        panel.set_xlim(left=0.9)
         panel.set_yticks(range(len(names)), names)
         panel.invert_yaxis()
         panel.set_title(f"{result['gpu']}, torch {result['torch']}, triton {result['triton']}, {result['date']}")
-        panel.legend()
+        panel.legend(loc="lower right")
     figure.tight_layout()
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=100)
@@ -174,7 +178,7 @@ def insert(text: str, readme: Path) -> None:
 def adopt(file: Path, measured: Path = MEASURED) -> int:
     """Entries that "auto" can decide by; what was measured before for the same is replaced."""
     entries = json.loads(file.read_text(encoding="utf-8"))["entries"]
-    entries = [{name: entry[name] for name in ADOPTED} for entry in entries if decides(entry)]
+    entries = [{name: entry[name] for name in ADOPTED} for entry in entries if entry["op"] in ASKED and decides(entry)]
     write_json(measured, merged(_dispatch._read(measured), entries))
     return len(entries)
 

@@ -20,7 +20,6 @@ from golfgpt.config import (
     RuntimeConfig,
     ScheduleConfig,
 )
-from golfgpt.data.prepare import prepare
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are imported
@@ -49,6 +48,9 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     """A prepared folder: some of the standard library's source, 384 tokens, about 60 kB of it for validation."""
+    pytest.importorskip("zstandard")  # bare GPU machines lack it
+    from golfgpt.data.prepare import prepare
+
     folder = tmp_path_factory.mktemp("corpus")
     library = Path(sysconfig.get_path("stdlib"))
     files = sorted(library.glob("[a-d]*.py"))

@@ -193,6 +193,7 @@ class FakeCuda:
             "device": lambda device: nothing(),
             "stream": lambda stream: nothing(),
             "graph": self.graph,
+            "set_stream": lambda stream: None,
             "synchronize": lambda device: None,
             "is_available": lambda: True,
             "get_device_name": lambda device=None: "Fixture GPU",

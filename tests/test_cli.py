@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from golfgpt import evaluate as evaluation
 from golfgpt.cli import main
+from golfgpt.model import GPT
 
 TINY = [
     word
@@ -71,6 +74,61 @@ def test_train_eval_sample_budget_inspect_export(trained, corpus, capsys):
     assert run_json(capsys, "export", trained, "--to", "safetensors")["tensors"] == 22
     tensors = load_file(trained / "model.safetensors")
     assert tensors["blocks.1.attn.c_k.weight"].shape == (16, 32)
+
+
+def test_a_score_shows_what_was_checked(trained, capsys):
+    shown = run_json(capsys, "eval", trained, "--eval.max-tokens", "2000")["score"]["checks"]
+    assert shown["later_token_change"] == 0 and shown["windows"] > 0
+    assert main(["eval", str(trained), "--eval.max-tokens", "2000"]) == 0
+    assert "probabilities sum to 1 within" in capsys.readouterr().out
+    assert "checks" in json.loads((trained / "result.json").read_text())["score"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--eval.stride", "16", "--eval.document-aware"], ["--json"]])
+def test_a_model_that_peeks_exits_6_without_a_score(trained, capsys, monkeypatch, flags):
+    forward = GPT.forward
+
+    def peeks(self, ids, **options):
+        hidden = forward(self, ids, **options)
+        return hidden + self.tok_emb[ids.roll(-1, 1)[:, -hidden.size(1) :]]
+
+    monkeypatch.setattr(GPT, "forward", peeks)
+    assert main(["eval", str(trained), *flags]) == 6
+    out, err = capsys.readouterr()
+    assert "val_bpb" not in out + err
+    assert "the model sees ahead" in err
+
+
+def test_eval_continues_after_sigterm(trained, capsys, monkeypatch):
+    options = ["--eval.stride", "16", "--eval.batch-tokens", "1024", "--eval.max-tokens", "3000"]
+    whole = run_json(capsys, "eval", trained, *options)["score"]
+    kept = trained / "eval_partial_0.json"
+    assert not kept.exists()
+    score_windows = evaluation.score_windows
+
+    def stopped(*args):
+        for i, item in enumerate(score_windows(*args)):
+            if i == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield item
+
+    monkeypatch.setattr(evaluation, "score_windows", stopped)
+    assert main(["eval", str(trained), *options]) == 143
+    assert "stopped by SIGTERM; the same command continues" in capsys.readouterr().err
+    assert json.loads(kept.read_text())["values"][1] == 64 + 2 * 16 * 16
+    monkeypatch.undo()
+    monkeypatch.chdir(trained.parent.parent)
+    assert main(["eval", str(trained), *options]) == 0
+    out = capsys.readouterr().out
+    assert "continuing an interrupted evaluation: 576 tokens are scored already" in out
+    assert f"val_loss {whole['val_loss']:.4f}" in out
+    assert not kept.exists()
+
+
+def test_the_r4_variant_is_labelled(trained, capsys):
+    shown = run_json(capsys, "eval", trained, "--eval.stride", "16", "--eval.rule", "r4", "--eval.max-tokens", "1008")
+    assert shown["score"]["label"] == "val_bpb (first 1,008 tokens) (R4: first 48 tokens not scored)"
+    assert shown["yardsticks_bpb"] is None
 
 
 def test_budget_over_the_cap_exits_4(trained, capsys):

@@ -266,7 +266,9 @@ def test_a_token_outside_the_vocabulary_is_named(tiny, monkeypatch):
         return out
 
     monkeypatch.setattr(Dataset, "val_ids", damaged)
-    with pytest.raises(InputError, match="token 700 of the validation text is 999, outside the model's vocabulary of 384"):
+    with pytest.raises(
+        InputError, match="token 700 of the validation text is 999, outside the model's vocabulary of 384"
+    ):
         score(tiny, window=64)
 
 
@@ -281,7 +283,7 @@ def test_checks_of_an_honest_model(tiny):
     assert flat.probability_sum_error < 1e-5
     assert flat.later_token_change == flat.outside_context_change == 0
     assert flat.other_document_change is None
-    within = score(tiny, model, window=64, stride=16, document_aware=True)
+    within = score(tiny, model, window=64, stride=48, document_aware=True, max_tokens=9000)
     assert within.checks.other_document_change == 0 and "other documents change nothing" in str(within.checks)
 
 
@@ -318,7 +320,7 @@ def test_a_model_that_sees_ahead_has_no_score(tiny, monkeypatch, cheat, stride):
 
 def test_a_model_with_a_memory_has_no_score(tiny, monkeypatch):
     monkeypatch.setattr(GPT, "forward", remembers)
-    with pytest.raises(VerificationError, match="the model keeps state"):
+    with pytest.raises(VerificationError, match="no score"):
         score(tiny, lively(tiny.model), window=64, stride=16, max_tokens=500)
 
 
@@ -342,15 +344,20 @@ def test_a_gate_that_smears_across_documents_has_no_document_aware_score(tiny, g
         assert flat.checks.other_document_change is None
         if start is None:
             with pytest.raises(VerificationError, match="depends on another document"):
-                score(config, model, window=64, stride=16, document_aware=True)
+                score(config, model, window=64, stride=48, document_aware=True, max_tokens=9000)
         else:
-            assert score(config, model, window=64, stride=16, document_aware=True).checks.other_document_change == 0
+            assert (
+                score(
+                    config, model, window=64, stride=48, document_aware=True, max_tokens=9000
+                ).checks.other_document_change
+                == 0
+            )
 
 
 def test_attention_across_documents_has_no_document_aware_score(tiny, monkeypatch):
     monkeypatch.setattr(GPT, "forward", lambda self, ids, **o: FORWARD(self, ids, **(o | {"document_start": None})))
     with pytest.raises(VerificationError, match="depends on another document"):
-        score(tiny, lively(tiny.model), window=64, stride=16, document_aware=True)
+        score(tiny, lively(tiny.model), window=64, stride=48, document_aware=True, max_tokens=9000)
 
 
 def test_a_window_that_reads_what_lies_in_front_of_it_is_found(monkeypatch):
@@ -402,7 +409,7 @@ def kill(kind: int):
     return lambda: os.kill(os.getpid(), kind)
 
 
-PLAN = {"window": 64, "stride": 16, "max_tokens": 4000, "batch_tokens": 640}
+PLAN = {"window": 64, "stride": 16, "max_tokens": 2000, "batch_tokens": 640}
 
 
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
@@ -414,7 +421,7 @@ def test_an_interrupted_evaluation_continues(tiny, tmp_path, interrupted, kind):
         score(tiny, model, keep=PartialSums(tmp_path, 0, "model"), **PLAN)
     again = score(tiny, model, keep=PartialSums(tmp_path, 0, "model", said.append), **PLAN)
     assert said == [f"continuing an interrupted evaluation: {64 + 6 * 16 * 10:,} tokens are scored already"]
-    assert seen.batches == -(-(1 + (4000 - 64) // 16) // 10) + 1 - 7
+    assert seen.batches == -(-(2000 - 64) // 160) + 1 - 7
     assert (again.nats, again.tokens, again.bytes) == (whole.nats, whole.tokens, whole.bytes)
     assert not list(tmp_path.iterdir()), "the file goes with the finished score"
 
@@ -429,16 +436,18 @@ def test_ctrl_c_and_running_out_of_memory_keep_the_sums(tiny, tmp_path, interrup
             score(tiny, lively(tiny.model), keep=PartialSums(tmp_path, 0, "model"), **PLAN)
         stored = json.loads((tmp_path / "eval_partial_0.json").read_text())
         assert stored["next"] == 21 and stored["values"][1] == 64 + 20 * 16
-        smaller = score(tiny, lively(tiny.model), keep=PartialSums(tmp_path, 0, "model"), **(PLAN | {"batch_tokens": 64}))
+        smaller = score(
+            tiny, lively(tiny.model), keep=PartialSums(tmp_path, 0, "model"), **(PLAN | {"batch_tokens": 64})
+        )
         assert smaller.nats == pytest.approx(score(tiny, lively(tiny.model), **PLAN).nats, rel=1e-7)
 
 
 @pytest.mark.parametrize(
     ("model", "plan", "why"),
     [
-        ("other", {}, r"is of another evaluation \(model changed\)"),
-        ("model", {"stride": 32}, r"is of another evaluation \(stride changed\)"),
-        ("model", {"document_aware": True}, r"is of another evaluation \(document_start changed\)"),
+        ("other", {}, "is of another evaluation (model changed)"),
+        ("model", {"stride": 32}, "is of another evaluation (stride changed)"),
+        ("model", {"document_aware": True}, "is of another evaluation (document_start changed)"),
         (None, {}, "is damaged"),
     ],
 )
@@ -450,8 +459,7 @@ def test_another_evaluation_starts_over(tiny, tmp_path, interrupted, model, plan
         (tmp_path / "eval_partial_0.json").write_text('{"key": 3')
     said = []
     got = score(tiny, lively(tiny.model), keep=PartialSums(tmp_path, 0, model or "model", said.append), **(PLAN | plan))
-    assert len(said) == 1 and pytest.raises(AssertionError, match=why) and __import__("re").search(why, said[0])
-    assert said[0].endswith("starting over")
+    assert len(said) == 1 and said[0].endswith(f"{why}: starting over")
     assert got.nats == score(tiny, lively(tiny.model), **(PLAN | plan)).nats
 
 
@@ -461,7 +469,7 @@ def test_sums_are_saved_as_time_goes_by(tiny, tmp_path, interrupted, monkeypatch
     files = []
     interrupted(5, lambda: files.append(json.loads((tmp_path / "eval_partial_0.json").read_text())))
     score(tiny, lively(tiny.model), keep=PartialSums(tmp_path, 0, "model"), **PLAN)
-    assert files[0]["next"] == 31  # four of the five batches are in
+    assert files[0]["next"] == 1 + 4 * 10
 
 
 def test_a_folder_that_cannot_be_written_is_a_warning(tiny, tmp_path, interrupted):
@@ -479,6 +487,6 @@ def test_the_progress_line(tiny, monkeypatch):
     config = replace(tiny, eval=EvalConfig(**PLAN))
     dataset = Dataset.open(tiny.data.path)
     got = evaluate(lively(tiny.model), dataset, config, CPU, dtype=torch.float32, progress=lines.append)
-    assert lines[0].startswith("64 of 4,000 tokens, ") and lines[0].endswith(" s left")
-    assert lines[-1].startswith(f"4,000 of 4,000 tokens, {got.val_bpb:.4f} bits per byte so far, ")
+    assert lines[0].startswith("64 of 2,000 tokens, ") and lines[0].endswith(" s left")
+    assert lines[-1].startswith(f"2,000 of 2,000 tokens, {got.val_bpb:.4f} bits per byte so far, ")
     assert lines[-1].endswith(" tokens/s, 0 s left")

@@ -226,12 +226,14 @@ def test_leading_dimensions(lead, form, device):
 def test_opcheck(kernel, device):
     w, x = hard_rows(24, device=device), randn(5, 24, seed=1, device=device)
     for weight in (w, w.T, w[None]):
-        options = dict(DEFAULTS, bits=6, codes_dtype=torch.int8, kernel=kernel, clip="quantile", group_size=4)
+        options = dict(DEFAULTS, bits=6, codes_dtype=torch.int8, by_kernel=kernel, clip="quantile", group_size=4)
         torch.library.opcheck(torch.ops.golfgpt.quantize_rows, (weight,), options)
     outs = [torch.empty_like(w, dtype=torch.bfloat16), torch.empty(24, 8, device=device).T]
-    torch.library.opcheck(torch.ops.golfgpt.fake_quantize_, ([w, w], outs, [6, 5], None), dict(DEFAULTS, kernel=kernel))
+    torch.library.opcheck(
+        torch.ops.golfgpt.fake_quantize_, ([w, w], outs, [6, 5], None), dict(DEFAULTS, by_kernel=kernel)
+    )
     if kernel:
-        codes, scale = torch.ops.golfgpt.quantize_rows(w, **DEFAULTS, bits=6, codes_dtype=torch.float32, kernel=True)
+        codes, scale = torch.ops.golfgpt.quantize_rows(w, **DEFAULTS, bits=6, codes_dtype=torch.float32, by_kernel=True)
         args = x.requires_grad_(), w.clone().requires_grad_(), codes, scale
         torch.library.opcheck(torch.ops.golfgpt.codes_linear, args)
 
@@ -249,6 +251,20 @@ def test_compiles_as_one_graph(form, device):
     step(*leaves[1]).backward()
     for compiled, eager in zip(*leaves, strict=True):
         torch.testing.assert_close(compiled.grad, eager.grad)
+
+
+@pytest.mark.slow
+def test_inductor_compiles_the_quantizer(device):
+    """Inductor's own keyword arguments must not collide with the op's."""
+    torch.compiler.reset()
+    x, w = randn(9, 16, seed=1, device=device), randn(24, 16, seed=2, device=device)
+    for impl in ("eager", "triton"):
+        compiled = torch.compile(lambda x, w, impl=impl: gk.fake_quant_linear(x, w, bits=6, impl=impl), fullgraph=True)
+        torch.testing.assert_close(compiled(x, w), fake_quant_linear_ref(x, w, bits=6))
+        codes, scale = torch.compile(lambda w, impl=impl: gk.quantize_rows(w, bits=6, impl=impl), fullgraph=True)(w)
+        assert torch.equal(codes, quantize_rows_ref(w, bits=6)[0]) and torch.equal(
+            scale, quantize_rows_ref(w, bits=6)[1]
+        )
 
 
 def test_autocast_rounds_like_linear(device):

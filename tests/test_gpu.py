@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+pytest.importorskip("zstandard")  # bare GPU machines lack it
+
 from golfgpt.attention import select_backend
 from golfgpt.data.shards import Dataset
 from golfgpt.distributed import Ranks

@@ -63,6 +63,8 @@ def implementation(op: str, device: torch.device, dtype: torch.dtype) -> tuple[s
     gpu = f"{torch.cuda.get_device_name(device)} (sm_{compute_capability(device)})"
     if entries := _measurements(op, device, dtype):
         worst = max(entries, key=_against_best)
+        if not worst["correct"]:
+            return "eager", f"{worst['gpu']}, {worst['date']}: the kernel failed its check"
         ratio = f"at worst {_against_best(worst):.2f} x the faster of eager and torch.compile"
         return ("triton" if _against_best(worst) < 1 else "eager"), f"{worst['gpu']}, {worst['date']}: {ratio}"
     return "eager", f"the kernel was never measured on {gpu}; `python -m bench.tune --quick` does"
@@ -93,9 +95,9 @@ def _least_rows_said(op: str, device: torch.device, dtype: torch.dtype) -> int |
 
 
 def _against_best(entry: dict) -> float:
-    """The kernel's time over the better of eager's and torch.compile's; infinite where it failed its check."""
+    """The kernel's time over the best other column (eager, torch.compile, another form); infinite if it is wrong."""
     us = entry["us"]
-    return us["triton"] / min(us["eager"], us["compile"]) if entry["correct"] else float("inf")
+    return us["triton"] / min(us[column] for column in us if column != "triton") if entry["correct"] else float("inf")
 
 
 def _measurements(op: str, device: torch.device, dtype: torch.dtype) -> list[dict]:

@@ -368,10 +368,12 @@ def codes_linear(x: Tensor, codes: Tensor, scale: Tensor, tile: dict | None = No
 # ---- custom ops
 
 
-def _quantize_op(w: Tensor, *, bits: int, codes_dtype: torch.dtype, kernel: bool, **options) -> tuple[Tensor, Tensor]:
+def _quantize_op(
+    w: Tensor, *, bits: int, codes_dtype: torch.dtype, by_kernel: bool, **options
+) -> tuple[Tensor, Tensor]:
     """One opaque op, under torch.compile too: Inductor drops the round trip of the scale through fp16 and may divide
     approximately, and then training would not see the weights that are exported."""
-    if not kernel:
+    if not by_kernel:
         codes, scale = quantize_rows_ref(w, bits=bits, **options)
         return codes.to(codes_dtype), scale
     codes, scale = _empty_codes(w, codes_dtype, options["scale_dtype"], options["group_size"])
@@ -389,7 +391,7 @@ _quantize = torch.library.custom_op(
     "golfgpt::quantize_rows",
     _quantize_op,
     mutates_args=(),
-    schema=f"(Tensor w, *, int bits, ScalarType codes_dtype, bool kernel, {_OPTIONS}) -> (Tensor, Tensor)",
+    schema=f"(Tensor w, *, int bits, ScalarType codes_dtype, bool by_kernel, {_OPTIONS}) -> (Tensor, Tensor)",
 )
 
 
@@ -399,9 +401,9 @@ def _(w, *, codes_dtype, scale_dtype, group_size, **_options):
 
 
 def _fake_quantize_op(
-    ws: list[Tensor], outs: list[Tensor], bits: list[int], enabled: Tensor | None, *, kernel: bool, **options
+    ws: list[Tensor], outs: list[Tensor], bits: list[int], enabled: Tensor | None, *, by_kernel: bool, **options
 ) -> None:
-    if kernel:
+    if by_kernel:
         direct = [out if out.is_contiguous() else out.new_empty(out.shape) for out in outs]
         quantize_matrices([w.contiguous() for w in ws], direct, None, bits, enabled, **options)
     else:
@@ -418,7 +420,7 @@ _fake_quantize = torch.library.custom_op(
     "golfgpt::fake_quantize_",
     _fake_quantize_op,
     mutates_args=("outs",),
-    schema=f"(Tensor[] ws, Tensor(a!)[] outs, int[] bits, Tensor? enabled, *, bool kernel, {_OPTIONS}) -> ()",
+    schema=f"(Tensor[] ws, Tensor(a!)[] outs, int[] bits, Tensor? enabled, *, bool by_kernel, {_OPTIONS}) -> ()",
 )
 
 
@@ -480,7 +482,7 @@ def quantize_rows(
     )  # fmt: skip
     _check("quantize_rows", w, bits=bits, **options)
     kernel = _runs_triton("quantize_rows", impl, w, scale_dtype)
-    return _quantize(w.detach(), bits=bits, codes_dtype=torch.int8, kernel=kernel, **options)
+    return _quantize(w.detach(), bits=bits, codes_dtype=torch.int8, by_kernel=kernel, **options)
 
 
 def dequantize_rows(
@@ -573,7 +575,7 @@ def fake_quantize_banks(
     if ws:
         kernel = _runs_triton("fake_quantize_rows", impl, ws[0], scale_dtype)
         with torch.no_grad():
-            _fake_quantize([w.detach() for w in ws], list(outs), bits, enabled, kernel=kernel, **options)
+            _fake_quantize([w.detach() for w in ws], list(outs), bits, enabled, by_kernel=kernel, **options)
 
 
 def fake_quant_linear(
@@ -609,10 +611,10 @@ def fake_quant_linear(
     x, lead = autocast(x), x.shape[:-1]
     codes_kernel = form != "shadow" and per_row and _runs_triton("codes_linear", impl, x, scale_dtype, lead.numel())
     if codes_kernel and (form == "codes" or impl == "auto"):
-        codes, scale = _quantize(w.detach(), bits=bits, codes_dtype=x.dtype, kernel=True, **options)
+        codes, scale = _quantize(w.detach(), bits=bits, codes_dtype=x.dtype, by_kernel=True, **options)
         return _codes_linear(x.reshape(lead.numel(), x.shape[-1]), w, codes, scale).reshape(*lead, w.shape[0])
     if form == "codes":
-        codes, scale = _quantize(w.detach(), bits=bits, codes_dtype=torch.int8, kernel=False, **options)
+        codes, scale = _quantize(w.detach(), bits=bits, codes_dtype=torch.int8, by_kernel=False, **options)
         return _CodesLinear.apply(x, w, codes, scale)
     kernel = _runs_triton("fake_quantize_rows", impl, w, scale_dtype)
     return F.linear(x, _StraightThrough.apply(w, _decoded(w, x.dtype, bits, enabled, kernel, options)))
@@ -621,7 +623,7 @@ def fake_quant_linear(
 def _decoded(w: Tensor, dtype: torch.dtype, bits: int, enabled: Tensor | None, kernel: bool, options: dict) -> Tensor:
     """ŵ in `dtype`, without gradient."""
     out = w.new_empty(w.shape, dtype=dtype)
-    _fake_quantize([w.detach()], [out], [bits], enabled, kernel=kernel, **options)
+    _fake_quantize([w.detach()], [out], [bits], enabled, by_kernel=kernel, **options)
     return out
 
 

@@ -158,8 +158,8 @@ def prepare(function: Callable[[Inputs], object], sets: Sequence[Inputs], device
         return _clocked(function, sets)
     # Warmed up and captured on one stream: autograd remembers the stream that a leaf was used on, and a capture may
     # not wait for another. Three rounds: compilation of forward and backward, cuBLAS workspaces, module loads.
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
+    stream, before = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(before)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     with torch.cuda.device(device), torch.cuda.stream(stream):
         for _ in range(3):
@@ -178,6 +178,7 @@ def prepare(function: Callable[[Inputs], object], sets: Sequence[Inputs], device
     except TimeoutError:
         raise
     except Exception as error:  # whatever an op does that a graph does not allow
+        torch.cuda.set_stream(before)  # a capture that fails to end leaves its own
         rounds, how = 1, f"timed without a CUDA graph: {type(error).__name__}: {error}"
 
         def replay() -> None:
