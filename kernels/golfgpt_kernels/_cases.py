@@ -265,7 +265,7 @@ def newton_schulz_case(batch: int, m: int, n: int) -> Case:
     return Case(
         op="newton_schulz", rows=batch * m, shape=(batch, m, n), call=call,
         draw=lambda r, rows: {"x": r.normal(max(1, rows // m), m, n)},
-        cost=newton_schulz_cost(batch, m, n, io_itemsize=2),
+        cost=newton_schulz_cost(batch, m, n, io_itemsize=2, symmetric=True),
     )  # fmt: skip
 
 

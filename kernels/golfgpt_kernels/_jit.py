@@ -53,8 +53,8 @@ def narrow(x, DTYPE: tl.constexpr):
     """fp32 -> DTYPE, rounded half to even."""
     if INTERPRET and tl.bfloat16 == DTYPE:
         bits = x.to(tl.uint32, bitcast=True)
-        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-        x = tl.where(x == x, rounded, x)
+        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)  # the cast would flush subnormal numbers
     return x.to(DTYPE)
 
 

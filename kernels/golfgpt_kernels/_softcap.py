@@ -60,8 +60,8 @@ _FWD_TILES = TileTable(
     "softcap_logprobs_fwd",
     "rows",
     *_INTERPRETED,
-    gemm_tile(80, 2, 128, 128, 32, 8, 3),
-    gemm_tile(80, 4, 64, 64, 16, 8, 3),
+    gemm_tile(80, 2, 128, 64, 32, 8, 3),
+    gemm_tile(80, 4, 64, 64, 16, 8, 2),
     # Up to 16,384 rows, blocks of 128 would be one program per multiprocessor or less. A row's sum has the same order.
     replace(gemm_tile(90, 2, 64, 128, 64, 4, 3), max_size=16_384),
     gemm_tile(90, 2, 128, 128, 64, 8, 3),
@@ -71,8 +71,8 @@ _GRAD_TILES = TileTable(
     "softcap_logits_grad",
     "rows",
     *_INTERPRETED,
-    gemm_tile(80, 2, 128, 128, 32, 8, 3),
-    gemm_tile(80, 4, 64, 64, 16, 8, 3),
+    gemm_tile(80, 2, 128, 64, 32, 8, 3),
+    gemm_tile(80, 4, 64, 64, 16, 8, 2),
     gemm_tile(90, 2, 128, 128, 64, 8, 3),
     gemm_tile(90, 4, 64, 64, 32, 8, 2),
 )

@@ -22,9 +22,9 @@ _DW_TILES = TileTable(
     "rows",
     *INTERPRETED_GEMM,
     gemm_tile(80, 2, 128, 128, 32, 8, 3),
-    gemm_tile(80, 4, 64, 64, 32, 4, 2),
+    gemm_tile(80, 4, 64, 64, 16, 8, 2),
     gemm_tile(90, 2, 128, 256, 64, 8, 3),
-    gemm_tile(90, 4, 64, 64, 32, 4, 3),
+    gemm_tile(90, 4, 64, 64, 16, 8, 3),
 )
 
 
