@@ -77,6 +77,7 @@ class Checks:
             f"checked on {self.windows} windows: probabilities sum to 1 within {self.probability_sum_error:.1e}; "
             f"{', '.join(what[:-1])} and {what[-1]} change {'nothing' if worst == 0 else f'at most {worst:.1e} nats'}"
             f" ({self.comparisons:,} comparisons); {self.min_context:,} to {self.max_context:,} tokens of context"
+            f"{'' if self.other_document_change is None else ', fewer where the document starts later'}"
         )
 
 

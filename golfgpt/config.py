@@ -293,8 +293,9 @@ class EvalConfig:
     stride: int | None = None
     """Tokens between window starts; None: the window (chunks). Each token then has window - stride or more
     tokens of context, except near the start of the text."""
-    batch_tokens: int = 65_536
-    """Tokens per forward pass on one rank; fewer need less memory. The score does not depend on it beyond rounding."""
+    batch_tokens: int | None = None
+    """Tokens per forward pass on one rank; None: 65,536 on a GPU, 16,384 on a CPU. Fewer need less memory; the score
+    does not depend on it beyond rounding."""
     max_tokens: int | None = None
     """Score only this many leading tokens; the result is then labelled a partial score."""
     document_aware: bool = False

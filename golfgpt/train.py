@@ -19,7 +19,7 @@ from golfgpt.data.shards import Dataset
 from golfgpt.data.yardsticks import yardsticks
 from golfgpt.distributed import Ranks
 from golfgpt.errors import BudgetError, GolfError, InputError, Interrupted, NonFiniteError
-from golfgpt.evaluate import Score, evaluate, plan_windows
+from golfgpt.evaluate import PartialSums, Score, evaluate, plan_windows
 from golfgpt.files import sha256_file, write_json
 from golfgpt.quant import Quantizer
 from golfgpt.report import budget_lines, score_lines, table, tensor_table
@@ -333,7 +333,7 @@ class _Run:
             self.reporter.metric("checkpoint", step=self.step, projected_artifact_bytes=projected)
             return True
 
-    def score(self, status: str, eval: EvalConfig) -> Score:
+    def score(self, status: str, eval: EvalConfig, keep: PartialSums | None = None) -> Score:
         """Score the model as it is."""
         return evaluate(
             self.trainer.model,
@@ -342,6 +342,7 @@ class _Run:
             self.ranks,
             dtype=self.trainer.dtype,
             progress=lambda text: self.reporter.status(f"{status}: {text}"),
+            keep=keep,
         )
 
     def validate(self) -> None:
@@ -374,7 +375,9 @@ class _Run:
         with self.ledger.phase("eval"):
             for p in t.model.parameters():
                 self.ranks.broadcast_(p.data)
-            score = self.score("scoring model.golf", c.eval)
+            digest = self.ranks.share(sha256_file(self.path / "model.golf") if self.ranks.main else None)
+            keep = PartialSums(self.path, self.ranks.rank, digest, self.reporter.line)
+            score = self.score("scoring model.golf", c.eval, keep)
         if not self.folder:
             return {}
         stage = f"final_int{c.quant.bits}_{info.compressor}_roundtrip"
