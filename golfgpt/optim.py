@@ -55,10 +55,12 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, group: dict) -> None:
-        super().add_param_group(group)
-        for p in self.param_groups[-1]["params"]:
+        params = group["params"]
+        group = {**group, "params": [params] if isinstance(params, Tensor) else list(params)}
+        for p in group["params"]:
             if p.ndim < 2:
                 raise ValueError(f"Muon takes matrices or banks of matrices, got shape {tuple(p.shape)}")
+        super().add_param_group(group)
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None, *, ok: Tensor | None = None):
@@ -71,9 +73,9 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None and p.numel()]
         if grads and ok is None:
-            ok = torch.stack(torch._foreach_norm(grads)).isfinite().all()
+            ok = torch.stack(torch._foreach_norm(grads, float("inf"))).isfinite().all()  # a 2-norm may overflow
             if ok.device.type == "cpu":
                 if not ok:
                     bad = next(tuple(g.shape) for g in grads if not g.isfinite().all())
@@ -82,9 +84,9 @@ class Muon(torch.optim.Optimizer):
                     )
                 ok = None
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                self._step(group, params, ok)
+            params = [p for p in group["params"] if p.grad is not None and p.numel()]
+            for kind in {(p.dtype, p.grad.dtype): None for p in params}:
+                self._step(group, [p for p in params if (p.dtype, p.grad.dtype) == kind], ok)
         return loss
 
     def _step(self, group: dict, params: list[nn.Parameter], ok: Tensor | None) -> None:
@@ -118,7 +120,7 @@ class Muon(torch.optim.Optimizer):
             o = newton_schulz(batch, steps=group["ns_steps"], dtype=self.dtype, impl=self.impl)
             parts = o.split([p.numel() // (p.size(-2) * p.size(-1)) for p in members])
             for part, p in zip(parts, members, strict=True):
-                part = part.view(p.shape)
+                part = part.contiguous().view(p.shape)
                 orthogonal.append(
                     self._equalize(p, part, group["variance_beta"], ok) if group["variance_beta"] else part
                 )
@@ -139,7 +141,7 @@ class Muon(torch.optim.Optimizer):
         state = self.state[p]
         if "row_variance" not in state:
             state["row_variance"] = torch.zeros(*p.shape[:-1], 1, device=p.device)
-        variance = state["row_variance"].lerp(o.float().square().mean(-1, keepdim=True), 1 - beta)
+        variance = state["row_variance"].float().lerp(o.float().square().mean(-1, keepdim=True), 1 - beta)
         state["row_variance"].copy_(variance if ok is None else torch.where(ok, variance, state["row_variance"]))
         scaled = o * variance.clamp_min(1e-10).rsqrt()
         norms = [torch.linalg.matrix_norm(x.float()) for x in (o, scaled)]
@@ -223,14 +225,24 @@ class Optimizers:
         """
         if not self._scalars.is_cuda:
             raise RuntimeError("a CUDA graph needs parameters on a GPU")
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        self._graph = None
+        addresses = self._addresses()
+        if None in (address for addresses_of in addresses for address in addresses_of):
+            raise RuntimeError("take a step before the capture: some parameter has no gradient or no state yet")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             self._step()
-        self._captured = self._addresses()
+        self._graph, self._captured = graph, addresses
 
-    def _addresses(self) -> list[tuple[int, int]]:
-        groups = (*self.adam.param_groups, *self.muon.param_groups)
-        return [(p.data_ptr(), p.grad.data_ptr()) for group in groups for p in group["params"]]
+    def _addresses(self) -> list[tuple[int | None, ...]]:
+        """Where each parameter, its gradient and its state lie; None for what is missing."""
+        return [
+            (p.data_ptr(), None if p.grad is None else p.grad.data_ptr())
+            + (tuple(value.data_ptr() for _, value in sorted(optimizer.state[p].items())) or (None,))
+            for optimizer in (self.adam, self.muon)
+            for group in optimizer.param_groups
+            for p in group["params"]
+        ]
 
     def state(self) -> dict[str, Tensor]:
         """State tensors by 'parameter.key', for a checkpoint; empty before the first step. The same for any number of
@@ -272,8 +284,14 @@ class Optimizers:
             prefix = self._names[p] + "."
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         stack = next(stack for stack in self._flat.stacks if stack.shard is p)
-        keys = {k.removeprefix(f"{stack.names[0]}.") for k in tensors if k.startswith(f"{stack.names[0]}.")}
-        return {
-            key: self._flat.scatter(stack, {name: tensors[f"{name}.{key}"].to(p.device) for name in stack.names})
-            for key in keys
-        }
+        banks = {name: self._parameters[name] for name in stack.names}
+        found: dict[str, dict[str, Tensor]] = {}
+        for name in banks:
+            for key, value in tensors.items():
+                if key.startswith(name + "."):
+                    found.setdefault(key.removeprefix(name + "."), {})[name] = value.to(p.device)
+        for values in found.values():
+            width = next(iter(values.values())).shape[-1]
+            for name in banks.keys() - values.keys():
+                values[name] = torch.zeros(*banks[name].shape[:-1], width, device=p.device)
+        return {key: self._flat.scatter(stack, values) for key, values in found.items()}

@@ -184,9 +184,10 @@ class _Run:
         say(f"world_size:{self.ranks.world} spans:{c.data.spans} microbatch_tokens:{micro}")
         say(f"device:{self.ranks.device} dtype:{t.dtype} compile:{t.compiled} threads:{torch.get_num_threads()}")
         say(f"attention:{backend}" + "".join(f" ({name}: {why})" for name, why in refused.items()))
-        ops = ("relu2_mlp", "softcap_cross_entropy", "newton_schulz", "muon_momentum_", "muon_update_")
-        for op in ops:
-            say("kernel:{}: {} ({})".format(op, *implementation(op, self.ranks.device, t.dtype)))
+        compute = dict.fromkeys(("relu2_mlp", "softcap_cross_entropy", "token_logprobs"), t.dtype)
+        update = {"newton_schulz": torch.bfloat16, "muon_momentum_": torch.float32, "muon_update_": torch.float32}
+        for op, dtype in (compute | update).items():
+            say("kernel:{}: {} ({})".format(op, *implementation(op, self.ranks.device, dtype)))
         say(
             f"train_batch_tokens:{c.data.batch_tokens} train_seq_len:{c.data.seq_len} "
             f"iterations:{c.schedule.max_steps} max_wallclock_seconds:{cap} seed:{c.seed}"

@@ -128,7 +128,10 @@ class Trainer:
 
     def _culprit(self, result: StepResult) -> str:
         grads = to_upstream({name: p.grad for name, p in self.model.named_parameters()})
-        bad = [name for name, grad in grads.items() if not torch.isfinite(grad).all()]
+        # Sharded, a rank sees the sum of its own share only: whoever sees a bad one tells the others.
+        flags = torch.stack([~torch.isfinite(grad).all() for grad in grads.values()]).float()
+        flags = self.ranks.sum_(flags).tolist()
+        bad = [name for name, flag in zip(grads, flags, strict=True) if flag]
         loss = "" if math.isfinite(result.loss) else f"the loss ({result.loss})"
         grad = f"the gradient of {bad[0]} ({len(bad)} of {len(grads)} tensors)" if bad else ""
         return " and ".join(filter(None, (loss, grad))) or f"the gradient norm ({result.grad_norm})"

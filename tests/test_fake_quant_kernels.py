@@ -267,6 +267,25 @@ def test_inductor_compiles_the_quantizer(device):
         )
 
 
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+def test_codes_form_in_fp16_autocast_and_without_batch(impl, device):
+    """Codes are not scaled yet when they are summed: 1024 x 127 exceeds fp16."""
+    x, w = torch.ones(1024, device=device), torch.ones(8, 1024, device=device, requires_grad=True)
+    with torch.autocast(device, dtype=torch.float16):
+        y = gk.fake_quant_linear(x, w, bits=8, form="codes", impl=impl)
+    assert torch.equal(y, torch.full_like(y, 1024))
+    y.sum().backward()
+    assert torch.equal(w.grad, torch.ones_like(w))
+
+
+def test_result_may_be_changed_in_place(device):
+    """A ragged width has padded rows; a view would refuse."""
+    x, w = randn(6, 24, seed=1, device=device), randn(9, 24, seed=2, device=device).requires_grad_()
+    y = gk.fake_quant_linear(x, w, bits=6, form="codes", impl="triton")
+    y += 1
+    torch.testing.assert_close(y, fake_quant_linear_ref(x, w, bits=6, form="codes") + 1)
+
+
 def test_autocast_rounds_like_linear(device):
     x, w = randn(9, 16, seed=1, device=device), randn(24, 16, seed=2, device=device)
     with torch.autocast(device, dtype=torch.bfloat16):

@@ -220,6 +220,22 @@ def test_refuses_vectors_and_skips_frozen():
     assert torch.equal(frozen, torch.ones(3, 4)) and not torch.equal(live, torch.ones(3, 4))
 
 
+def test_large_finite_gradients_and_odd_parameters():
+    """A 2-norm would overflow; an empty bank and a second dtype are stepped over and apart; a bias leaves no group."""
+    big, empty = torch.nn.Parameter(torch.zeros(8, 12)), torch.nn.Parameter(torch.zeros(0, 4, 4))
+    half = torch.nn.Parameter(torch.zeros(8, 12, dtype=torch.bfloat16))
+    optimizer = Muon([big, empty, half], lr=0.1, impl="triton", variance_beta=0.9)
+    for p in (big, empty, half):
+        p.grad = torch.full_like(p, 1e30)
+    optimizer.step()
+    assert big.any() and half.any()
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    optimizer.step()
+    with pytest.raises(ValueError, match="got shape"):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(4))]})
+    assert len(optimizer.param_groups) == 1
+
+
 def test_torch_state_dict_round_trip():
     params, again = parameters(), parameters()
     state = copy.deepcopy(run(params, variance_beta=0.9).state_dict())
@@ -246,6 +262,10 @@ def test_capture_needs_a_gpu_and_notices_changes():
     with pytest.raises(RuntimeError, match="needs parameters on a GPU"):
         optimizers.capture()
     optimizers._graph, optimizers._captured = object(), optimizers._addresses()
+    model.c_q.grad, kept = None, model.c_q.grad
+    with pytest.raises(RuntimeError, match="changed after the step was captured"):
+        optimizers.step(1.0, 0.9)
+    model.c_q.grad = kept
     extra = torch.nn.Parameter(torch.zeros(3, 4))
     extra.grad = torch.zeros(3, 4)
     optimizers.muon.add_param_group({"params": [extra]})
@@ -296,6 +316,9 @@ def train_on(ranks, sharded):
     again.load_state(state)
     restored = again.state()
     assert all(torch.equal(value, restored[key]) for key, value in state.items())
+    again.load_state({key: value for key, value in state.items() if not key.startswith("c_q.momentum")})
+    partial = again.state()
+    assert not partial["c_q.momentum_buffer"].any() and partial["attn_proj.momentum_buffer"].any()
     return weights, norms, state
 
 

@@ -60,6 +60,12 @@ def test_correct_results_pass():
     assert budget_violation(EAGER[:0], EAGER[:0], ORACLE[:0]) is None
 
 
+def test_a_rival_that_is_not_finite_sets_no_budget():
+    broken = EAGER.clone()
+    broken[0, 0] = float("nan")
+    assert "eager is not finite" in budget_violation(kernel(), broken, ORACLE)
+
+
 def test_violation_names_the_place():
     y = kernel()
     y[3, 5] += 100

@@ -66,7 +66,7 @@ def halves(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 def dot_precision(dtype: torch.dtype) -> str:
     """How fp32 operands are multiplied: as torch's own matmuls are told to (torch.set_float32_matmul_precision)."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def launch(kernel, grid: Sequence[int], device: torch.device, *args, **options) -> None:
@@ -94,9 +94,13 @@ def empty_rows(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -
     align = 16 // dtype.itemsize
     width = -(-shape[-1] // align) * align
     rows = torch.empty((*shape[:-1], width), dtype=dtype, device=device)
-    if width != shape[-1]:
-        rows[..., shape[-1] :] = 0
-    return rows[..., : shape[-1]]
+    if width == shape[-1]:
+        return rows
+    if type(rows) is not Tensor:  # traced without memory
+        return torch.empty_strided(shape, rows.stride(), dtype=dtype, device=device)
+    rows[..., shape[-1] :] = 0
+    # Not a slice: autograd refuses to change a view in place that a custom op returned.
+    return torch.empty(0, dtype=dtype, device=device).set_(rows.untyped_storage(), 0, tuple(shape), rows.stride())
 
 
 def _addressable(tensor: Tensor) -> bool:

@@ -47,7 +47,7 @@ def row_constants(
     codes_from: str,
 ) -> tuple[tuple, dict]:
     """Runtime arguments (qmax and the quantile's fraction per matrix, the floor), and constexprs, of the quantizer."""
-    ranks = [torch.full((), CLIP_QUANTILE, dtype=torch.float32) * (n - 1) for n in cols]
+    ranks = [torch.full((), CLIP_QUANTILE, dtype=torch.float32, device="cpu") * (n - 1) for n in cols]
     info = torch.finfo(scale_dtype)
     numbers = (
         tuple(float(2 ** (n - 1) - 1) for n in bits),

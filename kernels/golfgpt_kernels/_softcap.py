@@ -102,6 +102,28 @@ def _remainder(u, softcap):
 
 
 @jit
+def _accumulate(
+    u, columns, column, logit, total, top, softcap, V,
+    CAPPED: tl.constexpr, BOUNDED: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """The target's u, Σ exp(z - top) and top, after the columns of u. BOUNDED: top stands for the cap, and is not used."""
+    logit += tl.sum(tl.where(columns[None, :] == column[:, None], u, 0.0), 1)
+    if BOUNDED:
+        e = tl.exp2(_remainder(u, softcap) * (-2.8853900817779268 * softcap))
+        if RAGGED:
+            e = tl.where(columns[None, :] < V, e, 0.0)
+    else:
+        z = softcap * _tanh(u / softcap) if CAPPED else u
+        if RAGGED:
+            z = tl.where(columns[None, :] < V, z, -float("inf"))
+        above = tl.maximum(top, tl.max(z, 1))
+        total *= tl.exp(top - above)
+        top = above
+        e = tl.exp(z - top[:, None])
+    return logit, total + tl.sum(e, 1), top
+
+
+@jit
 def _softcap_logprobs_fwd_kernel(
     h_desc, w_desc, targets_ptr, logprob_ptr, lse_ptr, low_ptr, softcap,
     M, V, D, ignore_index,
@@ -116,25 +138,15 @@ def _softcap_logprobs_fwd_kernel(
     logit = tl.zeros((BLOCK_M,), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     top = tl.full((BLOCK_M,), -3.4e38, tl.float32)  # finite, so that logits of -inf leave no inf - inf
-    for v in tl.range(0, V, BLOCK_N, disable_licm=True):
+    for v in tl.range(0, V, BLOCK_N):
         u = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in tl.range(0, D, BLOCK_K):
             u = dot(h_desc.load([m, k]), w_desc.load([v, k]).T, u, PRECISION)
-        columns = v + tl.arange(0, BLOCK_N)[None, :]
-        logit += tl.sum(tl.where(columns == column[:, None], u, 0.0), 1)
-        if BOUNDED:
-            e = tl.exp2(_remainder(u, softcap) * (-2.8853900817779268 * softcap))
-            if RAGGED:
-                e = tl.where(columns < V, e, 0.0)
-        else:
-            z = softcap * _tanh(u / softcap) if CAPPED else u
-            if RAGGED:
-                z = tl.where(columns < V, z, -float("inf"))
-            above = tl.maximum(top, tl.max(z, 1))
-            total *= tl.exp(top - above)
-            top = above
-            e = tl.exp(z - top[:, None])
-        total += tl.sum(e, 1)
+        left, right = halves(u, BLOCK_M, BLOCK_N)
+        columns = v + tl.arange(0, BLOCK_N // 2)
+        logit, total, top = _accumulate(left, columns, column, logit, total, top, softcap, V, CAPPED, BOUNDED, RAGGED)
+        columns += BLOCK_N // 2
+        logit, total, top = _accumulate(right, columns, column, logit, total, top, softcap, V, CAPPED, BOUNDED, RAGGED)
     z = softcap * _tanh(logit / softcap) if CAPPED else logit
     if BOUNDED:
         lse = tl.log(total * tl.exp(softcap))

@@ -36,8 +36,13 @@ class TileTable:
         TABLES[kernel] = self
 
     def select(self, device: torch.device, dtype: torch.dtype, size: int) -> Mapping[str, int]:
-        """Of the newest architecture that `device` reaches, the tile of the smallest bucket that holds `size`."""
-        reached = [t for t in self.tiles if t.sm <= compute_capability(device) and t.itemsize == dtype.itemsize]
+        """Of the newest architecture that `device` reaches, the tile of the smallest bucket that holds `size`.
+
+        Consumer Blackwell (sm_120) has the 99 KB of shared memory of sm_86 and gets the tiles of sm_80.
+        """
+        sm = compute_capability(device)
+        sm = 80 if sm >= 120 else sm
+        reached = [t for t in self.tiles if t.sm <= sm and t.itemsize == dtype.itemsize]
         newest = max(t.sm for t in reached)
         fitting = [t for t in reached if t.sm == newest and (t.max_size is None or size <= t.max_size)]
         return min(fitting, key=lambda t: float("inf") if t.max_size is None else t.max_size).launch

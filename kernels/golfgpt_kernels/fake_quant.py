@@ -122,7 +122,8 @@ def quantize_rows_ref(
         rows = rows.unflatten(-1, (-1, group_size))
     qmax = 2 ** (bits - 1) - 1
     c = _clip_magnitude(rows.abs(), clip).unsqueeze(-1)
-    s = _representable((c / qmax).clamp(min=scale_floor), scale_dtype)
+    # Divided by a tensor: CUDA turns division by a number into multiplication by its rounded reciprocal.
+    s = _representable((c / torch.full_like(c, qmax)).clamp(min=scale_floor), scale_dtype)
     scale = s.to(scale_dtype)
     s = scale.to(s.dtype) if codes_from == "stored_scale" else s
     codes = torch.round(rows.clamp(-c, c) / s).clamp(-qmax - (code_range == "full"), qmax)
@@ -185,13 +186,17 @@ class _CodesLinear(torch.autograd.Function):
         ctx.save_for_backward(x, codes, scale)
         ctx.dtype = w.dtype
         wide = accumulate_dtype(x.dtype)
-        return (F.linear(x.to(wide), codes.to(wide)) * scale.to(wide)).to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return (F.linear(x.to(wide), codes.to(wide)) * scale.to(wide)).to(x.dtype)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         x, codes, scale = ctx.saved_tensors
-        dx = dy @ dequantize_rows(codes, scale, dtype=dy.dtype) if ctx.needs_input_grad[0] else None
-        dw = (dy.flatten(0, -2).mT @ x.flatten(0, -2)).to(ctx.dtype) if ctx.needs_input_grad[1] else None
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            dx = dy @ dequantize_rows(codes, scale, dtype=dy.dtype)
+        if ctx.needs_input_grad[1]:
+            dw = (dy.reshape(-1, dy.shape[-1]).mT @ x.reshape(-1, x.shape[-1])).to(ctx.dtype)
         return dx, dw, None, None
 
 
@@ -609,6 +614,7 @@ def fake_quant_linear(
     if form == "codes" and not per_row:
         raise ValueError(f"{op}: form='codes' with group_size={group_size}, enabled={enabled}; possible: both None")
     x, lead = autocast(x), x.shape[:-1]
+    kernel = _runs_triton("fake_quantize_rows", impl, w, scale_dtype)
     codes_kernel = form != "shadow" and per_row and _runs_triton("codes_linear", impl, x, scale_dtype, lead.numel())
     if codes_kernel and (form == "codes" or impl == "auto"):
         codes, scale = _quantize(w.detach(), bits=bits, codes_dtype=x.dtype, by_kernel=True, **options)
@@ -616,7 +622,6 @@ def fake_quant_linear(
     if form == "codes":
         codes, scale = _quantize(w.detach(), bits=bits, codes_dtype=torch.int8, by_kernel=False, **options)
         return _CodesLinear.apply(x, w, codes, scale)
-    kernel = _runs_triton("fake_quantize_rows", impl, w, scale_dtype)
     return F.linear(x, _StraightThrough.apply(w, _decoded(w, x.dtype, bits, enabled, kernel, options)))
 
 

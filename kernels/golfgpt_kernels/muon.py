@@ -78,7 +78,7 @@ def muon_update_ref_(
         new = w.to(wide) * (1 - lr * weight_decay) - lr * s * o.to(wide)
         w.copy_(new if ok is None else torch.where(ok, new, w))
         if shadows is not None:
-            shadows[i].copy_(w)
+            shadows[i].copy_(w if ok is None else torch.where(ok, w, shadows[i].to(w.dtype)))
 
 
 def muon_momentum_cost(numel: int, *, itemsize: int = 2) -> tuple[int, int]:
@@ -228,8 +228,7 @@ def muon_momentum_(
     _check_scalar(op, grads, momentum=momentum, ok=ok)
     if not grads:
         return
-    if runs_triton(op, impl, grads[0], 1 << 62):
-        _check_contiguous(op, grads=grads, buffers=buffers, outs=outs)
+    if _by_kernel(op, impl, grads=grads, buffers=buffers, outs=outs):
         _momentum_op(list(grads), list(buffers), list(outs), momentum, nesterov, ok)
     else:
         muon_momentum_ref_(grads, buffers, outs, momentum, nesterov=nesterov, ok=ok)
@@ -255,8 +254,7 @@ def muon_update_(
         raise ValueError(f"{op}: {len(scales)} scales for {len(params)} params; possible: one each")
     if not params:
         return
-    if runs_triton(op, impl, params[0], 1 << 62):
-        _check_contiguous(op, params=params, updates=updates, shadows=shadows or [])
+    if _by_kernel(op, impl, params=params, updates=updates, shadows=shadows or []):
         _update_op(list(params), list(updates), lr, list(scales), weight_decay, list(shadows or []), ok)
     else:
         muon_update_ref_(params, updates, lr, scales=scales, weight_decay=weight_decay, shadows=shadows, ok=ok)
@@ -288,7 +286,13 @@ def _check_scalar(op: str, tensors: Sequence[Tensor], *, ok: Tensor | None, **sc
         )
 
 
-def _check_contiguous(op: str, **lists: Sequence[Tensor]) -> None:
+def _by_kernel(op: str, impl: Impl, **lists: Sequence[Tensor]) -> bool:
+    """Whether the kernel runs; it wants contiguous tensors of its dtypes, where "auto" takes eager for others."""
+    if not all(runs_triton(op, impl, tensors[0], 1 << 62) for tensors in lists.values() if tensors):
+        return False
     for name, tensors in lists.items():
         if not all(t.is_contiguous() for t in tensors):
-            raise RuntimeError(f"{op}: impl='triton' cannot run: {name} are not contiguous; impl='eager' can")
+            if impl == "triton":
+                raise RuntimeError(f"{op}: impl='triton' cannot run: {name} are not contiguous; impl='eager' can")
+            return False
+    return True

@@ -48,6 +48,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ._dispatch import FLOAT_DTYPES, KERNEL_DTYPES, Impl, accumulate_dtype, check_floats, runs_triton
 from ._jit import descriptor, dot, dot_precision, empty_rows, jit, launch, narrow, tl
@@ -97,9 +98,10 @@ def newton_schulz_ref(
     tall = x.shape[-2] > x.shape[-1]
     u = (x.mT if tall else x).to(torch.promote_types(accumulate_dtype(x.dtype), dtype))
     u = (u / (torch.linalg.vector_norm(u, dim=(-2, -1), keepdim=True) + eps)).to(dtype)
-    for a, b, c in _per_step(coefficients, steps):
-        gram = u @ u.mT
-        u = a * u + (b * gram + (c * gram) @ gram) @ u
+    with torch.autocast(x.device.type, enabled=False):
+        for a, b, c in _per_step(coefficients, steps):
+            gram = u @ u.mT
+            u = a * u + (b * gram + (c * gram) @ gram) @ u
     return (u.mT if tall else u).to(x.dtype)
 
 
@@ -361,6 +363,7 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(x)
 
 
+@once_differentiable  # it detaches x: a second derivative would be wrong, and is an error
 def _backward(ctx, dy):
     with torch.enable_grad():
         x = ctx.saved_tensors[0].detach().requires_grad_()

@@ -26,6 +26,10 @@ Kernels, over TMA tiles; the down projection and dx are torch.mm.
 The accumulator leaves through shared memory in halves: whole, a 128 x 256 tile with its operands does not
 fit into 227 KB.
 
+In fp16 the gradient loses precision where activations are small: h = a² is a subnormal number below |a| = 8e-3, so for
+pre-activations of standard deviation 0.01 (0.003) the gradients' relative error is 1.4e-3 (1e-2) for relu and twice
+that with a slope, eager's 4e-4. bf16 and fp32 keep their precision down to 1e-19.
+
 Left out on purpose: the one-kernel MLP (an h row on chip needs 260 KB or spills; published at +41 % of the
 step), saving z and h, fp8.
 

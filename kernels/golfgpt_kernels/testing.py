@@ -43,6 +43,8 @@ def budget_violation(actual: Tensor, rival: Tensor, oracle: Tensor) -> str | Non
     ours, theirs = (actual.double() - oracle).abs(), (rival.double() - oracle).abs()
     if not ours.isfinite().all():
         return f"{(~ours.isfinite()).sum().item()} of {ours.numel()} values are not finite"
+    if not (rival.isfinite() | ~oracle.isfinite().to(rival.device)).all():
+        return "eager is not finite where the oracle is: it sets no budget there"
     slack = torch.finfo(actual.dtype).eps * oracle.abs().max()
     if ours.max() > 2 * (theirs.max() + slack):
         where = tuple(torch.unravel_index(ours.argmax(), ours.shape))
