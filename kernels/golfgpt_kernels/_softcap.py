@@ -16,22 +16,22 @@ Kernels.
 - forward: a program owns BLOCK_M rows, walks the vocabulary in tiles of BLOCK_N columns and keeps the sum of
   exponentials and the target's u in registers. No other program adds to its rows: no locks, no atomics, and
   the order of the sum is fixed.
-- backward: a persistent GEMM recomputes u and writes G, a chunk of rows at a time; torch.mm and the split
-  weight gradient read it. Forward and dh in one pass, as attention does it, does not fit: the fp32 dh of 64 rows
-  of 512 is all registers of a program, and more than 32 columns beside it spill.
+- backward: a GEMM recomputes u and writes G, a chunk of rows at a time; torch.mm and the split weight gradient
+  read it. Chunks are summed in order. Forward and dh in one pass, as attention does it, does not fit: the fp32 dh
+  of 64 rows of 512 fills the registers, and more than 32 columns beside it spill.
 
 Softmax without a maximum. With r = 1 / (1 + exp(2 u / cap)), z - cap = -2 cap r: three special-function
-instructions per logit (ex2, rcp, ex2) and no cancellation, and 1 - (z / cap)² = 4 r (1 - r). Every exp(z - cap) lies in
-[exp(-2 cap), 1], so no maximum is needed while exp(-2 cap) is a normal fp32 number (cap <= 43) and V exp(cap) is
-finite: up to cap = 40 (65,536 exp(40) = 1.5e22). lse = log(exp(cap) Σ exp(z - cap)) rather than cap + log Σ, whose
-terms cancel. Measured by the tests: lse within 2e-6 of float64 at cap = 30 and V = 8192. z[target] is one
-value a row and gets an accurate tanh. Larger caps, no cap, and fp32 operands take a running maximum and
-the accurate tanh everywhere: r is exact to 2e-6 in z, which eager in fp32 beats.
+instructions per logit (ex2, rcp, ex2), no cancellation, and 1 - (z / cap)² = 4 r (1 - r). Every exp(z - cap)
+lies in [exp(-2 cap), 1], so no maximum is needed while exp(-2 cap) is a normal fp32 number (cap <= 43) and
+V exp(cap) is finite. It is used up to cap = 40 (65,536 exp(40) = 1.5e22). lse is log(exp(cap) Σ exp(z - cap)):
+in cap + log Σ the terms would cancel. z[target] is one value a row and gets an accurate tanh. lse is within 2e-6
+of float64 at cap = 30 and V = 8192 (interpreted). Larger caps, no cap, and fp32 operands take a running maximum
+and the accurate tanh everywhere: z from r errs by 2e-6, and eager in fp32 by less.
 
 The special functions are the hidden cost: 6144 clocks per 128 x 256 logits against 8192 of tensor core at
-D = 512, one after the other within a program. So the tiles for sm_90 are small enough (128 x 128, at most 128
-registers, 96 KB) for two programs per multiprocessor, of which one multiplies while the other exponentiates.
-Chosen on paper; never timed.
+D = 512, one after the other within a program. So two programs share a multiprocessor on sm_90, and one multiplies
+while the other exponentiates: tiles of 128 x 128, 96 KB, at most 128 registers. To stay within them, both kernels
+take their tile in halves (whole, up to 214 registers). Compiled offline, never timed.
 
 Sources: Gemma 2, arXiv:2408.00118 (softcap); Wijmans et al., "Cut Your Losses", arXiv:2411.09009 (cross entropy
 without logits in memory; its locks and its skipped blocks are left out, because V / D is 2 to 16 here).
@@ -52,7 +52,7 @@ from ._weight_grad import split_weight_grad
 # at D = 512 is 128 tiles of 128 x 256, one for each of 132 multiprocessors. Less would leave some idle.
 _CHUNK_BYTES = 1 << 27
 
-_MAX_BOUNDED = 40.0
+_MAX_BOUNDED = 40.0  # the largest softcap without a maximum
 
 # Wider than INTERPRETED_GEMM: the interpreter's time is one numpy call per operation and tile.
 _INTERPRETED = (gemm_tile(0, 2, 32, 128, 64, 4, 1), gemm_tile(0, 4, 32, 128, 64, 4, 1))
@@ -66,6 +66,7 @@ _FWD_TILES = TileTable(
     replace(gemm_tile(90, 2, 64, 128, 64, 4, 3), max_size=16_384),
     gemm_tile(90, 2, 128, 128, 64, 8, 3),
     gemm_tile(90, 4, 64, 64, 32, 8, 2),
+    gemm_tile(100, 2, 128, 128, 64, 8, 3),
 )
 _GRAD_TILES = TileTable(
     "softcap_logits_grad",
@@ -106,7 +107,7 @@ def _accumulate(
     u, columns, column, logit, total, top, softcap, V,
     CAPPED: tl.constexpr, BOUNDED: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """The target's u, Σ exp(z - top) and top, after the columns of u. BOUNDED: top stands for the cap, and is not used."""
+    """u[target], Σ exp(z - top) and the maximum top, with these columns added. BOUNDED: the cap is in the place of top."""
     logit += tl.sum(tl.where(columns[None, :] == column[:, None], u, 0.0), 1)
     if BOUNDED:
         e = tl.exp2(_remainder(u, softcap) * (-2.8853900817779268 * softcap))
@@ -138,7 +139,8 @@ def _softcap_logprobs_fwd_kernel(
     logit = tl.zeros((BLOCK_M,), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     top = tl.full((BLOCK_M,), -3.4e38, tl.float32)  # finite, so that logits of -inf leave no inf - inf
-    for v in tl.range(0, V, BLOCK_N):
+    # Hoisting keeps the column numbers of a tile in registers: 150 of them instead of 128.
+    for v in tl.range(0, V, BLOCK_N, disable_licm=True):
         u = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in tl.range(0, D, BLOCK_K):
             u = dot(h_desc.load([m, k]), w_desc.load([v, k]).T, u, PRECISION)
@@ -154,7 +156,7 @@ def _softcap_logprobs_fwd_kernel(
         logprob = z - lse
     else:
         lse = top + tl.log(total)
-        low = (top - lse) + tl.log(total)
+        low = (top - lse) + tl.log(total)  # what lse's rounding lost: gradients at logits of 100 err 3 x less with it
         logprob = (z - top) - tl.log(total)
     logprob = tl.where(logprob > 0, 0.0, logprob)  # by rounding, where p is 1
     kept = target != ignore_index
@@ -207,17 +209,16 @@ def _softcap_logits_grad_kernel(
     low = tl.load(low_ptr + rows, mask=rows < M, other=0.0)
     d_logprob = tl.load(d_logprob_ptr + rows, mask=rows < M, other=0.0)
     d_lse = tl.load(d_lse_ptr + rows, mask=rows < M, other=0.0)
-    SCALE: tl.constexpr = 4.0 if BOUNDED else 1.0
-    on_p = SCALE * (d_lse - d_logprob)
-    on_hit = SCALE * d_logprob
+    FACTOR: tl.constexpr = 4.0 if BOUNDED else 1.0  # of 4 r (1 - r)
+    on_p = FACTOR * (d_lse - d_logprob)
+    on_hit = FACTOR * d_logprob
     left, right = halves(u, BLOCK_M, BLOCK_N)
-    HALF: tl.constexpr = BLOCK_N // 2
-    columns = v + tl.arange(0, HALF)
+    columns = v + tl.arange(0, BLOCK_N // 2)
     grad = _logits_grad(left, columns, column, kept, lse, low, on_p, on_hit, softcap, CAPPED, BOUNDED)
     g_desc.store([m, v], narrow(grad, g_desc.dtype))
-    columns += HALF
+    columns += BLOCK_N // 2
     grad = _logits_grad(right, columns, column, kept, lse, low, on_p, on_hit, softcap, CAPPED, BOUNDED)
-    g_desc.store([m, v + HALF], narrow(grad, g_desc.dtype))
+    g_desc.store([m, v + BLOCK_N // 2], narrow(grad, g_desc.dtype))
 
 
 # ---- launchers: 2-d operands of one dtype, checked by the public functions

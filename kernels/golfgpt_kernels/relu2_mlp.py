@@ -107,7 +107,7 @@ _DZ_TILES = TileTable(
     "relu2_mlp_dz",
     "rows",
     *INTERPRETED_GEMM,
-    gemm_tile(80, 2, 128, 128, 32, 8, 3),
+    gemm_tile(80, 2, 64, 128, 32, 8, 3),
     gemm_tile(80, 4, 64, 64, 16, 8, 2),
     gemm_tile(90, 2, 128, 256, 64, 8, 3),
     gemm_tile(90, 4, 64, 64, 16, 8, 3),
@@ -241,7 +241,7 @@ def relu2_dz(dh: Tensor, h: Tensor, slope: float) -> Tensor:
     block = (32, 128)
     grid = (-(-dh.shape[0] // block[0]), -(-dh.shape[1] // block[1]))
     operands = (descriptor(tensor, block) for tensor in (dh, h, dz))
-    launch(_relu2_dz_kernel, grid, dh.device, *operands, slope, slope != 0, *block, num_warps=4)
+    launch(_relu2_dz_kernel, grid, dh.device, *operands, slope, slope != 0, *block, num_warps=8)
     return dz
 
 
