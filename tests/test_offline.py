@@ -27,11 +27,14 @@ ROOT = Path(__file__).parent.parent
 
 
 def in_suite(job: Job) -> bool:
-    """Not fp16, whose code is bf16's; on sm_90 the first and the last variant, elsewhere the last and no tf32."""
-    variants = CASES[job.case].variants
+    """On sm_90 the first and the last variant, elsewhere the last; in bf16, whose code is fp16's, and fp32. Elsewhere
+    without tf32, and without bf16 where nothing is multiplied."""
+    case = CASES[job.case]
+    if job.dtype == "float16":
+        return False
     if job.sm == 90:
-        return job.dtype != "float16" and job.variant in (variants[0], variants[-1])
-    return job.dtype != "float16" and job.variant == variants[-1] and not job.tf32
+        return job.variant in (case.variants[0], case.variants[-1])
+    return job.variant == case.variants[-1] and not job.tf32 and (case.dots or job.dtype == "float32")
 
 
 JOBS = [job for job in all_jobs() if in_suite(job)]

@@ -137,6 +137,8 @@ def check_floats(op: str, **tensors: Tensor) -> None:
     """Each is a matrix operand of a dtype that ops compute in, and all are on one device."""
     device = None
     for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{op}: {name} is a {type(tensor).__name__}; possible: a Tensor")
         if tensor.dtype not in FLOAT_DTYPES:
             raise ValueError(f"{op}: {name} has dtype {tensor.dtype}; possible: {FLOAT_DTYPES}")
         if device is not None and tensor.device != device:

@@ -107,7 +107,7 @@ def _accumulate(
     u, columns, column, logit, total, top, softcap, V,
     CAPPED: tl.constexpr, BOUNDED: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """u[target], Σ exp(z - top) and the maximum top, with these columns added. BOUNDED: the cap is in the place of top."""
+    """u[target], Σ exp(z - top) and the maximum top, with these columns added. BOUNDED: the cap is in top's place."""
     logit += tl.sum(tl.where(columns[None, :] == column[:, None], u, 0.0), 1)
     if BOUNDED:
         e = tl.exp2(_remainder(u, softcap) * (-2.8853900817779268 * softcap))
@@ -273,39 +273,6 @@ def softcap_logits_grad(
     )  # fmt: skip
 
 
-def softcap_logprobs_bwd(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    lse: Tensor,
-    low: Tensor,
-    d_logprob: Tensor,
-    d_lse: Tensor,
-    softcap: float | None,
-    ignore_index: int,
-    needs_hidden: bool,
-    needs_weight: bool,
-) -> tuple[Tensor, Tensor]:
-    """dh and dW; what is not needed has no rows."""
-    (m, d), v = hidden.shape, weight.shape[0]
-    w = weight.to(hidden.dtype)
-    dh = hidden.new_empty((m if needs_hidden else 0, d))
-    dw = weight.new_zeros((v if needs_weight else 0, d))
-    chunk = max(128, _CHUNK_BYTES // (v * hidden.itemsize) // 128 * 128)
-    grad = empty_rows((min(chunk, m), v), hidden.dtype, hidden.device)
-    vectors = [vector.contiguous() for vector in (targets, lse, low, d_logprob, d_lse)]
-    for begin in range(0, m, chunk):
-        rows = slice(begin, min(begin + chunk, m))
-        g = grad[: rows.stop - begin]
-        softcap_logits_grad(hidden[rows], w, *(vector[rows] for vector in vectors), softcap, ignore_index, g)
-        if needs_hidden:
-            torch.mm(g, w, out=dh[rows])
-        if needs_weight:
-            part = split_weight_grad(g, hidden[rows], torch.float32)
-            dw = part if begin == 0 else dw.add_(part)
-    return dh, dw.to(weight.dtype)
-
-
 def _bounded(softcap: float | None, dtype: torch.dtype) -> bool:
     return softcap is not None and softcap <= _MAX_BOUNDED and dtype.itemsize == 2
 
@@ -334,9 +301,24 @@ def _softcap_logprobs_backward(
     needs_hidden: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    return softcap_logprobs_bwd(
-        hidden, weight, targets, lse, low, d_logprob, d_lse, softcap, ignore_index, needs_hidden, needs_weight
-    )
+    """dh and dW; one that is not needed has no rows."""
+    (m, d), v = hidden.shape, weight.shape[0]
+    w = weight.to(hidden.dtype)
+    dh = hidden.new_empty((m if needs_hidden else 0, d))
+    dw = None
+    chunk = max(128, _CHUNK_BYTES // (v * hidden.itemsize) // 128 * 128)
+    grad = empty_rows((min(chunk, m), v), hidden.dtype, hidden.device)
+    vectors = [vector.contiguous() for vector in (targets, lse, low, d_logprob, d_lse)]
+    for begin in range(0, m, chunk):
+        rows = slice(begin, min(begin + chunk, m))
+        g = grad[: rows.stop - begin]
+        softcap_logits_grad(hidden[rows], w, *(vector[rows] for vector in vectors), softcap, ignore_index, g)
+        if needs_hidden:
+            torch.mm(g, w, out=dh[rows])
+        if needs_weight:
+            part = split_weight_grad(g, hidden[rows], torch.float32)
+            dw = part if dw is None else dw.add_(part)
+    return dh, weight.new_zeros((v if needs_weight else 0, d)) if dw is None else dw.to(weight.dtype)
 
 
 @softcap_logprobs.register_fake

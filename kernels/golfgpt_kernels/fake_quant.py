@@ -561,6 +561,8 @@ def fake_quantize_banks(
         clip=clip, code_range=code_range, scale_dtype=scale_dtype, scale_floor=scale_floor, codes_from=codes_from,
         group_size=group_size,
     )  # fmt: skip
+    if isinstance(ws, Tensor) or isinstance(outs, Tensor):
+        raise ValueError("fake_quantize_banks: ws or outs is one Tensor; possible: sequences of tensors")
     op = "fake_quantize_rows" if len(ws) == 1 else "fake_quantize_banks"
     bits = [bits] * len(ws) if isinstance(bits, int) else list(bits)
     if not len(ws) == len(outs) == len(bits):
@@ -641,6 +643,8 @@ def _runs_triton(op: str, impl: Impl, tensor: Tensor, scale_dtype: torch.dtype, 
 
 
 def _check_enabled(op: str, w: Tensor, enabled: Tensor | None) -> None:
+    if enabled is not None and not isinstance(enabled, Tensor):
+        raise ValueError(f"{op}: enabled={enabled!r}; possible: None or a 0-d bool tensor, as torch.tensor(True)")
     if enabled is not None and (enabled.dtype != torch.bool or enabled.ndim or enabled.device != w.device):
         raise ValueError(
             f"{op}: enabled has dtype {enabled.dtype}, shape {tuple(enabled.shape)}, on {enabled.device}; "
@@ -652,7 +656,7 @@ def _check(op, w, *, bits, clip, code_range, scale_dtype, scale_floor, codes_fro
     check_floats(op, w=w)
     if w.ndim < 2 or w.shape[-1] == 0:
         raise ValueError(f"{op}: w has shape {tuple(w.shape)}; possible: (..., rows, cols) with cols >= 1")
-    if bits not in range(2, 9):
+    if not isinstance(bits, int) or bits not in range(2, 9):
         raise ValueError(f"{op}: bits={bits}; possible: 2 to 8")
     for name, value, possible in (
         ("clip", clip, ("max", "quantile")),
