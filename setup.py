@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 train = [
     "brotli>=1.1",
     "filelock>=3.13",
+    "huggingface_hub>=1.0",
     "rich>=13",
     "safetensors>=0.5",
     "sentencepiece>=0.2",
@@ -32,7 +33,14 @@ setup(
     extras_require={
         "train": train,
         "test": [*train, "hypothesis>=6.100", "matplotlib>=3.9", "pytest>=8", "pytest-benchmark>=5", "ruff>=0.9"],
-        "bench": [*train, "matplotlib>=3.9", "pytest>=8", "pytest-benchmark>=5"],
+        "bench": [
+            *train,
+            "cut-cross-entropy>=25.1; platform_system == 'Linux'",
+            "liger-kernel>=0.5; platform_system == 'Linux'",
+            "matplotlib>=3.9",
+            "pytest>=8",
+            "pytest-benchmark>=5",
+        ],
     },
     entry_points={"console_scripts": ["golfgpt = golfgpt.__main__:main"]},
 )

@@ -2,7 +2,7 @@
 
 from golfgpt_kernels.tuning import cases
 
-CASES = cases("newton_schulz", "muon_momentum_", "muon_update_")
+CASES = cases("newton_schulz", "muon_momentum_", "muon_update_", "muon_update_rows_")
 
 
 def test_muon(case, column, timed):

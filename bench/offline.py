@@ -45,7 +45,7 @@ from golfgpt_kernels._softcap import softcap_logits_grad, softcap_logprobs_fwd
 from golfgpt_kernels._tiles import TABLES
 from golfgpt_kernels._weight_grad import split_weight_grad
 from golfgpt_kernels.fake_quant import codes_linear, quantize_matrices
-from golfgpt_kernels.muon import momentum_launch, update_launch
+from golfgpt_kernels.muon import momentum_launch, square_parts, update_launch, update_rows_launch
 from golfgpt_kernels.newton_schulz import gram, normalize, polynomial, update
 from golfgpt_kernels.relu2_mlp import linear_relu2_fwd, relu2_dz, relu2_mlp_dz
 
@@ -140,10 +140,12 @@ def _quantize(ws, outs, scales, enabled, clip, tile):
     )  # fmt: skip
 
 
-@case("muon_momentum", dots=False)
-def _(dtype, tile):
-    momentum, ok = torch.tensor(0.95), torch.tensor(True)
-    momentum_launch(banks(dtype), banks(dtype), banks(torch.bfloat16), momentum, True, ok, tile)
+@case("muon_momentum", sums=(False, True), dots=False)
+def _(dtype, tile, sums):
+    momentum, ok, outs = torch.tensor(0.95), torch.tensor(True), banks(torch.bfloat16)
+    shapes = [(u.shape[0], square_parts(*u.shape[1:])) for u in outs] if sums else []
+    squares = [empty(*shape, dtype=torch.float32) for shape in shapes]
+    momentum_launch(banks(dtype), banks(dtype), outs, squares, momentum, True, ok, tile)
 
 
 @case("muon_update", dots=False)
@@ -152,15 +154,28 @@ def _(dtype, tile):
     update_launch(banks(dtype), banks(torch.bfloat16), lr, scales, 0.1, banks(torch.bfloat16), ok, tile)
 
 
+@case("muon_update_rows", columns=(None, 8192), clip=("max", "quantile"), dots=False)
+def _(dtype, tile, columns, clip):
+    """The model's matrices, or one whose rows are longer than a block."""
+    like = banks if columns is None else lambda dtype: [empty(ROWS, columns, dtype=dtype)]
+    params, count = like(dtype), len(like(dtype))
+    update_rows_launch(
+        params, like(torch.bfloat16), torch.tensor(0.02), [1.0] * count, 0.1, like(torch.bfloat16), torch.tensor(True),
+        [6] * count, torch.tensor(True), clip=clip, code_range="symmetric", scale_dtype=torch.float16, scale_floor=0.0,
+        codes_from="stored_scale", group_size=None, tile=tile,
+    )  # fmt: skip
+
+
 @case("codes_linear")
 def _(dtype, tile):
     x, codes, scale = empty(ROWS, DIM, dtype=dtype), empty(HIDDEN, DIM, dtype=dtype), empty(HIDDEN, dtype=torch.float16)
     codes_linear(x, codes, scale, tile)
 
 
-@case("normalize", dots=False)
-def _(dtype, tile):
-    normalize(empty(9, DIM, HIDDEN, dtype=torch.float32), dtype, 1e-7)
+@case("normalize", sums=(False, True), dots=False)
+def _(dtype, tile, sums):
+    squares = empty(9, square_parts(DIM, HIDDEN), dtype=torch.float32) if sums else None
+    normalize(empty(9, DIM, HIDDEN, dtype=torch.float32), dtype, 1e-7, squares)
 
 
 @case("gram", table="newton_schulz", tall=(False, True))

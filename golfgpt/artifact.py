@@ -1,19 +1,19 @@
 """`model.golf`: the container of a trained model, and the byte budget that it must fit.
 
     magic        8 bytes   b"golfgpt\\0"
-    version      uint32    2                                     numbers are little-endian
+    version      uint32    3                                     numbers are little-endian
     header       uint32    bytes of the header, at most 1 MB
     compressed   uint64    bytes of the compressed payload
     digest      32 bytes   SHA-256 of everything else, in file order
     header                 canonical JSON: sorted keys, no spaces
     compressed payload     nothing may follow
 
-The header holds the model config, the training sequence length, the tokenizer's SHA-256, each bank's shape
-and format, the compressor with its level, and the exact payload length: all that decoding needs, and nothing
-of how the weights were made. The payload holds the codes of every quantized bank, then the scales, then the
-kept banks, in the order of `parameter_shapes`. Numbers of two and four bytes are stored as byte planes (all
-first bytes, all second bytes, ...): exponents compress and mantissas do not, and keeping them apart saves
-7 to 17 kB of the baseline's 15.8 MB.
+The header holds the model config, the training sequence length, the tokenizer's SHA-256, the shape and format of
+each part (a bank, or some layers of one), the compressor with its level, and the exact payload length: all that
+decoding needs, and nothing of how the weights were made. The payload holds the codes of every quantized part, then
+the scales, then the kept parts, in the order of `parameter_shapes`. Numbers of two and four bytes are
+stored as byte planes (all first bytes, all second bytes, ...): exponents compress and mantissas do not, and keeping
+them apart saves 7 to 17 kB of the baseline's 15.8 MB.
 
 Reading trusts no length: each is checked before memory is allocated, and decompression stops at the stated
 payload length, which must be what the shapes add up to. Every defect is an InputError that names it. The
@@ -43,12 +43,21 @@ from torch import Tensor
 from golfgpt.config import BudgetConfig, ModelConfig, QuantConfig, from_dict, to_dict
 from golfgpt.errors import BudgetError, InputError
 from golfgpt.files import write_bytes
-from golfgpt.quant import QuantizedTensor, Quantizer, TensorFormat, TensorReport, payload_bytes, tensor_report
+from golfgpt.quant import (
+    QuantizedTensor,
+    Quantizer,
+    TensorFormat,
+    TensorReport,
+    join,
+    parse_part,
+    payload_bytes,
+    tensor_report,
+)
 from golfgpt.upstream import parameter_shapes
 
 MAGIC = b"golfgpt\0"
-VERSION = 2
-"""1 until the model config learnt of SmearGate, BigramHash, initializations and the rotary reference length."""
+VERSION = 3
+"""2 until layers of one bank could differ in format."""
 MAX_HEADER_BYTES = 10**6
 MAX_PAYLOAD_BYTES = 256 * 2**20
 """Largest payload, compressed or not."""
@@ -64,7 +73,7 @@ class ArtifactInfo:
 
     model: ModelConfig
     formats: dict[str, TensorFormat]
-    """Bank name -> format, in payload order."""
+    """Part name -> format, in payload order."""
     seq_len: int
     """Tokens per training sequence."""
     tokenizer_sha256: str
@@ -111,12 +120,24 @@ def pack(
     digest, and a compressor that is not installed: another in its place would change the size unnoticed.
     """
     encoded = Quantizer(model, quant).encode(state)
+    return seal(encoded, model=model, quant=quant, tokenizer_sha256=tokenizer_sha256, seq_len=seq_len)
+
+
+def seal(
+    encoded: Mapping[str, QuantizedTensor],
+    *,
+    model: ModelConfig,
+    quant: QuantConfig,
+    tokenizer_sha256: str,
+    seq_len: int,
+) -> bytes:
+    """`pack` of parts that are quantized already; of `quant` the compressor and its level count."""
     formats = {name: tensor.format for name, tensor in encoded.items()}
     _check_payload_bytes(formats)
     if not re.fullmatch("[0-9a-f]{64}", tokenizer_sha256) or seq_len < 1:
         raise InputError(f"tokenizer_sha256 {tokenizer_sha256!r} or seq_len {seq_len} cannot be stored")
-    compressor, compressed = _compress(_join(encoded), quant.compressor)
-    return _seal(_header(model, formats, seq_len, tokenizer_sha256, compressor, CODECS[compressor].level), compressed)
+    compressor, level, compressed = compress(_join(encoded), quant.compressor, quant.level)
+    return _assemble(_header(model, formats, seq_len, tokenizer_sha256, compressor, level), compressed)
 
 
 def write(
@@ -152,13 +173,19 @@ def unpack(blob: bytes) -> Artifact:
     """`read` of an artifact in memory."""
     info, compressed = _open(blob)
     payload = _decompress(info.compressor, compressed, info.payload_bytes)
-    return Artifact(info, {name: tensor.decode() for name, tensor in _split(payload, info.formats).items()})
+    return Artifact(info, join({name: tensor.decode() for name, tensor in _split(payload, info.formats).items()}))
+
+
+def header_bytes(quantizer: Quantizer) -> int:
+    """Bytes of an artifact beside its compressed payload."""
+    longest = _header(quantizer.model, quantizer.formats, 10**6, "0" * 64, "brotli", 11)
+    return _PREFIX.size + len(longest)
 
 
 # Container
 
 
-def _seal(header: bytes, compressed: bytes) -> bytes:
+def _assemble(header: bytes, compressed: bytes) -> bytes:
     lengths = _PREFIX.pack(MAGIC, VERSION, len(header), len(compressed), b"")[:-_DIGEST_BYTES]
     return lengths + _digest(lengths, header, compressed) + header + compressed
 
@@ -227,7 +254,7 @@ def _header(
         "payload_bytes": payload_bytes(formats),
         "seq_len": seq_len,
         "tensors": {
-            name: [format.shape, format.format, *([format.scale] if format.quantized else [])]
+            name: [format.shape, format.format, *(item for item in (format.scale, format.group) if item is not None)]
             for name, format in formats.items()
         },
         "tokenizer_sha256": tokenizer_sha256,
@@ -259,7 +286,7 @@ def _parse_header(text: bytes, compressed_bytes: int) -> ArtifactInfo:
         if compressor not in CODECS:
             raise InputError(f"unknown compressor {compressor!r}")
         seq_len, digest = fields["seq_len"], fields["tokenizer_sha256"]
-        if any(type(number) is not int or number < 1 for number in (level, seq_len)):
+        if any(type(number) is not int or number < 0 for number in (level, seq_len)) or seq_len == 0:
             raise InputError(f"level {level!r} or seq_len {seq_len!r} is not a positive integer")
         if not re.fullmatch("[0-9a-f]{64}", digest):
             raise InputError(f"tokenizer_sha256 {digest!r} is not a SHA-256")
@@ -281,14 +308,33 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parse_formats(entries: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorFormat]:
-    if not isinstance(entries, dict) or entries.keys() != shapes.keys():
-        raise InputError(f"its tensors are {sorted(entries)}, the model config has {sorted(shapes)}")
-    formats = {}
-    for name, expected in shapes.items():
-        shape, *format = entries[name]
-        if shape != list(expected):
-            raise InputError(f"tensor {name} has shape {shape}, the model config implies {list(expected)}")
-        formats[name] = TensorFormat(expected, *format)
+    """Formats of the parts, in payload order; the parts of each bank hold all its layers, once."""
+    if not isinstance(entries, dict):
+        raise InputError(f"its tensors are {entries!r}")
+    formats, found = {}, {}
+    for part in sorted(entries, key=lambda part: (parse_part(part)[0], parse_part(part)[1].start or 0)):
+        found.setdefault(parse_part(part)[0], []).append(part)
+    if found.keys() != shapes.keys():
+        raise InputError(f"its tensors are {sorted(found)}, the model config has {sorted(shapes)}")
+    for bank, expected in shapes.items():
+        end = 0
+        for part in found[bank]:
+            shape, *format = entries[part]
+            layers = parse_part(part)[1]
+            if layers != slice(None):
+                if not expected or layers.start != end or not end < layers.stop <= expected[0]:
+                    raise InputError(f"the parts of tensor {bank} are {found[bank]}, it has shape {list(expected)}")
+                if len(found[bank]) == 1:
+                    raise InputError(f"the part {part} is all there is of tensor {bank}")
+                end = layers.stop
+            elif len(found[bank]) > 1:
+                raise InputError(f"the parts of tensor {bank} are {found[bank]}")
+            wanted = expected if layers == slice(None) else (layers.stop - layers.start, *expected[1:])
+            if shape != list(wanted):
+                raise InputError(f"tensor {part} has shape {shape}, the model config implies {list(wanted)}")
+            formats[part] = TensorFormat(wanted, *format)
+        if end not in (0, expected[0] if expected else 0):
+            raise InputError(f"the parts of tensor {bank} are {found[bank]}, it has shape {list(expected)}")
     return formats
 
 
@@ -305,7 +351,7 @@ def _layout(formats: Mapping[str, TensorFormat]) -> Iterator[tuple[str, str, str
     quantized = {name: format for name, format in formats.items() if format.quantized}
     kept = {name: format for name, format in formats.items() if not format.quantized}
     yield from ((name, "values", "int8", format.shape) for name, format in quantized.items())
-    yield from ((name, "scale", format.scale, format.shape[:-1]) for name, format in quantized.items())
+    yield from ((name, "scale", format.scale, format.scale_shape) for name, format in quantized.items())
     yield from ((name, "values", format.format, format.shape) for name, format in kept.items())
 
 
@@ -338,11 +384,11 @@ def _check_values(name: str, format: TensorFormat, values: Tensor, scale: Tensor
             raise InputError(f"tensor {name} holds non-finite weights")
         return
     low, high = (int(bound) for bound in values.aminmax())
-    if max(-low, high) > format.max_code:
+    if max(-low - 1, high) > format.max_code:
         raise InputError(f"tensor {name} holds codes {low} to {high}, outside {format.format}")
     if not (scale.isfinite() & (scale > 0)).all():
         raise InputError(f"tensor {name} holds scales that are not positive finite numbers")
-    if not (scale.float() * format.max_code).isfinite().all():
+    if not (scale.float() * max(-low, high, format.max_code)).isfinite().all():
         raise InputError(f"tensor {name} holds scales whose weights exceed float32")
 
 
@@ -354,14 +400,16 @@ _CHUNK = 2**20
 
 class Codec(NamedTuple):
     level: int
-    compress: Callable[[bytes], bytes]
+    """The highest."""
+    compress: Callable[[bytes, int], bytes]
+    """(payload, level) -> compressed."""
     chunks: Callable[[memoryview, int], Iterator[bytes]]
     """(compressed, payload length) -> decompressed chunks; raises for a stream that ends early or late."""
 
 
-def _zlib_compress(payload: bytes) -> bytes:
+def _zlib_compress(payload: bytes, level: int) -> bytes:
     # Raw deflate; memLevel 9 doubles the symbols per block, 35 kB less than the default for the baseline.
-    stream = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS, 9)
+    stream = zlib.compressobj(level, zlib.DEFLATED, -zlib.MAX_WBITS, 9)
     return stream.compress(payload) + stream.flush()
 
 
@@ -376,9 +424,9 @@ def _zlib_chunks(compressed: memoryview, size: int) -> Iterator[bytes]:
     _check_end(stream.eof, stream.unused_data)
 
 
-def _zstd_compress(payload: bytes) -> bytes:
+def _zstd_compress(payload: bytes, level: int) -> bytes:
     zstandard = _optional("zstandard")
-    parameters = zstandard.ZstdCompressionParameters.from_level(22, source_size=len(payload))
+    parameters = zstandard.ZstdCompressionParameters.from_level(level, source_size=len(payload))
     return zstandard.ZstdCompressor(compression_params=parameters).compress(payload)
 
 
@@ -391,14 +439,14 @@ def _zstd_chunks(compressed: memoryview, size: int) -> Iterator[bytes]:
     yield zstandard.ZstdDecompressor().decompress(compressed, allow_extra_data=False)
 
 
-def _lzma_filters(size: int) -> list[dict[str, int]]:
+def _lzma_filters(size: int, level: int = 9) -> list[dict[str, int]]:
     # Raw LZMA1: 10 kB less than xz's blocks for the baseline. The window bounds the decoder's memory.
     window = min(max(size, 4096), 32 * 2**20)
-    return [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": window}]
+    return [{"id": lzma.FILTER_LZMA1, "preset": level | lzma.PRESET_EXTREME, "dict_size": window}]
 
 
-def _lzma_compress(payload: bytes) -> bytes:
-    return lzma.compress(payload, format=lzma.FORMAT_RAW, filters=_lzma_filters(len(payload)))
+def _lzma_compress(payload: bytes, level: int) -> bytes:
+    return lzma.compress(payload, format=lzma.FORMAT_RAW, filters=_lzma_filters(len(payload), level))
 
 
 def _lzma_chunks(compressed: memoryview, size: int) -> Iterator[bytes]:
@@ -410,8 +458,8 @@ def _lzma_chunks(compressed: memoryview, size: int) -> Iterator[bytes]:
     _check_end(stream.eof, stream.unused_data)
 
 
-def _brotli_compress(payload: bytes) -> bytes:
-    return _optional("brotli").compress(payload, quality=11, lgwin=24)
+def _brotli_compress(payload: bytes, level: int) -> bytes:
+    return _optional("brotli").compress(payload, quality=level, lgwin=24)
 
 
 def _brotli_chunks(compressed: memoryview, size: int) -> Iterator[bytes]:
@@ -458,12 +506,13 @@ def _optional(module: str) -> ModuleType:
         ) from None
 
 
-def _compress(payload: bytes, compressor: str) -> tuple[str, bytes]:
-    """(name, compressed payload); "smallest" tries all, in threads, and prefers the first of equals."""
+def compress(payload: bytes, compressor: str, level: int | None = None) -> tuple[str, int, bytes]:
+    """(name, level, compressed payload); "smallest" tries all, in threads, and prefers the first of equals."""
     names = list(CODECS) if compressor == "smallest" else [compressor]
+    levels = [CODECS[name].level if level is None else level for name in names]
     with ThreadPoolExecutor(len(names)) as pool:
-        results = list(pool.map(lambda name: CODECS[name].compress(payload), names))
-    return min(zip(names, results, strict=True), key=lambda result: len(result[1]))
+        results = list(pool.map(lambda name, level: CODECS[name].compress(payload, level), names, levels))
+    return min(zip(names, levels, results, strict=True), key=lambda result: len(result[2]))
 
 
 def _decompress(compressor: str, compressed: memoryview, size: int) -> np.ndarray:

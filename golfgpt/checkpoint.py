@@ -34,6 +34,10 @@ class Checkpoint:
     """Digest of the data set."""
     model: dict[str, Tensor]
     optimizers: dict[str, Tensor]
+    average: dict[str, Tensor]
+    """Sums of averaged weights; empty without averaging."""
+    clock: float = 0.0
+    """Training seconds at the start of the last step, by which the next one decides about fake quantization."""
 
 
 def _digest(tensors: dict[str, Tensor], meta: dict[str, Any]) -> str:
@@ -51,6 +55,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     """
     tensors = {f"model.{k}": v for k, v in checkpoint.model.items()}
     tensors |= {f"optimizers.{k}": v for k, v in checkpoint.optimizers.items()}
+    tensors |= {f"average.{k}": v for k, v in checkpoint.average.items()}
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     meta = {
         "step": checkpoint.step,
@@ -58,6 +63,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         "seconds": checkpoint.seconds,
         "config": checkpoint.config,
         "dataset": checkpoint.dataset,
+        "clock": checkpoint.clock,
     }
     meta["sha256"] = _digest(tensors, meta)
     path = folder / f"step_{checkpoint.step:08d}.safetensors"
@@ -83,7 +89,7 @@ def load(path: Path) -> Checkpoint:
     def part(prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
-    return Checkpoint(**meta, model=part("model."), optimizers=part("optimizers."))
+    return Checkpoint(**meta, model=part("model."), optimizers=part("optimizers."), average=part("average."))
 
 
 def latest(folder: Path) -> tuple[Checkpoint | None, dict[Path, str]]:

@@ -13,6 +13,7 @@ twice gives two results (none of the backends used here should), differences up 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -87,9 +88,9 @@ def check(scorer: Scorer, windows: Windows, read: Read, indices: range, batch: i
     Raises VerificationError naming the first property that does not hold and a token where it does not.
     """
     check = _Check(scorer, windows, read)
-    groups = [range(i, i + 1) for i in indices[:1] if windows.suffix(i) != windows.stride]
-    groups += [rest] if (rest := indices[len(groups) :]) else []
-    for group in groups:
+    edges = (0, int(windows.suffix(0) != windows.stride), windows.full, len(windows))  # first, full, short windows
+    groups = (range(max(low, indices.start), min(high, indices.stop)) for low, high in pairwise(edges))
+    for group in filter(len, groups):
         rows = 1 if windows.suffix(group[0]) != windows.stride else batch if scorer.compiled else min(batch, SAMPLE)
         check.sample(group, rows)
         if scorer.document_start is not None:
@@ -118,10 +119,12 @@ class _Check:
 
         self.sums_to_one(base)
         places = torch.arange(suffix, device=device)
-        kept = torch.randint(1, suffix, (rows, 1), generator=self.random) if suffix > 1 else torch.ones(rows, 1)
-        later = torch.arange(window, device=device) >= window - suffix + kept.to(device)
+        first, count = base.scored.int().argmax(1, keepdim=True), base.scored.sum(1, keepdim=True)
+        some = torch.rand(rows, 1, generator=self.random).to(device) * (count - 1)
+        kept = first + 1 + some.long()  # of the suffix; a scored token at least, and of two and more not the last
+        later = torch.arange(window, device=device) >= window - suffix + kept
         got = self.scorer(base.ids.where(~later, self.others(base.ids)), base.targets, base.scored)
-        same = base.scored & (places < kept.to(device))
+        same = base.scored & (places < kept)
         self.compare("later", expected, got, same, base, allowed, "depends on tokens behind it: the model sees ahead")
 
         outside = self.cut(chosen, change_outside=True)
@@ -205,7 +208,7 @@ class _Check:
         for i in chosen:
             start = int(self.windows.start(torch.tensor(i)))
             base = max(start - 1, 0)
-            slab = self.read(base, start + self.windows.window + 1)
+            slab = self.read(base, min(start + self.windows.window, self.windows.targets) + 1)
             if change_outside and base < start:
                 slab[0, 0] = self.others(slab[0, :1])[0]
             index = torch.tensor([i], device=slab.device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -180,11 +181,15 @@ class OptimConfig:
     """Decoupled weight decay of every group: w <- w (1 - lr * weight_decay) - update."""
     grad_clip_norm: float = 0.0
     """Largest global gradient norm; 0 leaves gradients as they are."""
+    embed_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the token embedding and the pair table and of Adam's moments for them. bfloat16, as published, loses
+    late updates that are smaller than its rounding."""
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
-            _check(0 <= value < math.inf, f"optim.{item.name} must be finite and not negative, got {value}")
+            if not isinstance(value, str):
+                _check(0 <= value < math.inf, f"optim.{item.name} must be finite and not negative, got {value}")
         _check(self.muon_ns_steps >= 1, f"optim.muon_ns_steps must be at least 1, got {self.muon_ns_steps}")
         below_one = ("muon_momentum", "muon_momentum_warmup_start", "muon_variance_beta", "adam_beta1", "adam_beta2")
         for name in below_one:
@@ -203,9 +208,14 @@ class ScheduleConfig:
     """warmdown_steps: upstream's rule, a number of steps turned into time by the mean step;
     warmdown_frac: the last fraction of the budget, whichever of steps and seconds is further along."""
     warmdown_steps: int = 1200
-    """Length of the linear decay to zero for kind=warmdown_steps; 0 keeps the rate constant."""
+    """Length of the decay to zero for kind=warmdown_steps; 0 keeps the rate constant."""
     warmdown_frac: float = 0.4
     """Fraction of the budget spent decaying for kind=warmdown_frac, 0 to 1."""
+    warmdown_shape: Literal["linear", "cosine"] = "linear"
+    """Shape of the decay; cosine is half a period, from 1 to 0."""
+    warmdown_max_frac: float | None = None
+    """Longest decay as a fraction of max_seconds for kind=warmdown_steps; R5 has 0.5, which makes its recipe
+    another one where steps are slow. None: no limit."""
 
     def __post_init__(self) -> None:
         _check(self.max_steps >= 1, f"schedule.max_steps must be at least 1, got {self.max_steps}")
@@ -220,6 +230,15 @@ class ScheduleConfig:
         _check(
             0 <= self.warmdown_frac <= 1,
             f"schedule.warmdown_frac must lie in 0..1, got {self.warmdown_frac}",
+        )
+        _check(
+            self.warmdown_max_frac is None or 0 < self.warmdown_max_frac <= 1,
+            f"schedule.warmdown_max_frac must lie above 0 and up to 1, got {self.warmdown_max_frac}",
+        )
+        _check(
+            self.warmdown_max_frac is None or (self.kind == "warmdown_steps" and self.max_seconds is not None),
+            f"schedule.warmdown_max_frac {self.warmdown_max_frac} limits kind=warmdown_steps with max_seconds; got "
+            f"kind {self.kind}, max_seconds {self.max_seconds}",
         )
 
 
@@ -260,33 +279,127 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AverageConfig:
+    """Averaging of the weights over the last part of training; the average is what is exported."""
+
+    kind: Literal["none", "swa", "ema"] = "none"
+    """swa: the mean of every swa_every-th step's weights once the learning rate has fallen below swa_start_lr;
+    ema: a mean that forgets, updated at every step."""
+    swa_start_lr: float = 0.4
+    """Learning-rate multiplier below which steps are averaged."""
+    swa_every: int = 50
+    """Steps between averaged weights."""
+    ema_decay: float = 0.997
+    """Weight of the old mean at each step; the start's share is divided out."""
+    sums: Literal["float32", "parameter"] = "float32"
+    """Dtype of the sums; "parameter", as published, adds bfloat16 embeddings in bfloat16 (an error of 2 % in 48)."""
+
+    def __post_init__(self) -> None:
+        _check(
+            0 < self.swa_start_lr <= 1, f"average.swa_start_lr must lie above 0 and up to 1, got {self.swa_start_lr}"
+        )
+        _check(self.swa_every >= 1, f"average.swa_every must be at least 1, got {self.swa_every}")
+        _check(0 < self.ema_decay < 1, f"average.ema_decay must lie between 0 and 1, got {self.ema_decay}")
+        _check(
+            self.kind == "swa" or self.sums == "float32",
+            f"average.sums {self.sums} is of average.kind swa, got kind {self.kind}",
+        )
+
+
+@dataclass(frozen=True)
+class QuantRule:
+    """What one entry of `QuantConfig.rules` says."""
+
+    pattern: str
+    """Glob over published tensor names."""
+    format: str
+    """float32, float16 or int2 to int8."""
+    group: int | None = None
+    """Columns that share a scale; None: the row."""
+
+    @classmethod
+    def parse(cls, text: str) -> QuantRule:
+        """PATTERN=FORMAT or PATTERN=FORMAT/GROUP. Raises ValueError."""
+        match = re.fullmatch(r"([^=]+)=(float32|float16|int[2-8])(?:/([1-9][0-9]{0,5}))?", text)
+        if not match or (match[3] and not match[2].startswith("int")):
+            raise ValueError(
+                f"quant.rules: {text!r} is not PATTERN=FORMAT, such as 'tok_emb.weight=float16', '*.mlp.*=int5' or "
+                "'*.attn.*=int6/64' (64 columns a scale)"
+            )
+        return cls(match[1], match[2], int(match[3]) if match[3] else None)
+
+
+@dataclass(frozen=True, kw_only=True)
 class QuantConfig:
-    """How the trained weights become bytes. Small tensors are kept, matrices become per-row integers."""
+    """How the trained weights become bytes, and whether training sees it. Small tensors are kept, matrices become
+    integers with a scale a row."""
 
     bits: int = 8
     """Bits per matrix code, 2 to 8; codes are stored as bytes and left to the compressor."""
+    rules: tuple[str, ...] = ()
+    """Formats of some tensors, PATTERN=FORMAT[/GROUP], for example "*.mlp.*=int5" or "tok_emb.weight=float16"; the
+    first that matches decides. Patterns are globs over published names (blocks.3.attn.c_q.weight); layers also
+    count from the end (blocks.-1.)."""
     clip: Literal["max", "quantile"] = "max"
     """Row clip: the largest magnitude, or upstream's 0.9999984 quantile of the magnitudes."""
+    clip_floor: float = 0.0
+    """Smallest row clip. Published R0 to R4b use 1, which wastes levels on rows whose maximum is below 1."""
     scale_floor: float = 0.0
-    """Smallest row scale; upstream's R0 uses 1/127, which wastes levels on rows whose maximum is below 1."""
+    """Smallest row scale; published R5 uses 2^-14, the smallest normal float16."""
+    code_range: Literal["symmetric", "full"] = "symmetric"
+    """Codes -m..m, m = 2^(bits-1) - 1, or -m-1..m as in published R4b and R5; rounding a row never needs the last."""
     scale_dtype: Literal["float16", "float32"] = "float16"
     """Storage type of the row scales."""
     codes_from: Literal["stored_scale", "float32_scale"] = "stored_scale"
     """Scale that the codes are computed with: the stored one (right), or the one before rounding (upstream R0)."""
     keep_numel: int = 65_536
-    """Matrices with at most this many elements are kept in float16 (control tensors in float32)."""
+    """Matrices with at most this many elements are kept in float16."""
+    control_dtype: Literal["float32", "float16"] = "float32"
+    """Storage type of gains, scales, mixes and gates."""
+    prune: float = 0.0
+    """Share of each large matrix's smallest magnitudes that is set to zero before quantizing (published R5: 0.05)."""
+    qat: Literal["off", "export", "r4", "r5"] = "off"
+    """Fake quantization in training. export: every tensor as the artifact will hold it; r4, r5: as published, linear
+    layers only, with unrounded scales without floors, r4 with the quantile clip and r5 with codes to -m-1."""
+    qat_start: float = 0.0
+    """Fraction of the budget after which it is on; 0: from the first step."""
+    qat_below_lr: float = 1.0
+    """It is on while the learning-rate multiplier is at most this."""
     compressor: Compressor = "smallest"
     """Compressor of the payload; smallest tries all at their highest level."""
+    level: int | None = None
+    """Level of the compressor: zlib 1-9, zstd 1-22, lzma 0-9, brotli 0-11; None: the highest."""
 
     def __post_init__(self) -> None:
         _check(2 <= self.bits <= 8, f"quant.bits must lie in 2..8, got {self.bits}")
-        _check(0 <= self.scale_floor < 1, f"quant.scale_floor must lie in 0..1, got {self.scale_floor}")
+        for rule in self.rules:
+            QuantRule.parse(rule)
+        for name in ("clip_floor", "scale_floor"):
+            value = getattr(self, name)
+            _check(0 <= value < 1024, f"quant.{name} must lie in 0..1024, got {value}")
         _check(self.keep_numel >= 0, f"quant.keep_numel must not be negative, got {self.keep_numel}")
+        _check(0 <= self.prune < 1, f"quant.prune must lie in 0..1, got {self.prune}")
+        _check(0 <= self.qat_start < 1, f"quant.qat_start must lie in 0..1, got {self.qat_start}")
+        _check(0 < self.qat_below_lr <= 1, f"quant.qat_below_lr must lie above 0 and up to 1, got {self.qat_below_lr}")
+        _check(
+            self.qat != "off" or (self.qat_start == 0 and self.qat_below_lr == 1),
+            f"quant.qat_start {self.qat_start} and quant.qat_below_lr {self.qat_below_lr} need a quant.qat, got off",
+        )
+        levels = {"zlib": (1, 9), "zstd": (1, 22), "lzma": (0, 9), "brotli": (0, 11)}
+        if self.level is not None:
+            _check(
+                self.compressor in levels,
+                f"quant.level {self.level} needs one quant.compressor; {self.compressor} uses the highest of each",
+            )
+            low, high = levels[self.compressor]
+            _check(
+                low <= self.level <= high, f"quant.level of {self.compressor} lies in {low}..{high}, got {self.level}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """How the score is computed. Every token of the validation text is scored exactly once, unless `rule` is r4."""
+    """How the score is computed. Every token of the validation text is scored exactly once, unless `rule` says else."""
 
     window: int | None = None
     """Tokens per forward; None: data.seq_len."""
@@ -301,9 +414,12 @@ class EvalConfig:
     document_aware: bool = False
     """Whether tokens attend within their document only; a document starts at BOS, which is scored as the end of the
     one before. SmearGate and BigramHash then need model.document_start."""
-    rule: Literal["every_token", "r4"] = "every_token"
-    """r4, to compare with the published recipe R4: full windows only, and of each, the first included, the last
-    `stride` tokens. The first window - stride tokens are then never scored, and the label says so."""
+    rule: Literal["every_token", "r4", "r4b"] = "every_token"
+    """r4 and r4b score as the published recipes R4 and R4b do, and the label names the difference. r4: full windows
+    only, and of each, the first included, the last `stride` tokens; the first window - stride tokens are never scored.
+    r4b: the text is cut to a multiple of the window, and windows go on until `stride` tokens are left, the last ones
+    shorter than `window`; each scores its last `stride` tokens, the first all of its own: the last tokens are scored,
+    and counted, again by every short window."""
 
     def __post_init__(self) -> None:
         for name in ("window", "stride", "batch_tokens", "max_tokens"):
@@ -324,12 +440,21 @@ class BudgetConfig:
     """Largest total of model.golf and code_bytes."""
     code_bytes: int = 60_000
     """Allowance for the code that ships with the model (published scripts: 47,642 to 57,201 bytes)."""
+    fit: Literal["off", "mlp_hidden"] = "off"
+    """mlp_hidden: before training, the widest MLP (a multiple of 16) whose forecast of model.golf lands reserve_bytes
+    under the budget takes the place of model.mlp_hidden."""
+    reserve_bytes: int = 200_000
+    """Bytes that fit leaves free: weights of other distributions than the forecast's compress less."""
 
     def __post_init__(self) -> None:
         _check(self.artifact_bytes >= 1, f"budget.artifact_bytes must be at least 1, got {self.artifact_bytes}")
         _check(
             0 <= self.code_bytes < self.artifact_bytes,
             f"budget.code_bytes {self.code_bytes} leaves nothing of budget.artifact_bytes {self.artifact_bytes}",
+        )
+        _check(
+            self.fit == "off" or 0 <= self.reserve_bytes < self.artifact_bytes - self.code_bytes,
+            f"budget.reserve_bytes {self.reserve_bytes} leaves nothing of budget.artifact_bytes {self.artifact_bytes}",
         )
 
 
@@ -361,11 +486,14 @@ class RuntimeConfig:
     """Steps between train lines (the first ten steps are always logged)."""
     val_every: int = 0
     """Steps between validations of the unquantized weights, off the training clock; 0: none."""
+    probe: bool = False
+    """Whether a validation also exports: the score of the weights as decoded, and the artifact's bytes."""
 
     def __post_init__(self) -> None:
         for name in ("warmup_steps", "threads", "checkpoint_seconds", "val_every"):
             _check(getattr(self, name) >= 0, f"runtime.{name} must not be negative, got {getattr(self, name)}")
         _check(self.log_every >= 1, f"runtime.log_every must be at least 1, got {self.log_every}")
+        _check(not self.probe or self.val_every > 0, "runtime.probe is part of validations: set runtime.val_every")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -376,6 +504,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    average: AverageConfig = field(default_factory=AverageConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
@@ -431,6 +560,9 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         ok = value in args
+    elif origin is tuple:  # tuple[str, ...], a list in JSON
+        ok = isinstance(value, list | tuple) and all(type(item) is args[0] for item in value)
+        value = tuple(value) if ok else value
     elif origin in (types.UnionType, typing.Union):
         if value is None and type(None) in args:
             return None

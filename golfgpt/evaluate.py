@@ -5,7 +5,8 @@
 Windows of L tokens start at 0, S, 2S, … (`golfgpt.scoring`). So a token is predicted from L - S + 1 tokens or more,
 all of them near the start of the text, and stride = window gives the usual chunks. Windows ignore document
 boundaries, as upstream's do; with eval.document_aware tokens attend within their document only. A document's BOS is
-then still a target like any other: predicted from the document before, it says that this one ends.
+then still a target like any other: predicted from the document before, it says that this one ends. With eval.rule
+windows are those of a published recipe, which leaves tokens out or counts some again; the label says so.
 
 A score is printed only with proof: the scored tokens are counted, their bytes are counted twice, and
 `golfgpt.compliance` checks a sample of the windows first. Sums stay on the device in float64 and are read once a
@@ -17,6 +18,7 @@ for a silently smaller batch would hide that the one asked for does not fit.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import time
@@ -55,15 +57,16 @@ class Score:
     """Bits per byte of decoded text."""
     nats: float
     tokens: int
-    """Scored tokens: all but the first of the text, unless `partial`."""
+    """Scored tokens: all but the first of the text, unless `partial`; with rule r4b some are counted again."""
     bytes: int
     """UTF-8 bytes of the scored text after decoding."""
     window: int
     stride: int
     label: str
-    """val_bpb; with a suffix when the text is normalized by a lossy tokenizer, only partly scored, or scored within
-    documents."""
+    """val_bpb; with a suffix when the text is normalized by a lossy tokenizer, only partly scored, scored within
+    documents, or by a published rule that leaves tokens out or counts some again."""
     seconds: float
+    """On the first rank, with those before an interruption."""
     dtype: str
     """Of activations and matmuls."""
     partial: bool
@@ -112,18 +115,23 @@ class PartialSums:
     def __init__(self, folder: Path, rank: int, model_digest: str, say: Callable[[str], None] = lambda line: None):
         self._file = folder / f"eval_partial_{rank}.json"
         self._digest, self._say = model_digest, say
-        self._saved = time.monotonic()
+        self._begun = self._saved = time.monotonic()
         self._warned = False
+        self.earlier = 0.0
+        """Seconds that the evaluation took before it was interrupted."""
 
     def open(self, key: dict[str, Any], windows: Windows, share: range, ranks: Ranks) -> Sums:
         """The sums to continue from: those of the file, or none."""
+        self._begun = time.monotonic()
         self._key = {"model": self._digest, **key, **asdict(windows), "world": ranks.world, "rank": ranks.rank}
         fresh = Sums.start(share.start, ranks.device)
         try:
             stored = json.loads(self._file.read_bytes())
             sums = Sums.start(int(stored["next"]), ranks.device, tuple(map(float, stored["values"])))
             changed = [name for name, value in self._key.items() if stored["key"].get(name) != value]
+            earlier = float(stored["seconds"])
             damaged = not share.start <= sums.next <= share.stop or not bool(sums.values.isfinite().all())
+            damaged |= not 0 <= earlier < math.inf
         except FileNotFoundError:
             return fresh
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
@@ -132,6 +140,7 @@ class PartialSums:
             why = f"is of another evaluation ({', '.join(changed)} changed)" if changed else "is damaged"
             self._say(f"{self._file} {why}: starting over")
             return fresh
+        self.earlier = earlier
         self._say(f"continuing an interrupted evaluation: {int(sums.values[1]):,} tokens are scored already")
         return sums
 
@@ -142,7 +151,8 @@ class PartialSums:
         if not math.isfinite(values[0]) or not values[1]:
             return
         try:
-            write_json(self._file, {"key": self._key, "next": sums.next, "values": values})
+            seconds = self.earlier + self._saved - self._begun
+            write_json(self._file, {"key": self._key, "next": sums.next, "values": values, "seconds": seconds})
         except OSError as error:
             if not self._warned:
                 self._say(f"warning: {self._file}: {error.strerror}; an interrupted evaluation would start over")
@@ -160,7 +170,10 @@ class PartialSums:
 def plan_windows(dataset: Dataset, config: RunConfig) -> Windows:
     """The windows that `evaluate` scores. Raises InputError when they do not fit the text."""
     targets = min(dataset.val_tokens - 1, config.eval.max_tokens or dataset.val_tokens)
-    return Windows(targets, config.window, config.stride, config.eval.rule == "r4")
+    r4b = config.eval.rule == "r4b"
+    if r4b:
+        targets = targets // config.window * config.window or targets  # less than a window: Windows says so
+    return Windows(targets, config.window, config.stride, config.eval.rule == "r4", r4b)
 
 
 @torch.no_grad()
@@ -184,6 +197,7 @@ def evaluate(
     """
     begun = time.perf_counter()
     windows = plan_windows(dataset, config)
+    counts = windows.counts(range(len(windows)))
     share = range(*(len(windows) * r // ranks.world for r in (ranks.rank, ranks.rank + 1)))
     most = max(1, (config.eval.batch_tokens or BATCH_TOKENS[ranks.device.type]) // windows.window)
     batch = max(1, -(-len(share) // max(1, -(-len(share) // most))))  # even batches: little filling at the end
@@ -208,7 +222,7 @@ def evaluate(
             key = {"text": dataset.digest, "dtype": str(dtype), "document_start": document_start}
             sums = keep.open(key, windows, share, ranks)
         findings = check(scorer, windows, read, share, batch)
-        report = _Progress(progress, len(windows.scored(share)), sums)
+        report = _Progress(progress, sum(len(targets) * times for targets, times in windows.counts(share)), sums)
         for stop, part, logprobs in score_windows(scorer, read, windows, range(sums.next, share.stop), batch):
             sums = sums.plus(stop, part, logprobs)
             if report.due() or stop == share.stop:
@@ -218,8 +232,8 @@ def evaluate(
         if keep and ranks.world > 1:
             keep.save(sums)  # another rank may still be stopped
         if ranks.main:
-            scored = windows.scored(range(len(windows)))
-            proved = dataset.prove_val_bytes(scored.stop + 1) - dataset.prove_val_bytes(scored.start + 1)
+            prove = functools.cache(dataset.prove_val_bytes)
+            proved = sum((prove(part.stop + 1) - prove(part.start + 1)) * times for part, times in counts)
     except GolfError as error:
         failed = error
         if keep and isinstance(error, Interrupted):
@@ -233,7 +247,7 @@ def evaluate(
     ranks.settle(failed)
     everything = ranks.sum_(sums.values.clone()).cpu()
     nats, tokens, nbytes = float(everything[0]), int(everything[1]), int(everything[2])
-    targets = len(windows.scored(range(len(windows))))
+    targets = sum(len(part) * times for part, times in counts)
     if keep:
         keep.clear()
     if tokens != targets or (ranks.main and nbytes != proved):
@@ -249,9 +263,9 @@ def evaluate(
         window=windows.window,
         stride=windows.stride,
         label=_label(dataset, windows, config.eval.document_aware),
-        seconds=time.perf_counter() - begun,
+        seconds=time.perf_counter() - begun + (keep.earlier if keep else 0.0),
         dtype=str(dtype).removeprefix("torch."),
-        partial=tokens < dataset.val_tokens - 1,
+        partial=len(windows.scored(range(len(windows)))) < dataset.val_tokens - 1,
         document_aware=config.eval.document_aware,
         checks=Checks.of(findings, windows, ranks),
     )
@@ -288,6 +302,9 @@ def _label(dataset: Dataset, windows: Windows, document_aware: bool) -> str:
         notes.append(f"first {windows.targets:,} tokens")
     scored = windows.scored(range(len(windows)))
     unscored = (("first", scored.start), ("last", windows.targets - scored.stop))
+    rule = "R4b" if windows.r4b else "R4"
     if parts := [f"{side} {count:,}" for side, count in unscored if count]:
-        notes.append(f"R4: {' and '.join(parts)} tokens not scored")
+        notes.append(f"{rule}: {' and '.join(parts)} tokens not scored")
+    if windows.full < len(windows):
+        notes.append(f"{rule}: counts the tail's tokens more than once")
     return " ".join(["val_bpb", *(f"({note})" for note in notes)])

@@ -28,7 +28,7 @@ scaling of the rotary base from bloc97's note of 2023 on LLaMA's context.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +43,9 @@ from golfgpt.upstream import parameter_shapes
 LAYER_MATRICES = ("c_q", "c_k", "c_v", "attn_proj", "mlp_fc", "mlp_proj")
 MATRIX_BANKS = (*LAYER_MATRICES, "bigram_proj")
 """Banks that multiply activations."""
+
+FakeQuant = Mapping[str, dict[str, Any] | Sequence[tuple[int, dict[str, Any] | None]]]
+"""Bank -> options, or (layers, options) of its consecutive parts; `GPT.forward` says which options."""
 
 
 @dataclass
@@ -165,7 +168,7 @@ class GPT(nn.Module):
         *,
         dtype: torch.dtype = torch.float32,
         cache: KVCache | None = None,
-        fake_quant: Mapping[str, dict[str, Any]] | None = None,
+        fake_quant: FakeQuant | None = None,
         suffix: int | None = None,
         document_start: int | None = None,
     ) -> Tensor:
@@ -178,8 +181,9 @@ class GPT(nn.Module):
         With `cache` the ids continue the cached tokens (up to a window into an empty cache, then one at a
         time), and the cache is extended in place; neither of the two goes with it.
 
-        `fake_quant` maps banks to the options of `golfgpt_kernels.fake_quantize_rows` that they go through; raises
-        ValueError for a bank that is not here.
+        `fake_quant`, as `Quantizer.fake_quant` makes it, maps banks to what they go through: the options of
+        `golfgpt_kernels.fake_quantize_rows`, or {"keep": torch.float16} (and "enabled") for rounding to it, or a
+        list of (layers, options or None) of its parts. Raises ValueError for a bank that is not here.
         """
         if cache is not None and (suffix is not None or document_start is not None):
             raise ValueError("a cache continues one text: it goes with neither suffix nor document_start")
@@ -187,13 +191,20 @@ class GPT(nn.Module):
             raise ValueError(f"suffix must lie in 1..{ids.size(1)} (the tokens given), got {suffix}")
         return self._hidden(ids, self._weights(fake_quant), dtype, cache, suffix, document_start)
 
-    def _weights(self, fake_quant: Mapping[str, dict[str, Any]] | None) -> dict[str, Tensor]:
+    def _weights(self, fake_quant: FakeQuant | None) -> dict[str, Tensor]:
         """Every bank as this forward uses it, float32."""
         weights = dict(self.named_parameters())
-        for name, options in (fake_quant or {}).items():
+        for name, parts in (fake_quant or {}).items():
             if name not in weights:
                 raise ValueError(f"fake_quant names {name!r}; this model's banks are {', '.join(weights)}")
-            weights[name] = fake_quantize_rows(weights[name], **options)
+            w = weights[name].float()
+            if isinstance(parts, dict):
+                weights[name] = _fake_quantized(w, parts)
+            else:
+                layers = w.split([layers for layers, _ in parts])
+                weights[name] = torch.cat(
+                    [_fake_quantized(part, options) for part, (_, options) in zip(layers, parts, strict=True)]
+                )
         return weights
 
     def _hidden(
@@ -272,12 +283,13 @@ class GPT(nn.Module):
         targets: Tensor,
         *,
         dtype: torch.dtype = torch.float32,
-        fake_quant: Mapping[str, dict[str, Any]] | None = None,
+        fake_quant: FakeQuant | None = None,
     ) -> Tensor:
         """Mean cross entropy in nats, float32, of targets (B, T) given ids (B, T); `fake_quant` as in `forward`."""
         weights = self._weights(fake_quant)
         hidden = self._hidden(ids, weights, dtype)
-        return softcap_cross_entropy(hidden, weights[self._head].to(dtype), targets, softcap=self.config.logit_softcap)
+        # The head goes in as float32, so that its gradient meets the embedding's unrounded.
+        return softcap_cross_entropy(hidden, weights[self._head], targets, softcap=self.config.logit_softcap)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Softcapped logits (..., vocab_size) in float32 of hidden states (..., D)."""
@@ -317,6 +329,18 @@ class GPT(nn.Module):
             out.append(token)
             hidden = self(torch.tensor([[token]], device=ids.device), cache=cache)
         return out
+
+
+def _fake_quantized(w: Tensor, options: dict[str, Any] | None) -> Tensor:
+    """w as the artifact will hold it, with straight-through gradient."""
+    if options is None:
+        return w
+    if "keep" not in options:
+        return fake_quantize_rows(w, **options)
+    kept = w.detach().to(options["keep"]).to(w.dtype)
+    if options.get("enabled") is not None:
+        kept = torch.where(options["enabled"], kept, w.detach())
+    return kept + (w - w.detach())  # the bracket is zero, exactly, and carries the gradient
 
 
 def _init_matrices(bank: Tensor, kind: str, generator: torch.Generator) -> None:

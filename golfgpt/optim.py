@@ -4,7 +4,9 @@ Muon (Keller Jordan, https://kellerjordan.github.io/posts/muon), over banks of m
     buf <- mu buf + g;   u = g + mu buf (Nesterov);   O = newton_schulz(u) * sqrt(max(1, rows / cols))
     w <- w (1 - lr wd) - lr O
 Matrices of one shape are orthogonalized as one batch, whichever banks they come from. Learning rates and the
-momentum live on the device, so a schedule moves them without recapturing a CUDA graph of the whole step.
+momentum live on the device, so a schedule moves them without recapturing a CUDA graph of the whole step. As kernels
+that is one launch for all momenta, which sums the squares of u for the norms too, 1 + 3 ns_steps for each shape, and
+one for all updates and shadows (one more for each further set of quantizer options).
 
 Options, as torch operations around the orthogonalization: `row_norm` divides each row of u by its norm first
 (MuonEq-R); `variance_beta` divides each row of O by the root of a running mean of its squares and restores the
@@ -14,9 +16,10 @@ matrix's norm (NorMuon, arXiv:2510.05491; the norm is kept as modded-nanogpt doe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
-from golfgpt_kernels import muon_momentum_, muon_update_, newton_schulz
+from golfgpt_kernels import muon_momentum_, muon_update_, newton_schulz, square_parts
 from torch import Tensor, nn
 
 from golfgpt.config import OptimConfig
@@ -28,7 +31,9 @@ class Muon(torch.optim.Optimizer):
     """Momentum orthogonalized by Newton-Schulz, over parameters (..., rows, cols) with rows = out features.
 
     `lr` and `momentum` of a group are numbers or 0-d float32 tensors on the parameters' device. `shadows` maps
-    parameters to tensors of their shape that get a rounded copy of every update. `dtype` is the iteration's.
+    parameters to tensors of their shape that get a rounded copy of every update, fake-quantized if `quantizers` maps
+    the parameter to options of `golfgpt_kernels.fake_quantize_rows` ("bits" and whatever is not its default).
+    `dtype` is the iteration's.
     Raises ValueError for a parameter with fewer than two dimensions.
     """
 
@@ -45,9 +50,10 @@ class Muon(torch.optim.Optimizer):
         variance_beta: float = 0.0,
         dtype: torch.dtype = torch.bfloat16,
         shadows: Mapping[Tensor, Tensor] | None = None,
+        quantizers: Mapping[Tensor, Mapping[str, Any]] | None = None,
         impl: str = "auto",
     ):
-        self.dtype, self.shadows, self.impl = dtype, shadows or {}, impl
+        self.dtype, self.shadows, self.quantizers, self.impl = dtype, shadows or {}, quantizers or {}, impl
         defaults = dict(
             lr=lr, momentum=momentum, nesterov=nesterov, ns_steps=ns_steps, weight_decay=weight_decay,
             row_norm=row_norm, variance_beta=variance_beta,
@@ -99,42 +105,53 @@ class Muon(torch.optim.Optimizer):
         params = [p for members in stacks.values() for p in members]
         # bf16 holds any gradient's magnitude; fp16 would lose small ones before they are normalized.
         dtype = torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
-        batches, updates = [], []
+        batches, sums, updates, square_sums = [], [], [], []
         for (rows, cols), members in stacks.items():
             counts = [p.numel() // (rows * cols) for p in members]
             batches.append(torch.empty(sum(counts), rows, cols, dtype=dtype, device=members[0].device))
+            sums.append(torch.empty(sum(counts), square_parts(rows, cols), device=members[0].device))
             updates += [u.view(p.shape) for u, p in zip(batches[-1].split(counts), members, strict=True)]
+            square_sums += [s.view(*p.shape[:-2], -1) for s, p in zip(sums[-1].split(counts), members, strict=True)]
         muon_momentum_(
             [p.grad for p in params],
             [self.state[p]["momentum_buffer"] for p in params],
             updates,
             _scalar(group["momentum"], params[0].device),
             nesterov=group["nesterov"],
+            square_sums=None if group["row_norm"] else square_sums,  # of the rows as they are, not as divided below
             ok=ok,
             impl=self.impl,
         )
         orthogonal = []
-        for batch, members in zip(batches, stacks.values(), strict=True):
+        for batch, squares, members in zip(batches, sums, stacks.values(), strict=True):
             if group["row_norm"]:
-                batch = batch / (torch.linalg.vector_norm(batch, dim=-1, keepdim=True, dtype=torch.float32) + 1e-7)
-            o = newton_schulz(batch, steps=group["ns_steps"], dtype=self.dtype, impl=self.impl)
+                rows = torch.linalg.vector_norm(batch, dim=-1, keepdim=True, dtype=torch.float32)
+                batch, squares = batch / (rows + 1e-7), None
+            o = newton_schulz(batch, steps=group["ns_steps"], dtype=self.dtype, square_sums=squares, impl=self.impl)
             parts = o.split([p.numel() // (p.size(-2) * p.size(-1)) for p in members])
             for part, p in zip(parts, members, strict=True):
                 part = part.contiguous().view(p.shape)
                 orthogonal.append(
                     self._equalize(p, part, group["variance_beta"], ok) if group["variance_beta"] else part
                 )
-        shadows = [self.shadows[p] for p in params] if self.shadows else None
-        muon_update_(
-            params,
-            orthogonal,
-            _scalar(group["lr"], params[0].device),
-            scales=[max(1.0, p.size(-2) / p.size(-1)) ** 0.5 for p in params],
-            weight_decay=group["weight_decay"],
-            shadows=shadows,
-            ok=ok,
-            impl=self.impl,
-        )
+        of = dict(zip(params, orthogonal, strict=True))
+        launches: dict[tuple, list[nn.Parameter]] = {}  # parameters of one quantizer, whose bits may differ
+        for p in params:
+            launches.setdefault(_without_bits(self.quantizers.get(p)), []).append(p)
+        for options, members in launches.items():
+            if options is not None:
+                options = dict(options, bits=[self.quantizers[p]["bits"] for p in members])
+            muon_update_(
+                members,
+                [of[p] for p in members],
+                _scalar(group["lr"], params[0].device),
+                scales=[max(1.0, p.size(-2) / p.size(-1)) ** 0.5 for p in members],
+                weight_decay=group["weight_decay"],
+                shadows=[self.shadows[p] for p in members] if self.shadows else None,
+                **(options or {}),
+                ok=ok,
+                impl=self.impl,
+            )
 
     def _equalize(self, p: nn.Parameter, o: Tensor, beta: float, ok: Tensor | None) -> Tensor:
         """Rows of o over the root of their running mean square, with the norm of the matrix kept."""
@@ -146,6 +163,10 @@ class Muon(torch.optim.Optimizer):
         scaled = o * variance.clamp_min(1e-10).rsqrt()
         norms = [torch.linalg.matrix_norm(x.float()) for x in (o, scaled)]
         return scaled * (norms[0] / norms[1].clamp_min(1e-10))[..., None, None]
+
+
+def _without_bits(options: Mapping[str, Any] | None) -> tuple[tuple[str, Any], ...] | None:
+    return None if options is None else tuple((k, v) for k, v in sorted(options.items()) if k != "bits")
 
 
 def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
@@ -193,6 +214,10 @@ class Optimizers:
         )
         self._ok = torch.ones((), dtype=torch.bool, device=device)
         self._parameters, self._names = named, {p: name for name, p in named.items()}
+        self.narrow = frozenset({"tok_emb", "bigram_table"} & named.keys() if config.embed_dtype == "bfloat16" else ())
+        """Parameters that are bfloat16 numbers: they, their gradients and moments are rounded around Adam's step, which
+        computes in float32 then as the fused kernel does for bfloat16 tensors."""
+        self._round([named[name].data for name in sorted(self.narrow)])
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def step(self, multiplier: float, momentum: float) -> None:
@@ -213,8 +238,19 @@ class Optimizers:
             self._flat.gather_weights()
 
     def _step(self) -> None:
+        narrow = [self._parameters[name] for name in sorted(self.narrow)]
+        self._round([p.grad for p in narrow])
         self.adam.step()
+        self._round([p.data for p in narrow] + [m for p in narrow for m in self._moments(p)])
         self.muon.step(ok=self._ok)
+
+    def _moments(self, p: nn.Parameter) -> list[Tensor]:
+        return [self.adam.state[p][key] for key in ("exp_avg", "exp_avg_sq")]
+
+    @staticmethod
+    def _round(tensors: list[Tensor]) -> None:
+        for tensor in tensors:
+            tensor.copy_(tensor.bfloat16())
 
     def capture(self) -> None:
         """Record the step of all groups in one CUDA graph, which `step` replays from then on.

@@ -1,13 +1,18 @@
 """How a model's weights become the numbers of an artifact: one quantizer for training, probes and export.
 
-Formats, decided for each bank from the size of one layer's tensor (the rule of recipe R0):
+Formats, decided for each published tensor (a layer of a bank) by the first that applies:
 
-    matrices above keep_numel elements    codes int8 in -m..m, m = 2^(bits-1) - 1, and one scale per row
+    a rule of QuantConfig.rules           what the rule says: float32, float16, or int2 to int8
+    control tensors, any size             float32 (QuantConfig.control_dtype)
     matrices up to keep_numel elements    float16
-    control tensors, any size             float32
+    other matrices                        codes int8 in -m-1..m, m = 2^(bits-1) - 1, and one scale per row
+                                          or per `group` columns
 
-A decoded weight is fp32(code) * fp32(stored scale). Fake quantization in training computes the same product
-from the same codes (`golfgpt_kernels.quantize_rows`, `dequantize_rows`), so what was trained is what ships.
+Neighbouring layers of one format are one part of the artifact: "c_k", or "c_k[0:7]" and "c_k[7:9]" where the last two
+layers are kept in float16.
+
+A decoded weight is fp32(code) * fp32(stored scale). With qat="export" training computes the same product from
+the same codes, and rounds kept tensors to float16 as the artifact will, so what was trained is what ships.
 Codes take a byte each whatever their bits; the entropy coder of the artifact earns the difference.
 
 Left out on purpose: bit packing, which costs the compressor more than it saves.
@@ -15,59 +20,86 @@ Left out on purpose: bit packing, which costs the compressor more than it saves.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from golfgpt_kernels import dequantize_rows, quantize_rows
 from torch import Tensor
 
-from golfgpt.config import ModelConfig, QuantConfig
+from golfgpt.config import ModelConfig, QuantConfig, QuantRule
 from golfgpt.errors import InputError
-from golfgpt.upstream import check_state, parameter_shapes
+from golfgpt.model import LAYER_MATRICES, MATRIX_BANKS, FakeQuant
+from golfgpt.upstream import check_state, parameter_shapes, to_upstream
 
 CONTROL_TENSORS = frozenset(
     {"attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights", "smear_gate", "bigram_scale"}
 )
-_MODEL_MATRICES = frozenset({"tok_emb", "lm_head", "bigram_table", "bigram_proj"})  # other banks hold one a layer
 
 SCALE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 DTYPES = {"float32": torch.float32, "float16": torch.float16} | {f"int{bits}": torch.int8 for bits in range(2, 9)}
 
+PRUNED_NUMEL = 65_536
+"""Published pruning leaves matrices of at most this many elements alone."""
+
+_PUBLISHED_QAT = {
+    "r4": (LAYER_MATRICES, {"clip": "quantile", "code_range": "symmetric"}, 1e-8),
+    "r5": (MATRIX_BANKS, {"clip": "max", "code_range": "full"}, 1e-12),
+}
+"""Banks, options and smallest row clip of the published fake quantizations (recipes R4, R4b; R5)."""
+
 
 @dataclass(frozen=True)
 class TensorFormat:
-    """Storage of one bank."""
+    """Storage of one part."""
 
     shape: tuple[int, ...]
     format: str
-    """float32, float16, or int2 to int8 (per-row codes, a byte each)."""
+    """float32, float16, or int2 to int8 (a byte a code)."""
     scale: str | None = None
-    """dtype of the row scales, float16 or float32, of an integer format."""
+    """dtype of the scales, float16 or float32, of an integer format."""
+    group: int | None = None
+    """Columns that share a scale; None: the row."""
 
     def __post_init__(self) -> None:
         if self.format not in DTYPES:
             raise InputError(f"unknown tensor format {self.format!r}")
+        if not self.quantized and (self.scale, self.group) != (None, None):
+            raise InputError(f"format {self.format} has no scales, got {self.scale!r} in groups of {self.group!r}")
         if self.quantized and self.scale not in SCALE_DTYPES:
             raise InputError(f"unknown scale dtype {self.scale!r} of format {self.format}")
-        if not self.quantized and self.scale is not None:
-            raise InputError(f"format {self.format} has no scales, got {self.scale!r}")
+        if self.quantized and len(self.shape) < 2:
+            raise InputError(f"format {self.format} needs rows, got a tensor of shape {self.shape}")
+        if self.group is not None and (type(self.group) is not int or self.group < 1 or self.shape[-1] % self.group):
+            raise InputError(f"groups of {self.group!r} columns do not divide the {self.shape[-1]} of {self.shape}")
 
     @property
     def quantized(self) -> bool:
         return self.format.startswith("int")
 
     @property
+    def bits(self) -> int:
+        return int(self.format.removeprefix("int"))
+
+    @property
     def max_code(self) -> int:
-        """Largest magnitude of a code, for example 31 for int6."""
-        return 2 ** (int(self.format.removeprefix("int")) - 1) - 1
+        """Largest code, for example 31 for int6; the least is -max_code - 1."""
+        return 2 ** (self.bits - 1) - 1
 
     @property
     def elements(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def scale_shape(self) -> tuple[int, ...]:
+        return self.shape[:-1] if self.group is None else (*self.shape[:-1], self.shape[-1] // self.group)
 
     @property
     def value_bytes(self) -> int:
@@ -76,22 +108,22 @@ class TensorFormat:
 
     @property
     def scale_bytes(self) -> int:
-        return math.prod(self.shape[:-1]) * DTYPES[self.scale].itemsize if self.quantized else 0
+        return math.prod(self.scale_shape) * DTYPES[self.scale].itemsize if self.quantized else 0
 
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """One bank in its format: codes (..., rows, columns) int8 and their scale (..., rows), or kept values."""
+    """One part in its format: codes (..., rows, columns) int8 and their scale (format.scale_shape), or kept values."""
 
     format: TensorFormat
     values: Tensor
     scale: Tensor | None = None
 
     def decode(self) -> Tensor:
-        """fp32 weights (shape of the bank)."""
+        """fp32 weights (shape of the part)."""
         if self.scale is None:
             return self.values.float()
-        return dequantize_rows(self.values, self.scale)
+        return dequantize_rows(self.values, self.scale, group_size=self.format.group)
 
 
 class TensorReport(NamedTuple):
@@ -108,18 +140,92 @@ class TensorReport(NamedTuple):
     """-20 log10 of it; inf where decoding is exact."""
 
 
+def part_name(bank: str, start: int, stop: int, layers: int) -> str:
+    return bank if (start, stop) == (0, layers) else f"{bank}[{start}:{stop}]"
+
+
+def parse_part(part: str) -> tuple[str, slice]:
+    """Bank, and its layers that `part` holds. Raises InputError."""
+    match = re.fullmatch(r"(\w+)(?:\[(\d{1,5}):(\d{1,5})\])?", part, re.ASCII)
+    if not match:
+        raise InputError(f"{part!a} is not the name of a bank or of some of its layers, as c_k[0:7]")
+    return match[1], slice(None) if match[2] is None else slice(int(match[2]), int(match[3]))
+
+
 def plan(shapes: Mapping[str, tuple[int, ...]], config: QuantConfig) -> dict[str, TensorFormat]:
-    """Format of each bank of `shapes` (name -> shape), in the same order."""
-    formats = {}
-    for name, shape in shapes.items():
-        per_layer = math.prod(shape if name in _MODEL_MATRICES else shape[1:])
-        if name in CONTROL_TENSORS:
-            formats[name] = TensorFormat(shape, "float32")
-        elif per_layer <= config.keep_numel:
-            formats[name] = TensorFormat(shape, "float16")
-        else:
-            formats[name] = TensorFormat(shape, f"int{config.bits}", config.scale_dtype)
+    """Format of each part of the banks `shapes` (name -> shape), in the same order.
+
+    Raises InputError for a rule that matches no tensor, or that asks for what a tensor's shape does not have.
+    """
+    rules = [QuantRule.parse(text) for text in config.rules]
+    formats, unused = {}, set(rules)
+    for bank, shape in shapes.items():
+        names = _published_names(bank, shape)
+        layered = names[0].startswith("blocks.")
+        kinds = []
+        for name in names:
+            matching = [rule for rule in rules if _matches(rule.pattern, name, len(names))]
+            unused.difference_update(matching)
+            kinds.append(_kind(bank, math.prod(shape[layered:]), matching, config))
+        start = 0
+        for kind, run in itertools.groupby(kinds):
+            stop = start + len(list(run))
+            part = part_name(bank, start, stop, len(kinds))
+            try:
+                formats[part] = TensorFormat((stop - start, *shape[1:]) if layered else shape, *kind)
+            except InputError as error:
+                raise InputError(f"quant.rules: {part}: {error}") from None
+            start = stop
+    if unused:
+        first = next(rule for rule in rules if rule in unused)
+        some = ", ".join(_published_names(bank, shape)[0] for bank, shape in shapes.items())
+        raise InputError(f"quant.rules: {first.pattern!r} matches no tensor of this model; its names are like {some}")
     return formats
+
+
+def _published_names(bank: str, shape: tuple[int, ...]) -> list[str]:
+    return list(to_upstream({bank: torch.empty(shape[:1], device="meta")}))
+
+
+def _matches(pattern: str, name: str, layers: int) -> bool:
+    """Whether the glob fits a published name, or that name with its layer counted from the end."""
+    from_end = re.sub(r"^blocks\.(\d+)\.", lambda match: f"blocks.{int(match[1]) - layers}.", name)
+    return fnmatchcase(name, pattern) or fnmatchcase(from_end, pattern)
+
+
+def _kind(bank: str, numel: int, rules: list[QuantRule], config: QuantConfig) -> tuple[str, str | None, int | None]:
+    """(format, scale dtype, group) of a tensor."""
+    if rules:
+        return rules[0].format, config.scale_dtype if rules[0].format.startswith("int") else None, rules[0].group
+    if bank in CONTROL_TENSORS:
+        return config.control_dtype, None, None
+    if numel <= config.keep_numel:
+        return "float16", None, None
+    return f"int{config.bits}", config.scale_dtype, None
+
+
+def join(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Banks of their parts, which are in order."""
+    banks: dict[str, list[Tensor]] = {}
+    for part, tensor in parts.items():
+        banks.setdefault(parse_part(part)[0], []).append(tensor)
+    return {bank: tensors[0] if len(tensors) == 1 else torch.cat(tensors) for bank, tensors in banks.items()}
+
+
+def prune_threshold(w: Tensor, fraction: float) -> float:
+    """The quantile `fraction` of |w|, over all elements (any number: torch.quantile ends at 2^24), interpolated."""
+    return float(np.quantile(w.detach().abs().float().cpu().numpy(), fraction))
+
+
+def pruned(bank: str, w: Tensor, fraction: float) -> Tensor:
+    """w with the smallest `fraction` of the magnitudes of each published matrix above PRUNED_NUMEL set to zero."""
+    if fraction == 0 or bank in CONTROL_TENSORS:
+        return w
+    matrices = to_upstream({bank: w}).values()
+    kept = [
+        m.masked_fill(m.abs() < prune_threshold(m, fraction), 0.0) if m.numel() > PRUNED_NUMEL else m for m in matrices
+    ]
+    return torch.stack(kept).view_as(w)
 
 
 @dataclass(frozen=True)
@@ -131,7 +237,7 @@ class Quantizer:
 
     @cached_property
     def formats(self) -> dict[str, TensorFormat]:
-        """Bank name -> format, known before any training."""
+        """Part name -> format, known before any training. Raises InputError as `plan`."""
         return plan(parameter_shapes(self.model), self.config)
 
     @property
@@ -140,39 +246,81 @@ class Quantizer:
         return payload_bytes(self.formats)
 
     @property
-    def row_options(self) -> dict[str, Any]:
-        """Keywords of `golfgpt_kernels.quantize_rows` and its kin, for training to fake-quantize with."""
+    def label(self) -> str:
+        """The integer formats, as int8 or int5/int6; float16 where there is none."""
+        return "/".join(sorted({f.format for f in self.formats.values() if f.quantized})) or "float16"
+
+    def options(self, part: str) -> dict[str, Any]:
+        """Keywords of `golfgpt_kernels.quantize_rows` and its kin for a quantized part."""
+        c, format = self.config, self.formats[part]
         return {
-            "bits": self.config.bits,
-            "clip": self.config.clip,
-            "scale_dtype": DTYPES[self.config.scale_dtype],
-            "scale_floor": self.config.scale_floor,
-            "codes_from": self.config.codes_from,
+            "bits": format.bits,
+            "clip": c.clip,
+            "code_range": c.code_range,
+            "scale_dtype": DTYPES[format.scale],
+            "scale_floor": max(c.scale_floor, c.clip_floor / format.max_code),
+            "codes_from": c.codes_from,
+            "group_size": format.group,
+        }
+
+    def fake_quant(self, enabled: Tensor | None = None) -> FakeQuant:
+        """What `GPT.loss(fake_quant=...)` takes for quantization-aware training; empty without qat. `enabled`, a 0-d
+        bool tensor, turns it on and off without a recompilation."""
+        whole, split = {}, {}
+        for part, format in self.formats.items():
+            bank, layers = parse_part(part)
+            options = self._training(part, enabled)
+            if layers != slice(None):
+                split.setdefault(bank, []).append((format.shape[0], options))
+            elif options is not None:
+                whole[bank] = options
+        return whole | {bank: parts for bank, parts in split.items() if any(options for _, options in parts)}
+
+    def _training(self, part: str, enabled: Tensor | None) -> dict[str, Any] | None:
+        qat, format = self.config.qat, self.formats[part]
+        if qat == "export":
+            if format.quantized:
+                return {**self.options(part), "enabled": enabled}
+            return None if format.format == "float32" else {"keep": DTYPES[format.format], "enabled": enabled}
+        banks, options, clip_floor = _PUBLISHED_QAT.get(qat, ((), {}, 0.0))
+        if not format.quantized or parse_part(part)[0] not in banks:
+            return None
+        return {
+            **options,
+            "bits": format.bits,
+            "scale_dtype": torch.float32,
+            "scale_floor": clip_floor / format.max_code,
+            "enabled": enabled,
         }
 
     def encode(self, state: Mapping[str, Tensor]) -> dict[str, QuantizedTensor]:
-        """Quantize the model's banks (any float dtype, any device).
+        """Prune and quantize the model's banks (any float dtype, any device); part name -> tensor.
 
         Raises InputError naming a tensor that is missing, unexpected, mis-shaped or not finite, or that is
         kept in float16 and exceeds it.
         """
-        check_state(state, parameter_shapes(self.model))
-        return {name: self._encode(name, state[name].detach().float()) for name in self.formats}
+        return dict(self._encode(state))
 
-    def _encode(self, name: str, w: Tensor) -> QuantizedTensor:
-        format = self.formats[name]
-        if not w.isfinite().all():
-            raise InputError(f"tensor {name} has {int((~w.isfinite()).sum())} non-finite weights")
-        if format.quantized:
-            return QuantizedTensor(format, *quantize_rows(w, **self.row_options))
-        values = w.to(DTYPES[format.format])
-        if not values.isfinite().all():
-            raise InputError(f"tensor {name} has magnitudes up to {w.abs().max():.3g}: float16 ends at 65504")
-        return QuantizedTensor(format, values)
+    def _encode(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, QuantizedTensor]]:
+        check_state(state, parameter_shapes(self.model))
+        for part, format in self.formats.items():
+            bank, layers = parse_part(part)
+            w = state[bank].detach().float()
+            w = w[layers] if w.ndim else w
+            if not w.isfinite().all():
+                raise InputError(f"tensor {part} has {int((~w.isfinite()).sum())} non-finite weights")
+            w = pruned(bank, w, self.config.prune)
+            if format.quantized:
+                yield part, QuantizedTensor(format, *quantize_rows(w, **self.options(part)))
+                continue
+            values = w.to(DTYPES[format.format])
+            if not values.isfinite().all():
+                raise InputError(f"tensor {part} has magnitudes up to {w.abs().max():.3g}: float16 ends at 65504")
+            yield part, QuantizedTensor(format, values)
 
     def decode(self, encoded: Mapping[str, QuantizedTensor]) -> dict[str, Tensor]:
         """fp32 banks: the weights that the artifact's reader gets."""
-        return {name: tensor.decode() for name, tensor in encoded.items()}
+        return join({part: tensor.decode() for part, tensor in encoded.items()})
 
     def projected_bytes(self, state: Mapping[str, Tensor]) -> int:
         """Forecast of the compressed payload: the order-0 entropy of the codes of each tensor, scales and
@@ -182,20 +330,28 @@ class Quantizer:
             if tensor.scale is None:
                 bits += 8 * tensor.format.value_bytes
                 continue
-            counts = torch.bincount(tensor.values.flatten().int() + 128, minlength=256).double()
-            bits += (
-                8 * tensor.format.scale_bytes - (counts * (counts / counts.sum()).clamp_min(1e-300).log2()).sum().item()
-            )
+            bits += 8 * tensor.format.scale_bytes + tensor.format.elements * code_entropy(tensor.values)
         return math.ceil(bits / 8)
 
     def table(self, state: Mapping[str, Tensor] | None = None) -> list[TensorReport]:
-        """One report per bank; with `state`, the error that quantizing it makes."""
+        """One report per part; with `state`, the error that pruning and quantizing it makes."""
         encoded = self.encode(state) if state is not None else {}
         reports = []
-        for name, format in self.formats.items():
-            error = _relative_error(state[name], encoded[name].decode()) if encoded else None
-            reports.append(tensor_report(name, format, error))
+        for part, format in self.formats.items():
+            bank, layers = parse_part(part)
+            error = None
+            if encoded:
+                w = state[bank].cpu() if state[bank].ndim == 0 else state[bank][layers].cpu()
+                error = _relative_error(w, encoded[part].decode().cpu())
+            reports.append(tensor_report(part, format, error))
         return reports
+
+
+def code_entropy(codes: Tensor) -> float:
+    """Order-0 entropy of int8 codes, bits a code."""
+    counts = torch.bincount(codes.flatten().int() + 128, minlength=256).double()
+    share = counts[counts > 0] / counts.sum()
+    return -(share * share.log2()).sum().item()
 
 
 def payload_bytes(formats: Mapping[str, TensorFormat]) -> int:

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from golfgpt.config import OptimConfig, ScheduleConfig
+import math
+
+from golfgpt.config import OptimConfig, QuantConfig, ScheduleConfig
+
+
+def budget_used(step: int, seconds: float, config: ScheduleConfig) -> float:
+    """Fraction, at most 1, of the training budget that `step` completed steps in `seconds` have used: of steps or of
+    seconds, whichever is further along."""
+    done = step / config.max_steps
+    if config.max_seconds is not None:
+        done = max(done, seconds / config.max_seconds)
+    return min(done, 1.0)
 
 
 def lr_multiplier(step: int, seconds: float, config: ScheduleConfig) -> float:
@@ -10,22 +21,28 @@ def lr_multiplier(step: int, seconds: float, config: ScheduleConfig) -> float:
 
     `seconds` is training time so far. kind="warmdown_steps" is upstream's rule: the warm-down's length in
     time is warmdown_steps times the mean step time so far, so slow first steps depress the rate.
-    kind="warmdown_frac" decays linearly over the last fraction of whichever budget is further along.
+    kind="warmdown_frac" decays over the last fraction of whichever budget is further along.
     """
     if config.kind == "warmdown_frac":
-        done = step / config.max_steps
-        if config.max_seconds is not None:
-            done = max(done, seconds / config.max_seconds)
-        left = max(1.0 - done, 0.0)
-        return left / config.warmdown_frac if left < config.warmdown_frac else 1.0
-    if config.warmdown_steps == 0:
+        left, length = 1.0 - budget_used(step, seconds, config), config.warmdown_frac
+    elif config.warmdown_steps == 0:
         return 1.0
-    if config.max_seconds is None:
-        left = max(config.max_steps - step, 0)
-        return left / config.warmdown_steps if left <= config.warmdown_steps else 1.0
-    warmdown = config.warmdown_steps * seconds / max(step, 1)
-    left = max(config.max_seconds - seconds, 0.0)
-    return left / warmdown if left <= warmdown and warmdown > 0 else 1.0
+    elif config.max_seconds is None:
+        left, length = max(config.max_steps - step, 0), config.warmdown_steps
+    else:
+        left = max(config.max_seconds - seconds, 0.0)
+        length = config.warmdown_steps * seconds / max(step, 1)
+        if config.warmdown_max_frac is not None:
+            length = min(length, config.warmdown_max_frac * config.max_seconds)
+    if left > length or length <= 0:
+        return 1.0
+    return left / length if config.warmdown_shape == "linear" else 0.5 * (1 - math.cos(math.pi * left / length))
+
+
+def quantization_aware(used: float, multiplier: float, config: QuantConfig) -> bool:
+    """Whether a step is fake-quantized that begins with the fraction `used` of the budget gone, at this learning-rate
+    multiplier."""
+    return config.qat != "off" and used >= config.qat_start and multiplier <= config.qat_below_lr
 
 
 def muon_momentum(step: int, config: OptimConfig) -> float:

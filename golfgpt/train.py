@@ -7,9 +7,11 @@ import time
 from collections import deque
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from golfgpt_kernels import implementation
+from torch import Tensor
 
 from golfgpt import artifact, checkpoint, distributed
 from golfgpt.attention import select_backend
@@ -21,6 +23,7 @@ from golfgpt.distributed import Ranks
 from golfgpt.errors import BudgetError, GolfError, InputError, Interrupted, NonFiniteError
 from golfgpt.evaluate import PartialSums, Score, evaluate, plan_windows
 from golfgpt.files import sha256_file, write_json
+from golfgpt.fit import fitted, forecast_bytes
 from golfgpt.quant import Quantizer
 from golfgpt.report import budget_lines, score_lines, table, tensor_table
 from golfgpt.run import Reporter, RunFolder, read_config
@@ -72,6 +75,7 @@ def train(config: RunConfig, path: Path, *, resume: bool = False, quiet: bool = 
                 config = replace(config, runtime=replace(config.runtime, dtype=dtype_name(config, ranks)))
                 artifact.require_compressor(config.quant.compressor)
                 dataset = open_dataset(config, ranks)
+                config = fitted(config)
                 trainer = Trainer(config, dataset, ranks)
                 if ranks.main:
                     tokenizer = dataset.need_tokenizer().model_bytes
@@ -144,6 +148,8 @@ class _Run:
         self.step, self.finished = saved.step, saved.finished
         self.trainer.model.load_state_dict(saved.model)
         self.trainer.optimizers.load_state(saved.optimizers)
+        self.trainer.average.load_state(saved.average)
+        self.trainer.clock = saved.clock
         self.ledger.seconds.update(saved.seconds)
         self.signals.saved = f"step {self.step} is saved"
         self.reporter.line(f"resumed at step:{self.step} train_time:{saved.seconds['train'] * 1000:.0f}ms")
@@ -180,7 +186,16 @@ class _Run:
         digest = self.dataset.digest[:16]
         say(f"train_loader:dataset:{c.data.path} train_shards:{len(self.dataset.train)} digest:{digest}")
         say(f"val_loader:tokens:{self.dataset.val_tokens}")
-        say(f"model_params:{t.model.num_parameters()} payload_bytes:{Quantizer(c.model, c.quant).payload_bytes}")
+        quantizer = Quantizer(c.model, c.quant)
+        fit = f" mlp_hidden:{c.model.mlp_hidden} (fitted)" if c.budget.fit == "mlp_hidden" else ""
+        say(
+            f"model_params:{t.model.num_parameters()} payload_bytes:{quantizer.payload_bytes} "
+            f"forecast_bytes:{forecast_bytes(quantizer)}{fit}"
+        )
+        if c.quant.qat != "off":
+            when = f"from {c.quant.qat_start:.0%} of the budget" if c.quant.qat_start else "from step 0"
+            lr = f", learning rate at most {c.quant.qat_below_lr:g} of its base" if c.quant.qat_below_lr < 1 else ""
+            say(f"qat:{c.quant.qat} {quantizer.label} {when}{lr}")
         say(f"world_size:{self.ranks.world} spans:{c.data.spans} microbatch_tokens:{micro}")
         say(f"device:{self.ranks.device} dtype:{t.dtype} compile:{t.compiled} threads:{torch.get_num_threads()}")
         say(f"attention:{backend}" + "".join(f" ({name}: {why})" for name, why in refused.items()))
@@ -319,6 +334,8 @@ class _Run:
                 dataset=self.dataset.digest,
                 model=self.trainer.model.state_dict(),
                 optimizers=optimizers,
+                average=self.trainer.average.state(),
+                clock=self.trainer.clock,
             )
             try:
                 self.trainer.check_finite()
@@ -347,18 +364,54 @@ class _Run:
         )
 
     def validate(self) -> None:
-        """Score the unquantized weights in chunks, off the training clock; the state was just saved."""
+        """Score the unquantized weights in chunks, off the training clock; the state was just saved. With runtime.probe
+        the weights as an export would leave them, too: averaged, quantized, decoded."""
+        chunks = replace(self.config.eval, stride=None)
+        probed, size = None, None
         self.signals.release()
         with self.ledger.phase("validate"):
-            score = self.score("validating", replace(self.config.eval, stride=None))
+            score = self.score("validating", chunks)
+            if self.config.runtime.probe:
+                weights = {name: value.clone() for name, value in self.trainer.model.state_dict().items()}
+                try:
+                    size = self.load_exported()
+                    probed = self.score("scoring a probe", chunks)
+                finally:
+                    self.trainer.model.load_state_dict(weights)
         self.signals.deferred = True
         seconds = self.ledger.elapsed("train")
+        probe = f"probe_bpb:{probed.val_bpb:.4f} probe_bytes:{size} " if probed else ""
         self.reporter.line(
             f"step:{self.step}/{self.config.schedule.max_steps} val_loss:{score.val_loss:.4f} "
-            f"{score.label}:{score.val_bpb:.4f} train_time:{seconds * 1000:.0f}ms "
+            f"{score.label}:{score.val_bpb:.4f} {probe}train_time:{seconds * 1000:.0f}ms "
             f"step_avg:{seconds / self.step * 1000:.2f}ms"
         )
-        self.reporter.metric("val", step=self.step, **asdict(score))
+        self.reporter.metric(
+            "val", step=self.step, **asdict(score), probe_bpb=probed and probed.val_bpb, probe_bytes=size
+        )
+
+    def load_exported(self) -> int | None:
+        """Give every rank the weights that an artifact of the present ones would decode to; rank 0 gets its bytes."""
+        blob = failed = None
+        if self.folder:
+            try:
+                blob = artifact.pack(self.final_weights(), **self.artifact_options())
+                self.trainer.model.load_state_dict(artifact.unpack(blob).state)
+            except GolfError as error:
+                failed = error
+        self.ranks.settle(failed)
+        for p in self.trainer.model.parameters():
+            self.ranks.broadcast_(p.data)
+        return len(blob) if blob else None
+
+    def final_weights(self) -> dict[str, Tensor]:
+        """What is exported: the average where there is one, else the weights as they are."""
+        state = {name: value.cpu() for name, value in self.trainer.model.state_dict().items()}
+        return state | {name: value.cpu() for name, value in self.trainer.average.weights().items()}
+
+    def artifact_options(self) -> dict[str, Any]:
+        c, digest = self.config, self.dataset.need_tokenizer().digest
+        return {"model": c.model, "quant": c.quant, "tokenizer_sha256": digest, "seq_len": c.data.seq_len}
 
     def finish(self) -> dict:
         """Export, reload, score, report. The artifact is on disk before the scoring starts, the score before the
@@ -381,7 +434,7 @@ class _Run:
             score = self.score("scoring model.golf", c.eval, keep)
         if not self.folder:
             return {}
-        stage = f"final_int{c.quant.bits}_{info.compressor}_roundtrip"
+        stage = f"final_{Quantizer(c.model, c.quant).label.replace('/', '_')}_{info.compressor}_roundtrip"
         ms = score.seconds * 1000
         say(f"{stage} val_loss:{score.val_loss:.4f} {score.label}:{score.val_bpb:.4f} eval_time:{ms:.0f}ms")
         say(f"{stage}_exact val_loss:{score.val_loss:.8f} {score.label}:{score.val_bpb:.8f}")
@@ -414,17 +467,12 @@ class _Run:
     def export(self) -> artifact.ArtifactInfo:
         """Write model.golf and say what it holds."""
         c = self.config
-        state = {name: value.cpu() for name, value in self.trainer.model.state_dict().items()}
+        state, averaged = self.final_weights(), self.trainer.average.count
+        if c.average.kind != "none":
+            self.reporter.line(f"{c.average.kind}:exporting the average of {averaged} steps' weights")
         self.reporter.status("compressing")
-        info = artifact.write(
-            self.folder.artifact,
-            state,
-            model=c.model,
-            quant=c.quant,
-            tokenizer_sha256=self.dataset.need_tokenizer().digest,
-            seq_len=c.data.seq_len,
-        )
-        label = f"int{c.quant.bits}+{info.compressor}"
+        info = artifact.write(self.folder.artifact, state, **self.artifact_options())
+        label = f"{Quantizer(c.model, c.quant).label}+{info.compressor}"
         raw = sum(value.numel() * value.element_size() for value in state.values())
         self.reporter.line(tensor_table(Quantizer(c.model, c.quant).table(state)))
         self.reporter.line(f"Serialized model: {raw} bytes")

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
+from golfgpt.averaging import Average
 from golfgpt.config import RunConfig
 from golfgpt.data.shards import Dataset
 from golfgpt.data.streams import TokenStream, spans_of_rank, step_spans
@@ -25,7 +26,8 @@ from golfgpt.errors import InputError, NonFiniteError
 from golfgpt.flat import FlatGradients
 from golfgpt.model import GPT, MATRIX_BANKS
 from golfgpt.optim import Optimizers
-from golfgpt.schedule import lr_multiplier, muon_momentum
+from golfgpt.quant import Quantizer
+from golfgpt.schedule import budget_used, lr_multiplier, muon_momentum, quantization_aware
 from golfgpt.upstream import to_upstream
 
 _CONTROL = 5  # loss, clock, stop, save, signaled
@@ -76,6 +78,14 @@ class Trainer:
                 f"{ranks.device}, compile {self.compiled}, warmup_steps {config.runtime.warmup_steps}"
             )
         self._loss = torch.compile(self.model.loss, dynamic=False, fullgraph=True) if self.compiled else self.model.loss
+        named = dict(self.model.named_parameters())
+        self.average = Average(named, config.average, self.optimizers.narrow)
+        self.clock = 0.0
+        """Rank 0's training clock at the start of the step before, which all ranks know."""
+        quant = config.quant
+        scheduled = quant.qat_start > 0 or quant.qat_below_lr < 1
+        self._enabled = torch.zeros((), dtype=torch.bool, device=ranks.device) if scheduled else None
+        self._fake_quant = Quantizer(config.model, quant).fake_quant(self._enabled)
 
     def accumulate(
         self,
@@ -89,6 +99,8 @@ class Trainer:
         backward; of the first two, rank 0's count.
         """
         data = self.config.data
+        if self._enabled is not None:
+            self._enabled.fill_(self.quantization_aware(step))
         self.flat.zero_()
         loss = torch.zeros((), device=self.ranks.device)
         positions = step_spans(step, data.batch_tokens, data.spans)
@@ -100,7 +112,7 @@ class Trainer:
         ids, targets = (t.reshape(-1, data.seq_len) for t in (tokens[:, :-1], tokens[:, 1:]))
         rows = (data.microbatch_tokens or data.span_tokens) // data.seq_len
         for x, y in zip(ids.split(rows), targets.split(rows), strict=True):
-            part = self._loss(x, y, dtype=self.dtype) * (y.numel() / data.batch_tokens)
+            part = self._loss(x, y, dtype=self.dtype, fake_quant=self._fake_quant) * (y.numel() / data.batch_tokens)
             part.backward()
             loss += part.detach()
         stop, save, signaled = votes()
@@ -111,8 +123,15 @@ class Trainer:
         loss, seconds, stop, save, signaled, norm = torch.cat((self.flat.control, self.flat.norm()[None])).tolist()
         return StepResult(loss, seconds, stop > 0, save > 0, signaled > 0, norm)
 
+    def quantization_aware(self, step: int) -> bool:
+        """Whether the forward of the step that follows `step` completed ones is fake-quantized, judged by the clock of
+        the step before: this one's reaches the other ranks with the gradients."""
+        schedule = self.config.schedule
+        multiplier = lr_multiplier(step, self.clock, schedule)
+        return quantization_aware(budget_used(step, self.clock, schedule), multiplier, self.config.quant)
+
     def update(self, step: int, result: StepResult) -> float:
-        """Clip, step all optimizers, return the learning-rate multiplier.
+        """Clip, step all optimizers, average, return the learning-rate multiplier.
 
         Raises NonFiniteError, with parameters and optimizer state untouched, when the loss or a gradient is
         not finite; the message names the first such tensor.
@@ -124,6 +143,8 @@ class Trainer:
             self.flat.gradients.mul_(limit / (result.grad_norm + 1e-6))
         multiplier = lr_multiplier(step, result.seconds, self.config.schedule)
         self.optimizers.step(multiplier, muon_momentum(step, self.config.optim))
+        self.average.update(step + 1, multiplier)
+        self.clock = result.seconds
         return multiplier
 
     def _culprit(self, result: StepResult) -> str:

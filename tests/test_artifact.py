@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import tracemalloc
+from functools import partial
 
 import brotli
 import pytest
@@ -46,7 +47,7 @@ def sealed(header: dict | bytes, compressed: bytes) -> bytes:
     """A file whose lengths and digest are right, so that the checks behind them are reached."""
     if isinstance(header, dict):
         header = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-    return artifact._seal(header, compressed)
+    return artifact._assemble(header, compressed)
 
 
 BLOB = packed()
@@ -118,8 +119,8 @@ def test_smallest_tries_all_and_prefers_the_first_of_equals(monkeypatch):
     blob = packed(quant=QuantConfig(compressor="smallest"))
     assert len(blob) == min(sizes.values())
     for name, codec in CODECS.items():
-        monkeypatch.setitem(CODECS, name, codec._replace(compress=lambda payload: bytes(7)))
-    assert artifact._compress(b"payload", "smallest") == ("zlib", bytes(7))
+        monkeypatch.setitem(CODECS, name, codec._replace(compress=lambda payload, level: bytes(7)))
+    assert artifact.compress(b"payload", "smallest") == ("zlib", 9, bytes(7))
 
 
 @pytest.mark.parametrize(("compressor", "module"), [("zstd", "zstandard"), ("brotli", "brotli")])
@@ -213,7 +214,7 @@ def test_random_bytes_are_refused(blob):
     ("offset", "size", "value", "message"),
     [
         (0, 8, b"PK\3\4\0\0\0\0", "magic"),
-        (8, 4, 1, "version 1, this program reads version 2"),
+        (8, 4, 1, "version 1, this program reads version 3"),
         (12, 4, 10**6 + 1, "header of 1000001 bytes"),
         (12, 4, 2**32 - 1, "header of 4294967295 bytes"),
         (16, 8, 2**28 + 1, "payload of 268435457 bytes"),
@@ -291,7 +292,7 @@ def test_each_field_of_the_header_is_checked(blob, message):
 
 
 def test_a_model_beyond_the_payload_limit_is_refused_before_allocation():
-    huge = ModelConfig(vocab_size=65_536, num_layers=10**6, model_dim=2**20, mlp_hidden=2**30)
+    huge = ModelConfig(vocab_size=65_536, num_layers=1000, model_dim=2**20, mlp_hidden=2**30)
     formats = Quantizer(huge, QUANT).formats
     header = json.loads(artifact._header(huge, formats, 64, TOKENIZER, "zlib", 9))
     with pytest.raises(InputError, match=r"its tensors take \d+ bytes, more than"):
@@ -301,7 +302,7 @@ def test_a_model_beyond_the_payload_limit_is_refused_before_allocation():
 @pytest.mark.parametrize(
     ("name", "edit", "message"),
     [
-        ("c_q", lambda tensor: tensor.values.view(-1).__setitem__(3, -32), "tensor c_q holds codes -32 to"),
+        ("c_q", lambda tensor: tensor.values.view(-1).__setitem__(3, -33), "tensor c_q holds codes -33 to"),
         ("c_q", lambda tensor: tensor.scale.view(-1).__setitem__(0, math.nan), "tensor c_q holds scales"),
         ("mlp_fc", lambda tensor: tensor.scale.view(-1).__setitem__(0, math.inf), "tensor mlp_fc holds scales"),
         ("mlp_fc", lambda tensor: tensor.scale.view(-1).__setitem__(0, -1.0), "tensor mlp_fc holds scales"),
@@ -313,7 +314,7 @@ def test_values_that_no_encoder_writes_are_refused(name, edit, message):
     encoded = Quantizer(MODEL, QUANT).encode(random_state())
     edit(encoded[name])
     with pytest.raises(InputError, match=message):
-        unpack(sealed(HEADER, CODECS["zlib"].compress(artifact._join(encoded))))
+        unpack(sealed(HEADER, CODECS["zlib"].compress(artifact._join(encoded), 9)))
 
 
 def test_scales_that_overflow_float32_are_refused():
@@ -322,7 +323,7 @@ def test_scales_that_overflow_float32_are_refused():
     encoded["c_q"].scale[0, 0] = 3e38
     header, _ = parts(packed(quant=quant))
     with pytest.raises(InputError, match="tensor c_q holds scales whose weights exceed"):
-        unpack(sealed(header, CODECS["zlib"].compress(artifact._join(encoded))))
+        unpack(sealed(header, CODECS["zlib"].compress(artifact._join(encoded), 9)))
 
 
 # Compressed streams
@@ -332,7 +333,7 @@ PAYLOAD = artifact._join(Quantizer(MODEL, QUANT).encode(random_state()))
 
 @pytest.mark.parametrize("compressor", CODECS)
 def test_damaged_streams_are_refused(compressor):
-    stream = CODECS[compressor].compress(PAYLOAD)
+    stream = CODECS[compressor].compress(PAYLOAD, CODECS[compressor].level)
     header = HEADER | {"compressor": [compressor, CODECS[compressor].level]}
     assert unpack(sealed(header, stream)).info.compressor == compressor
     for damaged in (b"", stream[:-1], stream[: len(stream) // 2], stream + b"\0", stream + stream):
@@ -340,7 +341,7 @@ def test_damaged_streams_are_refused(compressor):
             unpack(sealed(header, damaged))
     for payload in (PAYLOAD[:-1], PAYLOAD + b"\0"):
         with pytest.raises(InputError, match=f"bad {compressor} payload"):
-            unpack(sealed(header, CODECS[compressor].compress(payload)))
+            unpack(sealed(header, CODECS[compressor].compress(payload, CODECS[compressor].level)))
 
 
 @pytest.mark.parametrize("compressor", CODECS)
@@ -348,7 +349,7 @@ def test_streams_longer_than_a_chunk_round_trip(compressor):
     generator = torch.Generator().manual_seed(0)
     noise = torch.randint(256, (3 * 2**19,), dtype=torch.uint8, generator=generator).numpy().tobytes()
     payload = noise + bytes(3 * 2**20) + noise[:1000]
-    compress = CODECS[compressor].compress
+    compress = partial(CODECS[compressor].compress, level=CODECS[compressor].level)
     if compressor == "brotli":  # quality 11 takes seconds on this much noise
 
         def compress(payload):
@@ -364,7 +365,7 @@ def test_streams_longer_than_a_chunk_round_trip(compressor):
 
 @pytest.mark.parametrize("compressor", CODECS)
 def test_bombs_are_refused_in_little_memory(compressor):
-    stream = CODECS[compressor].compress(bytes(32 * 2**20))
+    stream = CODECS[compressor].compress(bytes(32 * 2**20), CODECS[compressor].level)
     assert len(stream) < 2**17
     blob = sealed(HEADER | {"compressor": [compressor, 9]}, stream)
     tracemalloc.start()

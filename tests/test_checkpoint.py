@@ -16,7 +16,9 @@ def make(step: int) -> Checkpoint:
     generator = torch.Generator().manual_seed(step)
     tensors = {"a": torch.randn(3, 4, generator=generator), "b.step": torch.tensor(float(step))}
     other = {k: v + 1 for k, v in tensors.items()}
-    return Checkpoint(step, False, {"train": step / 3}, {"seed": 1}, "digest", tensors, other)
+    return Checkpoint(
+        step, False, {"train": step / 3}, {"seed": 1}, "digest", tensors, other, {"count": torch.tensor(2)}
+    )
 
 
 def same(a: Checkpoint, b: Checkpoint) -> bool:

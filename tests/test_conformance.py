@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +18,25 @@ import torch
 from golfgpt_kernels import newton_schulz
 from safetensors import safe_open
 
-from golfgpt.config import DataConfig, ModelConfig, OptimConfig, RunConfig, RuntimeConfig, ScheduleConfig
+from golfgpt.config import (
+    AverageConfig,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    QuantConfig,
+    RunConfig,
+    RuntimeConfig,
+    ScheduleConfig,
+)
 from golfgpt.data.shards import open_shard
 from golfgpt.distributed import Ranks
-from golfgpt.model import GPT, LAYER_MATRICES, MATRIX_BANKS, rope_table
+from golfgpt.model import GPT, FakeQuant, rope_table
 from golfgpt.optim import Muon
-from golfgpt.quant import Quantizer
+from golfgpt.quant import Quantizer, parse_part, prune_threshold, pruned
 from golfgpt.recipes import RECIPES
 from golfgpt.scoring import Scorer, Windows, score_windows
 from golfgpt.trainer import Trainer
-from golfgpt.upstream import from_upstream, parameter_shapes, read_ptz, to_upstream
+from golfgpt.upstream import from_upstream, infer_config, parameter_shapes, read_export, to_upstream
 
 FOLDER = os.environ.get("GOLFGPT_CONFORMANCE")
 FILES = sorted(p for p in Path(FOLDER).iterdir() if p.suffix in (".safetensors", ".ptz")) if FOLDER else []
@@ -68,20 +78,20 @@ def model_config(v: Vectors) -> ModelConfig:
     )
 
 
-def fake_quantization(v: Vectors, config: ModelConfig, impl: str) -> dict[str, dict] | None:
-    """Options of each bank that the file's recipe fake-quantizes in training: grids of fp32 scales."""
+def quantization(v: Vectors) -> QuantConfig:
+    """The published recipe that the file's fake quantization is of; every matrix is quantized, however small."""
     qat = v.meta.get("qat", "none")
     if qat.startswith("none"):
-        return None
-    grid = {"scale_dtype": torch.float32, "impl": impl}
+        return QuantConfig()
     if qat.startswith("int6_ste on every linear"):
-        grid |= {"bits": 6, "clip": "quantile", "scale_floor": 1e-8 / 31}
-        return {name: grid for name in LAYER_MATRICES}
+        return replace(RECIPES["mixed-qat"].config.quant, keep_numel=0)
     assert qat.startswith("int5 rows for .mlp., int6 rows for .attn. and *.proj"), qat
-    grid |= {"code_range": "full"}
-    int5, int6 = grid | {"bits": 5, "scale_floor": 1e-12 / 15}, grid | {"bits": 6, "scale_floor": 1e-12 / 31}
-    banks = [name for name in MATRIX_BANKS if name in parameter_shapes(config)]
-    return {name: int5 if name.startswith("mlp") else int6 for name in banks}
+    return replace(RECIPES["int5-int6-swa"].config.quant, keep_numel=0)
+
+
+def fake_quantization(v: Vectors, config: ModelConfig, impl: str) -> FakeQuant:
+    banks = Quantizer(config, quantization(v)).fake_quant()
+    return {bank: {**options, "impl": impl} for bank, options in banks.items()}
 
 
 def build(config: ModelConfig, state: dict[str, torch.Tensor]) -> GPT:
@@ -147,37 +157,86 @@ def check_muon(v: Vectors) -> None:
 
 
 def check_quant(v: Vectors) -> None:
-    if "R0" not in str(v.meta["recipe"]).split(", "):
-        pytest.skip(f"recipe {v.meta['recipe']} is not built yet")
     source = Vectors(v.path.with_name(v.meta["state"] + ".safetensors"))
     config = model_config(source)
-    quantizer = Quantizer(config, RECIPES["baseline"].config.quant)
-    assert quantizer.payload_bytes == v.meta["payload_bytes"]
-    encoded = quantizer.encode(from_upstream({k: t.float() for k, t in source.items()}, config))
-    codes = to_upstream({name: t.values for name, t in encoded.items()})
-    scales = to_upstream({n: t.scale for n, t in encoded.items() if t.scale is not None})
-    for name, expected in v.part("q.").items():
-        assert torch.equal(codes[name], expected), name
-    for name, expected in v.part("scale.").items():
-        assert torch.equal(scales[name], expected), name
-    for name, expected in v.part("keep.").items():
-        assert torch.equal(codes[name], expected), name
-    assert {*v.part("q."), *v.part("keep.")} == set(codes)
+    quantizer = Quantizer(config, export_config(str(v.meta["recipe"]), source))
+    if "payload_bytes" in v.meta:
+        assert quantizer.payload_bytes == v.meta["payload_bytes"]
+    values, scales = {}, {}
+    for part, tensor in quantizer.encode(from_upstream({k: t.float() for k, t in source.items()}, config)).items():
+        bank, layers = parse_part(part)
+        names = list(to_upstream({bank: torch.empty(parameter_shapes(config)[bank])}))[layers]
+        layered = names[0].startswith("blocks.")
+        values |= zip(names, tensor.values if layered else [tensor.values], strict=True)
+        if tensor.scale is not None:
+            scales |= zip(names, tensor.scale if layered else [tensor.scale], strict=True)
+    # Two spellings: q.NAME, scale.NAME, keep.NAME; or NAME.q, NAME.scale, NAME.
+    codes = v.part("q.") or {k.removesuffix(".q"): t for k, t in v.items() if k.endswith(".q")}
+    kept = v.part("keep.") if v.part("q.") else {k: t for k, t in v.items() if not k.endswith((".q", ".scale"))}
+    if not v.part("q."):
+        kept |= {k: t for k, t in v.items() if k == "bigram.scale"}  # a tensor of that name, not a scale
+        codes.pop("bigram", None)
+    assert {*codes, *kept} == set(values) and set(codes) == set(scales)
+    for name, expected in (codes | kept).items():
+        assert values[name].dtype == expected.dtype or name in kept, name
+        assert torch.equal(values[name].to(expected.dtype), expected), name
+    for name, scale in scales.items():
+        expected = v.get(f"scale.{name}", v.get(f"{name}.scale"))
+        assert scale.dtype == expected.dtype and torch.equal(scale, expected), name
+
+
+EXPORTS = {
+    "R0": "baseline",
+    "R1": "warmdown-int8",
+    "R2": "long-context",
+    "R3": "int6-mlp3x",
+    "R4": "mixed-qat",
+    "R4b": "int6-qat-4096",
+    "R5": "int5-int6-swa",
+    "#180": "int5-int6-swa-base",
+}
+
+
+def export_config(recipe: str, source: Vectors) -> QuantConfig:
+    """The recipe's export, without pruning and without rules for layers that the vectors' model does not have."""
+    quant = RECIPES[EXPORTS[recipe.replace(",", " ").split()[0]]].config.quant
+    by_name = "blocks.8.attn.c_k.weight"
+    rules = tuple(rule for rule in quant.rules if not rule.startswith(by_name) or by_name in source)
+    return replace(quant, rules=rules, prune=0.0)
+
+
+def check_prune(v: Vectors) -> None:
+    source = Vectors(v.path.with_name(v.meta["state"] + ".safetensors"))
+    config = model_config(source)
+    for bank, w in from_upstream({k: t.float() for k, t in source.items()}, config).items():
+        names = to_upstream({bank: w})
+        for name, result in to_upstream({bank: pruned(bank, w, v.meta["prune_fraction"])}).items():
+            if f"threshold.{name}" not in v:
+                assert torch.equal(result, names[name]), name
+                continue
+            threshold = v[f"threshold.{name}"].item()
+            assert prune_threshold(names[name], v.meta["prune_fraction"]) == pytest.approx(threshold, rel=1e-6), name
+            assert (result == 0).sum().item() == v[f"zeros.{name}"].item(), name
 
 
 def check_ptz(path: Path) -> None:
-    if not path.name.split(".")[1].startswith("r0"):
-        pytest.skip(f"the export format of {path.name} is not built yet")
-    export = Vectors(next(path.parent.glob("quant_r0*.safetensors")))
-    source = Vectors(path.with_name(export.meta["state"] + ".safetensors"))
-    weights = read_ptz(path)
-    for name, codes in export.part("q.").items():
-        decoded = codes.float() * export[f"scale.{name}"].float()[:, None]
-        dtype = torch.bfloat16 if source[name].dtype == torch.bfloat16 else torch.float32
-        assert torch.equal(weights[name], decoded.to(dtype).float()), name
-    for name, kept in export.part("keep.").items():
-        assert torch.equal(weights[name], kept), name
-    build(model_config(source), weights)
+    recipe = path.name.split(".")[1].split("_")[0]
+    vectors = Vectors(next(path.parent.glob(f"quant_{recipe}_*.safetensors")))
+    source = Vectors(path.with_name(vectors.meta["state"] + ".safetensors"))
+    export = read_export(path)
+    for name, original in source.items():
+        q, scale = (f"q.{name}", f"scale.{name}") if f"q.{name}" in vectors else (f"{name}.q", f"{name}.scale")
+        if q in vectors:
+            assert all(map(torch.equal, export.codes[name], (vectors[q], vectors[scale]))), name
+            expected = vectors[q].float() * vectors[scale].float()[:, None]
+        else:
+            expected = vectors[f"keep.{name}" if f"keep.{name}" in vectors else name]
+            assert torch.equal(export.kept[name], expected), name
+        dtype = torch.bfloat16 if original.dtype == torch.bfloat16 else torch.float32
+        assert torch.equal(export.state[name], expected.to(dtype).float()), name
+    config = model_config(source)
+    assert parameter_shapes(infer_config(export.state)) == parameter_shapes(config)
+    build(config, export.state)
 
 
 def check_sliding(v: Vectors) -> None:
@@ -221,12 +280,7 @@ class ShardOnly:
 
 
 def check_trajectory(v: Vectors) -> None:
-    hyper, qat = v.meta["hyperparameters"], v.meta.get("qat", "none")
-    waits = [] if qat.startswith("none") else [f"fake quantization in the training loop ({qat})"]
-    waits += [] if hyper["warmdown_shape"] == "linear" else [f"a {hyper['warmdown_shape']} warmdown"]
-    waits += ["weight averaging"] if hyper["swa_every"] else []
-    if waits:
-        pytest.skip(f"recipe {v.meta['recipe']} needs {', '.join(waits)}")
+    hyper = v.meta["hyperparameters"]
     config = model_config(v)
     beta1, beta2 = hyper["adam_betas"]
     run = RunConfig(
@@ -249,7 +303,12 @@ def check_trajectory(v: Vectors) -> None:
             max_seconds=None,
             max_steps=hyper["iterations"],
             warmdown_steps=hyper["warmdown_iters"],
+            warmdown_shape=hyper["warmdown_shape"],
         ),
+        average=AverageConfig(kind="swa", swa_start_lr=hyper["swa_start_frac"], swa_every=hyper["swa_every"])
+        if hyper["swa_every"]
+        else AverageConfig(),
+        quant=quantization(v),
         data=DataConfig(batch_tokens=hyper["train_batch_tokens"], seq_len=hyper["train_seq_len"]),
         runtime=RuntimeConfig(dtype="float32"),
     )
@@ -263,15 +322,19 @@ def check_trajectory(v: Vectors) -> None:
         multiplier = trainer.update(step, result)
         assert abs(multiplier - v["lr_multiplier"][step].item()) <= 1e-9, step
     final = to_upstream({k: p.detach() for k, p in trainer.model.named_parameters()})
-    for name, expected in v.part("final.").items():
-        if expected.numel() >= 64:
-            error = (final[name] - expected).norm() / (expected - init[name]).norm()
-            assert error <= 0.3, (name, error)
+    averaged = to_upstream(trainer.average.weights())
+    assert trainer.average.count == v.meta["averaged_checkpoints"]
+    for result, prefix in ((final, "final."), (averaged, "averaged.")):
+        for name, expected in v.part(prefix).items():
+            if expected.numel() >= 64:
+                error = (result[name] - expected).norm() / (expected - init[name]).norm()
+                assert error <= 0.3, (prefix, name, error)
 
 
 CHECKS = {
     "muon": check_muon,
     "ntk": check_ntk_rope,
+    "prune": check_prune,
     "quant": check_quant,
     "sliding": check_sliding,
     "trajectory": check_trajectory,
@@ -301,5 +364,5 @@ def test_conformance(path: Path):
     if path.name.startswith("quant_state"):
         pytest.skip("input of the quant_* vectors")
     if kind not in CHECKS:
-        pytest.skip(f"kind {kind} belongs to a recipe that is not built yet")
+        pytest.skip(f"vectors of an unknown kind: {kind}")
     CHECKS[kind](v)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -18,7 +20,7 @@ from models import SMALL, lively
 from golfgpt import evaluate as evaluation
 from golfgpt import scoring
 from golfgpt.compliance import check
-from golfgpt.config import EvalConfig, RunConfig
+from golfgpt.config import EvalConfig, RunConfig, to_dict
 from golfgpt.data.shards import Dataset
 from golfgpt.distributed import Ranks
 from golfgpt.errors import InputError, Interrupted, NonFiniteError, VerificationError
@@ -56,6 +58,48 @@ def test_every_target_is_scored_once_with_its_context(targets, window, r4, data)
         assert scored[0] == window - stride and targets - scored[-1] - 1 < stride
     else:
         assert scored == list(range(targets))
+
+
+def published_r4b(targets: int, window: int, stride: int) -> list[tuple[int, range]]:
+    """Start and scored targets of each window, as the loop of the published script has them."""
+    loop = []
+    for start in range(0, targets, stride):
+        length = min(window, targets - start)
+        if length >= stride:
+            loop.append((start, range(start + (length - stride if start else 0), start + length)))
+    return loop
+
+
+@settings(max_examples=200)
+@given(st.integers(1, 20), st.integers(1, 24), st.data())
+def test_the_windows_of_r4b_are_the_published_ones(chunks, window, data):
+    stride = data.draw(st.integers(1, window))
+    expected = published_r4b(chunks * window, window, stride)
+    windows = Windows(chunks * window, window, stride, r4b=True)
+    index = torch.arange(len(windows))
+    ends = windows.start(index) + windows.length(index)
+    begins = windows.start(index) + windows.first_scored(index)
+    parts = list(map(range, begins.tolist(), ends.tolist()))
+    assert list(zip(windows.start(index).tolist(), parts, strict=True)) == expected
+    low = data.draw(st.integers(0, len(windows)))
+    share = range(low, data.draw(st.integers(low, len(windows))))
+    counted = sorted(target for part, times in windows.counts(share) for target in [*part] * times)
+    assert counted == sorted(target for part in parts[share.start : share.stop] for target in part)
+    assert {*windows.scored(share)} == {*counted}
+    for i, part in enumerate(parts):
+        assert windows.scoring(part[-1]) <= i and part[-1] in parts[windows.scoring(part[-1])]
+        assert windows.suffix(i) == (window if i == 0 or i >= windows.full else stride)
+
+
+def test_published_counts():
+    """recipe R4b on the published validation text, windows of 4096 and 64 apart: 63 short ones, 4,032 tokens again."""
+    for window, short in ((1024, 15), (4096, 63)):
+        windows = Windows(62_021_632, window, 64, r4b=True)
+        assert (len(windows), len(windows) - windows.full) == (969_088, short)
+        counted = sum(len(part) * times for part, times in windows.counts(range(len(windows))))
+        assert counted == 62_021_632 + short * 64
+        assert windows.context == (1, window)
+    assert len(Windows(62_021_632, 1024, 64, r4=True)) == 969_073
 
 
 @pytest.mark.parametrize(
@@ -196,9 +240,70 @@ def test_the_r4_variant_names_what_it_leaves_out(tiny, corpus):
     assert first.label == "val_bpb (first 364 tokens) (R4: first 54 tokens not scored)"
 
 
-def test_ranks_deal_the_windows(tiny):
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("stride", [3, 4, 16])
+def test_the_r4b_variant_sums_what_the_published_loop_does(stride, documents, monkeypatch):
+    """Window by window, each cut to its own length, against batches of one length."""
+    model = lively(replace(SMALL, smear_gate="after_norm", document_start=1))
+    tokens = np.random.default_rng(5).integers(0, 97, 16 * 6 + 1)
+    tokens[::11] = 1
+    options = {"document_start": 1} if documents else {}
+    times = 0
+    nats, ours = torch.zeros(97, dtype=torch.float64), torch.zeros(97, dtype=torch.float64)
+    with torch.no_grad():
+        for start, part in published_r4b(96, 16, stride):
+            stop = part.stop
+            ids, targets = (torch.from_numpy(tokens[a:b])[None] for a, b in ((start, stop), (start + 1, stop + 1)))
+            logits = model.logits(model(ids, **options))
+            losses = torch.nn.functional.cross_entropy(logits[0], targets[0], reduction="none").double()
+            nats[part.start + 1 : stop + 1] += losses[part.start - start :]
+            times += len(part)
+        windows, scorer = Windows(96, 16, stride, r4b=True), Scorer(model, torch.float32, **options)
+        for slab, batch in ((scoring.SLAB_TOKENS, 4), (40, 2)):
+            monkeypatch.setattr(scoring, "SLAB_TOKENS", slab)
+            ours.zero_()
+            for _, part, logprobs in score_windows(scorer, reader(tokens), windows, range(len(windows)), batch):
+                ours.index_add_(0, part.positions.flatten(), -logprobs.flatten().double())
+                times -= int(part.scored.sum()) if batch == 4 else 0
+            torch.testing.assert_close(ours, nats, atol=5e-5, rtol=0)
+    assert times == 0
+
+
+def test_the_r4b_variant_says_what_it_counts_again(tiny, corpus):
+    dataset = Dataset.open(corpus)
+    targets = (dataset.val_tokens - 1) // 64 * 64
+    r4b = score(tiny, lively(tiny.model), window=64, stride=16, rule="r4b")
+    nbytes = dataset.byte_counts(1, targets + 1).astype(int)
+    assert (r4b.tokens, r4b.bytes) == (targets + 3 * 16, nbytes.sum() + 3 * nbytes[-16:].sum())
+    assert r4b.label == f"val_bpb (first {targets:,} tokens) (R4b: counts the tail's tokens more than once)"
+    assert r4b.partial and (r4b.checks.min_context, r4b.checks.max_context) == (1, 64)
+    uneven = score(tiny, window=64, stride=48, rule="r4b", max_tokens=150)
+    assert uneven.label == "val_bpb (first 128 tokens) (R4b: last 16 tokens not scored)" and uneven.tokens == 64 + 48
+    with pytest.raises(InputError, match=r"eval\.window 64 is longer than the text's 63"):
+        score(tiny, window=64, rule="r4b", max_tokens=63)
+
+
+def test_later_tokens_are_checked_in_short_windows_too(monkeypatch):
+    """A model that sees ahead in a short window only, which starts with token 40."""
+    tokens = np.random.default_rng(0).integers(0, 96, 65)
+    tokens[40], honest = 96, GPT.forward
+
+    def cheat(self, ids, **options):
+        hidden = honest(self, ids, **options)
+        return hidden + 1e-2 * self.tok_emb[ids.roll(-1, 1)[:, -hidden.size(1) :]] * (ids[0, 0] == 96)
+
+    scorer, windows = Scorer(lively(), torch.float32), Windows(64, 32, 8, r4b=True)
+    with torch.no_grad():
+        check(scorer, windows, reader(tokens), range(len(windows)), 4)
+        monkeypatch.setattr(GPT, "forward", cheat)
+        with pytest.raises(VerificationError, match=r"score of token [56]\d of .* depends on tokens behind it"):
+            check(scorer, windows, reader(tokens), range(len(windows)), 4)
+
+
+@pytest.mark.parametrize("rule", [{"stride": 48, "max_tokens": 4000}, {"stride": 16, "max_tokens": 320, "rule": "r4b"}])
+def test_ranks_deal_the_windows(tiny, rule):
     """Each of three ranks sums its share; together they are one rank's sums."""
-    alone = score(tiny, lively(tiny.model), window=64, stride=48, max_tokens=4000)
+    alone = score(tiny, lively(tiny.model), window=64, **rule)
     total = torch.zeros(3, dtype=torch.float64)
 
     class Silent:
@@ -216,7 +321,7 @@ def test_ranks_deal_the_windows(tiny):
             return tensor
 
     for rank in range(3):
-        score(tiny, lively(tiny.model), Silent(rank), window=64, stride=48, max_tokens=4000)
+        score(tiny, lively(tiny.model), Silent(rank), window=64, **rule)
     assert total[1:].tolist() == [alone.tokens, alone.bytes]
     assert float(total[0]) == pytest.approx(alone.nats, rel=1e-6)
 
@@ -475,6 +580,21 @@ def test_another_evaluation_starts_over(tiny, tmp_path, interrupted, model, plan
     assert got.nats == score(tiny, lively(tiny.model), **(PLAN | plan)).nats
 
 
+def test_seconds_before_an_interruption_count(tiny, tmp_path, interrupted):
+    interrupted(3, kill(signal.SIGTERM))
+    with Signals(tmp_path), pytest.raises(Interrupted):
+        score(tiny, lively(tiny.model), keep=PartialSums(tmp_path, 0, "model"), **PLAN)
+    file = tmp_path / "eval_partial_0.json"
+    stored = json.loads(file.read_text())
+    assert 0 < stored["seconds"] < 600
+    file.write_text(json.dumps(stored | {"seconds": 1000.0}))
+    interrupted(3, kill(signal.SIGTERM))
+    with Signals(tmp_path), pytest.raises(Interrupted):
+        score(tiny, lively(tiny.model), keep=PartialSums(tmp_path, 0, "model"), **PLAN)
+    assert 1000 < json.loads(file.read_text())["seconds"] < 1600
+    assert 1000 < score(tiny, lively(tiny.model), keep=PartialSums(tmp_path, 0, "model"), **PLAN).seconds < 1600
+
+
 def test_sums_are_saved_as_time_goes_by(tiny, tmp_path, interrupted, monkeypatch):
     """What a SIGKILL leaves behind."""
     monkeypatch.setattr(evaluation, "SAVE_SECONDS", 0.0)
@@ -502,3 +622,98 @@ def test_the_progress_line(tiny, monkeypatch):
     assert lines[0].startswith("64 of 2,000 tokens, ") and lines[0].endswith(" s left")
     assert lines[-1].startswith(f"2,000 of 2,000 tokens, {got.val_bpb:.4f} bits per byte so far, ")
     assert lines[-1].endswith(" tokens/s, 0 s left")
+
+
+# 6 Ranks
+
+
+WORKER = """
+import json, sys
+from dataclasses import replace
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import torch
+torch.set_num_threads(1)
+from golfgpt import distributed
+from golfgpt import evaluate as evaluation
+from golfgpt.config import EvalConfig, RunConfig, from_dict
+from golfgpt.data.shards import Dataset
+from golfgpt.errors import Interrupted
+from golfgpt.evaluate import PartialSums, evaluate
+from golfgpt.model import GPT
+from models import lively
+
+config = from_dict(RunConfig, json.loads({config!r}))
+ranks = distributed.start("cpu")
+dataset, out = Dataset.open(config.data.path), []
+
+
+def score(model, folder=None, **plan):
+    keep = PartialSums(Path(folder), ranks.rank, "model", out.append) if folder else None
+    plan = replace(config, eval=EvalConfig(window=64, **plan))
+    try:
+        got = evaluate(model, dataset, plan, ranks, dtype=torch.float32, keep=keep)
+        out.append([got.nats, got.tokens, got.bytes, got.label])
+    except Exception as error:
+        out.append([type(error).__name__, str(error)])
+
+
+def stops(*args):
+    for count, item in enumerate(score_windows(*args)):
+        yield item
+        if count == 2 and ranks.rank == 1:
+            raise Interrupted("stopped by SIGTERM", 15)
+
+
+def breaks(self, ids, **options):
+    hidden = forward(self, ids, **options)
+    return hidden.masked_fill((ids == {mark}).cumsum(1)[:, -hidden.size(1) :, None] > 0, torch.nan)
+
+
+for plan in {plans!r}:
+    score(lively(config.model), **plan)
+evaluation.score_windows, score_windows = stops, evaluation.score_windows
+score(lively(config.model), {folder!r}, **{plans!r}[0])
+evaluation.score_windows = score_windows
+score(lively(config.model), {folder!r}, **{plans!r}[0])
+GPT.forward, forward = breaks, GPT.forward
+score(lively(config.model), max_tokens=4000)
+with open({out!r} + str(ranks.rank), "w") as file:
+    json.dump(out, file)
+ranks.close()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_agree_with_one(tiny, tmp_path, world):
+    """Also where there are fewer windows than ranks, after the second was interrupted, and where only the last finds a
+    broken token."""
+    plans = [
+        {"stride": 16, "max_tokens": 1000, "batch_tokens": 256},
+        {"stride": 16, "max_tokens": 1000, "rule": "r4b"},
+        {"max_tokens": 64},
+        {"stride": 48, "max_tokens": 1000, "document_aware": True},
+    ]
+    alone = [score(tiny, lively(tiny.model), window=64, **plan) for plan in plans]
+    ids = Dataset.open(tiny.data.path).val_ids(0, 4000)
+    first = {int(token): at for at, token in reversed(list(enumerate(ids)))}
+    mark = max(first, key=first.get)
+    assert first[mark] > 4000 * (world - 1) // world
+    file = tmp_path / "main.py"
+    values = {"config": json.dumps(to_dict(tiny)), "plans": plans, "mark": mark, "folder": str(tmp_path)}
+    file.write_text(WORKER.format(tests=os.path.dirname(__file__), out=str(tmp_path / "out"), **values))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), file]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    for rank in range(world):
+        *scores, stopped, said, again, failed = json.loads((tmp_path / f"out{rank}").read_text())
+        for got, expected in zip((*scores, again), (*alone, alone[0]), strict=True):
+            assert got[0] == pytest.approx(expected.nats, rel=1e-6)
+            assert got[1:] == [expected.tokens, expected.bytes, expected.label]
+        assert stopped[0] == ("Interrupted" if rank == 1 else "PeerError")
+        assert said.startswith("continuing an interrupted evaluation")
+        assert failed[0] == ("NonFiniteError" if rank == world - 1 else "PeerError")
+        assert rank != world - 1 or f"token {first[mark] + 1} of the validation text" in failed[1]

@@ -12,6 +12,7 @@ import golfgpt_kernels as gk
 import pytest
 import torch
 from golfgpt_kernels import muon as kernels
+from golfgpt_kernels.fake_quant import fake_quantize_rows_ref
 from golfgpt_kernels.testing import poisoned, randn
 
 from golfgpt.config import ModelConfig, OptimConfig
@@ -49,6 +50,27 @@ def test_momentum_kernel(dtype, nesterov, device):
         torch.testing.assert_close(ours, eager, rtol=torch.finfo(ours.dtype).eps, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tile", [None, {"BLOCK": 8192, "num_warps": 4}], ids=["parts of a block", "more than one"])
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+def test_square_sums(dtype, tile, impl, device, monkeypatch):
+    """Each of the elements of its part, as stored: a sum of what they were before would be off by a rounding."""
+    if tile:
+        monkeypatch.setattr(kernels._MOMENTUM_TILES, "select", lambda *_: tile)
+    shapes = [*SHAPES, (2, 50, 97), (64, 64), (2, 0, 5)]
+    grads = [randn(*shape, seed=i, device=device) for i, shape in enumerate(shapes)]
+    buffers = [randn(*shape, seed=10 + i, device=device) for i, shape in enumerate(shapes)]
+    with poisoned():
+        outs = [torch.empty_like(g, dtype=dtype) for g in grads]
+        sums = [torch.empty(*s[:-2], kernels.square_parts(*s[-2:]), device=device) for s in shapes]
+    gk.muon_momentum_(grads, buffers, outs, scalar(0.9, device), square_sums=sums, impl=impl)
+    assert [s.shape[-1] for s in sums] == [1, 1, 1, 1, 1, 3, 2, 0]
+    for out, found in zip(outs, sums, strict=True):
+        squares = out.double().square().flatten(-2).split(kernels.PART, -1)
+        for i in range(found.shape[-1]):
+            torch.testing.assert_close(found[..., i].double(), squares[i].sum(-1), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_update_kernel(dtype, decay, device):
@@ -67,6 +89,85 @@ def test_update_kernel(dtype, decay, device):
         torch.testing.assert_close(ours, eager, rtol=1e-6, atol=1e-6)
 
 
+def hard_banks(device, dtype=torch.float32):
+    """Parameters whose rows are hard to quantize after an update too, which is zero in some; one row is longer than a
+    block, and widths are odd."""
+    params, updates = [], []
+    for i, shape in enumerate([(2, 6, 64), (0, 7, 8), (7, 33), (1, 6, 2500), (6, 1)]):
+        w, o = (randn(*shape, seed=seed + i, device=device) for seed in (0, 20))
+        scale = torch.tensor([1.0, 0.0, 1e-6, 1e3, 1.0, 1e-3, 1.0], device=device)[: shape[-2], None]
+        params.append((w * scale).to(dtype))
+        updates.append((o * scale).bfloat16())
+    return params, updates
+
+
+def quantized_update(impl, device, dtype=torch.float32, bits=6, shadow_dtype=torch.bfloat16, ok=None, **options):
+    params, updates = hard_banks(device, dtype)
+    with poisoned():
+        shadows = [torch.empty_like(p, dtype=shadow_dtype) for p in params]
+    gk.muon_update_(
+        params, updates, scalar(0.02, device), scales=[1.0, 2.0, 1.29, 1.0, 0.5], weight_decay=0.1, shadows=shadows,
+        bits=bits, ok=ok, impl=impl, **options,
+    )  # fmt: skip
+    return params, shadows
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+@pytest.mark.parametrize("clip", ["max", "quantile"])
+@pytest.mark.parametrize("bits", [5, 6, 8, [5, 6, 6, 8, 2]], ids=str)
+def test_quantized_shadow_is_of_the_new_weight(bits, clip, impl, device):
+    """Bit for bit what fake_quantize_rows makes of it."""
+    plain, _ = quantized_update("eager", device)
+    params, shadows = quantized_update(impl, device, bits=bits, clip=clip)
+    for i, (p, shadow, expected) in enumerate(zip(params, shadows, plain, strict=True)):
+        assert torch.equal(p, expected)  # it fuses no multiply-add, as eager does not
+        if p.numel():
+            n = bits if isinstance(bits, int) else bits[i]
+            assert torch.equal(shadow, fake_quantize_rows_ref(p, bits=n, clip=clip, dtype=torch.bfloat16))
+    assert not torch.equal(shadows[0], params[0].bfloat16())
+
+
+QUANTIZERS = {
+    "full range, fp32 scales": dict(code_range="full", scale_dtype=torch.float32),
+    "bf16 scales": dict(scale_dtype=torch.bfloat16, code_range="full", scale_floor=2**-14),
+    "baseline's int8": dict(bits=8, clip="quantile", scale_floor=1 / 127, codes_from="float32_scale"),
+}
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", QUANTIZERS.values(), ids=QUANTIZERS.keys())
+def test_quantizer_options(options, dtype, impl, device):
+    params, shadows = quantized_update(impl, device, dtype, shadow_dtype=torch.float16, **options)
+    for p, shadow in zip(params, shadows, strict=True):
+        if p.numel():
+            assert torch.equal(shadow, fake_quantize_rows_ref(p, **{"bits": 6, "dtype": torch.float16} | options))
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+def test_quantizer_in_groups(impl, device):
+    p, o = randn(3, 5, 48, device=device), randn(3, 5, 48, seed=1, device=device)
+    shadow = torch.empty_like(p)
+    lr = scalar(0.02, device)
+    gk.muon_update_([p], [o], lr, scales=[1.0], shadows=[shadow], bits=4, group_size=12, impl=impl)
+    assert torch.equal(shadow, fake_quantize_rows_ref(p, bits=4, group_size=12))
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+def test_switched_off_and_guarded(impl, device):
+    """Without `enabled` the shadow is the rounded weight; without `ok` it stays as it was."""
+    off = torch.tensor(False, device=device)
+    params, shadows = quantized_update(impl, device, enabled=off)
+    assert all(torch.equal(s, p.bfloat16()) for s, p in zip(shadows, params, strict=True))
+    params, shadows = quantized_update(impl, device, enabled=~off)
+    assert torch.equal(shadows[0], fake_quantize_rows_ref(params[0], bits=6, dtype=torch.bfloat16))
+    params, shadows = quantized_update(impl, device, ok=off)
+    assert all(torch.equal(p, before) for p, before in zip(params, hard_banks(device)[0], strict=True))
+    assert all(s.isnan().all() for s in shadows)
+    params, shadows = quantized_update(impl, device, ok=~off)
+    assert torch.equal(shadows[0], fake_quantize_rows_ref(params[0], bits=6, dtype=torch.bfloat16))
+
+
 @pytest.mark.parametrize("impl", ["eager", "triton"])
 def test_guard_keeps_everything(impl, device):
     grads, buffers = [g * float("nan") for g in tensors(0, device=device)], tensors(10, device=device)
@@ -83,19 +184,41 @@ def test_all_tensors_are_one_launch_each(device, monkeypatch):
     launch = kernels.launch
     monkeypatch.setattr(kernels, "launch", lambda *args, **kw: launches.append(args[0]) or launch(*args, **kw))
     grads, buffers = tensors(0, device=device), tensors(10, device=device)
-    gk.muon_momentum_(grads, buffers, [g.bfloat16() for g in grads], scalar(0.9, device), impl="triton")
+    sums = [torch.empty(*g.shape[:-2], 1, device=device) for g in grads]
+    outs = [g.bfloat16() for g in grads]
+    gk.muon_momentum_(grads, buffers, outs, scalar(0.9, device), square_sums=sums, impl="triton")
     gk.muon_update_(buffers, grads, scalar(0.1, device), scales=[1.0] * 5, impl="triton")
     assert len(launches) == 2
+    gk.muon_update_(buffers, grads, scalar(0.1, device), scales=[1.0] * 5, shadows=outs, bits=6, impl="triton")
+    assert len(launches) == 3
+
+
+def test_auto_asks_about_the_first_dtype(device, monkeypatch):
+    """Measurements are of fp32 gradients and weights; the bf16 beside them has none of its own."""
+    launches = []
+    monkeypatch.setattr(kernels, "launch", lambda *args, **options: launches.append(args[0]))
+    monkeypatch.setattr(kernels, "runs_triton", lambda op, impl, tensor, rows: tensor.dtype == torch.float32)
+    grads, outs = tensors(0, device=device), tensors(1, torch.bfloat16, device)
+    gk.muon_momentum_(grads, tensors(2, device=device), outs, scalar(0.9, device))
+    gk.muon_update_(grads, outs, scalar(0.1, device), scales=[1.0] * 5, shadows=outs)
+    assert len(launches) == 2
+    gk.muon_update_(grads, [g.double() for g in grads], scalar(0.1, device), scales=[1.0] * 5)
+    assert len(launches) == 2, "kernels do not compute in float64"
 
 
 def test_opcheck(device):
     grads, buffers, outs = tensors(0, device=device), tensors(10, device=device), tensors(20, device=device)
     ok = torch.tensor(True, device=device)
-    torch.library.opcheck(torch.ops.golfgpt.muon_momentum_, (grads, buffers, outs, scalar(0.9, device), True, ok))
+    momentum = torch.ops.golfgpt.muon_momentum_
+    torch.library.opcheck(momentum, (grads, buffers, outs, [], scalar(0.9, device), True, ok))
+    sums = [torch.empty(*g.shape[:-2], 1, device=device) for g in grads]
+    torch.library.opcheck(momentum, (grads, buffers, outs, sums, scalar(0.9, device), True, None))
     shadows = [t.bfloat16() for t in outs]
-    torch.library.opcheck(
-        torch.ops.golfgpt.muon_update_, (buffers, grads, scalar(0.9, device), [1.0] * 5, 0.1, shadows, None)
-    )
+    update = buffers, grads, scalar(0.9, device), [1.0] * 5, 0.1, shadows
+    torch.library.opcheck(torch.ops.golfgpt.muon_update_, (*update, None))
+    options = dict(clip="quantile", code_range="full", scale_dtype=torch.float16, scale_floor=0.0)
+    options |= dict(codes_from="stored_scale", group_size=None)
+    torch.library.opcheck(torch.ops.golfgpt.muon_update_rows_, (*update, ok, [6] * 5, ok), options)
 
 
 G = [randn(3, 4)]
@@ -109,6 +232,28 @@ REFUSED = {
         "ok has dtype torch.float32",
     ),
     "scales": (lambda: gk.muon_update_(G, G, scalar(0.1, "cpu"), scales=[]), "0 scales for 1 params"),
+    "shape of sums": (
+        lambda: gk.muon_momentum_(G, G, G, scalar(0.9, "cpu"), square_sums=[torch.zeros(2)]),
+        r"square_sums have shapes \[\(2,\)\] .*possible: \[\(1,\)\] in torch.float32",
+    ),
+    "sums of vectors": (
+        lambda: gk.muon_momentum_([G[0][0]], [G[0][0]], [G[0][0]], scalar(0.9, "cpu"), square_sums=[torch.zeros(1)]),
+        r"outs have shapes \[\(4,\)\]; possible: \(..., rows, cols\)",
+    ),
+    "bits": (lambda: gk.muon_update_(G, G, scalar(0.1, "cpu"), scales=[1.0], shadows=G, bits=9), "bits=9; possible"),
+    "no shadows": (lambda: gk.muon_update_(G, G, scalar(0.1, "cpu"), scales=[1.0], bits=6), "no shadows; possible"),
+    "too few bits": (
+        lambda: gk.muon_update_(G, G, scalar(0.1, "cpu"), scales=[1.0], shadows=G, bits=[]),
+        "0 bits for 1 params",
+    ),
+    "groups": (
+        lambda: gk.muon_update_(G, G, scalar(0.1, "cpu"), scales=[1.0], shadows=G, bits=6, group_size=3),
+        "group_size=3; possible: None or a divisor of 4 columns",
+    ),
+    "switch": (
+        lambda: gk.muon_update_(G, G, scalar(0.1, "cpu"), scales=[1.0], shadows=G, bits=6, enabled=torch.ones(())),
+        "enabled has dtype torch.float32",
+    ),
 }
 
 
@@ -198,6 +343,32 @@ def test_shadows_follow(impl, device):
     shadows = {p: torch.zeros_like(p, dtype=torch.bfloat16) for p in params}
     run(params, shadows=shadows, impl=impl)
     assert all(torch.equal(shadows[p], p.bfloat16()) for p in params)
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+def test_quantized_shadows_follow(impl, device):
+    """Banks of one quantizer but other bits, and one bank without."""
+    params = parameters(device)
+    shadows = {p: torch.zeros_like(p, dtype=torch.bfloat16) for p in params}
+    quantizers = {params[0]: {"bits": 6, "clip": "quantile"}, params[2]: {"clip": "quantile", "bits": 5}}
+    run(params, shadows=shadows, quantizers=quantizers, impl=impl)
+    for p in params:
+        options = quantizers.get(p)
+        expected = p.bfloat16() if options is None else fake_quantize_rows_ref(p, dtype=torch.bfloat16, **options)
+        assert torch.equal(shadows[p], expected)
+
+
+@pytest.mark.parametrize("row_norm", [False, True])
+def test_launches_of_a_step(row_norm, device, monkeypatch):
+    """Momentum, update, and of each of two shapes the normalization and three a step, with the norm's own launch where
+    rows were divided since the momentum."""
+    counted = []
+    for module in (kernels, sys.modules["golfgpt_kernels.newton_schulz"]):
+        launch = module.launch
+        counting = lambda *args, launch=launch, **options: counted.append(launch(*args, **options))  # noqa: E731
+        monkeypatch.setattr(module, "launch", counting)
+    run(parameters(device), steps=1, impl="triton", row_norm=row_norm, ns_steps=2)
+    assert len(counted) == 2 + 2 * (1 + row_norm + 3 * 2)
 
 
 def test_nonfinite_gradient_is_refused():
@@ -353,3 +524,21 @@ def test_padding_of_shards_stays_zero():
         assert not stack.weights[real:].any()
         banks = {name: dict(model.named_parameters())[name] for name in stack.names}
         torch.testing.assert_close(flat.scatter(stack, banks), stack.shard.detach())
+
+
+def test_bfloat16_embeddings_are_those_of_bfloat16_tensors():
+    """Against torch's fused AdamW on a bfloat16 parameter, which keeps its moments in bfloat16 too."""
+    model = GPT(ModelConfig(vocab_size=40, num_layers=1, model_dim=32, num_heads=2, num_kv_heads=1, mlp_hidden=16))
+    optimizers = Optimizers(model, OptimConfig(embed_dtype="bfloat16", tied_embed_lr=0.03, weight_decay=0.04))
+    expected = torch.nn.Parameter(model.tok_emb.detach().bfloat16())
+    assert torch.equal(model.tok_emb.detach(), expected.detach().float())
+    adam = torch.optim.AdamW([expected], lr=0.03, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.04, fused=True)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=generator) * 0.01
+        expected.grad = model.tok_emb.grad.bfloat16()
+        optimizers.step(1.0, 0.9)
+        adam.step()
+        assert torch.equal(model.tok_emb.detach(), expected.detach().float())
+    assert torch.equal(optimizers.adam.state[model.tok_emb]["exp_avg"], adam.state[expected]["exp_avg"].float())

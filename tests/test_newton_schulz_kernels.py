@@ -121,6 +121,28 @@ def test_normalize(dtype, device):
         torch.testing.assert_close(u.double(), oracle, rtol=ulps * EPS[dtype], atol=2**-25)
 
 
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+def test_given_square_sums(impl, device):
+    """They stand for ‖x‖², whatever their number, and x is not asked: four times of it halves X0."""
+    run = functools.partial(gk.newton_schulz, impl=impl, dtype=F32, steps=1)
+    for shape in ((2, 40, 200), (70, 3), (2, 1, 5, 1)):
+        x = randn(*shape, device=device)
+        squares = x.double().square().flatten(-2)
+        for parts in (1, 5):
+            sums = torch.stack([part.sum(-1) for part in squares.tensor_split(parts, -1)], -1).to(F32)
+            torch.testing.assert_close(run(x, square_sums=sums), run(x))
+            halved = gk.newton_schulz(x / 2, impl="eager", dtype=F32, steps=1, square_sums=sums)
+            torch.testing.assert_close(run(x, square_sums=4 * sums), halved)
+        assert torch.equal(run(x, square_sums=sums.repeat_interleave(2, -1)[..., ::2]), run(x, square_sums=sums))
+        assert torch.equal(run(x, square_sums=sums.double()), run(x, square_sums=sums))
+
+
+@pytest.mark.parametrize("sums", [torch.ones(()), torch.ones(2, 0), torch.ones(1, 3), torch.ones(2, 1, dtype=BF16)])
+def test_square_sums_are_refused_by_shape(sums):
+    with pytest.raises(ValueError, match=r"square_sums have shape .*; possible: \(2, 'P'\) with P >= 1 in one of"):
+        gk.newton_schulz(randn(2, 3, 4), square_sums=sums)
+
+
 # ---- the op
 
 
@@ -213,7 +235,7 @@ def test_scale_transpose_and_row_permutation(shape, device):
 
 
 def test_launches(device, monkeypatch):
-    """Two for the norm, three per step, whatever the batch; x stays as it is."""
+    """Two for the norm, or one if the squares are given; three per step, whatever the batch; x stays as it is."""
     launched = []
     launch = ns.launch
     monkeypatch.setattr(ns, "launch", lambda *args, **options: launched.append(launch(*args, **options)))
@@ -221,6 +243,9 @@ def test_launches(device, monkeypatch):
     before = x.clone()
     triton(x, steps=3)
     assert len(launched) == 2 + 3 * 3
+    launched.clear()
+    triton(x, steps=3, square_sums=x.square().sum(-1))
+    assert len(launched) == 1 + 3 * 3
     assert torch.equal(x, before)
 
 
@@ -236,7 +261,11 @@ def test_gradient_is_eager(shape, device):
         leaf = x.clone().requires_grad_()
         gk.newton_schulz(leaf, impl=impl, **options).backward(dy)
         grads.append(leaf.grad)
-    assert torch.equal(*grads)
+        leaf = x.clone().requires_grad_()
+        sums = leaf.square().flatten(-2)  # gradients do not go through them
+        gk.newton_schulz(leaf, impl=impl, square_sums=sums, **options).backward(dy)
+        grads.append(leaf.grad)
+    assert all(torch.equal(grad, grads[0]) for grad in grads)
 
 
 def test_gradient_is_the_slope_of_the_kernels(device):
@@ -253,6 +282,8 @@ def test_gradient_is_the_slope_of_the_kernels(device):
 def test_opcheck(shape, device):
     x = randn(*shape, device=device).requires_grad_()
     torch.library.opcheck(torch.ops.golfgpt.newton_schulz, (x, [A, B, C], BF16, 1e-7))
+    sums = x.detach().square().sum(-1)
+    torch.library.opcheck(torch.ops.golfgpt.newton_schulz, (x, [A, B, C], BF16, 1e-7, sums))
 
 
 def test_compiles_as_one_graph(device):

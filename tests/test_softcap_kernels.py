@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
+import sys
 from functools import partial
+from unittest import mock
 
 import golfgpt_kernels as gk
 import pytest
@@ -12,6 +15,8 @@ import torch
 from golfgpt_kernels import _softcap
 from golfgpt_kernels._softcap import backward_cost, softcap_logits_grad, softcap_logprobs, softcap_logprobs_fwd
 from golfgpt_kernels.testing import assert_within_budget, gradients, poisoned, randn, strided
+
+from bench import bench_heads
 
 # Programs of a GPU hide what overflows to infinity and is not selected; numpy says so.
 pytestmark = pytest.mark.filterwarnings(
@@ -110,6 +115,66 @@ def test_reductions(reduction, device):
     check_against_eager(loss_of(targets, reduction=reduction, z_loss=1e-3), inputs, torch.ones((), device=device))
 
 
+class Untied(torch.autograd.Function):
+    """The identity, whose gradient is kept instead of passed on."""
+
+    @staticmethod
+    def forward(ctx, x, kept):
+        ctx.kept = kept
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.kept.append(grad)
+        return None, None
+
+
+def test_the_gradients_of_a_tied_embedding_meet_in_fp32(device, monkeypatch):
+    """bf16 activations, fp32 parameters: the gradient is the fp32 sum of the two uses' own."""
+    from golfgpt import model as module
+
+    config = module.ModelConfig(vocab_size=97, num_layers=2, model_dim=48, num_heads=4, num_kv_heads=2, mlp_hidden=80)
+    ids, targets = (torch.arange(64, device=device).view(2, 32) * i % 97 for i in (5, 7))
+
+    def gradient(dtype, impl, kept=None):
+        def op(hidden, head_weight, *args, **options):
+            head = head_weight if kept is None else Untied.apply(head_weight, kept)
+            return gk.softcap_cross_entropy(hidden, head, *args, **options, impl=impl)
+
+        monkeypatch.setattr(module, "softcap_cross_entropy", op)
+        model = module.GPT(config).to(device)
+        model.loss(ids, targets, dtype=dtype).backward()
+        return model.tok_emb.grad
+
+    head = []
+    ours, embedding = gradient(torch.bfloat16, "triton"), gradient(torch.bfloat16, "triton", head)
+    assert ours.dtype == embedding.dtype == head[0].dtype == torch.float32
+    assert embedding.any() and head[0].any()
+    assert torch.equal(ours, embedding + head[0].float())
+    assert_within_budget(ours, gradient(torch.bfloat16, "eager"), gradient(torch.float64, "eager").double())
+
+
+def test_fp32_weights_get_gradients_without_bf16_rounding(device):
+    inputs, targets = make((33, 64, 129), torch.bfloat16, device)
+    grad = gradients(partial(loss_of(targets), impl="triton"), inputs, torch.ones(33, device=device))["head_weight"]
+    assert grad.dtype == torch.float32 and (grad != grad.bfloat16().float()).float().mean() > 0.9
+
+
+@pytest.mark.gpu
+def test_no_logits_in_memory():
+    """The logits would be 1 GiB in bf16; G is 128 MiB, dh 64, dW's partial sums 16 each."""
+    inputs, targets = make((65_536, 512, 8192), torch.bfloat16, "cuda")
+    leaves = [value.requires_grad_() for value in inputs.values()]
+    for _ in range(2):  # the first compiles
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        loss = gk.softcap_cross_entropy(*leaves, targets, impl="triton")
+        forward = torch.cuda.max_memory_allocated() - before
+        torch.autograd.grad(loss, leaves)
+    assert forward < 64 << 20
+    assert torch.cuda.max_memory_allocated() - before < 512 << 20
+
+
 def test_weights_of_hiddens_dtype_get_gradients_of_it(device):
     inputs, targets = make((33, 64, 129), torch.bfloat16, device, weight_dtype=torch.bfloat16)
     check_against_eager(loss_of(targets), inputs, randn(33, seed=3, device=device))
@@ -160,6 +225,17 @@ def test_probabilities_sum_to_one(dtype, softcap, device):
     )
 
 
+@pytest.mark.parametrize("softcap", SOFTCAPS)
+def test_certain_tokens(softcap, device):
+    """No probability above 1 by rounding, where z[target] and lse are equal but for that."""
+    hidden = torch.linspace(2, 8, 200, device=device).unsqueeze(-1).expand(200, 16).bfloat16()
+    weight = torch.full((70, 16), -1.0, dtype=torch.bfloat16, device=device)
+    weight[7] = 1.0
+    targets = torch.full((200,), 7, device=device)
+    logprobs = gk.token_logprobs(hidden, weight, targets, softcap=softcap, impl="triton")
+    assert (logprobs <= 0).all() and (softcap == 5 or (logprobs > -1e-5).all())
+
+
 # ---- rows that do not count, targets that do not exist, values that are not finite
 
 
@@ -198,6 +274,22 @@ def test_ignore_index(ignore_index, device):
     )
 
 
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_ignored_rows_do_not_count(impl, z_loss, device):
+    """Whatever their hidden states hold, and where nothing else is left."""
+    inputs, targets = make((5, 16, 40), torch.float32, device)
+    op = loss_of(targets, reduction="mean", z_loss=z_loss)
+    expected = loss_of(targets[targets >= 0], reduction="mean", z_loss=z_loss)(
+        inputs["hidden"][targets >= 0], inputs["head_weight"], impl
+    )
+    inputs["hidden"][2:4] = math.nan
+    torch.testing.assert_close(op(**inputs, impl=impl), expected)
+    leaves = [value.nan_to_num().requires_grad_() for value in inputs.values()]
+    nothing = loss_of(torch.full_like(targets, -100), reduction="mean", z_loss=z_loss)(*leaves, impl)
+    assert nothing.isnan() and not any(grad.any() for grad in torch.autograd.grad(nothing, leaves))
+
+
 def test_nothing_to_score(device):
     inputs, targets = make((5, 16, 40), torch.float32, device)
     ignored = torch.full_like(targets, -100)
@@ -222,12 +314,12 @@ def test_target_outside_the_vocabulary_is_nan(softcap, device):
 @pytest.mark.parametrize("softcap", [30.0, 100.0, None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_nonfinite_logits(dtype, softcap, device):
-    """One logit is -inf, +inf or NaN in the first three rows; the fourth is finite."""
+    """The first 80 columns, more than half a tile, are -inf, +inf or NaN in one row each; the fourth row is finite."""
     hidden = torch.tensor([[-1e30, 0.0], [1e30, 0.0], [math.nan, 0.0], [0.0, 1.0]], dtype=dtype, device=device)
     weight = torch.zeros(140, 2, dtype=dtype, device=device)
-    weight[0, 0] = 1e30
+    weight[:80, 0] = 1e30
     weight[:, 1] = 1.0
-    targets = torch.tensor([3, 3, 3, 3], device=device)
+    targets = torch.full((4,), 100, device=device)
     ours, eager = (gk.token_logprobs(hidden, weight, targets, softcap=softcap, impl=i) for i in ("triton", "eager"))
     torch.testing.assert_close(ours, eager, equal_nan=True)
     assert ours[[0, 3]].isfinite().all() and ours[2].isnan()
@@ -375,3 +467,40 @@ def test_backward_cost():
     flops, moved = backward_cost(4, 8, 16)
     assert flops == 3 * 2 * 4 * 8 * 16
     assert moved == 2 * (3 * 4 * 16 + 3 * 4 * 8 + 2 * 16 * 8) + 4 * 16 * 8  # G and h three times, W twice, dW in fp32
+
+
+# ---- the libraries that benchmarks compare with
+
+
+def test_peers_are_called_by_their_own_signatures(monkeypatch):
+    case = next(case for case in bench_heads.LOSSES if case.leaves)
+    inputs = case.make(torch.device("cpu"), 0, rows=4)
+    h, w, targets = (inputs[name] for name in ("h", "w", "targets"))
+
+    cce = pytest.importorskip("cut_cross_entropy")
+    signature = inspect.signature(cce.linear_cross_entropy)
+    monkeypatch.setattr(cce, "linear_cross_entropy", mock.create_autospec(cce.linear_cross_entropy))
+    bench_heads.peer_case(case, "cut_cross_entropy").call(inputs, "eager")
+    given = signature.bind(*cce.linear_cross_entropy.call_args.args, **cce.linear_cross_entropy.call_args.kwargs)
+    assert given.arguments.keys() == {"e", "c", "targets", "softcap"} and given.arguments["softcap"] == 30
+    assert given.arguments["e"] is h and given.arguments["targets"] is targets
+    assert torch.equal(given.arguments["c"], w.bfloat16())
+
+    liger = pytest.importorskip("liger_kernel.transformers.fused_linear_cross_entropy")
+    loss = liger.LigerFusedLinearCrossEntropyLoss
+    forward = mock.create_autospec(loss.forward)
+    monkeypatch.setattr(loss, "forward", lambda *args: forward(*args))
+    bench_heads.peer_case(case, "liger_kernel").call(inputs, "eager")
+    module, weight, hidden, target = forward.call_args.args
+    assert list(inspect.signature(forward).parameters)[:4] == ["self", "lin_weight", "_input", "target"]
+    assert module.softcap == 30 and module.reduction == "mean" and hidden is h and target is targets
+    assert torch.equal(weight, w.bfloat16())
+
+
+@pytest.mark.parametrize("module", bench_heads.PEERS)
+def test_a_peer_that_is_not_there_is_named(module, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert bench_heads.missing(module) == f"{module} needs a CUDA device"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, module, None)
+    assert bench_heads.missing(module).startswith(f"{module} cannot be imported: ModuleNotFoundError")

@@ -61,6 +61,7 @@ def _budget_config(argv: list[str]) -> RunConfig:
 COMMANDS = {
     "demo": Command(arguments.Demo, commands.demo, lambda argv: recipes.get("demo").config),
     "data prepare": Command(arguments.DataPrepare, commands.data_prepare),
+    "data download": Command(arguments.DataDownload, commands.data_download),
     "data verify": Command(arguments.DataVerify, commands.data_verify),
     "train": Command(arguments.Train, commands.train, _train_config),
     "eval": Command(arguments.Eval, commands.evaluate, _run_config),

@@ -163,6 +163,24 @@ class DataPrepare:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DataDownload:
+    """Fetch upstream's published token shards, or continue and check what was fetched before."""
+
+    out: Path | None = None
+    """Folder to write; default: data/fineweb10B_VARIANT."""
+    variant: str = "sp1024"
+    """Tokenizer family: sp and its number of tokens."""
+    train_shards: int = 80
+    """Train shards to fetch, of 100 million tokens and 200 MB each; validation is always fetched whole."""
+    revision: str | None = None
+    """Commit, branch or tag of the dataset; default: the folder's own commit, in a new folder a pinned one."""
+    workers: int = 4
+    """Files fetched at a time."""
+    json: bool = False
+    """Print the report as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataVerify:
     """Check digests, token ids, split overlap, and the byte counts against a second count of the decoded text."""
 

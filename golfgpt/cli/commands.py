@@ -18,6 +18,7 @@ from typing import Any, TextIO
 from golfgpt import recipes
 from golfgpt.cli.arguments import (
     Budget,
+    DataDownload,
     DataPrepare,
     DataVerify,
     Demo,
@@ -327,6 +328,36 @@ def _prepare(args: DataPrepare) -> Any:
             )
     print(f"{args.out}: digest {manifest.digest[:16]}", file=say)
     return manifest
+
+
+def data_download(args: DataDownload) -> int:
+    from golfgpt.data.download import download
+
+    out = args.out or Path("data") / f"fineweb10B_{args.variant}"
+    with _progress(sys.stderr if args.json else sys.stdout) as progress:
+        report = download(
+            out,
+            variant=args.variant,
+            train_shards=args.train_shards,
+            revision=args.revision,
+            workers=args.workers,
+            progress=progress,
+        )
+    for damaged in report.damaged:
+        print(f"damaged, fetched again: {damaged}", file=sys.stderr if args.json else sys.stdout)
+    if args.json:
+        _print_json(asdict(report))
+    else:
+        vocabulary = "" if args.variant == "sp1024" else f" --model.vocab-size {args.variant.removeprefix('sp')}"
+        print(
+            f"{out}: {report.variant} of {report.repo} at {report.revision}\n"
+            f"{report.train_shards} train shards, {report.train_tokens:,} tokens; {report.val_shards} val shards, "
+            f"{report.val_tokens:,} tokens\n"
+            f"fetched {report.fetched_files} of {report.files} files, {report.fetched_bytes:,} of {report.bytes:,} "
+            "bytes; every file has the SHA-256 of the record\n"
+            f"next: golfgpt train --recipe baseline --data.path {out}{vocabulary}"
+        )
+    return 0
 
 
 def data_verify(args: DataVerify) -> int:

@@ -6,7 +6,7 @@ rounded.
 
 from ._dispatch import implementation
 from .fake_quant import dequantize_rows, fake_quant_linear, fake_quantize_banks, fake_quantize_rows, quantize_rows
-from .muon import muon_momentum_, muon_update_
+from .muon import muon_momentum_, muon_update_, square_parts
 from .newton_schulz import newton_schulz
 from .relu2_mlp import linear_relu2, relu2_mlp
 from .softcap_cross_entropy import softcap_cross_entropy
@@ -25,5 +25,6 @@ __all__ = [
     "quantize_rows",
     "relu2_mlp",
     "softcap_cross_entropy",
+    "square_parts",
     "token_logprobs",
 ]

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._dispatch import accumulate_dtype
 from .fake_quant import (
     fake_quant_linear,
     fake_quant_linear_cost,
@@ -29,6 +30,7 @@ from .muon import (
     muon_update_,
     muon_update_cost,
     muon_update_ref_,
+    square_parts,
 )
 from .newton_schulz import newton_schulz, newton_schulz_cost
 from .relu2_mlp import linear_relu2, linear_relu2_cost, relu2_mlp, relu2_mlp_backward_cost, relu2_mlp_cost
@@ -206,35 +208,38 @@ def quantize_rows_case(layers: int, n: int, k: int) -> Case:
 
 
 def muon_momentum_case(*banks: tuple[int, int, int]) -> Case:
-    """fp32 gradients and buffers, bf16 out, as the optimizer has them."""
+    """fp32 gradients and buffers, bf16 out and its sums of squares, as the optimizer has them."""
 
     def call(i: Inputs, impl: str) -> tuple[Tensor, ...]:
         g, b, u = (_named(i, name) for name in "gbu")
+        sums = [t.new_empty(len(t), square_parts(*t.shape[1:]), dtype=accumulate_dtype(t.dtype)) for t in u]
         if impl == "eager":  # the op itself would refuse the oracle's float64 scalar
-            muon_momentum_ref_(g, b, u, i["momentum"])
+            muon_momentum_ref_(g, b, u, i["momentum"], square_sums=sums)
         else:
-            muon_momentum_(g, b, u, i["momentum"], impl=impl)
-        return *b, *u
+            muon_momentum_(g, b, u, i["momentum"], square_sums=sums, impl=impl)
+        return *b, *u, *sums
 
     return _muon_case("muon_momentum_", banks, ("g", "b"), "u", "momentum", 0.95, call, muon_momentum_cost)
 
 
-def muon_update_case(*banks: tuple[int, int, int]) -> Case:
-    """fp32 weights, bf16 updates and shadows, as the optimizer has them."""
+def muon_update_case(*banks: tuple[int, int, int], bits: int | None = None) -> Case:
+    """fp32 weights, bf16 updates and shadows, as the optimizer has them; with `bits` the shadows are quantized."""
     scales = [max(1.0, n / k) ** 0.5 for _, n, k in banks]
 
     def call(i: Inputs, impl: str) -> tuple[Tensor, ...]:
         w, o, s = (_named(i, name) for name in "wos")
-        update, options = (muon_update_ref_, {}) if impl == "eager" else (muon_update_, {"impl": impl})
+        reference = impl == "eager" and bits is None  # which takes the oracle's float64 scalar
+        update, options = (muon_update_ref_, {}) if reference else (muon_update_, {"impl": impl, "bits": bits})
         update(w, o, i["lr"], scales=scales, weight_decay=0.01, shadows=s, **options)
         return *w, *s
 
-    return _muon_case("muon_update_", banks, ("w",), "os", "lr", 0.02, call, muon_update_cost)
+    op = "muon_update_" if bits is None else "muon_update_rows_"
+    return _muon_case(op, banks, ("w",), "os", "lr", 0.02, call, muon_update_cost, exact=bits is not None)
 
 
 def _muon_case(
     op: str, banks: tuple, wide: Sequence[str], narrow: Sequence[str], scalar: str, value: float, call: Callable,
-    cost: Callable,
+    cost: Callable, exact: bool = False,
 ) -> Case:  # fmt: skip
     """Random fp32 banks `wide`, bf16 banks `narrow`, and a 0-d fp32 scalar."""
 
@@ -247,7 +252,7 @@ def _muon_case(
     weights = sum(math.prod(bank) for bank in banks)
     return Case(
         op=op, rows=sum(layers * n for layers, n, _ in banks), shape=(sum(bank[0] for bank in banks), weights),
-        draw=draw, call=call, cost=cost(weights), dtype=torch.float32,
+        draw=draw, call=call, cost=cost(weights), dtype=torch.float32, exact=exact,
     )  # fmt: skip
 
 
@@ -272,8 +277,9 @@ def newton_schulz_case(batch: int, m: int, n: int) -> Case:
 def softcap_cross_entropy_case(rows: int, k: int, vocab: int, backward: bool, reduction: str = "mean") -> Case:
     """Timed as the mean that a trainer takes; checked token by token, for errors cancel in a mean."""
     cost = softcap_cross_entropy_cost(rows, k, vocab)
-    # Backward, logits recomputed on chip: dh = du W and dW = duᵀ h, hidden and W read, both gradients written.
-    more = 6 * rows * k * vocab, 2 * (2 * rows * k + vocab * k) + 4 * vocab * k
+    # The least: dh = du W and dW = duᵀ h, hidden and W read, both gradients written. The kernel computes the logits
+    # again (_softcap.backward_cost), which a forward that keeps du need not.
+    more = 4 * rows * k * vocab, 2 * (2 * rows * k + vocab * k) + 4 * vocab * k
     return Case(
         op="softcap_cross_entropy", rows=rows, shape=(rows, k, vocab),
         draw=lambda r, m: {
@@ -311,6 +317,7 @@ def _cases(rows: int, k: int, hiddens: tuple[int, ...], vocabs: tuple[int, ...],
         *(newton_schulz_case(*bank) for bank in (banks[0], banks[2])),
         muon_momentum_case(*banks),
         muon_update_case(*banks),
+        muon_update_case(*banks, bits=6),
     )
 
 
@@ -333,6 +340,7 @@ QUICK = _one_of_each(
     "token_logprobs",
     "muon_momentum_",
     "muon_update_",
+    "muon_update_rows_",
     "linear_relu2",
     "quantize_rows",
 )

@@ -1,8 +1,9 @@
-"""Kernels over the rows of many matrices in one launch, and the row quantizer's arithmetic on a tile in registers.
+"""The row quantizer's arithmetic, in PyTorch and on a tile in registers, and kernels over the rows of many matrices.
 
 Matrices come as tuples of pointers; the program finds its own among ranges of blocks, in a branch that is
 compiled for the columns of that matrix. A block is BLOCK // WIDTH rows of WIDTH columns, WIDTH the power of
-two that holds a row, BLOCK at most. What the arithmetic means is said in fake_quant.py.
+two that holds a row, BLOCK at most. What the arithmetic means is said in fake_quant.py, whose op it is; the
+Muon step's shadows are written with it too.
 """
 
 from __future__ import annotations
@@ -14,9 +15,93 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ._dispatch import FLOAT_DTYPES, accumulate_dtype
 from ._jit import jit, narrow, tl
 
 CLIP_QUANTILE = 0.9999984
+_QUANTILE_MAX_COLS = 500_000  # from 625,000 columns on the rank lies below the second largest magnitude
+
+
+# ---- the reference
+
+
+def quantize_rows_ref(
+    w: Tensor,
+    *,
+    bits: int,
+    clip: str = "max",
+    code_range: str = "symmetric",
+    scale_dtype: torch.dtype = torch.float16,
+    scale_floor: float = 0.0,
+    codes_from: str = "stored_scale",
+    group_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    rows = w.to(accumulate_dtype(w.dtype)).contiguous()
+    if group_size is not None:
+        rows = rows.unflatten(-1, (-1, group_size))
+    qmax = 2 ** (bits - 1) - 1
+    c = _clip_magnitude(rows.abs(), clip).unsqueeze(-1)
+    # Divided by a tensor: CUDA turns division by a number into multiplication by its rounded reciprocal.
+    s = _representable((c / torch.full_like(c, qmax)).clamp(min=scale_floor), scale_dtype)
+    scale = s.to(scale_dtype)
+    s = scale.to(s.dtype) if codes_from == "stored_scale" else s
+    codes = torch.round(rows.clamp(-c, c) / s).clamp(-qmax - (code_range == "full"), qmax)
+    return codes.to(torch.int8).reshape(w.shape), scale.squeeze(-1)
+
+
+def _clip_magnitude(magnitude: Tensor, clip: str) -> Tensor:
+    if clip == "max":
+        return magnitude.amax(dim=-1)
+    cols = magnitude.shape[-1]
+    top = magnitude.topk(min(2, cols), dim=-1).values
+    rank = torch.full((), CLIP_QUANTILE, dtype=torch.float32, device=magnitude.device) * (cols - 1)
+    return torch.lerp(top[..., -1], top[..., 0], (rank - rank.floor()).to(magnitude.dtype))
+
+
+def _representable(s: Tensor, dtype: torch.dtype) -> Tensor:
+    """s moved into the positive finite numbers of `dtype`; see "Range of the stored scale" in fake_quant.py."""
+    info = torch.finfo(dtype)
+    step = info.tiny * info.eps if dtype == torch.float16 else info.tiny
+    s = torch.where(s < info.tiny, torch.ceil(s / step) * step, s)
+    return s.clamp(min=step, max=info.max)
+
+
+def decode_rows(codes: Tensor, scale: Tensor, dtype: torch.dtype, group_size: int | None) -> Tensor:
+    """codes × scale in fp32 (float64 for a float64 scale), rounded once to `dtype`."""
+    rows = codes if group_size is None else codes.unflatten(-1, (-1, group_size))
+    scale = scale.to(accumulate_dtype(scale.dtype)).unsqueeze(-1)
+    return (rows.to(scale.dtype) * scale).to(dtype).reshape(codes.shape)
+
+
+def check_row_options(
+    op, name, w, *, bits, clip, code_range, scale_dtype, scale_floor, codes_from, group_size
+) -> None:  # fmt: skip
+    """ValueError unless the rows of w, which the caller knows by `name`, can be quantized so."""
+    if w.ndim < 2 or w.shape[-1] == 0:
+        raise ValueError(f"{op}: {name} has shape {tuple(w.shape)}; possible: (..., rows, cols) with cols >= 1")
+    if not isinstance(bits, int) or bits not in range(2, 9):
+        raise ValueError(f"{op}: bits={bits}; possible: 2 to 8")
+    for name, value, possible in (
+        ("clip", clip, ("max", "quantile")),
+        ("code_range", code_range, ("symmetric", "full")),
+        ("scale_dtype", scale_dtype, FLOAT_DTYPES),
+        ("codes_from", codes_from, ("stored_scale", "float32_scale")),
+    ):
+        if value not in possible:
+            raise ValueError(f"{op}: {name}={value!r}; possible: {possible}")
+    if not 0 <= scale_floor <= torch.finfo(scale_dtype).max:
+        raise ValueError(f"{op}: scale_floor={scale_floor}; possible: 0 to {torch.finfo(scale_dtype).max}")
+    check_group(op, w, group_size)
+    if clip == "quantile" and (group_size or w.shape[-1]) > _QUANTILE_MAX_COLS:
+        raise ValueError(f"{op}: clip='quantile' with {w.shape[-1]} columns; possible: up to {_QUANTILE_MAX_COLS}")
+
+
+def check_group(op: str, w: Tensor, group_size: int | None) -> None:
+    if group_size is not None and (group_size < 1 or w.shape[-1] % group_size):
+        raise ValueError(f"{op}: group_size={group_size}; possible: None or a divisor of {w.shape[-1]} columns")
+
+
+# ---- rows and constants of a launch
 
 
 @dataclass(frozen=True)
@@ -65,6 +150,9 @@ def row_constants(
     }
 
 
+# ---- a tile in registers
+
+
 @jit
 def row_offsets(rows, offs_r, start, COLS: tl.constexpr, WIDTH: tl.constexpr):
     """(offsets, mask) of columns start to start + WIDTH of the rows offs_r."""
@@ -88,6 +176,12 @@ def two_largest(magnitude, COLS: tl.constexpr):
     below = tl.max(tl.where(largest, 0.0, magnitude), axis=1)
     alone = (tl.sum(largest.to(tl.int32), axis=1) == 1) & (COLS > 1)
     return first, tl.where(alone, below, first)
+
+
+@jit
+def two_largest_of_both(first, second, other_first, other_second):
+    """The same of rows that come in two parts."""
+    return tl.maximum(first, other_first), tl.maximum(tl.minimum(first, other_first), tl.maximum(second, other_second))
 
 
 @jit

@@ -75,13 +75,18 @@ from ._jit import descriptor, dot, dot_precision, empty_rows, halves, jit, launc
 from ._rows import (
     CLIP_QUANTILE,
     RowBlocks,
+    check_group,
+    check_row_options,
+    decode_rows,
     interpolate,
     load_rows,
+    quantize_rows_ref,
     row_codes,
     row_constants,
     row_offsets,
     stored_scale,
     two_largest,
+    two_largest_of_both,
 )
 from ._tiles import INTERPRETED_GEMM, Tile, TileTable, gemm_tile
 
@@ -98,53 +103,10 @@ __all__ = [
     "quantize_rows_ref",
 ]
 
-_QUANTILE_MAX_COLS = 500_000  # from 625,000 columns on the rank lies below the second largest magnitude
-
 Clip = Literal["max", "quantile"]
 CodeRange = Literal["symmetric", "full"]
 CodesFrom = Literal["stored_scale", "float32_scale"]
 Form = Literal["auto", "shadow", "codes"]
-
-
-def quantize_rows_ref(
-    w: Tensor,
-    *,
-    bits: int,
-    clip: str = "max",
-    code_range: str = "symmetric",
-    scale_dtype: torch.dtype = torch.float16,
-    scale_floor: float = 0.0,
-    codes_from: str = "stored_scale",
-    group_size: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    rows = w.to(accumulate_dtype(w.dtype)).contiguous()
-    if group_size is not None:
-        rows = rows.unflatten(-1, (-1, group_size))
-    qmax = 2 ** (bits - 1) - 1
-    c = _clip_magnitude(rows.abs(), clip).unsqueeze(-1)
-    # Divided by a tensor: CUDA turns division by a number into multiplication by its rounded reciprocal.
-    s = _representable((c / torch.full_like(c, qmax)).clamp(min=scale_floor), scale_dtype)
-    scale = s.to(scale_dtype)
-    s = scale.to(s.dtype) if codes_from == "stored_scale" else s
-    codes = torch.round(rows.clamp(-c, c) / s).clamp(-qmax - (code_range == "full"), qmax)
-    return codes.to(torch.int8).reshape(w.shape), scale.squeeze(-1)
-
-
-def _clip_magnitude(magnitude: Tensor, clip: str) -> Tensor:
-    if clip == "max":
-        return magnitude.amax(dim=-1)
-    cols = magnitude.shape[-1]
-    top = magnitude.topk(min(2, cols), dim=-1).values
-    rank = torch.full((), CLIP_QUANTILE, dtype=torch.float32, device=magnitude.device) * (cols - 1)
-    return torch.lerp(top[..., -1], top[..., 0], (rank - rank.floor()).to(magnitude.dtype))
-
-
-def _representable(s: Tensor, dtype: torch.dtype) -> Tensor:
-    """s moved into the positive finite numbers of `dtype`; see "Range of the stored scale" above."""
-    info = torch.finfo(dtype)
-    step = info.tiny * info.eps if dtype == torch.float16 else info.tiny
-    s = torch.where(s < info.tiny, torch.ceil(s / step) * step, s)
-    return s.clamp(min=step, max=info.max)
 
 
 def fake_quantize_rows_ref(
@@ -243,9 +205,8 @@ def _clip(w_ptr, rows, offs_r, fraction, COLS: tl.constexpr, WIDTH: tl.constexpr
     second = first
     for start in tl.range(0, COLS, WIDTH):
         w = load_rows(w_ptr, rows, offs_r, start, COLS, WIDTH)
-        m1, m2 = two_largest(tl.abs(w), COLS)
-        second = tl.maximum(tl.minimum(first, m1), tl.maximum(second, m2))
-        first = tl.maximum(first, m1)
+        largest, next_largest = two_largest(tl.abs(w), COLS)
+        first, second = two_largest_of_both(first, second, largest, next_largest)
     return interpolate(first, second, fraction, QUANTILE)
 
 
@@ -494,7 +455,7 @@ def dequantize_rows(
     codes: Tensor, scale: Tensor, *, dtype: torch.dtype = torch.float32, group_size: int | None = None
 ) -> Tensor:
     """codes × scale in fp32, rounded once to `dtype`: what an artifact decodes to."""
-    _check_group("dequantize_rows", codes, group_size)
+    check_group("dequantize_rows", codes, group_size)
     shape = codes.shape[:-1] if group_size is None else (*codes.shape[:-1], codes.shape[-1] // group_size)
     if codes.dtype != torch.int8 or scale.dtype not in FLOAT_DTYPES or scale.shape != shape:
         raise ValueError(
@@ -502,9 +463,7 @@ def dequantize_rows(
             f"scale {tuple(scale.shape)} and {scale.dtype}; "
             f"possible: int8 codes and a float scale of shape {tuple(shape)}"
         )
-    rows = codes if group_size is None else codes.unflatten(-1, (-1, group_size))
-    scale = scale.to(accumulate_dtype(scale.dtype)).unsqueeze(-1)
-    return (rows.to(scale.dtype) * scale).to(dtype).reshape(codes.shape)
+    return decode_rows(codes, scale, dtype, group_size)
 
 
 def fake_quantize_rows(
@@ -652,30 +611,9 @@ def _check_enabled(op: str, w: Tensor, enabled: Tensor | None) -> None:
         )
 
 
-def _check(op, w, *, bits, clip, code_range, scale_dtype, scale_floor, codes_from, group_size) -> None:
+def _check(op: str, w: Tensor, **options) -> None:
     check_floats(op, w=w)
-    if w.ndim < 2 or w.shape[-1] == 0:
-        raise ValueError(f"{op}: w has shape {tuple(w.shape)}; possible: (..., rows, cols) with cols >= 1")
-    if not isinstance(bits, int) or bits not in range(2, 9):
-        raise ValueError(f"{op}: bits={bits}; possible: 2 to 8")
-    for name, value, possible in (
-        ("clip", clip, ("max", "quantile")),
-        ("code_range", code_range, ("symmetric", "full")),
-        ("scale_dtype", scale_dtype, FLOAT_DTYPES),
-        ("codes_from", codes_from, ("stored_scale", "float32_scale")),
-    ):
-        if value not in possible:
-            raise ValueError(f"{op}: {name}={value!r}; possible: {possible}")
-    if not 0 <= scale_floor <= torch.finfo(scale_dtype).max:
-        raise ValueError(f"{op}: scale_floor={scale_floor}; possible: 0 to {torch.finfo(scale_dtype).max}")
-    _check_group(op, w, group_size)
-    if clip == "quantile" and (group_size or w.shape[-1]) > _QUANTILE_MAX_COLS:
-        raise ValueError(f"{op}: clip='quantile' with {w.shape[-1]} columns; possible: up to {_QUANTILE_MAX_COLS}")
+    check_row_options(op, "w", w, **options)
     if values_readable(w) and not torch.isfinite(w).all():
         index = (~torch.isfinite(w)).nonzero()[0].tolist()
         raise ValueError(f"{op}: w{index} = {w[tuple(index)].item()}; possible: finite weights")
-
-
-def _check_group(op: str, w: Tensor, group_size: int | None) -> None:
-    if group_size is not None and (group_size < 1 or w.shape[-1] % group_size):
-        raise ValueError(f"{op}: group_size={group_size}; possible: None or a divisor of {w.shape[-1]} columns")

@@ -1,26 +1,39 @@
 """The two halves of a Muon step around the orthogonalization, each one launch for all matrices of a model.
 
-    momentum:   B ← μ B + G      U = G + μ B  (Nesterov; else U = B)
-    update:     W ← W (1 − η λ) − η s O       shadow ← W, rounded
+    momentum:   B ← μ B + G      U = G + μ B  (Nesterov; else U = B)      n = sums of U²
+    update:     W ← W (1 − η λ) − η s O       shadow ← W or its quantized Ŵ, rounded
 
-with O = newton_schulz(U) in between, λ the weight decay and s a factor per matrix, max(1, rows / cols)^½ as
-published. Shapes: lists of tensors (..., rows, cols), the same in each list; G, B, W fp32 (fp16 and bf16 are
-taken too), U and O in any float dtype. B, W and the outputs are changed in place.
+with O = newton_schulz(U, square_sums=n) in between, λ the weight decay and s a factor per matrix,
+max(1, rows / cols)^½ as published. Shapes: lists of tensors (..., rows, cols), the same in each list; G, B, W fp32
+(fp16 and bf16 are taken too), U and O in any float dtype. B, W and the outputs are changed in place.
 
 μ and η are 0-d fp32 tensors on the device, so a schedule moves them without recapturing a CUDA graph. `ok`,
 a 0-d bool tensor on the device, guards a step: where it is false B, W and the shadows keep their values, and
 nobody waits to find out.
 
-Precision: fp32 in registers, rounded once to each tensor's dtype.
+`square_sums` (..., square_parts(rows, cols)) fp32, one for each U: part i of a matrix is its elements i PART to
+(i + 1) PART in row-major order, and the sum is of the squares of U as stored, so that the parts add up to the ‖U‖²
+that Newton-Schulz divides by the root of.
 
-Kernels. Elementwise over all tensors at once: a program finds its tensor among ranges of blocks. Reading G and B
-and writing B and U is 4 + 4 + 4 + 2 bytes a weight, reading W and O and writing W and a bf16 shadow 4 + 2 + 4 + 2;
-eager torch reads and writes B three times and makes two temporaries.
+`bits` (2 to 8, one number or one per matrix) makes the shadows Ŵ = codes × stored scale of the new W, bit for bit
+what fake_quantize_rows(W, bits=...) gives with the same clip, code_range, scale_dtype, scale_floor, codes_from,
+group_size and enabled; without `bits` they are W.
 
-Left out on purpose: fake-quantized shadows, which fake_quantize_banks writes in one more launch (by arithmetic
-it reads 85 MB for 21 M weights, 18 us at 4.8 TB/s, which fusing could save); MuonEq-R's row norms and NorMuon's
-variances, which reduce over rows: golfgpt.optim has them as torch operations between the halves. No gradients:
-these are updates.
+Precision: fp32 in registers, rounded once to each tensor's dtype. The update with quantized shadows fuses no
+multiplication with an addition, as the quantizer must not: its W may differ from the plain one's in the last bit.
+
+Kernels. A program finds its tensor among ranges of blocks.
+- momentum and update with plain shadows: elementwise, BLOCK weights a program. Reading G and B and writing B and U
+  is 4 + 4 + 4 + 2 bytes a weight, reading W and O and writing W and a bf16 shadow 4 + 2 + 4 + 2; eager torch reads
+  and writes B three times and makes two temporaries. A block of the momentum lies in one matrix and stores its sums
+  of squares where nobody else does: no atomics, the same sums every time. They replace a launch that reads U again.
+- update with quantized shadows: whole rows a program. Rows up to BLOCK long stay in registers between the
+  maximum and the codes; longer ones are updated twice, the second time from L2. It moves what the plain one
+  moves; fake_quantize_banks afterwards would read W once more (85 MB for 21 M weights, by arithmetic 18 us at
+  4.8 TB/s) and write a second time.
+
+Left out on purpose: MuonEq-R's row norms and NorMuon's variances, which reduce over rows: golfgpt.optim has them as
+torch operations between the halves. No gradients: these are updates.
 
 Sources: K. Jordan et al., Muon (kellerjordan.github.io/posts/muon), 2024; decoupled weight decay: Loshchilov and
 Hutter, arXiv:1711.05101; the scale and the decay's order as parameter-golf's recipes have them.
@@ -30,12 +43,28 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ._dispatch import Impl, accumulate_dtype, check_floats, runs_triton
+from ._dispatch import KERNEL_DTYPES, Impl, accumulate_dtype, check_floats, runs_triton
 from ._jit import jit, launch, narrow, tl
+from ._rows import (
+    RowBlocks,
+    check_row_options,
+    decode_rows,
+    interpolate,
+    load_rows,
+    quantize_rows_ref,
+    row_codes,
+    row_constants,
+    row_offsets,
+    stored_scale,
+    two_largest,
+    two_largest_of_both,
+)
 from ._tiles import Tile, TileTable
 
 __all__ = [
@@ -45,7 +74,15 @@ __all__ = [
     "muon_update_",
     "muon_update_cost",
     "muon_update_ref_",
+    "square_parts",
 ]
+
+PART = 2048  # elements in a sum of squares; blocks of the momentum are multiples of it
+
+
+def square_parts(rows: int, cols: int) -> int:
+    """How many sums of squares the momentum gives of a matrix."""
+    return -(-rows * cols // PART)
 
 
 def muon_momentum_ref_(
@@ -55,12 +92,18 @@ def muon_momentum_ref_(
     momentum: Tensor,
     *,
     nesterov: bool = True,
+    square_sums: Sequence[Tensor] | None = None,
     ok: Tensor | None = None,
 ) -> None:
-    for g, b, u in zip(grads, buffers, outs, strict=True):
+    for i, (g, b, u) in enumerate(zip(grads, buffers, outs, strict=True)):
         new = momentum * b.to(accumulate_dtype(b.dtype)) + g
         u.copy_(g + momentum * new if nesterov else new)
         b.copy_(new if ok is None else torch.where(ok, new, b))
+        if square_sums is not None:
+            squares = u.to(accumulate_dtype(u.dtype)).square().flatten(-2)
+            if missing := -squares.shape[-1] % PART:
+                squares = F.pad(squares, (0, missing))
+            square_sums[i].copy_(squares.unflatten(-1, (-1, PART)).sum(-1))
 
 
 def muon_update_ref_(
@@ -71,14 +114,23 @@ def muon_update_ref_(
     scales: Sequence[float],
     weight_decay: float = 0.0,
     shadows: Sequence[Tensor] | None = None,
+    bits: Sequence[int] | None = None,
+    enabled: Tensor | None = None,
     ok: Tensor | None = None,
+    **options,
 ) -> None:
     for i, (w, o, s) in enumerate(zip(params, updates, scales, strict=True)):
         wide = accumulate_dtype(w.dtype)
         new = w.to(wide) * (1 - lr * weight_decay) - lr * s * o.to(wide)
         w.copy_(new if ok is None else torch.where(ok, new, w))
         if shadows is not None:
-            shadows[i].copy_(w if ok is None else torch.where(ok, w, shadows[i].to(w.dtype)))
+            shadow = w.to(shadows[i].dtype)
+            if bits is not None and w.numel():
+                decoded = decode_rows(
+                    *quantize_rows_ref(w, bits=bits[i], **options), shadow.dtype, options.get("group_size")
+                )
+                shadow = decoded if enabled is None else torch.where(enabled, decoded, shadow)
+            shadows[i].copy_(shadow if ok is None else torch.where(ok, shadow, shadows[i]))
 
 
 def muon_momentum_cost(numel: int, *, itemsize: int = 2) -> tuple[int, int]:
@@ -94,11 +146,11 @@ def muon_update_cost(numel: int, *, itemsize: int = 2, shadow_itemsize: int = 2)
 # ---- tiles: BLOCK weights a program
 
 
-def _table(kernel: str) -> TileTable:
+def _table(kernel: str, measure: str = "elements") -> TileTable:
     tiles = ((0, 2048), (80, 4096))
     return TileTable(
         kernel,
-        "elements",
+        measure,
         *(
             Tile(sm=sm, itemsize=size, launch={"BLOCK": block, "num_warps": 4})
             for sm, block in tiles
@@ -108,6 +160,7 @@ def _table(kernel: str) -> TileTable:
 
 
 _MOMENTUM_TILES, _UPDATE_TILES = _table("muon_momentum"), _table("muon_update")
+_UPDATE_ROWS_TILES = _table("muon_update_rows", "columns")
 
 
 # ---- kernels
@@ -115,22 +168,33 @@ _MOMENTUM_TILES, _UPDATE_TILES = _table("muon_momentum"), _table("muon_update")
 
 @jit
 def _momentum_kernel(
-    g_ptrs, b_ptrs, u_ptrs, momentum_ptr, ok_ptr, starts, numels,
-    COUNT: tl.constexpr, NESTEROV: tl.constexpr, GUARDED: tl.constexpr, BLOCK: tl.constexpr,
+    g_ptrs, b_ptrs, u_ptrs, sums_ptrs, momentum_ptr, ok_ptr, starts,
+    SIZES: tl.constexpr, NESTEROV: tl.constexpr, SUMS: tl.constexpr, PART: tl.constexpr, GUARDED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Elementwise: blocks starts[i] to starts[i + 1] are tensor i."""
+    """Elementwise: blocks starts[i] to starts[i + 1] are tensor i, of matrices of SIZES[i] elements."""
     pid = tl.program_id(0)
     momentum = tl.load(momentum_ptr)
     ok = tl.load(ok_ptr) != 0 if GUARDED else True
-    for i in tl.static_range(COUNT):
+    for i in tl.static_range(len(SIZES)):
         if (pid >= starts[i]) & (pid < starts[i + 1]):
-            offs = (pid - starts[i]).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-            mask = offs < numels[i]
+            blocks: tl.constexpr = (SIZES[i] + BLOCK - 1) // BLOCK
+            matrix = ((pid - starts[i]) // blocks).to(tl.int64)
+            block = (pid - starts[i]) % blocks
+            inside = block * BLOCK + tl.arange(0, BLOCK)
+            mask = inside < SIZES[i]
+            offs = matrix * SIZES[i] + inside
             g = tl.load(g_ptrs[i] + offs, mask=mask, other=0).to(tl.float32)
             b = momentum * tl.load(b_ptrs[i] + offs, mask=mask, other=0).to(tl.float32) + g
-            u = g + momentum * b if NESTEROV else b
+            u = narrow(g + momentum * b if NESTEROV else b, u_ptrs[i].dtype.element_ty)
             tl.store(b_ptrs[i] + offs, narrow(b, b_ptrs[i].dtype.element_ty), mask=mask & ok)
-            tl.store(u_ptrs[i] + offs, narrow(u, u_ptrs[i].dtype.element_ty), mask=mask)
+            tl.store(u_ptrs[i] + offs, u, mask=mask)
+            if SUMS:
+                u = u.to(tl.float32)
+                parts: tl.constexpr = (SIZES[i] + PART - 1) // PART
+                part = block * (BLOCK // PART) + tl.arange(0, BLOCK // PART)
+                sums = tl.sum(tl.reshape(u * u, (BLOCK // PART, PART)), axis=1)
+                tl.store(sums_ptrs[i] + matrix * parts + part, sums, mask=part < parts)
 
 
 @jit
@@ -153,27 +217,84 @@ def _update_kernel(
                 tl.store(shadow_ptrs[i] + offs, narrow(w.to(tl.float32), shadow_ptrs[i].dtype.element_ty), mask=mask)
 
 
+@jit
+def _updated(w_ptr, o_ptr, keep, step, rows, offs_r, start, COLS: tl.constexpr, WIDTH: tl.constexpr):
+    """That tile of the new W, as stored and in fp32; zero outside."""
+    w = load_rows(w_ptr, rows, offs_r, start, COLS, WIDTH)
+    o = load_rows(o_ptr, rows, offs_r, start, COLS, WIDTH)
+    return narrow(w * keep - step * o, w_ptr.dtype.element_ty).to(tl.float32)
+
+
+@jit
+def _update_rows(
+    w_ptr, o_ptr, shadow_ptr, ok, on, keep, step, block, rows, qmax, fraction, floor,
+    COLS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    QUANTILE: tl.constexpr, FULL: tl.constexpr, STORED: tl.constexpr,
+    SCALE: tl.constexpr, TINY: tl.constexpr, STEP: tl.constexpr, MAX: tl.constexpr,
+):  # fmt: skip
+    """One block of rows of one matrix. The quantizer's arithmetic is fake_quant.py's."""
+    offs_r = block * (BLOCK // WIDTH) + tl.arange(0, BLOCK // WIDTH)
+    w = _updated(w_ptr, o_ptr, keep, step, rows, offs_r, 0, COLS, WIDTH)
+    first, second = two_largest(tl.abs(w), COLS)
+    for start in tl.range(WIDTH, COLS, WIDTH):
+        more = _updated(w_ptr, o_ptr, keep, step, rows, offs_r, start, COLS, WIDTH)
+        largest, next_largest = two_largest(tl.abs(more), COLS)
+        first, second = two_largest_of_both(first, second, largest, next_largest)
+    c = interpolate(first, second, fraction, QUANTILE)
+    s, stored = stored_scale(c, qmax, floor, SCALE, TINY, STEP, MAX)
+    decode = stored.to(tl.float32)
+    s = decode if STORED else s
+    for start in tl.range(0, COLS, WIDTH):
+        if COLS > WIDTH:
+            w = _updated(w_ptr, o_ptr, keep, step, rows, offs_r, start, COLS, WIDTH)
+        shadow = tl.where(on, row_codes(w, c, s, qmax, FULL) * decode[:, None], w)
+        offs, mask = row_offsets(rows, offs_r, start, COLS, WIDTH)
+        tl.store(w_ptr + offs, narrow(w, w_ptr.dtype.element_ty), mask=mask & ok)
+        tl.store(shadow_ptr + offs, narrow(shadow, shadow_ptr.dtype.element_ty), mask=mask & ok)
+
+
+@jit
+def _update_rows_kernel(
+    w_ptrs, o_ptrs, shadow_ptrs, lr_ptr, ok_ptr, on_ptr, starts, rows, scales, weight_decay, qmax, fraction, floor,
+    COLS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    QUANTILE: tl.constexpr, FULL: tl.constexpr, STORED: tl.constexpr,
+    SCALE: tl.constexpr, TINY: tl.constexpr, STEP: tl.constexpr, MAX: tl.constexpr,
+    GUARDED: tl.constexpr, SWITCH: tl.constexpr,
+):  # fmt: skip
+    """Blocks starts[i] to starts[i + 1] are rows of matrix i."""
+    pid = tl.program_id(0)
+    lr = tl.load(lr_ptr)
+    ok = tl.load(ok_ptr) != 0 if GUARDED else True
+    on = tl.load(on_ptr) != 0 if SWITCH else True
+    for i in tl.static_range(len(COLS)):
+        if (pid >= starts[i]) & (pid < starts[i + 1]):
+            _update_rows(
+                w_ptrs[i], o_ptrs[i], shadow_ptrs[i], ok, on, 1 - lr * weight_decay, lr * scales[i], pid - starts[i],
+                rows[i], qmax[i], fraction[i], floor,
+                COLS[i], WIDTH[i], BLOCK, QUANTILE, FULL, STORED, SCALE, TINY, STEP, MAX,
+            )  # fmt: skip
+
+
 # ---- launchers and custom ops: contiguous tensors, checked by the public functions
 
 
-def _blocks(tensors: Sequence[Tensor], table: TileTable, tile: dict | None) -> tuple[dict, tuple, tuple]:
-    tile = tile or table.select(tensors[0].device, tensors[0].dtype, 0)
-    numels = tuple(t.numel() for t in tensors)
-    return tile, (0, *itertools.accumulate(-(-n // tile["BLOCK"]) for n in numels)), numels
-
-
-def momentum_launch(grads, buffers, outs, momentum, nesterov, ok, tile=None) -> None:
-    tile, starts, numels = _blocks(grads, _MOMENTUM_TILES, tile)
+def momentum_launch(grads, buffers, outs, square_sums, momentum, nesterov, ok, tile=None) -> None:
+    tile = tile or _MOMENTUM_TILES.select(momentum.device, grads[0].dtype, 0)
+    sizes = tuple(g.shape[-2:].numel() for g in grads)
+    starts = _starts(g.numel() // max(n, 1) * -(-n // tile["BLOCK"]) for g, n in zip(grads, sizes, strict=True))
     if starts[-1]:
         launch(
-            _momentum_kernel, (starts[-1],), momentum.device, tuple(grads), tuple(buffers), tuple(outs), momentum,
-            momentum if ok is None else ok, starts, numels,
-            COUNT=len(numels), NESTEROV=nesterov, GUARDED=ok is not None, **tile,
+            _momentum_kernel, (starts[-1],), momentum.device,
+            tuple(grads), tuple(buffers), tuple(outs), tuple(square_sums or outs), momentum,
+            momentum if ok is None else ok, starts,
+            SIZES=sizes, NESTEROV=nesterov, SUMS=bool(square_sums), PART=PART, GUARDED=ok is not None, **tile,
         )  # fmt: skip
 
 
 def update_launch(params, updates, lr, scales, weight_decay, shadows, ok, tile=None) -> None:
-    tile, starts, numels = _blocks(params, _UPDATE_TILES, tile)
+    tile = tile or _UPDATE_TILES.select(lr.device, params[0].dtype, 0)
+    numels = tuple(p.numel() for p in params)
+    starts = _starts(-(-n // tile["BLOCK"]) for n in numels)
     if starts[-1]:
         launch(
             _update_kernel, (starts[-1],), lr.device, tuple(params), tuple(updates), tuple(shadows or params), lr,
@@ -182,12 +303,37 @@ def update_launch(params, updates, lr, scales, weight_decay, shadows, ok, tile=N
         )  # fmt: skip
 
 
+def update_rows_launch(
+    params, updates, lr, scales, weight_decay, shadows, ok, bits, enabled, *,
+    clip, code_range, scale_dtype, scale_floor, codes_from, group_size, tile=None,
+) -> None:  # fmt: skip
+    kept = [i for i, p in enumerate(params) if p.numel()]
+    if not kept:
+        return
+    of_kept = [tuple(values[i] for i in kept) for values in (params, updates, shadows, scales, bits)]
+    params, updates, shadows, scales, bits = of_kept
+    cols = [group_size or p.shape[-1] for p in params]
+    tile = tile or _UPDATE_ROWS_TILES.select(lr.device, params[0].dtype, max(cols))
+    layout = RowBlocks.of(params, cols, tile["BLOCK"])
+    numbers, constants = row_constants(cols, bits, clip, code_range, scale_dtype, scale_floor, codes_from)
+    launch(
+        _update_rows_kernel, (layout.starts[-1],), lr.device, params, updates, shadows, lr, lr if ok is None else ok,
+        lr if enabled is None else enabled, layout.starts, layout.rows, scales, weight_decay, *numbers,
+        COLS=layout.cols, WIDTH=layout.widths, **constants, GUARDED=ok is not None, SWITCH=enabled is not None,
+        enable_fp_fusion=False, **tile,
+    )  # fmt: skip
+
+
+def _starts(counts) -> tuple[int, ...]:
+    return (0, *itertools.accumulate(counts))
+
+
 _momentum_op = torch.library.custom_op(
     "golfgpt::muon_momentum_",
     momentum_launch,
-    mutates_args=("buffers", "outs"),
-    schema="(Tensor[] grads, Tensor(a!)[] buffers, Tensor(b!)[] outs, Tensor momentum, bool nesterov, "
-    "Tensor? ok) -> ()",
+    mutates_args=("buffers", "outs", "square_sums"),
+    schema="(Tensor[] grads, Tensor(a!)[] buffers, Tensor(b!)[] outs, Tensor(c!)[] square_sums, Tensor momentum, "
+    "bool nesterov, Tensor? ok) -> ()",
 )
 _update_op = torch.library.custom_op(
     "golfgpt::muon_update_",
@@ -196,15 +342,20 @@ _update_op = torch.library.custom_op(
     schema="(Tensor(a!)[] params, Tensor[] updates, Tensor lr, float[] scales, float weight_decay, "
     "Tensor(b!)[] shadows, Tensor? ok) -> ()",
 )
+_update_rows_op = torch.library.custom_op(
+    "golfgpt::muon_update_rows_",
+    update_rows_launch,
+    mutates_args=("params", "shadows"),
+    schema="(Tensor(a!)[] params, Tensor[] updates, Tensor lr, float[] scales, float weight_decay, "
+    "Tensor(b!)[] shadows, Tensor? ok, int[] bits, Tensor? enabled, *, str clip, str code_range, "
+    "ScalarType scale_dtype, float scale_floor, str codes_from, int? group_size) -> ()",
+)
 
 
 @_momentum_op.register_fake
-def _(*_args):
-    return None
-
-
 @_update_op.register_fake
-def _(*_args):
+@_update_rows_op.register_fake
+def _(*_args, **_options):
     return None
 
 
@@ -219,19 +370,23 @@ def muon_momentum_(
     momentum: Tensor,
     *,
     nesterov: bool = True,
+    square_sums: Sequence[Tensor] | None = None,
     ok: Tensor | None = None,
     impl: Impl = "auto",
 ) -> None:
-    """Momentum of all matrices: `buffers` are moved on, `outs` get what is to be orthogonalized."""
+    """Momentum of all matrices: `buffers` are moved on, `outs` get what is to be orthogonalized, and `square_sums`,
+    (..., square_parts(rows, cols)) fp32, what newton_schulz takes by that name."""
     op = "muon_momentum_"
     _check_lists(op, grads=grads, buffers=buffers, outs=outs)
-    _check_scalar(op, grads, momentum=momentum, ok=ok)
+    _check_square_sums(op, outs, square_sums)
+    _check_scalar(op, grads, momentum=momentum)
+    _check_switch(op, grads, ok=ok)
     if not grads:
         return
-    if _by_kernel(op, impl, grads=grads, buffers=buffers, outs=outs):
-        _momentum_op(list(grads), list(buffers), list(outs), momentum, nesterov, ok)
+    if _by_kernel(op, impl, grads=grads, buffers=buffers, outs=outs, square_sums=square_sums or []):
+        _momentum_op(list(grads), list(buffers), list(outs), list(square_sums or []), momentum, nesterov, ok)
     else:
-        muon_momentum_ref_(grads, buffers, outs, momentum, nesterov=nesterov, ok=ok)
+        muon_momentum_ref_(grads, buffers, outs, momentum, nesterov=nesterov, square_sums=square_sums, ok=ok)
 
 
 @torch.no_grad()
@@ -243,21 +398,50 @@ def muon_update_(
     scales: Sequence[float],
     weight_decay: float = 0.0,
     shadows: Sequence[Tensor] | None = None,
+    bits: int | Sequence[int] | None = None,
+    clip: Literal["max", "quantile"] = "max",
+    code_range: Literal["symmetric", "full"] = "symmetric",
+    scale_dtype: torch.dtype = torch.float16,
+    scale_floor: float = 0.0,
+    codes_from: Literal["stored_scale", "float32_scale"] = "stored_scale",
+    group_size: int | None = None,
+    enabled: Tensor | None = None,
     ok: Tensor | None = None,
     impl: Impl = "auto",
 ) -> None:
-    """Weight decay and update of all matrices, and their low-precision shadows if there are any."""
+    """Weight decay and update of all matrices, and their low-precision shadows if there are any: the rounded weights
+    or, with `bits` and fake_quantize_rows's other options, the fake-quantized ones."""
     op = "muon_update_"
     _check_lists(op, params=params, updates=updates, **({} if shadows is None else {"shadows": shadows}))
-    _check_scalar(op, params, lr=lr, ok=ok)
+    _check_scalar(op, params, lr=lr)
+    _check_switch(op, params, ok=ok, enabled=enabled)
     if len(scales) != len(params):
         raise ValueError(f"{op}: {len(scales)} scales for {len(params)} params; possible: one each")
+    options = dict(
+        clip=clip, code_range=code_range, scale_dtype=scale_dtype, scale_floor=scale_floor, codes_from=codes_from,
+        group_size=group_size,
+    )  # fmt: skip
+    if bits is not None:
+        bits = [bits] * len(params) if isinstance(bits, int) else list(bits)
+        _check_bits(op, params, shadows, bits, options)
     if not params:
         return
-    if _by_kernel(op, impl, params=params, updates=updates, shadows=shadows or []):
-        _update_op(list(params), list(updates), lr, list(scales), weight_decay, list(shadows or []), ok)
+    measured = op if bits is None else "muon_update_rows_"  # two kernels, of which "auto" asks one by one
+    kernel = _by_kernel(measured, impl, params=params, updates=updates, shadows=shadows or [])
+    if kernel and bits is not None and scale_dtype not in KERNEL_DTYPES:
+        if impl == "triton":
+            raise RuntimeError(f"{op}: impl='triton' cannot run: it stores no scale in {scale_dtype}; impl='eager' can")
+        kernel = False
+    args = list(params), list(updates), lr, list(scales), weight_decay, list(shadows or []), ok
+    if not kernel:
+        muon_update_ref_(
+            params, updates, lr, scales=scales, weight_decay=weight_decay, shadows=shadows, bits=bits, enabled=enabled,
+            ok=ok, **options,
+        )  # fmt: skip
+    elif bits is None:
+        _update_op(*args)
     else:
-        muon_update_ref_(params, updates, lr, scales=scales, weight_decay=weight_decay, shadows=shadows, ok=ok)
+        _update_rows_op(*args, bits, enabled, **options)
 
 
 def _check_lists(op: str, **lists: Sequence[Tensor]) -> None:
@@ -272,24 +456,60 @@ def _check_lists(op: str, **lists: Sequence[Tensor]) -> None:
             raise ValueError(f"{op}: {name} have dtypes {sorted({str(t.dtype) for t in each})}; possible: one")
 
 
-def _check_scalar(op: str, tensors: Sequence[Tensor], *, ok: Tensor | None, **scalars: Tensor) -> None:
+def _check_square_sums(op: str, outs: Sequence[Tensor], square_sums: Sequence[Tensor] | None) -> None:
+    if square_sums is None:
+        return
+    check_floats(op, **{f"square_sums[{i}]": t for i, t in enumerate((*square_sums, *outs[:1]))})
+    if any(u.ndim < 2 for u in outs):
+        raise ValueError(f"{op}: outs have shapes {[tuple(u.shape) for u in outs]}; possible: (..., rows, cols)")
+    shapes = [(*u.shape[:-2], square_parts(*u.shape[-2:])) for u in outs]
+    dtype = accumulate_dtype(outs[0].dtype) if outs else torch.float32
+    if [tuple(t.shape) for t in square_sums] != shapes or any(t.dtype != dtype for t in square_sums):
+        raise ValueError(
+            f"{op}: square_sums have shapes {[tuple(t.shape) for t in square_sums]} and dtypes "
+            f"{sorted({str(t.dtype) for t in square_sums})}; possible: {shapes} in {dtype}"
+        )
+
+
+def _check_bits(op: str, params: Sequence[Tensor], shadows, bits: list, options: dict) -> None:
+    if shadows is None or len(bits) != len(params):
+        given = "no shadows" if shadows is None else f"{len(bits)} bits for {len(params)} params"
+        raise ValueError(f"{op}: {given}; possible: shadows where there are bits, and one number or one per param")
+    for i, (p, n) in enumerate(zip(params, bits, strict=True)):
+        check_row_options(op, f"params[{i}]", p, bits=n, **options)
+
+
+def _check_scalar(op: str, tensors: Sequence[Tensor], **scalars: Tensor) -> None:
     for name, value in scalars.items():
         if value.dtype != torch.float32 or value.ndim or (tensors and value.device != tensors[0].device):
             raise ValueError(
                 f"{op}: {name} has dtype {value.dtype}, shape {tuple(value.shape)}, on {value.device}; "
                 f"possible: a 0-d fp32 tensor on the matrices' device"
             )
-    if ok is not None and (ok.dtype != torch.bool or ok.ndim or (tensors and ok.device != tensors[0].device)):
-        raise ValueError(
-            f"{op}: ok has dtype {ok.dtype}, shape {tuple(ok.shape)}, on {ok.device}; "
-            f"possible: a 0-d bool tensor on the matrices' device"
-        )
+
+
+def _check_switch(op: str, tensors: Sequence[Tensor], **switches: Tensor | None) -> None:
+    for name, on in switches.items():
+        if on is not None and (on.dtype != torch.bool or on.ndim or (tensors and on.device != tensors[0].device)):
+            raise ValueError(
+                f"{op}: {name} has dtype {on.dtype}, shape {tuple(on.shape)}, on {on.device}; "
+                f"possible: a 0-d bool tensor on the matrices' device"
+            )
 
 
 def _by_kernel(op: str, impl: Impl, **lists: Sequence[Tensor]) -> bool:
-    """Whether the kernel runs; it wants contiguous tensors of its dtypes, where "auto" takes eager for others."""
-    if not all(runs_triton(op, impl, tensors[0], 1 << 62) for tensors in lists.values() if tensors):
+    """Whether the kernel runs; it wants contiguous tensors of its dtypes, where "auto" takes eager for others.
+
+    What was measured is looked up by the dtype of the first list.
+    """
+    first, *others = (tensors[0] for tensors in lists.values() if tensors)
+    if not runs_triton(op, impl, first, 1 << 62):
         return False
+    for tensor in others:
+        if impl == "triton":
+            runs_triton(op, impl, tensor, 1 << 62)  # raises where it cannot
+        elif tensor.dtype not in KERNEL_DTYPES:
+            return False
     for name, tensors in lists.items():
         if not all(t.is_contiguous() for t in tensors):
             if impl == "triton":

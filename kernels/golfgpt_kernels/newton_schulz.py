@@ -17,11 +17,15 @@ values rounded to `dtype`.
 Backward: autograd through the iteration. With P = b A + c A², Y = a X + P X, both A and P symmetric, a step is
     dP = dY Xᵀ      dA = b dP + c (dP A + A dP)      dX = a dY + P dY + (dA + dAᵀ) X
 
+`square_sums` (..., P), fp32 or float64: sums of squares of any P ≥ 1 parts of each x, which add up to ‖x‖². They must
+be of x as given, after its rounding, as muon_momentum_ has them, which wrote x; nothing checks it, and x is not read
+for its norm. They change no gradient: it is that of the ‖x‖ computed from x.
+
 A zero matrix stays zero. With ‖X‖_F below about 100 eps, X0 has visibly less than unit norm.
 
-Kernels. Two launches for X0, three per step, whatever the batch:
-- X0: sums of squares per tile of X, then every program adds its matrix's sums in one order and divides: the
-  norm is deterministic. X is read by pointers here, with any strides, and only here.
+Kernels. Two launches for X0, one with `square_sums`; three per step, whatever the batch:
+- X0: sums of squares per tile of X unless they are given, then every program adds its matrix's sums in one order
+  and divides: the norm is deterministic. X is read by pointers here, with any strides, and only here.
 - symmetric: A = X Xᵀ, then P = b A + c A Aᵀ. Tiles on and below the diagonal are computed; one below it is
   stored a second time, transposed. The products x y and y x round alike and every element is summed over k in
   one order, so that A and P are exactly symmetric.
@@ -94,10 +98,15 @@ def newton_schulz_ref(
     coefficients: Coefficients = "quintic",
     dtype: torch.dtype = torch.bfloat16,
     eps: float = 1e-7,
+    square_sums: Tensor | None = None,
 ) -> Tensor:
     tall = x.shape[-2] > x.shape[-1]
     u = (x.mT if tall else x).to(torch.promote_types(accumulate_dtype(x.dtype), dtype))
-    u = (u / (torch.linalg.vector_norm(u, dim=(-2, -1), keepdim=True) + eps)).to(dtype)
+    if square_sums is None or (x.requires_grad and torch.is_grad_enabled()):  # the gradient goes through the norm too
+        norm = torch.linalg.vector_norm(u, dim=(-2, -1), keepdim=True)
+    else:
+        norm = square_sums.to(u.dtype).sum(-1).sqrt()[..., None, None]
+    u = (u / (norm + eps)).to(dtype)
     with torch.autocast(x.device.type, enabled=False):
         for a, b, c in _per_step(coefficients, steps):
             gram = u @ u.mT
@@ -204,12 +213,12 @@ def _squares_kernel(
 @jit
 def _normalize_kernel(
     x_ptr, squares_ptr, u_ptr, eps,
-    M, N, stride_b, stride_m, stride_n, tiles, tiles_n, u_stride_b, u_stride_m,
-    TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    M, N, stride_b, stride_m, stride_n, tiles, tiles_n, u_stride_b, u_stride_m, parts,
+    PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     matrix, m, n, inside, x = _norm_tile(x_ptr, M, N, stride_b, stride_m, stride_n, tiles, tiles_n, BLOCK_M, BLOCK_N)
-    index = tl.arange(0, TILES)
-    norm = tl.sqrt_rn(tl.sum(tl.load(squares_ptr + matrix * tiles + index, mask=index < tiles, other=0.0)))
+    index = tl.arange(0, PARTS)
+    norm = tl.sqrt_rn(tl.sum(tl.load(squares_ptr + matrix * parts + index, mask=index < parts, other=0.0)))
     u = narrow(x / (norm + eps), u_ptr.dtype.element_ty)  # within 2 ulp of fp32
     tl.store(u_ptr + matrix * u_stride_b + m * u_stride_m + n, u, mask=inside)
 
@@ -271,16 +280,18 @@ def _update_kernel(
 # ---- launchers: (B, M, N), none of them empty, checked by the public function
 
 
-def normalize(x: Tensor, dtype: torch.dtype, eps: float) -> Tensor:
-    """x / (‖x‖_F + eps) in `dtype`; x has any strides."""
+def normalize(x: Tensor, dtype: torch.dtype, eps: float, squares: Tensor | None = None) -> Tensor:
+    """x / (‖x‖_F + eps) in `dtype`; x has any strides, `squares` (B, P) fp32 are contiguous."""
     batch, m, n = x.shape
     u = empty_rows(x.shape, dtype, x.device)
     tiles_n = -(-n // _NORM_BLOCK[1])
     tiles = -(-m // _NORM_BLOCK[0]) * tiles_n
-    squares = torch.empty((batch, tiles), dtype=torch.float32, device=x.device)
     shape = m, n, *x.stride(), tiles, tiles_n
-    launch(_squares_kernel, (batch * tiles,), x.device, x, squares, *shape, *_NORM_BLOCK, num_warps=4)
-    options = *u.stride()[:2], 1 << (tiles - 1).bit_length(), *_NORM_BLOCK
+    if squares is None:
+        squares = torch.empty((batch, tiles), dtype=torch.float32, device=x.device)
+        launch(_squares_kernel, (batch * tiles,), x.device, x, squares, *shape, *_NORM_BLOCK, num_warps=4)
+    parts = squares.shape[1]
+    options = *u.stride()[:2], parts, 1 << (parts - 1).bit_length(), *_NORM_BLOCK
     launch(_normalize_kernel, (batch * tiles,), x.device, x, squares, u, eps, *shape, *options, num_warps=4)
     return u
 
@@ -342,14 +353,16 @@ def iterate(u: Tensor, triples: Sequence[Triple], dtype: torch.dtype) -> Tensor:
 
 
 @torch.library.custom_op("golfgpt::newton_schulz", mutates_args=())
-def _newton_schulz(x: Tensor, coefficients: list[float], dtype: torch.dtype, eps: float) -> Tensor:
+def _newton_schulz(
+    x: Tensor, coefficients: list[float], dtype: torch.dtype, eps: float, square_sums: Tensor | None = None
+) -> Tensor:
     if x.numel() == 0:
         return empty_rows(x.shape, x.dtype, x.device)
-    return iterate(normalize(x, dtype, eps), _triples(coefficients), x.dtype)
+    return iterate(normalize(x, dtype, eps, square_sums), _triples(coefficients), x.dtype)
 
 
 @_newton_schulz.register_fake
-def _(x, coefficients, dtype, eps):
+def _(x, coefficients, dtype, eps, square_sums=None):
     return empty_rows(x.shape, x.dtype, x.device)
 
 
@@ -358,7 +371,7 @@ def _triples(flat: Sequence[float]) -> list[Triple]:
 
 
 def _save(ctx, inputs, output):
-    x, coefficients, ctx.dtype, ctx.eps = inputs
+    x, coefficients, ctx.dtype, ctx.eps, _ = inputs
     ctx.triples = _triples(coefficients)
     ctx.save_for_backward(x)
 
@@ -368,7 +381,7 @@ def _backward(ctx, dy):
     with torch.enable_grad():
         x = ctx.saved_tensors[0].detach().requires_grad_()
         y = newton_schulz_ref(x, steps=len(ctx.triples), coefficients=ctx.triples, dtype=ctx.dtype, eps=ctx.eps)
-    return torch.autograd.grad(y, x, dy)[0], None, None, None
+    return torch.autograd.grad(y, x, dy)[0], None, None, None, None
 
 
 _newton_schulz.register_autograd(_backward, setup_context=_save)
@@ -384,9 +397,13 @@ def newton_schulz(
     coefficients: Coefficients = "quintic",
     dtype: torch.dtype = torch.bfloat16,
     eps: float = 1e-7,
+    square_sums: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Approximately orthogonal x (..., M, N), in x's dtype; the iteration runs in `dtype`."""
+    """Approximately orthogonal x (..., M, N), in x's dtype; the iteration runs in `dtype`.
+
+    `square_sums` (..., P) in fp32 or float64 are added up to ‖x‖² of each matrix instead of x's own squares.
+    """
     check_floats("newton_schulz", x=x)
     if x.ndim < 2:
         raise ValueError(f"newton_schulz: x has shape {tuple(x.shape)}; possible: (..., M, N)")
@@ -396,9 +413,21 @@ def newton_schulz(
         raise ValueError(f"newton_schulz: steps={steps!r}; possible: an integer >= 1")
     if not eps > 0:
         raise ValueError(f"newton_schulz: eps={eps}; possible: a positive number (zero matrices divide by it)")
+    if square_sums is not None:
+        check_floats("newton_schulz", x=x, square_sums=square_sums)
+        lead, wide = x.shape[:-2], (torch.float32, torch.float64)
+        fits = square_sums.ndim == x.ndim - 1 and square_sums.shape[:-1] == lead and square_sums.shape[-1] > 0
+        if square_sums.dtype not in wide or not fits:
+            raise ValueError(
+                f"newton_schulz: square_sums have shape {tuple(square_sums.shape)} and dtype {square_sums.dtype}; "
+                f"possible: {(*lead, 'P')} with P >= 1 in one of {wide}"
+            )
     triples = _per_step(coefficients, steps)
     computed = x.new_empty(0, dtype=dtype if x.dtype in KERNEL_DTYPES else x.dtype)  # kernels take neither in float64
     if not runs_triton("newton_schulz", impl, computed, x.shape[:-1].numel()):
-        return newton_schulz_ref(x, steps=steps, coefficients=triples, dtype=dtype, eps=eps)
+        return newton_schulz_ref(x, steps=steps, coefficients=triples, dtype=dtype, eps=eps, square_sums=square_sums)
     flat = [float(value) for triple in triples for value in triple]
-    return _newton_schulz(x.reshape(x.shape[:-2].numel(), *x.shape[-2:]), flat, dtype, eps).reshape(x.shape)
+    batch = x.shape[:-2].numel()
+    if square_sums is not None:
+        square_sums = square_sums.reshape(batch, square_sums.shape[-1]).float().contiguous()
+    return _newton_schulz(x.reshape(batch, *x.shape[-2:]), flat, dtype, eps, square_sums).reshape(x.shape)

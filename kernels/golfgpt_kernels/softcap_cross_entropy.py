@@ -6,7 +6,9 @@ and "sum", (...) for "none". Natural logarithm. softcap=None leaves z = h Wᵀ. 
 per token, lse = log Σ exp z.
 
 Precision: h Wᵀ is accumulated in fp32, and eager rounds it to hidden's dtype, where the kernel keeps it; softcap,
-softmax and loss are fp32 (float64 for float64 hidden). Both sum dW in fp32 and round it to head_weight's dtype.
+softmax and loss are fp32 (float64 for float64 hidden). dW is summed in fp32; the kernel rounds it once, to
+head_weight's dtype, where eager rounds it to hidden's first. So a tied fp32 embedding, given as it is and not cast,
+gets both its gradients in fp32.
 
 Memory: eager holds the logits, tokens × V, in hidden's dtype and in fp32. The kernel (_softcap.py) holds none in the
 forward, and in the backward a chunk of 128 MiB of their gradient, in hidden's dtype.
@@ -64,7 +66,7 @@ def softcap_cross_entropy_ref(
     flat = targets.flatten()
     loss = F.cross_entropy(z, flat, ignore_index=ignore_index, reduction="none")
     if z_loss:
-        loss = loss + z_loss * torch.logsumexp(z, dim=-1).square() * (flat != ignore_index)
+        loss = loss + z_loss * torch.logsumexp(z, dim=-1).square().masked_fill(flat == ignore_index, 0)
     return _reduce(loss, targets, ignore_index, reduction)
 
 

@@ -1,0 +1,67 @@
+"""Averages of the weights over training: what is exported in place of the last weights.
+
+    swa   mean of the weights after every swa_every-th step whose learning-rate multiplier was below swa_start_lr
+          (Izmailov et al., arXiv:1803.05407; started by the learning rate as in the published recipes)
+    ema   m <- d m + (1 - d) w after every step; the mean is m / (1 - d^n), as in Adam, so the start weighs nothing
+
+Sums are float32, on the parameters' device, a few fused launches a step without a synchronization. The published
+scripts add in each parameter's dtype (average.sums="parameter"), which for bfloat16 embeddings means that the
+48th addend loses all but its first bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from golfgpt.config import AverageConfig
+
+
+class Average:
+    """The running average of named parameters."""
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], config: AverageConfig, narrow: frozenset[str] = frozenset()
+    ):
+        """`narrow` names the parameters whose values are bfloat16 numbers, for average.sums="parameter"."""
+        self.config, self.count = config, 0
+        self._parameters = dict(parameters) if config.kind != "none" else {}
+        self._narrow = narrow if config.sums == "parameter" else frozenset()
+        self._sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in self._parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int, multiplier: float) -> bool:
+        """Take the weights after `step` completed steps into account if they belong to the average; returns whether
+        they did. `multiplier` is the last step's factor on the learning rate."""
+        c = self.config
+        if c.kind == "none" or (c.kind == "swa" and not (multiplier < c.swa_start_lr and step % c.swa_every == 0)):
+            return False
+        self.count += 1
+        sums, weights = list(self._sums.values()), [p.detach() for p in self._parameters.values()]
+        if c.kind == "ema":
+            torch._foreach_lerp_(sums, weights, 1 - c.ema_decay)
+        else:
+            torch._foreach_add_(sums, weights)
+            for name in self._narrow & self._sums.keys():
+                self._sums[name].copy_(self._sums[name].bfloat16())
+        return True
+
+    def weights(self) -> dict[str, Tensor]:
+        """The averaged parameters; empty while there is nothing to average."""
+        if self.count == 0:
+            return {}
+        total = self.count if self.config.kind == "swa" else 1 - self.config.ema_decay**self.count
+        means = {name: value / total for name, value in self._sums.items()}
+        return means | {name: means[name].bfloat16().float() for name in self._narrow & means.keys()}
+
+    def state(self) -> dict[str, Tensor]:
+        """Count and sums by name, for a checkpoint; empty without an average."""
+        return {"count": torch.tensor(self.count), **self._sums} if self._parameters else {}
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore what `state` gave."""
+        self.count = int(tensors["count"]) if tensors else 0
+        for name, value in self._sums.items():
+            value.copy_(tensors[name])

@@ -1,0 +1,29 @@
+"""Names and files of the published models (openai/parameter-golf).
+
+`names` maps banks to upstream's tensors and reads a model's shape off them; `reading` reads upstream's files.
+"""
+
+from golfgpt.upstream.names import (
+    assumed_fields,
+    check_state,
+    from_upstream,
+    infer_config,
+    parameter_shapes,
+    to_upstream,
+    upstream_shapes,
+)
+from golfgpt.upstream.reading import MAX_PTZ_BYTES, Export, read_export, read_ptz
+
+__all__ = [
+    "MAX_PTZ_BYTES",
+    "Export",
+    "assumed_fields",
+    "check_state",
+    "from_upstream",
+    "infer_config",
+    "parameter_shapes",
+    "read_export",
+    "read_ptz",
+    "to_upstream",
+    "upstream_shapes",
+]

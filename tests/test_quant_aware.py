@@ -1,0 +1,298 @@
+"""What was trained is what ships: weights of a quantization-aware forward against those decoded from the artifact."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from golfgpt import artifact
+from golfgpt.averaging import Average
+from golfgpt.config import AverageConfig, ModelConfig, OptimConfig, QuantConfig, RunConfig, ScheduleConfig
+from golfgpt.distributed import Ranks
+from golfgpt.errors import InputError
+from golfgpt.model import GPT
+from golfgpt.quant import Quantizer, join, plan, prune_threshold, pruned
+from golfgpt.recipes import RECIPES
+from golfgpt.schedule import lr_multiplier, quantization_aware
+from golfgpt.trainer import Trainer
+from golfgpt.upstream import parameter_shapes
+
+MODEL = ModelConfig(
+    vocab_size=61,
+    num_layers=4,
+    model_dim=36,
+    num_heads=3,
+    num_kv_heads=1,
+    mlp_hidden=50,
+    smear_gate="after_norm",
+    bigram_hash="xor",
+    bigram_vocab_size=33,
+    bigram_dim=9,
+)
+MIXED = QuantConfig(
+    bits=6,
+    rules=("tok_emb.*=int8", "blocks.-1.attn.c_k.*=float16", "blocks.[01].mlp.fc.*=int5/12", "*.mlp.*=int5"),
+    keep_numel=0,
+    control_dtype="float16",
+    qat="export",
+    compressor="zlib",
+)
+
+
+def model_with_hard_rows(seed: int = 0) -> GPT:
+    """Zero rows, rows with one outlier, rows of magnitude 1e-6 and 1e3; every parameter away from its start."""
+    model, generator = GPT(MODEL), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+            if p.ndim >= 2:
+                rows = p.view(-1, p.size(-1))
+                rows[0] = 0
+                rows[1, 0] = 40.0
+                rows[2:3] *= 1e-6
+                if len(rows) > 3:
+                    rows[3] *= 3e3
+    return model
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+@pytest.mark.parametrize("clip", ["max", "quantile"])
+@pytest.mark.parametrize(
+    "quant", [MIXED, QuantConfig(bits=8, keep_numel=0, qat="export"), QuantConfig(bits=5, qat="export")]
+)
+def test_the_forward_uses_the_weights_of_the_artifact_bit_for_bit(quant, clip, impl, device):
+    if device == "cuda":
+        pytest.skip("the CPU's artifact is compared with the CPU's forward here")
+    quant = replace(quant, clip=clip, compressor="zlib")
+    model = model_with_hard_rows()
+    fake_quant = {
+        bank: [(n, o and {**o, "impl": impl}) if o and "bits" in o else (n, o) for n, o in parts]
+        if isinstance(parts, list)
+        else {**parts, "impl": impl}
+        if "bits" in parts
+        else parts
+        for bank, parts in Quantizer(MODEL, quant).fake_quant().items()
+    }
+    seen = model._weights(fake_quant)
+    blob = artifact.pack(model.state_dict(), model=MODEL, quant=quant, tokenizer_sha256="0" * 64, seq_len=8)
+    decoded = artifact.unpack(blob).state
+    assert set(decoded) == set(seen)
+    for name, weights in seen.items():
+        assert torch.equal(weights, decoded[name]), name
+
+
+def test_every_tensor_gets_a_straight_through_gradient():
+    model, shipped = model_with_hard_rows(), model_with_hard_rows()
+    quantizer = Quantizer(MODEL, MIXED)
+    shipped.load_state_dict(quantizer.decode(quantizer.encode(model.state_dict())))
+    ids = torch.randint(0, 61, (2, 16), generator=torch.Generator().manual_seed(1))
+    loss = model.loss(ids, ids, fake_quant=quantizer.fake_quant())
+    assert torch.equal(loss, shipped.loss(ids, ids)) and not torch.equal(loss, model.loss(ids, ids))
+    loss.backward()
+    shipped.loss(ids, ids).backward()
+    for (name, p), q in zip(model.named_parameters(), shipped.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=0, msg=name)
+
+
+class Repeated:
+    """What `Trainer` needs of a data set: the same few tokens for ever."""
+
+    train = (torch.arange(4096, dtype=torch.int32).numpy() * 7 % 61,)
+
+
+def run(quant: QuantConfig, compile: str = "off", **fields) -> RunConfig:
+    base = RunConfig()
+    return replace(
+        base,
+        model=MODEL,
+        quant=quant,
+        schedule=ScheduleConfig(max_steps=8, max_seconds=None, warmdown_frac=0.5),
+        data=replace(base.data, batch_tokens=256, seq_len=16),
+        runtime=replace(base.runtime, device="cpu", dtype="float32", compile=compile, warmup_steps=1),
+        **fields,
+    )
+
+
+def trainer_of(config: RunConfig, monkeypatch) -> Trainer:
+    class Stream:
+        def __init__(self, shards):
+            self.shards = shards
+
+        def read(self, position, count):
+            tokens = self.shards[0]
+            return tokens[[(position + i) % len(tokens) for i in range(count)]]
+
+    monkeypatch.setattr("golfgpt.trainer.TokenStream", Stream)
+    return Trainer(config, Repeated, Ranks(0, 1, torch.device("cpu")))
+
+
+@pytest.mark.parametrize(("start", "below", "expected"), [(0.5, 1.0, 4), (0.0, 0.6, 6), (0.0, 1.0, 0)])
+def test_late_quantization_begins_on_its_step_without_recompiling(start, below, expected, monkeypatch):
+    """warmdown_frac 0.5 of 8 steps: multipliers 1 for steps 0 to 4, then .75, .5, .25."""
+    quant = QuantConfig(bits=2, keep_numel=0, qat="export", qat_start=start, qat_below_lr=below)
+    config = run(quant, compile="on")
+    monkeypatch.setattr(torch, "compile", lambda f, **options: _compiled(f, options))
+    trainer, plain = trainer_of(config, monkeypatch), trainer_of(run(QuantConfig()), monkeypatch)
+    for step in range(8):
+        plain.model.load_state_dict(trainer.model.state_dict())
+        with torch.compiler.set_stance("fail_on_recompile" if step else "default"):
+            result = trainer.accumulate(step)
+        unquantized = plain.accumulate(step).loss
+        aware = step >= expected
+        assert trainer.quantization_aware(step) == aware
+        assert (abs(result.loss - unquantized) > 1e-5) == aware, (step, result.loss, unquantized)
+        trainer.update(step, result)
+
+
+_real_compile = torch.compile
+
+
+def _compiled(function, options):
+    return _real_compile(function, backend="aot_eager", **options)
+
+
+def test_quantization_aware_by_budget_and_rate():
+    c = QuantConfig(qat="export", qat_start=0.5, qat_below_lr=0.3)
+    assert [quantization_aware(*case, c) for case in [(0.4, 0.1), (0.5, 0.3), (0.6, 0.31), (0.9, 0.0)]] == [0, 1, 0, 1]
+    assert not quantization_aware(1.0, 0.0, QuantConfig())
+
+
+@pytest.mark.parametrize("name", ["mixed-qat", "int6-qat-4096", "int5-int6-swa"])
+def test_published_quantization_leaves_embeddings_alone_and_has_no_stored_scale(name):
+    c = RECIPES[name].config
+    parts = Quantizer(c.model, c.quant).fake_quant()
+    assert not {"tok_emb", "bigram_table"} & parts.keys() and {"c_q", "mlp_proj"} <= parts.keys()
+    assert all(options["scale_dtype"] == torch.float32 and options["scale_floor"] < 1e-8 for options in parts.values())
+    assert parts["mlp_fc"]["bits"] == (5 if name == "int5-int6-swa" else 6)
+
+
+# Rules
+
+
+def test_the_first_rule_that_matches_decides_and_layers_count_from_both_ends():
+    formats = plan(parameter_shapes(MODEL), MIXED)
+    assert formats["tok_emb"].format == "int8"
+    assert [(n, f.format) for n, f in formats.items() if n.startswith("c_k")] == [
+        ("c_k[0:3]", "int6"),
+        ("c_k[3:4]", "float16"),
+    ]
+    assert [(n, f.format, f.group, f.shape) for n, f in formats.items() if n.startswith(("mlp_fc", "mlp_proj"))] == [
+        ("mlp_fc[0:2]", "int5", 12, (2, 50, 36)),
+        ("mlp_fc[2:4]", "int5", None, (2, 50, 36)),
+        ("mlp_proj", "int5", None, (4, 36, 50)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        (
+            ("blocks.9.attn.c_k.weight=float16",),
+            "'blocks.9.attn.c_k.weight' matches no tensor of this model; its names",
+        ),
+        (("bigram.scale=int6",), "bigram_scale: format int6 needs rows"),
+        (("*.mlp.fc.*=int6/7",), "mlp_fc: groups of 7 columns do not divide the 36"),
+    ],
+)
+def test_rules_that_cannot_be_followed_are_errors(rules, message):
+    with pytest.raises(InputError, match=message):
+        plan(parameter_shapes(MODEL), QuantConfig(rules=rules))
+
+
+def test_parts_join_to_banks():
+    parts = {"a": torch.zeros(2), "c_k[0:2]": torch.ones(2, 3), "c_k[2:3]": torch.zeros(1, 3)}
+    banks = join(parts)
+    assert list(banks) == ["a", "c_k"] and banks["c_k"].tolist() == [[1] * 3, [1] * 3, [0] * 3]
+
+
+# Pruning
+
+
+def test_pruning_takes_the_smallest_of_each_large_matrix():
+    w = torch.randn(2, 300, 300, generator=torch.Generator().manual_seed(0))
+    w[1] *= 10
+    result = pruned("c_q", w, 0.05)
+    for before, after in zip(w, result, strict=True):
+        assert (after == 0).sum() == 4500
+        assert before[after == 0].abs().max() < prune_threshold(before, 0.05) <= after[after != 0].abs().min()
+    assert torch.equal(pruned("c_q", w[:, :200], 0.05), w[:, :200])  # 60,000 elements a layer
+    assert torch.equal(pruned("attn_scale", w, 0.05), w) and pruned("c_q", w, 0.0) is w
+
+
+# Averages
+
+
+def weights_over_time(steps: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [(1 + torch.randn(50, generator=generator)).to(dtype).float() for _ in range(steps)]
+
+
+def averaged(config: AverageConfig, series: list[torch.Tensor], multipliers: list[float], narrow=()) -> Average:
+    p = torch.nn.Parameter(torch.zeros(50))
+    average = Average({"w": p}, config, frozenset(narrow))
+    for step, (w, multiplier) in enumerate(zip(series, multipliers, strict=True), 1):
+        p.data.copy_(w)
+        average.update(step, multiplier)
+    return average
+
+
+def test_swa_is_the_mean_of_every_nth_step_below_the_rate():
+    series = weights_over_time(12)
+    multipliers = [1.0] * 5 + [0.4, 0.39, 0.3, 0.2, 0.1, 0.05, 0.0]
+    average = averaged(AverageConfig(kind="swa", swa_start_lr=0.4, swa_every=2), series, multipliers)
+    taken = [series[i - 1] for i in (8, 10, 12)]
+    assert average.count == 3
+    torch.testing.assert_close(average.weights()["w"], torch.stack(taken).mean(0))
+    assert averaged(AverageConfig(kind="swa"), series[:3], multipliers[:3]).weights() == {}
+
+
+def test_ema_divides_out_its_start():
+    series, d = weights_over_time(6), 0.9
+    average = averaged(AverageConfig(kind="ema", ema_decay=d), series, [1.0] * 6)
+    shares = torch.tensor([d ** (5 - i) for i in range(6)])
+    expected = (shares[:, None] * torch.stack(series)).sum(0) / shares.sum()
+    torch.testing.assert_close(average.weights()["w"], expected)
+
+
+def test_sums_in_bfloat16_are_the_published_flaw():
+    series = weights_over_time(48, torch.bfloat16)
+    exact = torch.stack(series).mean(0)
+    errors = {}
+    for sums in ("float32", "parameter"):
+        config = AverageConfig(kind="swa", swa_start_lr=1.0, swa_every=1, sums=sums)
+        mean = averaged(config, series, [0.0] * 48, narrow=["w"]).weights()["w"]
+        errors[sums] = ((mean - exact).norm() / exact.norm()).item()
+    assert errors["float32"] < 1e-6 < 5e-3 < errors["parameter"] < 0.1
+
+
+def test_an_average_resumes():
+    series, config = weights_over_time(8), AverageConfig(kind="ema")
+    whole, first = averaged(config, series, [1.0] * 8), averaged(config, series[:5], [1.0] * 5)
+    p = torch.nn.Parameter(torch.zeros(50))
+    second = Average({"w": p}, config)
+    second.load_state(first.state())
+    for step, w in enumerate(series[5:], 6):
+        p.data.copy_(w)
+        second.update(step, 1.0)
+    assert torch.equal(whole.weights()["w"], second.weights()["w"])
+    assert Average({"w": p}, AverageConfig()).state() == {}
+
+
+# Schedules
+
+
+def test_cosine_and_its_cap():
+    cosine = ScheduleConfig(
+        max_steps=100, max_seconds=None, kind="warmdown_steps", warmdown_steps=40, warmdown_shape="cosine"
+    )
+    assert [round(lr_multiplier(step, 0.0, cosine), 6) for step in (0, 60, 70, 80, 90, 100)] == [
+        1, 1, 0.853553, 0.5, 0.146447, 0,
+    ]  # fmt: skip
+    r5 = RECIPES["int5-int6-swa"].config.schedule
+    assert lr_multiplier(3000, 3000 * 0.0908, r5) == 1.0  # 8 GPUs: the warmdown starts at 328 s
+    assert lr_multiplier(3700, 3700 * 0.0908, r5) < 1.0
+    assert lr_multiplier(430, 430 * 0.688, r5) == 1.0  # one GPU: 3000 steps would be 2064 s, the cap makes it 300
+    assert lr_multiplier(480, 480 * 0.688, r5) < 1.0
+    assert OptimConfig().embed_dtype == "float32"
