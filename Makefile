@@ -1,15 +1,18 @@
 # make demo   train, compress, prove and sample a small model (three minutes after installation)
 # make test   lint and test
+# make test-full   every published recipe at full size, one step each, from data to score (10 GB, minutes)
 # PYTHON names the interpreter that makes .venv; PIP_ARGS goes to pip.
 #
 # On a machine with a GPU, from a bare checkout, without network and without installing anything (torch, triton, pytest,
 # pytest-benchmark, numpy and matplotlib are enough):
-# make gpu-check PYTHON=python3 [OUT=folder]   the three below, in order, each within 8 minutes; the report at the end
+# make gpu-check PYTHON=python3 [OUT=folder]   the four below, in order, each within 8 minutes; the report at the end
 # make gpu-test   the tests that are about a GPU; files that have none are not imported, for they want tyro, zstandard
 #                 and brotli
 # make gpu-bench  every kernel against eager, torch.compile and the measured roof
 # make gpu-tune   the check and timing that impl="auto" reads, then the search for tiles
-# Results go to OUT as JSON, written as they come. make gpu-check LIMIT=150 fits all into 10 minutes.
+# make gpu-step   one training step: golfgpt against eager and the published form, recipe by recipe; it imports
+#                 golfgpt.trainer, which wants sentencepiece
+# Results go to OUT as JSON, written as they come. make gpu-check LIMIT=130 fits all into 10 minutes.
 
 PYTHON ?= python3
 VENV := .venv
@@ -19,13 +22,16 @@ OUT ?= bench/results
 LIMIT ?= 400
 GPU = PYTHONPATH=kernels:.$(if $(PYTHONPATH),:$(PYTHONPATH)) PYTHONUNBUFFERED=1 timeout --kill-after=10
 
-.PHONY: demo test lint clean gpu-check gpu-test gpu-bench gpu-tune
+.PHONY: demo test test-full lint clean gpu-check gpu-test gpu-bench gpu-tune gpu-step
 
 demo: $(VENV)/installed
 	$(BIN)/golfgpt demo
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-full: $(VENV)/installed
+	$(BIN)/python -m pytest -m long
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -49,8 +55,11 @@ gpu-tune:
 	$(GPU) 70 $(PYTHON) -m bench.tune --quick --out $(OUT)
 	$(GPU) 410 $(PYTHON) -m bench.tune --seconds $$(($(LIMIT) - 60)) --out $(OUT)
 
+gpu-step:
+	$(GPU) 480 $(PYTHON) -m bench.step --seconds $(LIMIT) --out $(OUT)
+
 gpu-check:
-	failed=; for target in gpu-test gpu-bench gpu-tune; do $(MAKE) $$target || failed="$$failed $$target"; done; \
+	failed=; for target in gpu-test gpu-bench gpu-tune gpu-step; do $(MAKE) $$target || failed="$$failed $$target"; done; \
 	$(GPU) 60 $(PYTHON) -m bench.report --results $(OUT) || failed="$$failed report"; \
 	if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
 

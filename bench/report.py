@@ -1,6 +1,6 @@
 """Benchmark results as one Markdown table and one picture.
 
-    python -m bench.report               table to stdout, bench/results/kernels.png
+    python -m bench.report               tables to stdout, bench/results/kernels.png and step.png
     python -m bench.report --readme      and into kernels/README.md, between <!-- bench:begin --> and <!-- bench:end -->
     python -m bench.report --adopt FILE  copy a result's entries into measured.json, from which impl="auto" decides
 
@@ -11,7 +11,8 @@ A result file, bench/results/gpu-<gpu>-torch<version>-triton<version>.json, is w
     entries    one per case; the fields are in golfgpt_kernels/tuning.py
 
 floor = max(flops / roof, bytes / roof) of the case's flops and bytes. TFLOP/s, GB/s and the share of the roof (floor /
-time) are the kernel's. A kernel that failed its check has no figures, and "auto" never picks it.
+time) are the kernel's. A kernel that failed its check has no figures, and "auto" never picks it. Training steps are
+step-*.json, written and described by bench/step.py.
 """
 
 from __future__ import annotations
@@ -44,8 +45,12 @@ def result_name(environment: dict) -> str:
     return f"gpu-{slug(environment)}.json"
 
 
-def read_results(folder: Path = RESULTS) -> list[dict]:
-    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("gpu-*.json"))]
+def step_result_name(result: dict) -> str:
+    return f"{'small-' if result['small'] else ''}step-{slug(result)}.json"
+
+
+def read_results(folder: Path = RESULTS, pattern: str = "gpu-*.json") -> list[dict]:
+    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob(pattern))]
 
 
 def table(result: dict) -> str:
@@ -167,6 +172,104 @@ def picture(results: Sequence[dict], file: Path) -> None:
     pyplot.close(figure)
 
 
+# ---- training steps
+
+STEP_PHASES = ("forward", "backward", "optimizer", "data", "rest")
+STEP_FORMS = {
+    "eager": "eager", "published": "published", "published_all": "published, all matrices", "golfgpt": "golfgpt",
+}  # fmt: skip
+
+
+def step_table(result: dict) -> str:
+    lines = [
+        f"{result['gpu']}, torch {result['torch']}, triton {result['triton']}, {result['dtype']}, {result['date']}"
+    ]
+    if result["small"]:
+        lines[0] += ": tiny models, which say nothing about speed"
+    header = ("recipe", "form", "ms", *STEP_PHASES, "golfgpt / form", "tokens/s", "MFU", "of floor", "peak GB")
+    lines += ["", _line(header), "|" + "---|" * 2 + "---:|" * (len(header) - 2)]
+    for entry in result["entries"]:
+        for name, label in STEP_FORMS.items():
+            if name in entry["forms"]:
+                lines.append(_line([entry["recipe"], label, *_step_cells(entry, name)]))
+    return "\n".join(lines)
+
+
+def _step_cells(entry: dict, name: str) -> list[str]:
+    form, ratio = entry["forms"][name], entry["ratios"].get(name, {}).get("step")
+    return [
+        *(f"{form['ms'][phase]:,.2f}" for phase in ("step", *STEP_PHASES)),
+        f"{ratio:.2f}" if ratio else "-",
+        f"{form['tokens_per_second']:,}",
+        f"{form['mfu']:.1%}",
+        f"{form['of_floor']:.0%}" if form["of_floor"] else "-",
+        f"{form['peak_bytes'] / 1e9:.1f}" if form["peak_bytes"] else "-",
+    ]
+
+
+def step_figures(result: dict) -> str:
+    """What this project wants of a training step, each reached, missed or not yet measured, and what went wrong."""
+    lines = []
+
+    def line(recipe: str, what: str, value: float | None, bound: float, at_least: bool = False) -> None:
+        verdict = "not yet measured"
+        if value is not None and not result["small"]:
+            reached = value >= bound if at_least else value <= bound
+            verdict = f"{value:.3g}, {'reached' if reached else 'missed'}"
+        lines.append(f"- {recipe}: {what}, wanted at {'least' if at_least else 'most'} {bound}; {verdict}")
+
+    for entry in result["entries"]:
+        recipe, ours, ratios = entry["recipe"], entry["forms"].get("golfgpt", {}), entry["ratios"].get("published", {})
+        line(recipe, "ms golfgpt / published", ratios.get("step"), 0.60)
+        line(recipe, "MFU", ours.get("mfu"), 0.38, at_least=True)
+        line(recipe, "peak memory golfgpt / published", ratios.get("peak_bytes"), 0.8)
+        line(recipe, "optimizer's share", entry["optimizer_share"], 0.03)
+        stops = entry["synchronizations"]
+        line(recipe, "host synchronizations", None if stops is None else len(stops), 0)
+        if stops:
+            lines[-1] += f" ({', '.join(stops)})"
+        if entry["fake_quant_ms"] is not None:
+            line(recipe, "fake quantization's share", entry["fake_quant_share"], 0.01)
+        differences = ", ".join(f"{STEP_FORMS[name]} {value:.1e}" for name, value in entry["loss_difference"].items())
+        work = {None: "not compared", True: "the same", False: "NOT the same"}[entry["same_work"]]
+        lines.append(f"- {recipe}: losses {work} ({differences or 'no other form'}, relative to golfgpt's)")
+        if isinstance(entry["optimizer_graph"], str):
+            lines.append(f"- {recipe}: golfgpt's update is not a CUDA graph: {entry['optimizer_graph']}")
+        lines += [f"- {recipe}: {name} failed: {why}" for name, why in entry["failed"].items()]
+    return "\n".join(lines)
+
+
+def step_picture(results: Sequence[dict], file: Path) -> None:
+    """Milliseconds of each phase, stacked, a bar per recipe and form; the floor is a line. One panel per result."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = max(sum(len(entry["forms"]) for entry in result["entries"]) for result in results)
+    figure, panels = pyplot.subplots(1, len(results), figsize=(9 * len(results), 1.5 + 0.4 * rows), squeeze=False)
+    for panel, result in zip(panels[0], results, strict=True):
+        bars = [(e, name) for e in result["entries"] for name in STEP_FORMS if name in e["forms"]]
+        left = [0.0] * len(bars)
+        for phase in STEP_PHASES:
+            widths = [entry["forms"][name]["ms"][phase] for entry, name in bars]
+            panel.barh(range(len(bars)), widths, left=left, label=phase)
+            left = [start + width for start, width in zip(left, widths, strict=True)]
+        for row, (entry, _) in enumerate(bars):
+            if entry["floor_ms"]:
+                label = "floor" if row == 0 else None
+                panel.vlines(entry["floor_ms"], row - 0.4, row + 0.4, color="black", label=label)
+        panel.set_yticks(range(len(bars)), [f"{entry['recipe']}, {STEP_FORMS[name]}" for entry, name in bars])
+        panel.invert_yaxis()
+        tiny = ", tiny models" if result["small"] else ""
+        panel.set(xlabel="ms per step", title=f"{result['gpu']}, torch {result['torch']}, {result['date']}{tiny}")
+        panel.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    figure.tight_layout()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=100)
+    pyplot.close(figure)
+
+
 def insert(text: str, readme: Path) -> None:
     page = readme.read_text(encoding="utf-8")
     if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
@@ -200,6 +303,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         insert(text, options.readme)
     if results:
         picture(results, options.results / "kernels.png")
+    steps = read_results(options.results, "step-*.json")
+    print(*(f"\n{step_table(result)}\n\n{step_figures(result)}" for result in steps), sep="\n")
+    if steps := [result for result in steps if any(entry["forms"] for entry in result["entries"])]:
+        step_picture(steps, options.results / "step.png")
 
 
 if __name__ == "__main__":

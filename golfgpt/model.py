@@ -43,6 +43,8 @@ from golfgpt.upstream import parameter_shapes
 LAYER_MATRICES = ("c_q", "c_k", "c_v", "attn_proj", "mlp_fc", "mlp_proj")
 MATRIX_BANKS = (*LAYER_MATRICES, "bigram_proj")
 """Banks that multiply activations."""
+EMBEDDINGS = frozenset({"tok_emb", "bigram_table"})
+"""Banks that are looked up; the published scripts keep them in bfloat16."""
 
 FakeQuant = Mapping[str, dict[str, Any] | Sequence[tuple[int, dict[str, Any] | None]]]
 """Bank -> options, or (layers, options) of its consecutive parts; `GPT.forward` says which options."""
@@ -199,11 +201,11 @@ class GPT(nn.Module):
                 raise ValueError(f"fake_quant names {name!r}; this model's banks are {', '.join(weights)}")
             w = weights[name].float()
             if isinstance(parts, dict):
-                weights[name] = _fake_quantized(w, parts)
+                weights[name] = fake_quantized(w, parts)
             else:
                 layers = w.split([layers for layers, _ in parts])
                 weights[name] = torch.cat(
-                    [_fake_quantized(part, options) for part, (_, options) in zip(layers, parts, strict=True)]
+                    [fake_quantized(part, options) for part, (_, options) in zip(layers, parts, strict=True)]
                 )
         return weights
 
@@ -284,9 +286,15 @@ class GPT(nn.Module):
         *,
         dtype: torch.dtype = torch.float32,
         fake_quant: FakeQuant | None = None,
+        shadows: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """Mean cross entropy in nats, float32, of targets (B, T) given ids (B, T); `fake_quant` as in `forward`."""
+        """Mean cross entropy in nats, float32, of targets (B, T) given ids (B, T); `fake_quant` as in `forward`.
+
+        `shadows` maps banks to tensors of their shape that stand in for them, in `dtype`; gradients go to the banks.
+        """
         weights = self._weights(fake_quant)
+        for name, shadow in (shadows or {}).items():
+            weights[name] = _StandIn.apply(weights[name], shadow)
         hidden = self._hidden(ids, weights, dtype)
         # The head goes in as float32, so that its gradient meets the embedding's unrounded.
         return softcap_cross_entropy(hidden, weights[self._head], targets, softcap=self.config.logit_softcap)
@@ -331,7 +339,20 @@ class GPT(nn.Module):
         return out
 
 
-def _fake_quantized(w: Tensor, options: dict[str, Any] | None) -> Tensor:
+class _StandIn(torch.autograd.Function):
+    """The second tensor's values with the first one's gradient."""
+
+    @staticmethod
+    def forward(ctx, parameter: Tensor, shadow: Tensor) -> Tensor:
+        ctx.dtype = parameter.dtype
+        return shadow.view_as(shadow)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad.to(ctx.dtype), None
+
+
+def fake_quantized(w: Tensor, options: dict[str, Any] | None) -> Tensor:
     """w as the artifact will hold it, with straight-through gradient."""
     if options is None:
         return w

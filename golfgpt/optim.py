@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from golfgpt.config import OptimConfig
 from golfgpt.flat import FlatGradients
-from golfgpt.model import GPT, MATRIX_BANKS
+from golfgpt.model import EMBEDDINGS, GPT, MATRIX_BANKS
+from golfgpt.shadows import Shadows
 
 
 class Muon(torch.optim.Optimizer):
@@ -34,7 +35,7 @@ class Muon(torch.optim.Optimizer):
     parameters to tensors of their shape that get a rounded copy of every update, fake-quantized if `quantizers` maps
     the parameter to options of `golfgpt_kernels.fake_quantize_rows` ("bits" and whatever is not its default).
     `dtype` is the iteration's.
-    Raises ValueError for a parameter with fewer than two dimensions.
+    Raises ValueError for a parameter with fewer than two dimensions, or without a shadow where it needs one.
     """
 
     def __init__(
@@ -66,7 +67,14 @@ class Muon(torch.optim.Optimizer):
         for p in group["params"]:
             if p.ndim < 2:
                 raise ValueError(f"Muon takes matrices or banks of matrices, got shape {tuple(p.shape)}")
+            if p in self.quantizers and p not in self.shadows:
+                raise ValueError(f"Muon: a quantizer but no shadow for a parameter of shape {tuple(p.shape)}")
         super().add_param_group(group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which torch's own would leave without what lies outside the groups."""
+        own = {name: getattr(self, name) for name in ("dtype", "shadows", "quantizers", "impl")}
+        return {**super().__getstate__(), **own}
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None, *, ok: Tensor | None = None):
@@ -109,7 +117,8 @@ class Muon(torch.optim.Optimizer):
         for (rows, cols), members in stacks.items():
             counts = [p.numel() // (rows * cols) for p in members]
             batches.append(torch.empty(sum(counts), rows, cols, dtype=dtype, device=members[0].device))
-            sums.append(torch.empty(sum(counts), square_parts(rows, cols), device=members[0].device))
+            parts = square_parts(rows, cols)
+            sums.append(torch.empty(sum(counts), parts, dtype=torch.float32, device=members[0].device))
             updates += [u.view(p.shape) for u, p in zip(batches[-1].split(counts), members, strict=True)]
             square_sums += [s.view(*p.shape[:-2], -1) for s, p in zip(sums[-1].split(counts), members, strict=True)]
         muon_momentum_(
@@ -137,8 +146,8 @@ class Muon(torch.optim.Optimizer):
         of = dict(zip(params, orthogonal, strict=True))
         launches: dict[tuple, list[nn.Parameter]] = {}  # parameters of one quantizer, whose bits may differ
         for p in params:
-            launches.setdefault(_without_bits(self.quantizers.get(p)), []).append(p)
-        for options, members in launches.items():
+            launches.setdefault((p in self.shadows, _without_bits(self.quantizers.get(p))), []).append(p)
+        for (shadowed, options), members in launches.items():
             if options is not None:
                 options = dict(options, bits=[self.quantizers[p]["bits"] for p in members])
             muon_update_(
@@ -147,7 +156,7 @@ class Muon(torch.optim.Optimizer):
                 _scalar(group["lr"], params[0].device),
                 scales=[max(1.0, p.size(-2) / p.size(-1)) ** 0.5 for p in members],
                 weight_decay=group["weight_decay"],
-                shadows=[self.shadows[p] for p in members] if self.shadows else None,
+                shadows=[self.shadows[p] for p in members] if shadowed else None,
                 **(options or {}),
                 ok=ok,
                 impl=self.impl,
@@ -157,7 +166,7 @@ class Muon(torch.optim.Optimizer):
         """Rows of o over the root of their running mean square, with the norm of the matrix kept."""
         state = self.state[p]
         if "row_variance" not in state:
-            state["row_variance"] = torch.zeros(*p.shape[:-1], 1, device=p.device)
+            state["row_variance"] = torch.zeros(*p.shape[:-1], 1, dtype=torch.float32, device=p.device)
         variance = state["row_variance"].float().lerp(o.float().square().mean(-1, keepdim=True), 1 - beta)
         state["row_variance"].copy_(variance if ok is None else torch.where(ok, variance, state["row_variance"]))
         scaled = o * variance.clamp_min(1e-10).rsqrt()
@@ -171,16 +180,24 @@ def _without_bits(options: Mapping[str, Any] | None) -> tuple[tuple[str, Any], .
 
 def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
     """0-d float32 on the device; a fill and not a copy, which would make the host wait for a GPU."""
-    return value if isinstance(value, Tensor) else torch.full((), value, device=device)
+    return value if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float32, device=device)
 
 
 class Optimizers:
     """All optimizer groups of a model, each with its base learning rate: embedding, pairs, head, scalars; matrices.
 
-    With `flat` the matrices are stepped as it says, replicated or sharded, and gathered afterwards.
+    With `flat` the matrices are stepped as it says, replicated or sharded, and gathered afterwards. `shadows` are kept
+    up to date, by Muon's own launch where it can. While `ok`, a 0-d bool tensor on the device, is false, a step changes
+    nothing.
     """
 
-    def __init__(self, model: GPT, config: OptimConfig, flat: FlatGradients | None = None):
+    def __init__(
+        self,
+        model: GPT,
+        config: OptimConfig,
+        flat: FlatGradients | None = None,
+        shadows: Shadows | None = None,
+    ):
         named = dict(model.named_parameters())
         embed_lr = config.tied_embed_lr if model.config.tie_embeddings else config.embed_lr
         rates = {"tok_emb": embed_lr, "bigram_table": embed_lr, "lm_head": config.head_lr}
@@ -203,6 +220,9 @@ class Optimizers:
             fused=True,
             capturable=device.type == "cuda",
         )
+        self._shadows = shadows
+        written = shadows.written_by_muon() if shadows is not None and self._flat is None else {}
+        self._refreshed = [] if shadows is None else [name for name in shadows.banks if name not in written]
         self.muon = Muon(
             matrices if self._flat is None else [stack.shard for stack in self._flat.stacks],
             lr=rates_on_device[-1],
@@ -211,10 +231,13 @@ class Optimizers:
             weight_decay=config.weight_decay,
             row_norm=config.muon_row_norm,
             variance_beta=config.muon_variance_beta,
+            shadows={named[name]: shadows.banks[name] for name in written},
+            quantizers={named[name]: options for name, options in written.items() if options is not None},
         )
-        self._ok = torch.ones((), dtype=torch.bool, device=device)
+        self.ok = torch.ones((), dtype=torch.bool, device=device)
+        self._found_inf = self.adam.found_inf = torch.zeros((), device=device)  # torch's name: 1 skips a fused step
         self._parameters, self._names = named, {p: name for name, p in named.items()}
-        self.narrow = frozenset({"tok_emb", "bigram_table"} & named.keys() if config.embed_dtype == "bfloat16" else ())
+        self.narrow = EMBEDDINGS & named.keys() if config.embed_dtype == "bfloat16" else frozenset()
         """Parameters that are bfloat16 numbers: they, their gradients and moments are rounded around Adam's step, which
         computes in float32 then as the fused kernel does for bfloat16 tensors."""
         self._round([named[name].data for name in sorted(self.narrow)])
@@ -236,13 +259,18 @@ class Optimizers:
             )
         if self._flat is not None:
             self._flat.gather_weights()
+        if self._refreshed:
+            self._shadows.refresh(self._refreshed)
+        elif self._shadows is not None:
+            self._shadows.mark()
 
     def _step(self) -> None:
-        narrow = [self._parameters[name] for name in sorted(self.narrow)]
+        narrow = [p for name in sorted(self.narrow) if (p := self._parameters[name]).grad is not None]
         self._round([p.grad for p in narrow])
+        self._found_inf.copy_(~self.ok)
         self.adam.step()
         self._round([p.data for p in narrow] + [m for p in narrow for m in self._moments(p)])
-        self.muon.step(ok=self._ok)
+        self.muon.step(ok=self.ok)
 
     def _moments(self, p: nn.Parameter) -> list[Tensor]:
         return [self.adam.state[p][key] for key in ("exp_avg", "exp_avg_sq")]

@@ -37,7 +37,7 @@ from torch import Tensor
 from golfgpt.config import ModelConfig, QuantConfig, QuantRule
 from golfgpt.errors import InputError
 from golfgpt.model import LAYER_MATRICES, MATRIX_BANKS, FakeQuant
-from golfgpt.upstream import check_state, parameter_shapes, to_upstream
+from golfgpt.upstream import check_state, is_layered, parameter_shapes, to_upstream, upstream_names
 
 CONTROL_TENSORS = frozenset(
     {"attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights", "smear_gate", "bigram_scale"}
@@ -160,8 +160,7 @@ def plan(shapes: Mapping[str, tuple[int, ...]], config: QuantConfig) -> dict[str
     rules = [QuantRule.parse(text) for text in config.rules]
     formats, unused = {}, set(rules)
     for bank, shape in shapes.items():
-        names = _published_names(bank, shape)
-        layered = names[0].startswith("blocks.")
+        names, layered = upstream_names(bank, shape), is_layered(bank)
         kinds = []
         for name in names:
             matching = [rule for rule in rules if _matches(rule.pattern, name, len(names))]
@@ -178,13 +177,9 @@ def plan(shapes: Mapping[str, tuple[int, ...]], config: QuantConfig) -> dict[str
             start = stop
     if unused:
         first = next(rule for rule in rules if rule in unused)
-        some = ", ".join(_published_names(bank, shape)[0] for bank, shape in shapes.items())
+        some = ", ".join(upstream_names(bank, shape)[0] for bank, shape in shapes.items())
         raise InputError(f"quant.rules: {first.pattern!r} matches no tensor of this model; its names are like {some}")
     return formats
-
-
-def _published_names(bank: str, shape: tuple[int, ...]) -> list[str]:
-    return list(to_upstream({bank: torch.empty(shape[:1], device="meta")}))
 
 
 def _matches(pattern: str, name: str, layers: int) -> bool:

@@ -19,13 +19,15 @@ from typing import Any
 
 import filelock
 import torch
+from torch import Tensor, nn
 
-from golfgpt import artifact
+from golfgpt import artifact, checkpoint
+from golfgpt.averaging import Average
 from golfgpt.config import RunConfig, from_dict, to_dict
 from golfgpt.data.tokenizer import Tokenizer
 from golfgpt.errors import BusyError, InputError
 from golfgpt.files import write_bytes, write_json
-from golfgpt.model import GPT
+from golfgpt.model import EMBEDDINGS, GPT
 
 
 class RunFolder:
@@ -146,6 +148,23 @@ def load(path: str | os.PathLike) -> tuple[GPT, Tokenizer]:
     if tokenizer.digest != loaded.info.tokenizer_sha256:
         raise InputError(f"{tokenizer_file} is not the tokenizer that {file} was trained with")
     return model_of(loaded), tokenizer
+
+
+def trained_weights(path: Path) -> dict[str, Tensor]:
+    """What the run's export quantized: the weights of its newest whole checkpoint, averaged if it averages.
+
+    Raises InputError for a run without one, or whose training has not ended.
+    """
+    saved, refused = checkpoint.latest(path / "checkpoints")
+    if saved is None:
+        raise InputError(f"{path} has no whole checkpoint{': ' if refused else ''}{'; '.join(refused.values())}")
+    if not saved.finished:
+        raise InputError(f"{path} stopped at step {saved.step}: finish it with golfgpt train --resume {path}")
+    config = read_config(path)
+    narrow = EMBEDDINGS if config.optim.embed_dtype == "bfloat16" else frozenset()
+    average = Average({name: nn.Parameter(w) for name, w in saved.model.items()}, config.average, narrow)
+    average.load_state(saved.average)
+    return saved.model | average.weights()
 
 
 def model_of(loaded: artifact.Artifact) -> GPT:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from golfgpt_kernels import implementation
 from torch import Tensor
 
-from golfgpt import artifact, checkpoint, distributed
+from golfgpt import artifact, checkpoint, compile_cache, distributed
 from golfgpt.attention import select_backend
 from golfgpt.clock import Ledger
 from golfgpt.config import EvalConfig, RunConfig, differences, from_dict, to_dict
@@ -23,13 +24,13 @@ from golfgpt.distributed import Ranks
 from golfgpt.errors import BudgetError, GolfError, InputError, Interrupted, NonFiniteError
 from golfgpt.evaluate import PartialSums, Score, evaluate, plan_windows
 from golfgpt.files import sha256_file, write_json
-from golfgpt.fit import fitted, forecast_bytes
+from golfgpt.fit import fitted, forecast_bytes, out_of_memory
 from golfgpt.quant import Quantizer
 from golfgpt.report import budget_lines, score_lines, table, tensor_table
 from golfgpt.run import Reporter, RunFolder, read_config
 from golfgpt.schedule import crosses_cap
 from golfgpt.signals import Signals
-from golfgpt.trainer import StepResult, Trainer, compute_dtype
+from golfgpt.trainer import Pending, StepResult, Trainer, compute_dtype
 
 
 def open_dataset(config: RunConfig, ranks: Ranks) -> Dataset:
@@ -86,6 +87,7 @@ def train(config: RunConfig, path: Path, *, resume: bool = False, quiet: bool = 
         ranks.settle(failed)
         for p in trainer.model.parameters():  # an orthogonal start is a QR, whose rounding differs between CPUs
             ranks.broadcast_(p.data)
+        trainer.prepare(0)
         reporter = Reporter(folder, speak=ranks.main, quiet=quiet)
         stack.callback(reporter.close)
         run = _Run(config, path, trainer, dataset, ranks, ledger, folder, reporter, signals)
@@ -123,10 +125,16 @@ class _Run:
     signals: Signals
     step: int = 0
     finished: bool = False
+    stopping: bool = False
+    """Whether the steps on their way are the last."""
+    pending: deque[tuple[Pending, float]] = field(default_factory=deque)
+    """Steps on their way, with their learning-rate multipliers."""
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=32))
     """Seconds of the last steps."""
-    begun: float = 0.0
-    """Training clock at the start of the last step."""
+    graphs: int = 0
+    """Graphs that torch.compile had made before the clock started."""
+    ended: float = 0.0
+    """Training clock when the last step was known to be over."""
     last_save: float = 0.0
     """time.monotonic() of the last checkpoint."""
     projection: str = ""
@@ -149,7 +157,8 @@ class _Run:
         self.trainer.model.load_state_dict(saved.model)
         self.trainer.optimizers.load_state(saved.optimizers)
         self.trainer.average.load_state(saved.average)
-        self.trainer.clock = saved.clock
+        self.trainer.known = (max(saved.step - 1, 0), saved.clock)
+        self.trainer.prepare(saved.step)
         self.ledger.seconds.update(saved.seconds)
         self.signals.saved = f"step {self.step} is saved"
         self.reporter.line(f"resumed at step:{self.step} train_time:{saved.seconds['train'] * 1000:.0f}ms")
@@ -210,73 +219,120 @@ class _Run:
 
     def warm_up(self) -> None:
         """Compile before the clock starts."""
-        steps = self.config.runtime.warmup_steps
-        if self.trainer.compiled and steps and not self.finished:
-            with self.ledger.phase("compile"):
-                self.trainer.warm_up(
-                    steps, lambda i: self.reporter.status(f"compiling and warming up: step {i + 1} of {steps}")
-                )
+        steps, t = self.config.runtime.warmup_steps, self.trainer
+        if not (t.compiled and steps and not self.finished):
+            return
+        with self.ledger.phase("compile"), self.memory():
+            file = compile_cache.cache_file(self.config, t.dtype, self.ranks.device)
+            found = compile_cache.load(file)
+            t.warm_up(steps, lambda i: self.reporter.status(f"compiling and warming up: step {i + 1} of {steps}"))
+            if self.ranks.main:
+                compile_cache.save(file)
+        seconds = self.ledger.seconds["compile"]
+        self.reporter.line(
+            f"compile_time:{seconds:.1f}s graphs:{compile_cache.graphs()} cache:{'loaded' if found else 'new'} {file}"
+        )
+
+    @contextlib.contextmanager
+    def memory(self) -> Iterator[None]:
+        """Say what to do when the first step does not fit. Nothing is made smaller unasked."""
+        try:
+            yield
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise out_of_memory(self.config, self.trainer.dtype.itemsize, error) from None
+        except RuntimeError as error:
+            if "can't allocate memory" not in str(error):  # what torch's CPU allocator raises
+                raise
+            raise out_of_memory(self.config, self.trainer.dtype.itemsize, error) from None
 
     def loop(self) -> None:
-        """Train until max_steps or until rank 0 votes that another step could cross the cap."""
-        self.last_save = time.monotonic()
+        """Train until max_steps or until rank 0 votes that another step could cross the cap.
+
+        On a GPU the next step is enqueued before the last one's result is read. What a result asks for, a checkpoint or
+        the end, happens once the steps on their way are over; all ranks read the same results in the same order.
+        """
+        c, depth = self.config, int(self.trainer.cuda)
+        self.last_save, self.ended = time.monotonic(), self.ledger.seconds["train"]
+        self.graphs = compile_cache.graphs()
         self.signals.deferred = True
         with self.ledger.phase("train"):
-            while self.step < self.config.schedule.max_steps and not self.finished:
-                result = self.one_step()
-                if result.signaled:
+            while self.step < c.schedule.max_steps and not self.finished:
+                self.launch(depth)
+                issued = self.step + len(self.pending)
+                validate = bool(c.runtime.val_every) and issued % c.runtime.val_every == 0
+                drain = validate or issued == c.schedule.max_steps or not self.recent
+                save = signaled = False
+                while self.pending and (drain or len(self.pending) > depth):
+                    result = self.collect()
+                    save, signaled = save or result.save, signaled or result.signaled
+                    drain = drain or self.stopping or save or signaled
+                if self.pending:
+                    continue
+                self.finished = self.stopping or self.step == c.schedule.max_steps
+                if signaled:
                     saved = self.save()
                     self.signals.saved = (
                         f"state saved at step {self.step}" if saved else "the last step could not be saved"
                     )
                     self.ranks.barrier()  # torchrun ends the others as soon as one rank leaves
                     raise self.signals.interrupted()
-                validate = self.config.runtime.val_every and self.step % self.config.runtime.val_every == 0
-                if self.finished or validate or result.save:
+                if self.finished:
+                    self.trainer.check_finite()
+                if self.finished or validate or save:
                     self.save()
                 if validate:
                     self.validate()
+                    self.graphs = compile_cache.graphs()
         self.signals.release()
-        seconds, cap = self.ledger.seconds["train"], self.config.schedule.max_seconds
-        if self.step < self.config.schedule.max_steps:
+        self.trainer.data.close()
+        seconds, cap = self.ledger.seconds["train"], c.schedule.max_seconds
+        if self.step < c.schedule.max_steps:
             self.reporter.line(
                 f"stopping_early: wallclock_cap train_time:{seconds * 1000:.0f}ms "
-                f"step:{self.step}/{self.config.schedule.max_steps} (the slowest of the last steps took "
+                f"step:{self.step}/{c.schedule.max_steps} (the slowest of the last steps took "
                 f"{max(self.recent, default=0.0) * 1000:.0f}ms: one more could cross {cap:g} s)"
             )
         if cap is not None and seconds > cap:
             self.reporter.line(f"warning: training took {seconds:.3f} s, more than schedule.max_seconds {cap:g}")
 
-    def one_step(self) -> StepResult:
-        """Train one step."""
+    def launch(self, depth: int) -> None:
+        """Enqueue one step; up to `depth` more may be enqueued before its result is read."""
         c, t = self.config, self.trainer
         begun = self.ledger.elapsed("train")
-        if self.recent:
-            self.recent[-1] = begun - self.begun  # what was logged after the step included
-        self.begun = begun
 
         def votes() -> tuple[bool, bool, bool]:
             slowest, every = max(self.recent, default=0.0), c.runtime.checkpoint_seconds
             due = bool(every) and time.monotonic() - self.last_save >= every
-            return crosses_cap(begun, slowest, c.schedule), due, bool(self.signals.caught)
+            return crosses_cap(begun, slowest * (1 + depth), c.schedule), due, bool(self.signals.caught)
 
-        result = t.accumulate(self.step, begun, votes)
+        step = self.step + len(self.pending)
+        with self.memory() if not self.recent else contextlib.nullcontext():
+            pending = t.launch(step, begun, votes)
+            self.pending.append((pending, t.update(step)))
+
+    def collect(self) -> StepResult:
+        """Read the oldest pending step's result."""
+        pending, multiplier = self.pending.popleft()
         try:
-            multiplier = t.update(self.step, result)
+            result = self.trainer.wait(pending)
         except NonFiniteError:
             self.save()
             self.ranks.barrier()
             raise
-        if self.ranks.device.type == "cuda":
-            torch.cuda.synchronize()
         self.step += 1
+        self.stopping = self.stopping or result.stop
         seconds = self.ledger.elapsed("train")
-        self.finished = result.stop or self.step == c.schedule.max_steps
-        if not self.recent and c.schedule.max_seconds is not None:
-            self.decide_after_first_step(seconds, seconds - begun)
-        self.recent.append(seconds - begun)
-        if self.finished:
-            t.check_finite()
+        duration, self.ended = seconds - self.ended, seconds
+        if not self.recent and self.config.schedule.max_seconds is not None:
+            self.decide_after_first_step(seconds, duration)
+        self.recent.append(duration)
+        if self.trainer.compiled and (graphs := compile_cache.graphs()) > self.graphs:
+            if len(self.recent) > 1 or self.config.runtime.warmup_steps:
+                self.reporter.line(
+                    f"warning: torch.compile made {graphs - self.graphs} new graphs by step {self.step}, on the "
+                    "training clock; TORCH_LOGS=recompiles says why"
+                )
+            self.graphs = graphs
         self.log_step(result, multiplier, seconds)
         return result
 
@@ -289,7 +345,7 @@ class _Run:
                 f"schedule.max_seconds {cap:g} is too short for one step, which took {duration:.1f} s; "
                 "raise it or lower --data.batch-tokens"
             )
-        self.finished = self.finished or stop
+        self.stopping = self.stopping or stop
 
     def log_step(self, result: StepResult, multiplier: float, seconds: float) -> None:
         c = self.config
@@ -301,7 +357,8 @@ class _Run:
             f"step {self.step}  loss {result.loss:.4f}  {mean * 1000:.1f} ms/step  "
             f"{c.data.batch_tokens / mean:,.0f} tokens/s  {max(left, 0):.0f} s left  {self.projection}"
         )
-        if self.step <= 10 or self.step % c.runtime.log_every == 0 or self.finished:
+        last = not self.pending and (self.stopping or self.step == c.schedule.max_steps)
+        if self.step <= 10 or self.step % c.runtime.log_every == 0 or last:
             self.reporter.line(
                 f"step:{self.step}/{c.schedule.max_steps} train_loss:{result.loss:.4f} "
                 f"train_time:{seconds * 1000:.0f}ms step_avg:{seconds / self.step * 1000:.2f}ms"
@@ -335,7 +392,7 @@ class _Run:
                 model=self.trainer.model.state_dict(),
                 optimizers=optimizers,
                 average=self.trainer.average.state(),
-                clock=self.trainer.clock,
+                clock=self.trainer.known[1],
             )
             try:
                 self.trainer.check_finite()

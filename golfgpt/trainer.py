@@ -1,12 +1,17 @@
-"""One training step on one rank: spans in, summed gradients, one update.
+"""One training step on one rank: spans in, summed gradients, one update, without waiting for the device.
 
 Gradients of this rank's spans accumulate in views of one flat buffer; one all-reduce (or its sharded
 equivalent) sums them together with the loss, rank 0's clock and its votes; every rank then takes the same
-update. The learning rate of a step is decided by rank 0's clock, so ranks never drift apart, and the vote to
-stop travels a step ahead, so nobody waits for a decision.
+update. A step reads `data.spans` spans of span_tokens + 1 tokens. They are dealt to the ranks, so one rank or
+eight see the same tokens, and gradients are token-weighted sums, so they agree within rounding.
 
-A step reads `data.spans` spans of span_tokens + 1 tokens. They are dealt to the ranks, so one rank or eight
-see the same tokens, and gradients are token-weighted sums, so they agree within rounding.
+`launch` and `update` only enqueue work on a GPU; `wait` reads what became of a step, when the next one is already
+enqueued. So decisions lag: the learning rate follows the last clock of rank 0 that has come back, carried forward by
+the mean step so far, which is the same on every rank, and a vote to stop counts the steps that are on their way. On a
+CPU nothing is asynchronous and nothing lags.
+
+Whether loss and gradient are finite is decided on the device, for good: from the first step that is not, no update
+changes anything, until the host has read so and ends the run.
 """
 
 from __future__ import annotations
@@ -16,11 +21,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from golfgpt.averaging import Average
 from golfgpt.config import RunConfig
 from golfgpt.data.shards import Dataset
-from golfgpt.data.streams import TokenStream, spans_of_rank, step_spans
+from golfgpt.data.streams import Prefetcher, TokenStream, spans_of_rank
 from golfgpt.distributed import Ranks
 from golfgpt.errors import InputError, NonFiniteError
 from golfgpt.flat import FlatGradients
@@ -28,9 +34,12 @@ from golfgpt.model import GPT, MATRIX_BANKS
 from golfgpt.optim import Optimizers
 from golfgpt.quant import Quantizer
 from golfgpt.schedule import budget_used, lr_multiplier, muon_momentum, quantization_aware
+from golfgpt.shadows import Shadows
 from golfgpt.upstream import to_upstream
 
 _CONTROL = 5  # loss, clock, stop, save, signaled
+
+Votes = Callable[[], tuple[bool, bool, bool]]
 
 
 @dataclass(frozen=True)
@@ -42,13 +51,34 @@ class StepResult:
     seconds: float
     """Rank 0's training clock at the start of the step."""
     stop: bool
-    """Rank 0 expects that one more step could cross the cap."""
+    """Rank 0 expects that steps beyond those on their way could cross the cap."""
     save: bool
     """Rank 0's clock says that a checkpoint is due."""
     signaled: bool
     """Some rank was told to stop."""
     grad_norm: float
     """Global norm before clipping."""
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A step on its way."""
+
+    step: int
+    values: Tensor
+    """Loss, clock, votes and gradient norm, on the host once `copied` has happened."""
+    copied: torch.cuda.Event | None
+
+    def result(self) -> StepResult:
+        """Waits for the device."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        loss, seconds, stop, save, signaled, norm = self.values.tolist()
+        return StepResult(loss, seconds, stop > 0, save > 0, signaled > 0, norm)
 
 
 class Trainer:
@@ -63,89 +93,112 @@ class Trainer:
         self.config, self.ranks = config, ranks
         self.dtype = compute_dtype(config, ranks)
         self.model = GPT(config.model, seed=config.seed).to(ranks.device)
-        sharded = config.runtime.optimizer == "sharded"
-        self.flat = FlatGradients(self.model, MATRIX_BANKS, ranks, sharded=sharded, control=_CONTROL)
-        self.optimizers = Optimizers(self.model, config.optim, self.flat)
-        self.stream = TokenStream(dataset.train)
-        self.compiled = config.runtime.compile == "on" or (
-            config.runtime.compile == "auto" and ranks.device.type == "cuda"
-        )
-        if config.runtime.optimizer_graph and not (
-            self.compiled and ranks.device.type == "cuda" and config.runtime.warmup_steps
-        ):
+        self.cuda = ranks.device.type == "cuda"
+        self.compiled = config.runtime.compile == "on" or (config.runtime.compile == "auto" and self.cuda)
+        if config.runtime.optimizer_graph and not (self.compiled and self.cuda and config.runtime.warmup_steps):
             raise InputError(
                 f"runtime.optimizer_graph is captured in the warm-up of a compiled run on a GPU; got device "
                 f"{ranks.device}, compile {self.compiled}, warmup_steps {config.runtime.warmup_steps}"
             )
-        self._loss = torch.compile(self.model.loss, dynamic=False, fullgraph=True) if self.compiled else self.model.loss
-        named = dict(self.model.named_parameters())
-        self.average = Average(named, config.average, self.optimizers.narrow)
-        self.clock = 0.0
-        """Rank 0's training clock at the start of the step before, which all ranks know."""
-        quant = config.quant
+        sharded = config.runtime.optimizer == "sharded"
+        self.flat = FlatGradients(self.model, MATRIX_BANKS, ranks, sharded=sharded, control=_CONTROL)
+        named, quant = dict(self.model.named_parameters()), config.quant
         scheduled = quant.qat_start > 0 or quant.qat_below_lr < 1
         self._enabled = torch.zeros((), dtype=torch.bool, device=ranks.device) if scheduled else None
-        self._fake_quant = Quantizer(config.model, quant).fake_quant(self._enabled)
+        fake_quant = Quantizer(config.model, quant).fake_quant(self._enabled)
+        self.shadows = Shadows(named, fake_quant, self.dtype)
+        self.optimizers = Optimizers(self.model, config.optim, self.flat, self.shadows)
+        self.average = Average(named, config.average, self.optimizers.narrow)
+        deal = spans_of_rank(ranks.rank, ranks.world, config.data.spans)
+        stream = TokenStream(dataset.train)
+        self.data = Prefetcher(stream, config.data.batch_tokens, config.data.spans, deal, pin=self.cuda)
+        self.known = (0, 0.0)
+        """The last step whose result has come back, and rank 0's training clock at its start."""
+        self._loss = torch.compile(self.model.loss, dynamic=False, fullgraph=True) if self.compiled else self.model.loss
 
-    def accumulate(
-        self,
-        step: int,
-        seconds: float = 0.0,
-        votes: Callable[[], tuple[bool, bool, bool]] = lambda: (False, False, False),
-    ) -> StepResult:
+    def seconds_at(self, step: int) -> float:
+        """Rank 0's training clock at the start of `step`, from the last one known; the same on every rank."""
+        known, seconds = self.known
+        return seconds if known == step else seconds * step / max(known, 1)
+
+    def multiplier(self, step: int) -> float:
+        """Factor on the learning rates of the step that follows `step` completed ones."""
+        return lr_multiplier(step, self.seconds_at(step), self.config.schedule)
+
+    def quantization_aware(self, step: int) -> bool:
+        """Whether the forward of the step that follows `step` completed ones is fake-quantized."""
+        used = budget_used(step, self.seconds_at(step), self.config.schedule)
+        return quantization_aware(used, self.multiplier(step), self.config.quant)
+
+    def prepare(self, step: int) -> None:
+        """Make the weights that the forward uses ready for `step`: at the start, and after weights were loaded.
+        Between steps the update does it."""
+        if self._enabled is not None:
+            self._enabled.fill_(self.quantization_aware(step))
+        self.shadows.refresh()
+
+    def launch(self, step: int, seconds: float = 0.0, votes: Votes = lambda: (False, False, False)) -> Pending:
         """Sum the gradients of step number `step` over all spans and ranks.
 
         `seconds` is this rank's training clock; `votes` is asked for (stop, save, signaled) after the
         backward; of the first two, rank 0's count.
         """
         data = self.config.data
-        if self._enabled is not None:
-            self._enabled.fill_(self.quantization_aware(step))
+        if self.shadows.stale():
+            self.prepare(step)
         self.flat.zero_()
         loss = torch.zeros((), device=self.ranks.device)
-        positions = step_spans(step, data.batch_tokens, data.spans)
-        spans = [
-            torch.from_numpy(self.stream.read(positions[span], data.span_tokens + 1).astype("int64"))
-            for span in spans_of_rank(self.ranks.rank, self.ranks.world, data.spans)
-        ]
-        tokens = torch.stack(spans).to(self.ranks.device)
+        tokens = self.data.read(step).to(self.ranks.device, non_blocking=True)
         ids, targets = (t.reshape(-1, data.seq_len) for t in (tokens[:, :-1], tokens[:, 1:]))
         rows = (data.microbatch_tokens or data.span_tokens) // data.seq_len
+        options = {"dtype": self.dtype, "fake_quant": self.shadows.forward_quant, "shadows": self.shadows.banks}
         for x, y in zip(ids.split(rows), targets.split(rows), strict=True):
-            part = self._loss(x, y, dtype=self.dtype, fake_quant=self._fake_quant) * (y.numel() / data.batch_tokens)
+            part = self._loss(x, y, **options) * (y.numel() / data.batch_tokens)
             part.backward()
             loss += part.detach()
         stop, save, signaled = votes()
         clock = (seconds, stop, save) if self.ranks.main else (0.0, False, False)
-        self.flat.control.copy_(torch.tensor([0.0, *clock, signaled]))
+        control = torch.tensor([0.0, *clock, signaled], pin_memory=self.cuda)
+        self.flat.control.copy_(control, non_blocking=True)
         self.flat.control[0] = loss
         self.flat.sum_()
-        loss, seconds, stop, save, signaled, norm = torch.cat((self.flat.control, self.flat.norm()[None])).tolist()
-        return StepResult(loss, seconds, stop > 0, save > 0, signaled > 0, norm)
+        self.norm = self.flat.norm()
+        self.optimizers.ok.logical_and_((self.norm + self.flat.control[0]).isfinite())
+        values = torch.empty(_CONTROL + 1, pin_memory=self.cuda)
+        values.copy_(torch.cat((self.flat.control, self.norm[None])), non_blocking=True)
+        copied = torch.cuda.Event() if self.cuda else None
+        if copied is None:
+            self.known = (step, float(values[1]))
+        else:
+            copied.record()
+        return Pending(step, values, copied)
 
-    def quantization_aware(self, step: int) -> bool:
-        """Whether the forward of the step that follows `step` completed ones is fake-quantized, judged by the clock of
-        the step before: this one's reaches the other ranks with the gradients."""
-        schedule = self.config.schedule
-        multiplier = lr_multiplier(step, self.clock, schedule)
-        return quantization_aware(budget_used(step, self.clock, schedule), multiplier, self.config.quant)
-
-    def update(self, step: int, result: StepResult) -> float:
-        """Clip, step all optimizers, average, return the learning-rate multiplier.
-
-        Raises NonFiniteError, with parameters and optimizer state untouched, when the loss or a gradient is
-        not finite; the message names the first such tensor.
-        """
-        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-            raise NonFiniteError(f"step {step}: {self._culprit(result)} is not finite; the update was not applied")
+    def update(self, step: int) -> float:
+        """Clip, step all optimizers, average, make the weights ready for the next step; returns the learning-rate
+        multiplier. Changes nothing where `launch` met a loss or gradient that is not finite, now or before."""
         limit = self.config.optim.grad_clip_norm
-        if limit and result.grad_norm > limit:
-            self.flat.gradients.mul_(limit / (result.grad_norm + 1e-6))
-        multiplier = lr_multiplier(step, result.seconds, self.config.schedule)
+        if limit:
+            self.flat.gradients.mul_((limit / (self.norm + 1e-6)).clamp(max=1.0))
+        multiplier = self.multiplier(step)
+        if self._enabled is not None:
+            self._enabled.fill_(self.quantization_aware(step + 1))
         self.optimizers.step(multiplier, muon_momentum(step, self.config.optim))
         self.average.update(step + 1, multiplier)
-        self.clock = result.seconds
         return multiplier
+
+    def wait(self, pending: Pending) -> StepResult:
+        """What became of a step.
+
+        Raises NonFiniteError, with parameters and optimizer state as before that step, when the loss or a gradient is
+        not finite; the message names the first such tensor.
+        """
+        result = pending.result()
+        if not result.finite:
+            if pending.copied is not None:  # a later step has overwritten its gradients: take it again
+                self.launch(pending.step)
+            raise NonFiniteError(f"step {pending.step}: {self._culprit(result)} is not finite; nothing was updated")
+        self.known = (pending.step, result.seconds)
+        return result
 
     def _culprit(self, result: StepResult) -> str:
         grads = to_upstream({name: p.grad for name, p in self.model.named_parameters()})
@@ -167,14 +220,18 @@ class Trainer:
         """Run `steps` full steps to compile everything, then undo them; `tick(i)` is called before step i."""
         model = {k: v.clone() for k, v in self.model.state_dict().items()}
         optimizers = {k: v.clone() for k, v in self.optimizers.state().items()}
+        known = self.known
+        self.prepare(0)
         for step in range(steps):
             tick(step)
-            self.accumulate(0)
+            self.launch(0)
             self.optimizers.step(1.0, self.config.optim.muon_momentum)
         if self.config.runtime.optimizer_graph:
             self.optimizers.capture()
         self.model.load_state_dict(model)
         self.optimizers.load_state(optimizers)
+        self.optimizers.ok.fill_(True)
+        self.known = known
 
 
 def compute_dtype(config: RunConfig, ranks: Ranks) -> torch.dtype:

@@ -10,16 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from golfgpt.config import (
-    DataConfig,
-    EvalConfig,
-    ModelConfig,
-    OptimConfig,
-    QuantConfig,
-    RunConfig,
-    RuntimeConfig,
-    ScheduleConfig,
-)
+from golfgpt.config import RunConfig
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are imported
@@ -63,13 +54,6 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def tiny(corpus) -> RunConfig:
-    """Eight steps of a 0.05 M parameter model; no clock, so that runs can be compared bit for bit."""
-    return RunConfig(
-        model=ModelConfig(vocab_size=384, num_layers=3, model_dim=48, num_heads=3, num_kv_heads=1, mlp_hidden=64),
-        optim=OptimConfig(muon_momentum_warmup_steps=4),
-        schedule=ScheduleConfig(max_steps=8, max_seconds=None),
-        data=DataConfig(path=str(corpus), batch_tokens=1024, seq_len=64),
-        quant=QuantConfig(keep_numel=1000),
-        eval=EvalConfig(window=64, stride=48, max_tokens=4000),
-        runtime=RuntimeConfig(device="cpu", dtype="float32", checkpoint_seconds=0),
-    )
+    from models import tiny_config  # imports kernels, after TRITON_INTERPRET was set
+
+    return tiny_config(corpus)

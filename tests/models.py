@@ -1,10 +1,21 @@
-"""Models for tests."""
+"""Models and configurations for tests."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
-from golfgpt.config import ModelConfig
+from golfgpt.config import (
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    QuantConfig,
+    RunConfig,
+    RuntimeConfig,
+    ScheduleConfig,
+)
 from golfgpt.model import GPT
 
 SMALL = ModelConfig(vocab_size=97, num_layers=5, model_dim=48, num_heads=4, num_kv_heads=2, mlp_hidden=80)
@@ -18,3 +29,16 @@ def lively(config: ModelConfig = SMALL, seed: int = 0) -> GPT:
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=generator) * 0.1)
     return model
+
+
+def tiny_config(corpus: Path) -> RunConfig:
+    """Eight steps of a 0.05 M parameter model; no clock, so that runs can be compared bit for bit."""
+    return RunConfig(
+        model=ModelConfig(vocab_size=384, num_layers=3, model_dim=48, num_heads=3, num_kv_heads=1, mlp_hidden=64),
+        optim=OptimConfig(muon_momentum_warmup_steps=4),
+        schedule=ScheduleConfig(max_steps=8, max_seconds=None),
+        data=DataConfig(path=str(corpus), batch_tokens=1024, seq_len=64),
+        quant=QuantConfig(keep_numel=1000),
+        eval=EvalConfig(window=64, stride=48, max_tokens=4000),
+        runtime=RuntimeConfig(device="cpu", dtype="float32", checkpoint_seconds=0),
+    )

@@ -1,5 +1,6 @@
 """The container: exact round trips, and a typed error in bounded memory for anything that is not whole."""
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -7,6 +8,7 @@ import math
 import os
 import sys
 import tracemalloc
+import zlib
 from functools import partial
 
 import brotli
@@ -97,6 +99,64 @@ def test_round_trip(vocab, layers, head_dim, tied, pairs, bits, keep_numel, scal
     assert (got.info.compressor, got.info.seq_len, got.info.tokenizer_sha256) == (compressor, 64, TOKENIZER)
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_every_layout_round_trips(data):
+    """Codes of any values, scales that tie, layers in several parts, groups, any set of parts by columns."""
+    quant = QuantConfig(bits=6, keep_numel=0, rules=("blocks.1.*=int5/2", "tok_emb.weight=int8/4"), compressor="zlib")
+    formats = Quantizer(MODEL, quant).formats
+    columns = data.draw(st.sets(st.sampled_from([name for name, format in formats.items() if format.quantized])))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    encoded = Quantizer(MODEL, quant).encode(random_state())
+    for tensor in encoded.values():
+        if tensor.scale is not None:
+            bound = tensor.format.max_code
+            tensor.values.random_(-bound - 1, bound + 1, generator=generator)
+            tensor.scale.copy_(torch.randint(1, 3, tensor.scale.shape, generator=generator))
+    payload = artifact._join(encoded, columns)
+    assert len(payload) == Quantizer(MODEL, quant).payload_bytes
+    header = artifact._header(MODEL, formats, 64, TOKENIZER, "zlib", 9, columns)
+    got = unpack(sealed(header, CODECS["zlib"].compress(payload, 9)))
+    assert got.info.columns == columns
+    for name, weights in Quantizer(MODEL, quant).decode(encoded).items():
+        assert torch.equal(got.state[name], weights), name
+
+
+def test_rows_are_stored_by_their_scale_and_ties_in_order():
+    encoded = Quantizer(MODEL, QUANT).encode(random_state())
+    c_q = encoded["c_q"]
+    c_q.scale[:] = torch.tensor([3.0, 1.0, 2.0, 1.0, 4.0, 2.0, 1.0, 5.0])
+    c_q.values[:] = torch.arange(8)[:, None]
+    rows = bytes((1, 3, 6, 2, 5, 0, 4, 7))
+    assert artifact._join({"c_q": c_q}, {"c_q"})[:64] == rows * 8
+    assert artifact._join({"c_q": c_q}, set())[:64] == b"".join(bytes([row]) * 8 for row in rows)
+
+
+@pytest.mark.parametrize("compressor", CODECS)
+def test_codes_whose_columns_differ_are_stored_by_columns(compressor):
+    generator = torch.Generator().manual_seed(0)
+    model = dataclasses.replace(MODEL, model_dim=64, mlp_hidden=64)
+    state = {name: torch.randn(shape, generator=generator) for name, shape in parameter_shapes(model).items()}
+    state["mlp_fc"][:, :, :32] *= 0.01
+    state["mlp_proj"][:, :32] *= 0.01
+    quant = QuantConfig(clip_floor=1.0, keep_numel=63, compressor=compressor)  # the floor leaves small rows small
+    keywords = {"model": model, "quant": quant, "tokenizer_sha256": TOKENIZER, "seq_len": 64}
+    blob = pack(state, **keywords)
+    assert blob == pack(state, **keywords)
+    columns = unpack(blob).info.columns
+    assert "mlp_fc" in columns
+    assert "mlp_proj" not in columns
+
+
+def test_the_layout_is_chosen_on_whole_leading_layers(monkeypatch):
+    encoded = Quantizer(MODEL, QUANT).encode(random_state())
+    monkeypatch.setattr(artifact, "SAMPLE_CODES", 63)
+    assert artifact._sample(encoded["c_q"]).values.shape == (1, 8, 8)  # never less than a layer
+    assert artifact._sample(encoded["tok_emb"]).scale.shape == (7,)
+    monkeypatch.setattr(artifact, "SAMPLE_CODES", 2**18)
+    assert artifact._sample(encoded["c_q"]).format == encoded["c_q"].format
+
+
 def test_write_read_inspect_agree(tmp_path):
     path = tmp_path / "model.golf"
     info = write(path, random_state(), model=MODEL, quant=QUANT, tokenizer_sha256=TOKENIZER, seq_len=64)
@@ -118,6 +178,8 @@ def test_smallest_tries_all_and_prefers_the_first_of_equals(monkeypatch):
     sizes = {name: len(packed(quant=QuantConfig(compressor=name))) for name in CODECS}
     blob = packed(quant=QuantConfig(compressor="smallest"))
     assert len(blob) == min(sizes.values())
+    noise = torch.randn(2**16, generator=torch.Generator().manual_seed(0)).mul(4).to(torch.int8).numpy().tobytes()
+    assert len(CODECS["zlib"].compress(noise, 9)) < 0.99 * len(zlib.compress(noise, 9))  # Huffman codes alone
     for name, codec in CODECS.items():
         monkeypatch.setitem(CODECS, name, codec._replace(compress=lambda payload, level: bytes(7)))
     assert artifact.compress(b"payload", "smallest") == ("zlib", 9, bytes(7))
@@ -273,6 +335,16 @@ def model(**changes) -> dict:
         (edited(compressor=["gzip", 9]), "unknown compressor 'gzip'"),
         (edited(compressor=[["zlib"], 9]), "bad header"),
         (edited(compressor="zlib"), "bad header"),
+        (edited(columns=["c_x"]), "columns names ..c_x.., which are not quantized"),
+        (edited(columns=["c_k"]), "columns names ..c_k.., which are not quantized"),
+        (edited(columns=["c_q", "c_q"]), "canonical form"),
+        (edited(columns=["c_q", "tok_emb"]), "canonical form"),
+        (edited(columns={"c_q": 1}), "canonical form"),
+        (edited(columns="c_q"), "columns names"),
+        (edited(columns=""), "canonical form"),
+        (edited(columns=[["c_q"]]), "bad header"),
+        (edited(columns=7), "bad header"),
+        (edited(columns=None), "bad header"),
         (edited(seq_len=0), "seq_len 0"),
         (edited(seq_len=True), "seq_len True"),
         (edited(tokenizer_sha256="Z" * 64), "not a SHA-256"),
@@ -294,7 +366,7 @@ def test_each_field_of_the_header_is_checked(blob, message):
 def test_a_model_beyond_the_payload_limit_is_refused_before_allocation():
     huge = ModelConfig(vocab_size=65_536, num_layers=1000, model_dim=2**20, mlp_hidden=2**30)
     formats = Quantizer(huge, QUANT).formats
-    header = json.loads(artifact._header(huge, formats, 64, TOKENIZER, "zlib", 9))
+    header = json.loads(artifact._header(huge, formats, 64, TOKENIZER, "zlib", 9, set()))
     with pytest.raises(InputError, match=r"its tensors take \d+ bytes, more than"):
         unpack(sealed(header, COMPRESSED))
 
@@ -314,7 +386,7 @@ def test_values_that_no_encoder_writes_are_refused(name, edit, message):
     encoded = Quantizer(MODEL, QUANT).encode(random_state())
     edit(encoded[name])
     with pytest.raises(InputError, match=message):
-        unpack(sealed(HEADER, CODECS["zlib"].compress(artifact._join(encoded), 9)))
+        unpack(sealed(HEADER, CODECS["zlib"].compress(artifact._join(encoded, set(HEADER["columns"])), 9)))
 
 
 def test_scales_that_overflow_float32_are_refused():
@@ -323,12 +395,12 @@ def test_scales_that_overflow_float32_are_refused():
     encoded["c_q"].scale[0, 0] = 3e38
     header, _ = parts(packed(quant=quant))
     with pytest.raises(InputError, match="tensor c_q holds scales whose weights exceed"):
-        unpack(sealed(header, CODECS["zlib"].compress(artifact._join(encoded), 9)))
+        unpack(sealed(header, CODECS["zlib"].compress(artifact._join(encoded, set(HEADER["columns"])), 9)))
 
 
 # Compressed streams
 
-PAYLOAD = artifact._join(Quantizer(MODEL, QUANT).encode(random_state()))
+PAYLOAD = artifact._join(Quantizer(MODEL, QUANT).encode(random_state()), set(HEADER["columns"]))
 
 
 @pytest.mark.parametrize("compressor", CODECS)

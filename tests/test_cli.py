@@ -140,6 +140,8 @@ def test_budget_over_the_cap_exits_4(trained, capsys):
 
 def test_budget_before_training_computes_the_published_counts(capsys):
     sizes = run_json(capsys, "budget", "--recipe", "baseline")
+    assert 15_700_000 < sizes.pop("forecast_bytes") < 15_940_000
+    assert sizes.pop("mlp_hidden") == 1024
     assert sizes == {"parameters": 17_059_912, "payload_bytes": 17_178_912, "model_bytes_limit": 15_940_000}
 
 

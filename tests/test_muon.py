@@ -231,6 +231,8 @@ REFUSED = {
         lambda: gk.muon_update_(G, G, scalar(0.1, "cpu"), scales=[1.0], ok=torch.ones(())),
         "ok has dtype torch.float32",
     ),
+    "a number": (lambda: gk.muon_momentum_(G, G, G, 0.9), "momentum is a float; possible: a 0-d torch.float32 tensor"),
+    "nothing": (lambda: gk.muon_update_(G, G, None, scales=[1.0]), "lr is a NoneType; possible"),
     "scales": (lambda: gk.muon_update_(G, G, scalar(0.1, "cpu"), scales=[]), "0 scales for 1 params"),
     "shape of sums": (
         lambda: gk.muon_momentum_(G, G, G, scalar(0.9, "cpu"), square_sums=[torch.zeros(2)]),
@@ -358,6 +360,26 @@ def test_quantized_shadows_follow(impl, device):
         assert torch.equal(shadows[p], expected)
 
 
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+def test_a_matrix_moves_the_same_alone_and_in_banks(impl, device):
+    """Each by its own norm: gradients of far apart sizes, in matrices of several parts of sums, reordered in banks."""
+    weights, scale = randn(5, 50, 90, device=device), torch.logspace(-6, 4, 5, device=device)[:, None, None]
+    gradients = randn(5, 50, 90, seed=1, device=device) * scale
+
+    def step(*members):
+        params = [torch.nn.Parameter(weights[i].clone()) for i in members]
+        for i, p in zip(members, params, strict=True):
+            p.grad = gradients[i].clone()
+        other = torch.nn.Parameter(randn(90, 50, device=device))
+        other.grad = randn(90, 50, seed=2, device=device)
+        Muon([params[0], other, *params[1:]], lr=0.1, ns_steps=2, dtype=torch.float32, impl=impl).step()
+        return params
+
+    alone = torch.cat([p.detach().view(1, 50, 90) for i in range(5) for p in step(i)])
+    for bank, i in zip(step([3, 4], 0, [2, 1]), ([3, 4], 0, [2, 1]), strict=True):
+        torch.testing.assert_close(bank.detach(), alone[i], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("row_norm", [False, True])
 def test_launches_of_a_step(row_norm, device, monkeypatch):
     """Momentum, update, and of each of two shapes the normalization and three a step, with the norm's own launch where
@@ -371,11 +393,12 @@ def test_launches_of_a_step(row_norm, device, monkeypatch):
     assert len(counted) == 2 + 2 * (1 + row_norm + 3 * 2)
 
 
-def test_nonfinite_gradient_is_refused():
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_nonfinite_gradient_is_refused(value):
     params = parameters()
     optimizer = run(params)
     before = [p.detach().clone() for p in params] + [optimizer.state[p]["momentum_buffer"].clone() for p in params]
-    params[1].grad[0, 3, 5] = float("inf")
+    params[1].grad[0, 3, 5] = value
     with pytest.raises(ValueError, match=r"of shape \(1, 24, 40\) is not finite; nothing was updated"):
         optimizer.step()
     after = [*params, *(optimizer.state[p]["momentum_buffer"] for p in params)]
@@ -405,6 +428,46 @@ def test_large_finite_gradients_and_odd_parameters():
     with pytest.raises(ValueError, match="got shape"):
         optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(4))]})
     assert len(optimizer.param_groups) == 1
+
+
+def test_a_quantizer_needs_a_shadow_and_a_shadow_is_one_parameter_s_own():
+    p, q = parameters()[:2]
+    with pytest.raises(ValueError, match=r"a quantizer but no shadow for a parameter of shape"):
+        Muon([p, q], lr=0.1, quantizers={p: {"bits": 6}})
+    optimizer = Muon([p, q], lr=0.1, shadows={p: torch.zeros_like(p)})
+    for parameter in (p, q):
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    assert torch.equal(optimizer.shadows[p], p.detach())
+
+
+def test_copies_are_whole():
+    """Shadows of a copy follow the copy's parameters."""
+    params = parameters()
+    shadows = {p: p.detach().bfloat16() for p in params}
+    optimizer = run(params, shadows=shadows, quantizers={p: {"bits": 6} for p in params}, dtype=torch.float32)
+    again = copy.deepcopy(optimizer)
+    for o in (optimizer, again):
+        for i, p in enumerate(o.param_groups[0]["params"]):
+            p.grad = randn(*p.shape, seed=i)
+        o.step()
+    for p, q in zip(params, again.param_groups[0]["params"], strict=True):
+        assert p is not q and torch.equal(p, q) and torch.equal(shadows[p], again.shadows[q])
+
+
+def test_default_dtype_is_not_asked():
+    results = []
+    for default in (torch.float32, torch.bfloat16):
+        params = parameters()
+        for i, p in enumerate(params):
+            p.grad = randn(*p.shape, seed=i)
+        torch.set_default_dtype(default)
+        try:
+            Muon(params, lr=0.02, variance_beta=0.9).step()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        results.append(params)
+    assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
 
 
 def test_torch_state_dict_round_trip():
@@ -542,3 +605,6 @@ def test_bfloat16_embeddings_are_those_of_bfloat16_tensors():
         adam.step()
         assert torch.equal(model.tok_emb.detach(), expected.detach().float())
     assert torch.equal(optimizers.adam.state[model.tok_emb]["exp_avg"], adam.state[expected]["exp_avg"].float())
+    model.tok_emb.grad = None
+    optimizers.step(1.0, 0.9)
+    assert torch.equal(model.tok_emb.detach(), expected.detach().float())

@@ -265,6 +265,7 @@ def test_gradient_is_eager(shape, device):
         sums = leaf.square().flatten(-2)  # gradients do not go through them
         gk.newton_schulz(leaf, impl=impl, square_sums=sums, **options).backward(dy)
         grads.append(leaf.grad)
+        assert sums.requires_grad and not gk.newton_schulz(x, impl=impl, square_sums=sums, **options).requires_grad
     assert all(torch.equal(grad, grads[0]) for grad in grads)
 
 

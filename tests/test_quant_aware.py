@@ -11,8 +11,9 @@ from golfgpt import artifact
 from golfgpt.averaging import Average
 from golfgpt.config import AverageConfig, ModelConfig, OptimConfig, QuantConfig, RunConfig, ScheduleConfig
 from golfgpt.distributed import Ranks
-from golfgpt.errors import InputError
-from golfgpt.model import GPT
+from golfgpt.errors import InputError, NonFiniteError
+from golfgpt.flat import FlatGradients
+from golfgpt.model import GPT, MATRIX_BANKS
 from golfgpt.quant import Quantizer, join, plan, prune_threshold, pruned
 from golfgpt.recipes import RECIPES
 from golfgpt.schedule import lr_multiplier, quantization_aware
@@ -138,12 +139,58 @@ def test_late_quantization_begins_on_its_step_without_recompiling(start, below, 
     for step in range(8):
         plain.model.load_state_dict(trainer.model.state_dict())
         with torch.compiler.set_stance("fail_on_recompile" if step else "default"):
-            result = trainer.accumulate(step)
-        unquantized = plain.accumulate(step).loss
+            result = trainer.wait(trainer.launch(step))
+        unquantized = plain.wait(plain.launch(step)).loss
         aware = step >= expected
         assert trainer.quantization_aware(step) == aware
         assert (abs(result.loss - unquantized) > 1e-5) == aware, (step, result.loss, unquantized)
-        trainer.update(step, result)
+        trainer.update(step)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("quant", [MIXED, QuantConfig(), QuantConfig(bits=5, keep_numel=0, qat="r5", clip="quantile")])
+@pytest.mark.parametrize("start", [0.0, 0.5])
+def test_shadows_are_what_the_forward_would_make_of_the_weights(quant, dtype, start, monkeypatch):
+    """After every update, Muon's launch or the refresh has left exactly what casting and quantizing would give."""
+    quant = replace(quant, qat_start=start if quant.qat != "off" else 0.0)
+    config = run(quant)
+    trainer = trainer_of(replace(config, runtime=replace(config.runtime, dtype=dtype)), monkeypatch)
+    shadows = trainer.shadows
+    assert set(shadows.banks) == (set(MATRIX_BANKS) if dtype == "bfloat16" or quant.qat != "off" else set())
+    quantized = Quantizer(MODEL, quant).fake_quant()
+    for step in range(6):
+        result = trainer.wait(trainer.launch(step))
+        options = quantized if trainer.quantization_aware(step) else None
+        trainer.update(step)
+        aware = trainer.quantization_aware(step + 1)
+        weights = trainer.model._weights(quantized if aware else None)
+        for name, shadow in shadows.banks.items():
+            assert torch.equal(shadow, weights[name].to(shadow.dtype)), (step, name)
+        assert result.finite and (options is None) == (quant.qat == "off" or step < 8 * start)
+    trainer.model.load_state_dict(GPT(MODEL, seed=5).state_dict())
+    trainer.launch(6)
+    weights = trainer.model._weights(quantized)
+    assert all(torch.equal(shadow, weights[name].to(shadow.dtype)) for name, shadow in shadows.banks.items())
+
+
+def test_from_the_first_bad_step_on_nothing_changes(monkeypatch):
+    trainer = trainer_of(run(replace(MIXED, qat="export"), optim=OptimConfig(embed_dtype="bfloat16")), monkeypatch)
+    trainer.launch(0)
+    trainer.update(0)
+    before = {k: v.clone() for k, v in (trainer.model.state_dict() | trainer.optimizers.state()).items()}
+    shadows = {k: v.clone() for k, v in trainer.shadows.banks.items()}
+    sum_ = FlatGradients.sum_
+    monkeypatch.setattr(FlatGradients, "sum_", lambda flat: (sum_(flat), flat.gradients[7:8].fill_(float("nan"))))
+    bad = trainer.launch(1)
+    trainer.update(1)
+    monkeypatch.setattr(FlatGradients, "sum_", sum_)
+    trainer.launch(2)  # on its way before the host has read step 1
+    trainer.update(2)
+    after = trainer.model.state_dict() | trainer.optimizers.state()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert all(torch.equal(trainer.shadows.banks[name], value) for name, value in shadows.items())
+    with pytest.raises(NonFiniteError, match=r"step 1: .* is not finite; nothing was updated"):
+        trainer.wait(bad)
 
 
 _real_compile = torch.compile

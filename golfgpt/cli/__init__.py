@@ -52,6 +52,12 @@ def _run_config(argv: list[str]) -> RunConfig:
     return commands.stored_config(Path(argv[0]))
 
 
+def _export_config(argv: list[str]) -> RunConfig:
+    """That of the run, or the defaults for a .golf file that lies alone."""
+    alone = argv and Path(argv[0]).is_file() and not (Path(argv[0]).parent / "config.json").exists()
+    return RunConfig() if alone else _run_config(argv)
+
+
 def _budget_config(argv: list[str]) -> RunConfig:
     if argv and not argv[0].startswith("-"):
         return _run_config(argv) if Path(argv[0]).is_dir() else RunConfig()
@@ -68,8 +74,10 @@ COMMANDS = {
     "sample": Command(arguments.Sample, commands.sample),
     "budget": Command(arguments.Budget, commands.budget, _budget_config),
     "inspect": Command(arguments.Inspect, commands.inspect),
-    "export": Command(arguments.Export, commands.export),
+    "export": Command(arguments.Export, commands.export, _export_config),
+    "import": Command(arguments.Import, commands.import_file, _recipe_config),
     "recipes": Command(arguments.Recipes, commands.show_recipes),
+    "doctor": Command(arguments.Doctor, commands.doctor),
 }
 
 
@@ -139,6 +147,10 @@ def _dispatch(name: str, argv: list[str]) -> int:
 def _parse(cls: type, name: str, argv: list[str], config: RunConfig | None) -> Any:
     if config is None:
         default = tyro.MISSING_NONPROP
+    elif cls is arguments.Import:
+        default = cls(file=tyro.MISSING, tokenizer=tyro.MISSING, config=config)
+    elif cls is arguments.Export:
+        default = cls(run=tyro.MISSING, quant=config.quant)
     elif cls is arguments.Eval:
         path = arguments.DataPath(path=config.data.path)
         read = {field.name: getattr(config.runtime, field.name) for field in fields(arguments.EvalRuntime)}

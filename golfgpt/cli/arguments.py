@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
-from golfgpt.config import EvalConfig, RunConfig
+from golfgpt.config import EvalConfig, QuantConfig, RunConfig
 
 Config = Annotated[RunConfig, tyro.conf.arg(name="")]
 
@@ -58,7 +58,7 @@ class Eval:
     """Score a run's model.golf on validation text; starts from the run's own config."""
 
     run: Positional[Path]
-    """Run folder."""
+    """Run folder, or another .golf file in one."""
     data: DataPath
     eval: EvalConfig
     runtime: EvalRuntime
@@ -110,15 +110,38 @@ class Inspect:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Import:
+    """Make a run of a published final_model.pt or .ptz file, to be scored, sampled and exported. Sizes come from the
+    file, codes are kept as they are; what no tensor shows (rotary reference length, say) comes from the recipe."""
+
+    file: Positional[Path]
+    """File as the published scripts write it: torch.save, bare or in zlib, zstd or xz."""
+    tokenizer: Path
+    """The SentencePiece .model that its tokens are of."""
+    config: Config
+    recipe: str = "baseline"
+    """Recipe that the file is of; `golfgpt recipes` lists them."""
+    name: str | None = None
+    """The run folder is runs/NAME; default: the file's name and the time."""
+    json: bool = False
+    """Print what was found as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Export:
-    """Write a run's decoded weights in another format, under upstream's parameter names."""
+    """Write a run's weights in another format: safetensors under upstream's parameter names, or model.golf's container
+    under another quantization (--quant.bits 5)."""
 
     run: Positional[Path]
     """Run folder or .golf file."""
-    to: Literal["safetensors"] = "safetensors"
+    quant: QuantConfig
+    to: Literal["safetensors", "golf"] = "safetensors"
     """Format."""
+    source: Literal["artifact", "checkpoint"] | None = None
+    """artifact: the weights decoded from model.golf; checkpoint: the trained ones. Default: artifact for safetensors,
+    checkpoint for golf."""
     out: Path | None = None
-    """File to write; default: beside the artifact."""
+    """File to write; default: export.golf in the run folder, or .safetensors beside the artifact."""
     json: bool = False
     """Print file and sizes as JSON."""
 
@@ -199,3 +222,18 @@ class Recipes:
     """Recipe to show."""
     json: bool = False
     """Print as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doctor:
+    """Check this machine in a minute: GPUs, links, disk, versions, kernels, speed. Below the table stands what is wrong
+    and what to do; exits with 3 where a run could not work."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """As runtime.device of a run: cuda says that a GPU must be there."""
+    processes: int | None = None
+    """Local processes of the all-reduce check, on GPUs where there are as many, else on the CPU; default: one a GPU."""
+    tune: bool = False
+    """Check and time the kernels too, 50 seconds more: what impl="auto" reads on this machine."""
+    json: bool = False
+    """Print the rows as JSON."""

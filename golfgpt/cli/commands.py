@@ -12,6 +12,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,8 +23,10 @@ from golfgpt.cli.arguments import (
     DataPrepare,
     DataVerify,
     Demo,
+    Doctor,
     Eval,
     Export,
+    Import,
     Inspect,
     Recipes,
     Sample,
@@ -39,10 +42,7 @@ def stored_config(path: Path) -> RunConfig:
     """The config that a run was started with."""
     from golfgpt.run import read_config
 
-    if path.is_file():
-        raise InputError(f"{path} is a file; name the run folder that it lies in")
-
-    return read_config(path)
+    return read_config(path.parent if path.is_file() else path)
 
 
 def train(args: Train) -> int:
@@ -93,7 +93,8 @@ def evaluate(args: Eval) -> int:
         torch.set_num_threads(config.runtime.threads)
     reporter = Reporter(None, speak=ranks.main, quiet=args.json)
     try:
-        keep = PartialSums(args.run, ranks.rank, sha256_file(artifact_file(args.run)), reporter.line)
+        folder = args.run.parent if args.run.is_file() else args.run
+        keep = PartialSums(folder, ranks.rank, sha256_file(artifact_file(args.run)), reporter.line)
         model, tokenizer = load(args.run)
         dataset = open_dataset(config, ranks)
         if dataset.need_tokenizer().digest != tokenizer.digest:
@@ -101,7 +102,7 @@ def evaluate(args: Eval) -> int:
         dtype = compute_dtype(config, ranks)
         backend, _ = select_backend(config.runtime.attention, config.model, [config.window], ranks.device, dtype)
         reporter.line(f"device:{ranks.device} dtype:{dtype} attention:{backend} data:{config.data.path}")
-        with Signals(args.run):
+        with Signals(folder):
             score = evaluate(
                 model.to(ranks.device), dataset, config, ranks, dtype=dtype, progress=reporter.status, keep=keep
             )
@@ -154,6 +155,7 @@ def sample(args: Sample) -> int:
 
 
 def budget(args: Budget) -> int:
+    from golfgpt.fit import fitted, forecast_bytes
     from golfgpt.quant import Quantizer
     from golfgpt.report import tensor_table
     from golfgpt.upstream import parameter_shapes
@@ -161,14 +163,20 @@ def budget(args: Budget) -> int:
     config = args.config
     if args.run:
         return _budget_of_artifact(args.run, args.json, config)
+    config = fitted(config)
     quantizer = Quantizer(config.model, config.quant)
     shapes = parameter_shapes(config.model).values()
     parameters = sum(map(math.prod, shapes))
     room = config.budget.artifact_bytes - config.budget.code_bytes
+    forecast = forecast_bytes(quantizer)
     if args.json:
-        _print_json({"parameters": parameters, "payload_bytes": quantizer.payload_bytes, "model_bytes_limit": room})
+        sizes = {"payload_bytes": quantizer.payload_bytes, "forecast_bytes": forecast, "model_bytes_limit": room}
+        _print_json({"parameters": parameters, "mlp_hidden": config.model.mlp_hidden, **sizes})
         return 0
     print(tensor_table(quantizer.table()))
+    if config.budget.fit == "mlp_hidden":
+        reserve = config.budget.reserve_bytes
+        print(f"\nmodel.mlp_hidden {config.model.mlp_hidden} is the widest that leaves {reserve:,} bytes")
     print(
         f"\n{parameters:,} parameters, payload {quantizer.payload_bytes:,} bytes before compression\n"
         f"room for model.golf: {room:,} bytes = {config.budget.artifact_bytes:,} - code allowance "
@@ -178,10 +186,11 @@ def budget(args: Budget) -> int:
     if ratio >= 1:
         print("fits whatever the weights are")
     else:
-        print(
-            f"fits if the trained weights compress to {ratio:.3f} of the payload (published int8 runs end at about "
-            "0.92, int6 at about 0.70; untrained weights say nothing)"
-        )
+        print(f"fits if the trained weights compress to {ratio:.3f} of the payload")
+    print(
+        f"forecast for Gaussian weights: {forecast:,} bytes, {forecast / quantizer.payload_bytes:.3f} of the payload; "
+        "published files ended 2 % below to 4 % above theirs"
+    )
     return 0
 
 
@@ -231,25 +240,66 @@ def inspect(args: Inspect) -> int:
     return 0
 
 
+def import_file(args: Import) -> int:
+    from golfgpt.data.tokenizer import Tokenizer
+    from golfgpt.importer import import_model
+    from golfgpt.report import tensor_table
+    from golfgpt.upstream import assumed_fields, read_export
+
+    export = read_export(args.file)
+    path = RUNS / _run_name(args.name, args.file.name.split(".")[0])
+    info = import_model(export, Tokenizer.from_file(args.tokenizer), args.config, path)
+    assumed = {name: (getattr(info.model, name), known) for name, known in assumed_fields(export.state).items()}
+    if args.json:
+        facts = {"run": str(path), "format": export.format, "compressor": export.compressor, "bytes": info.file_bytes}
+        _print_json(facts | {"parameters": info.parameters, "model": to_dict(info.model), "assumed": list(assumed)})
+        return 0
+    print(tensor_table(info.table()))
+    print(
+        f"\n{args.file}: {export.format}, {export.compressor or 'not compressed'}, {args.file.stat().st_size:,} bytes; "
+        f"{info.parameters:,} parameters\n{path}/model.golf: {info.compressor} level {info.level}, "
+        f"{info.file_bytes:,} bytes" + ("" if export.codes else f", quantized here ({args.config.quant.bits} bits)")
+    )
+    for name, (value, known) in assumed.items():
+        print(f"assumed, for no tensor shows it: model.{name} {value} ({known})")
+    print(f"next: golfgpt eval {path} --data.path DIR")
+    return 0
+
+
 def export(args: Export) -> int:
     import safetensors.torch
 
     from golfgpt import artifact
     from golfgpt.files import write_bytes
-    from golfgpt.run import artifact_file
+    from golfgpt.run import artifact_file, trained_weights
     from golfgpt.upstream import to_upstream
 
+    source = args.source or ("checkpoint" if args.to == "golf" else "artifact")
+    folder = args.run.parent if args.run.is_file() else args.run
     file = artifact_file(args.run)
-    loaded = artifact.read(file)
-    out = args.out or file.with_suffix(f".{args.to}")
-    tensors = {name: tensor.contiguous() for name, tensor in to_upstream(loaded.state).items()}
-    meta = {"config": json.dumps(to_dict(loaded.info.model)), "tokenizer_sha256": loaded.info.tokenizer_sha256}
-    write_bytes(out, safetensors.torch.save(tensors, meta))
+    info = artifact.inspect(file)
+    started = stored_config(args.run).quant if (folder / "config.json").exists() else args.quant
+    if args.to == "safetensors" and (changed := differences(started, args.quant, "quant.")):
+        raise InputError(f"safetensors holds float32 weights: {changed[0]} changes nothing; --to golf quantizes")
+    state = artifact.read(file).state if source == "artifact" else trained_weights(folder)
+    out = args.out or (folder / "export.golf" if args.to == "golf" else file.with_suffix(".safetensors"))
+    if args.to == "golf":
+        if out.resolve() == (folder / "model.golf").resolve():
+            raise InputError(f"{out} is the run's own artifact, which result.json describes; choose another --out")
+        options = {"tokenizer_sha256": info.tokenizer_sha256, "seq_len": info.seq_len}
+        written = artifact.write(out, state, model=info.model, quant=args.quant, **options)
+    else:
+        tensors = {name: tensor.contiguous() for name, tensor in to_upstream(state).items()}
+        meta = {"config": json.dumps(to_dict(info.model)), "tokenizer_sha256": info.tokenizer_sha256}
+        write_bytes(out, safetensors.torch.save(tensors, meta))
     size = out.stat().st_size
     if args.json:
-        _print_json({"file": str(out), "tensors": len(tensors), "bytes": size})
+        _print_json({"file": str(out), "source": source, "tensors": len(to_upstream(state)), "bytes": size})
+    elif args.to == "golf":
+        print(f"{out}: {size:,} bytes, {written.compressor} level {written.level}, from the {source}'s weights")
+        print(f"next: golfgpt eval {out}")
     else:
-        print(f"{out}: {len(tensors)} float32 tensors, {size:,} bytes")
+        print(f"{out}: {len(tensors)} float32 tensors, {size:,} bytes, from the {source}'s weights")
     return 0
 
 
@@ -382,15 +432,48 @@ def show_recipes(args: Recipes) -> int:
             raise InputError(f"name the recipe to show: {', '.join(recipes.RECIPES)}")
         recipe = recipes.get(args.name)
         if args.json:
-            _print_json({"name": recipe.name, "summary": recipe.summary, "config": to_dict(recipe.config)})
+            facts = {"name": recipe.name, "summary": recipe.summary, "notes": recipe.notes}
+            _print_json(facts | {"config": to_dict(recipe.config)})
         else:
-            print(f"{recipe.name}: {recipe.summary}\n\n{json.dumps(to_dict(recipe.config), indent=2)}")
+            fill = partial(textwrap.fill, width=100, break_on_hyphens=False)
+            print(fill(f"{recipe.name}: {recipe.summary}"))
+            for note in recipe.notes:
+                print(fill(note, initial_indent="- ", subsequent_indent="  "))
+            print(f"\n{json.dumps(to_dict(recipe.config), indent=2)}")
     elif args.json:
         _print_json({name: recipe.summary for name, recipe in recipes.RECIPES.items()})
     else:
         for name, recipe in recipes.RECIPES.items():
-            print(textwrap.fill(f"{name:<10} {recipe.summary}", 100, subsequent_indent=" " * 11))
+            print(
+                textwrap.fill(f"{name:<18} {recipe.summary}", 110, subsequent_indent=" " * 19, break_on_hyphens=False)
+            )
+        print("\ngolfgpt recipes show NAME explains one; golfgpt train --recipe NAME --data.path DIR trains it")
     return 0
+
+
+def doctor(args: Doctor) -> int:
+    from golfgpt.doctor import diagnose, exit_code, text
+
+    say = sys.stderr if args.json else sys.stdout
+
+    def progress(name: str) -> None:
+        if sys.stderr.isatty():
+            print(f"\r\033[K{name} …", end="", file=sys.stderr, flush=True)
+
+    rows = diagnose(
+        args.device,
+        processes=args.processes,
+        retune=args.tune,
+        say=lambda line: print(line, file=say, flush=True),
+        progress=progress,
+    )
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+    if args.json:
+        _print_json({"rows": [asdict(row) for row in rows], "exit_code": exit_code(rows)})
+    else:
+        print(text(rows))
+    return exit_code(rows)
 
 
 def _run_name(name: str | None, recipe: str) -> str:

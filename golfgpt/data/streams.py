@@ -10,8 +10,11 @@ number, and the data of a step are the same for every number of ranks. With S = 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from golfgpt.data.shards import gather
 from golfgpt.errors import InputError
@@ -37,6 +40,32 @@ class TokenStream:
             out[done : done + len(part)] = part
             done += len(part)
         return out
+
+
+class Prefetcher:
+    """The tokens of a rank's spans, step by step, read a step ahead by a thread."""
+
+    def __init__(self, stream: TokenStream, batch_tokens: int, spans: int, deal: range, *, pin: bool):
+        """`deal`: the spans to read (`spans_of_rank`); `pin`: hand out page-locked memory, for copies to a GPU."""
+        self._stream, self._batch_tokens, self._spans, self._deal, self._pin = stream, batch_tokens, spans, deal, pin
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="data")
+        self._ahead: tuple[int, Future[Tensor]] | None = None
+
+    def read(self, step: int) -> Tensor:
+        """int64 (spans of this rank, batch_tokens / spans + 1) of `step`; the step after it is read meanwhile."""
+        ahead, self._ahead = self._ahead, None
+        tokens = ahead[1].result() if ahead and ahead[0] == step else self._read(step)
+        self._ahead = step + 1, self._thread.submit(self._read, step + 1)
+        return tokens
+
+    def _read(self, step: int) -> Tensor:
+        positions = step_spans(step, self._batch_tokens, self._spans)
+        count = self._batch_tokens // self._spans + 1
+        tokens = np.stack([self._stream.read(positions[span], count) for span in self._deal]).astype(np.int64)
+        return torch.from_numpy(tokens).pin_memory() if self._pin else torch.from_numpy(tokens)
+
+    def close(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
 
 
 def step_spans(step: int, batch_tokens: int, spans: int) -> list[int]:

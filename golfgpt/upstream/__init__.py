@@ -5,11 +5,14 @@
 
 from golfgpt.upstream.names import (
     assumed_fields,
+    canonical_name,
     check_state,
     from_upstream,
     infer_config,
+    is_layered,
     parameter_shapes,
     to_upstream,
+    upstream_names,
     upstream_shapes,
 )
 from golfgpt.upstream.reading import MAX_PTZ_BYTES, Export, read_export, read_ptz
@@ -18,12 +21,15 @@ __all__ = [
     "MAX_PTZ_BYTES",
     "Export",
     "assumed_fields",
+    "canonical_name",
     "check_state",
     "from_upstream",
     "infer_config",
+    "is_layered",
     "parameter_shapes",
     "read_export",
     "read_ptz",
     "to_upstream",
+    "upstream_names",
     "upstream_shapes",
 ]

@@ -98,15 +98,27 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: shape for name, shape in shapes.items() if not absent.get(name)}
 
 
+def is_layered(bank: str) -> bool:
+    """Whether a bank holds one of upstream's tensors for each layer, or is one itself."""
+    return bank in _LAYER_NAMES
+
+
+def upstream_names(bank: str, shape: tuple[int, ...]) -> list[str]:
+    """Upstream's names of the tensors in a bank; raises InputError for an unknown bank."""
+    if bank in _MODEL_NAMES:
+        return [_MODEL_NAMES[bank]]
+    if bank not in _LAYER_NAMES:
+        raise InputError(f"unexpected tensors: {bank}")
+    return [f"blocks.{i}.{_LAYER_NAMES[bank]}" for i in range(shape[0])]
+
+
 def upstream_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Upstream name -> shape of every parameter of the model."""
-    out = {}
-    for name, shape in parameter_shapes(config).items():
-        if name in _MODEL_NAMES:
-            out[_MODEL_NAMES[name]] = shape
-        else:
-            out |= {f"blocks.{i}.{_LAYER_NAMES[name]}": shape[1:] for i in range(shape[0])}
-    return out
+    return {
+        name: shape[is_layered(bank) :]
+        for bank, shape in parameter_shapes(config).items()
+        for name in upstream_names(bank, shape)
+    }
 
 
 def check_state(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -129,13 +141,8 @@ def listed(names: Iterable[object]) -> str:
 def to_upstream(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Upstream's per-layer tensors, as views of the banks in `state`; InputError for an unknown bank."""
     out = {}
-    for name, tensor in state.items():
-        if name in _MODEL_NAMES:
-            out[_MODEL_NAMES[name]] = tensor
-        elif name in _LAYER_NAMES:
-            out |= {f"blocks.{i}.{_LAYER_NAMES[name]}": layer for i, layer in enumerate(tensor)}
-        else:
-            raise InputError(f"unexpected tensors: {name}")
+    for bank, tensor in state.items():
+        out |= zip(upstream_names(bank, tensor.shape), tensor if is_layered(bank) else [tensor], strict=True)
     return out
 
 
@@ -147,17 +154,21 @@ def from_upstream(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str,
     """
     state = _one_spelling(state)
     check_state(state, upstream_shapes(config))
-    return {
-        name: state[_MODEL_NAMES[name]]
-        if name in _MODEL_NAMES
-        else torch.stack([state[f"blocks.{i}.{_LAYER_NAMES[name]}"] for i in range(shape[0])])
-        for name, shape in parameter_shapes(config).items()
-    }
+    banks = {}
+    for bank, shape in parameter_shapes(config).items():
+        tensors = [state[name] for name in upstream_names(bank, shape)]
+        banks[bank] = torch.stack(tensors) if is_layered(bank) else tensors[0]
+    return banks
+
+
+def canonical_name(name: str) -> str:
+    """The name that `upstream_names` has for a tensor which PR #65 calls otherwise."""
+    return _PR65_NAMES.get(name, name)
 
 
 def _one_spelling(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`state` under this module's names, without the empty skip_weights of a one-layer model."""
-    out = {_PR65_NAMES.get(name, name): tensor for name, tensor in state.items()}
+    out = {canonical_name(name): tensor for name, tensor in state.items()}
     if len(out) < len(state):
         twice = [name for name, other in _PR65_NAMES.items() if name in state and other in state]
         raise InputError(f"tensors under two names: {listed(twice)}")

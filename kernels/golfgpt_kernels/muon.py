@@ -379,8 +379,8 @@ def muon_momentum_(
     op = "muon_momentum_"
     _check_lists(op, grads=grads, buffers=buffers, outs=outs)
     _check_square_sums(op, outs, square_sums)
-    _check_scalar(op, grads, momentum=momentum)
-    _check_switch(op, grads, ok=ok)
+    _check_scalar(op, grads, torch.float32, momentum=momentum)
+    _check_scalar(op, grads, torch.bool, ok=ok)
     if not grads:
         return
     if _by_kernel(op, impl, grads=grads, buffers=buffers, outs=outs, square_sums=square_sums or []):
@@ -413,8 +413,8 @@ def muon_update_(
     or, with `bits` and fake_quantize_rows's other options, the fake-quantized ones."""
     op = "muon_update_"
     _check_lists(op, params=params, updates=updates, **({} if shadows is None else {"shadows": shadows}))
-    _check_scalar(op, params, lr=lr)
-    _check_switch(op, params, ok=ok, enabled=enabled)
+    _check_scalar(op, params, torch.float32, lr=lr)
+    _check_scalar(op, params, torch.bool, ok=ok, enabled=enabled)
     if len(scales) != len(params):
         raise ValueError(f"{op}: {len(scales)} scales for {len(params)} params; possible: one each")
     options = dict(
@@ -479,22 +479,18 @@ def _check_bits(op: str, params: Sequence[Tensor], shadows, bits: list, options:
         check_row_options(op, f"params[{i}]", p, bits=n, **options)
 
 
-def _check_scalar(op: str, tensors: Sequence[Tensor], **scalars: Tensor) -> None:
+def _check_scalar(op: str, tensors: Sequence[Tensor], dtype: torch.dtype, **scalars: Tensor | None) -> None:
+    """Each a 0-d tensor of `dtype`; what is bool may be missing."""
     for name, value in scalars.items():
-        if value.dtype != torch.float32 or value.ndim or (tensors and value.device != tensors[0].device):
-            raise ValueError(
-                f"{op}: {name} has dtype {value.dtype}, shape {tuple(value.shape)}, on {value.device}; "
-                f"possible: a 0-d fp32 tensor on the matrices' device"
-            )
-
-
-def _check_switch(op: str, tensors: Sequence[Tensor], **switches: Tensor | None) -> None:
-    for name, on in switches.items():
-        if on is not None and (on.dtype != torch.bool or on.ndim or (tensors and on.device != tensors[0].device)):
-            raise ValueError(
-                f"{op}: {name} has dtype {on.dtype}, shape {tuple(on.shape)}, on {on.device}; "
-                f"possible: a 0-d bool tensor on the matrices' device"
-            )
+        if value is None and dtype == torch.bool:
+            continue
+        if not isinstance(value, Tensor):
+            given = f"is a {type(value).__name__}"
+        elif value.dtype != dtype or value.ndim or (tensors and value.device != tensors[0].device):
+            given = f"has dtype {value.dtype}, shape {tuple(value.shape)}, on {value.device}"
+        else:
+            continue
+        raise ValueError(f"{op}: {name} {given}; possible: a 0-d {dtype} tensor on the matrices' device")
 
 
 def _by_kernel(op: str, impl: Impl, **lists: Sequence[Tensor]) -> bool:

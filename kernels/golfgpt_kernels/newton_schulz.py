@@ -422,6 +422,7 @@ def newton_schulz(
                 f"newton_schulz: square_sums have shape {tuple(square_sums.shape)} and dtype {square_sums.dtype}; "
                 f"possible: {(*lead, 'P')} with P >= 1 in one of {wide}"
             )
+        square_sums = square_sums.detach()
     triples = _per_step(coefficients, steps)
     computed = x.new_empty(0, dtype=dtype if x.dtype in KERNEL_DTYPES else x.dtype)  # kernels take neither in float64
     if not runs_triton("newton_schulz", impl, computed, x.shape[:-1].numel()):

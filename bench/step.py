@@ -1,0 +1,554 @@
+"""One training step of a recipe on one device, as this project takes it and as the published scripts do.
+
+    python -m bench.step [--recipes NAME ...] [--seconds N] [--out DIR] [--trace]
+    python -m bench.step --small            tiny models, on a CPU in a minute; shows that it works and no more
+
+The work is that of one rank of 8: its span of tokens in one forward and backward, then the update. The forms:
+
+    eager           golfgpt's model and optimizer, not compiled, no kernels
+    published       bench/published.py as rank 0 of 8, which orthogonalizes every eighth matrix; no communication
+    published_all   the same orthogonalizing all matrices
+    golfgpt         golfgpt.trainer, compiled, with whatever kernels "auto" picks
+
+All start from the same weights and read the same tokens; the losses of their first steps show that they do the same
+work (published_all stands for published, whose other matrices do not move). Then they take turns, a few steps each, so
+that clocks drift alike; a turn's first step is not counted. Times are of CUDA events on a GPU, of the clock on a CPU.
+
+DIR/step-*.json (of --small small-step-*.json), written as it comes, the picture step.png at the end: gpu, sm, torch,
+triton, cuda, driver, date, command, roofs, small, dtype, and
+
+    entries     one per recipe
+        recipe, tokens, seq_len, parameters, matrix_parameters
+        flops       {"matrices", "attention"}, see `matrix_flops` and `attention_flops`
+        floor_ms    see `floor_ms`, at the measured roofs (null without a GPU)
+        ready_seconds       {form: to compile and warm up}
+        losses      {form: nats of each checked step}; loss_difference: {form: from golfgpt's, relative, at the worst
+                    step}; same_work: whether all are in bounds
+        forms       {form: {"ms": {"step", "forward", "backward", "optimizer", "data", "rest"}, "spread", "steps",
+                    "tokens_per_second", "mfu", "of_floor", "peak_bytes"}}; medians, spread as in golfgpt_kernels.tuning
+        ratios      {form: {phase: golfgpt / form}}
+        optimizer_share     of golfgpt's step
+        fake_quant_ms       of quantizing all banks once, alone; fake_quant_share of golfgpt's step
+        synchronizations    where golfgpt's step makes the host wait ("file:line"; null without a GPU)
+        optimizer_graph     whether golfgpt's update is a CUDA graph, or why not
+        failed      {form: why}
+    unfinished  recipes that the time did not suffice for
+
+data is everything before the forward, zeroing gradients included; optimizer is clipping and update; rest is what lies
+between the backward and the update, and after it: the gradient norm, votes, clock and loss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import math
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import torch
+from golfgpt_kernels import _dispatch, tuning
+from torch import Tensor
+
+from bench import conftest, published, report
+from bench.roofs import roofs
+from golfgpt.attention import select_backend
+from golfgpt.config import DataConfig, ModelConfig, RunConfig, RuntimeConfig, ScheduleConfig
+from golfgpt.distributed import Ranks
+from golfgpt.errors import InputError
+from golfgpt.model import GPT, MATRIX_BANKS
+from golfgpt.recipes import get
+from golfgpt.trainer import Pending, Trainer
+from golfgpt.upstream import parameter_shapes
+
+RECIPES = ("baseline", "mixed-qat", "int5-int6-swa")
+FORMS = ("eager", "published_all", "published", "golfgpt")
+PHASES = report.STEP_PHASES
+PEAK_FLOPS = 989e12  # bf16, dense, of an H100 or H200: what MFU is a share of
+RANKS = 8
+WARM_UP, CHECKED_STEPS = 3, 5  # codes that flip carry the forms apart in more steps
+TURNS, STEPS_A_TURN = 6, 6
+# Relative. Tiny models on a CPU are within 4e-6 in float32 and 1e-3 in bf16; never measured on a GPU.
+LOSS_BOUND = {torch.float32: 1e-4, torch.bfloat16: 0.01}
+RESERVE = 20.0  # seconds of the budget for imports, the picture and the end of the process
+
+Mark = Callable[[str], None]  # is told the phase that begins
+
+
+# ---- what is run
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all forms of a recipe have in common."""
+
+    config: RunConfig
+    tokens: np.ndarray
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, recipe: str, *, small: bool, device: torch.device, dtype: torch.dtype) -> Setup:
+        """One rank's share of a recipe, at a constant learning rate; `dtype` is the embeddings' too."""
+        config = get(recipe).config
+        model, quant = config.model, config.quant
+        data = DataConfig(batch_tokens=config.data.batch_tokens // RANKS, seq_len=config.data.seq_len, spans=1)
+        if small:
+            pairs = {"bigram_vocab_size": 64, "bigram_dim": 32} if model.bigram_hash != "none" else {}
+            model = replace(
+                model, vocab_size=128, num_layers=model.num_layers // 3, model_dim=64, num_heads=4, num_kv_heads=2,
+                mlp_hidden=64 * model.mlp_hidden // model.model_dim, **pairs,
+            )  # fmt: skip
+            data = DataConfig(batch_tokens=512, seq_len=64, spans=1)
+            quant = replace(quant, keep_numel=0)
+        optim = replace(config.optim, embed_dtype=_name(dtype))
+        schedule = ScheduleConfig(kind="warmdown_steps", warmdown_steps=0, max_seconds=None)
+        config = replace(config, model=model, data=data, quant=quant, optim=optim, schedule=schedule)
+        return cls(config, made_up_tokens(model.vocab_size), device, dtype)
+
+    def weights(self) -> dict[str, Tensor]:
+        """golfgpt's first ones, matrices and tables rounded as published models keep them. Those that start at zero are
+        drawn, so that a loss depends on every part of the model from the first step on."""
+        generator = torch.Generator().manual_seed(0)
+        weights = GPT(self.config.model, seed=self.config.seed).state_dict()
+        for name in [name for name in weights if name in (*MATRIX_BANKS, "tok_emb", "bigram_table")]:
+            w = weights[name].float()
+            if not w.any():
+                w = torch.randn(w.shape, generator=generator) * w.size(-1) ** -0.5
+            weights[name] = w.to(self.dtype).float()
+        return weights
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def made_up_tokens(vocab_size: int, count: int = 2_000_000) -> np.ndarray:
+    """uint16 (count,): Zipf's frequencies, and in half of the places the token that follows from the one before."""
+    random = np.random.default_rng(0)
+    weights = 1 / (np.arange(vocab_size) + 10)
+    drawn = random.choice(vocab_size, count, p=weights / weights.sum())
+    follows = random.permutation(vocab_size)
+    drawn[1:] = np.where(random.random(count - 1) < 0.5, follows[drawn[:-1]], drawn[1:])
+    return drawn.astype(np.uint16)
+
+
+# ---- what a step must do at least
+
+
+def matrix_parameters(c: ModelConfig) -> int:
+    """Weights that multiply activations: the layers' matrices, the pair projection and the head, tied or not."""
+    layer = 2 * c.model_dim**2 + 2 * c.model_dim * c.kv_dim + 2 * c.model_dim * c.mlp_hidden
+    return c.num_layers * layer + c.vocab_size * c.model_dim + c.model_dim * c.bigram_dim
+
+
+def matrix_flops(c: ModelConfig, tokens: int) -> int:
+    """A multiplication and an addition per weight and token, in the forward and for both gradients: 6."""
+    return 6 * matrix_parameters(c) * tokens
+
+
+def attention_flops(c: ModelConfig, tokens: int, seq_len: int) -> int:
+    """Causal forward: q kᵀ and its product with v, 2 flops per channel and pair of positions each; half the pairs."""
+    return c.num_layers * tokens * seq_len * 2 * c.model_dim
+
+
+def mfu(c: ModelConfig, tokens: int, seq_len: int, ms: float) -> float:
+    """Share of the peak: 6 flops per matrix weight and token, and attention's backward counted as two forwards."""
+    return (matrix_flops(c, tokens) + 3 * attention_flops(c, tokens, seq_len)) / (ms / 1e3 * PEAK_FLOPS)
+
+
+def floor_ms(c: ModelConfig, tokens: int, seq_len: int, tflops: float, gbps: float) -> float:
+    """No step is faster at these roofs, as far as is known how to fuse it. The sum of
+
+    - matrix products, and attention with a backward of 2.5 forwards (it computes q kᵀ again), at `tflops`
+    - Newton-Schulz of M x N, M <= N: 5 (3 M² N + M³) flops, half of each symmetric product
+    - 15 passes over the residual stream per layer, which remain when all that may be fused into a GEMM is
+    - logits written, read, and read and written again, in bf16
+    - the update: 20 bytes per parameter, gradient read, momentum and weight read and written
+    """
+    matrices = [
+        *c.num_layers * (2 * [(c.model_dim, c.model_dim)] + 2 * [(c.kv_dim, c.model_dim)]),
+        *c.num_layers * (2 * [sorted((c.mlp_hidden, c.model_dim))]),
+        *([sorted((c.bigram_dim, c.model_dim))] if c.bigram_dim else []),
+    ]
+    parameters = sum(math.prod(shape) for shape in parameter_shapes(c).values())
+    flops = matrix_flops(c, tokens) + 3.5 * attention_flops(c, tokens, seq_len)
+    flops += sum(5 * (3 * m * m * n + m**3) for m, n in matrices)
+    traffic = 2 * tokens * (15 * c.num_layers * c.model_dim + 4 * c.vocab_size) + 20 * parameters
+    return flops / tflops / 1e9 + traffic / gbps / 1e6
+
+
+# ---- the forms
+
+
+class Published:
+    """bench.published. The forms of all matrices and of rank 0's share are one model, compiled once."""
+
+    def __init__(self, setup: Setup, loop: published.Loop | None = None):
+        self.world = 1 if loop is None else RANKS
+        self.loop = loop or published.Loop(setup.config, setup.tokens, setup.device, setup.dtype)
+        if loop is None:
+            self.loop.load(setup.weights())
+            for step in range(WARM_UP):
+                self.loop.step(step, lambda phase: None)
+            self.loop.load(setup.weights())
+
+    def step(self, step: int, mark: Mark) -> float:
+        self.loop.muon.world = self.world
+        return self.loop.step(step, mark)
+
+
+class Golfgpt:
+    """golfgpt.trainer's step, told apart into phases at the places where its parts meet."""
+
+    def __init__(self, setup: Setup, *, compile: str, graph: bool):
+        runtime = RuntimeConfig(
+            device=setup.device.type, dtype=_name(setup.dtype), compile=compile,
+            optimizer_graph=graph, warmup_steps=WARM_UP,
+        )  # fmt: skip
+        dataset = SimpleNamespace(train=[setup.tokens])
+        self.trainer = Trainer(replace(setup.config, runtime=runtime), dataset, Ranks(0, 1, setup.device))
+        self.trainer.model.load_state_dict(setup.weights())
+        self.trainer.optimizers.muon.dtype = setup.dtype  # in float32 all forms agree to the last digits
+        self.trainer.warm_up(WARM_UP, lambda step: None)
+        self.loss, self.graph = self.trainer._loss, graph
+        self.last: Pending | None = None
+
+    def step(self, step: int, mark: Mark) -> Pending:
+        """Like the training loop: the result of the step before is read when this one is enqueued."""
+
+        def loss(*args, **options) -> Tensor:
+            mark("forward")
+            out = self.loss(*args, **options)
+            mark("backward")
+            return out
+
+        def votes() -> tuple[bool, bool, bool]:
+            mark("rest")
+            return False, False, False
+
+        mark("data")
+        self.trainer._loss = loss
+        pending = self.trainer.launch(step, 0.0, votes)
+        mark("optimizer")
+        self.trainer.update(step)
+        mark("rest")
+        if self.last is not None:
+            self.trainer.wait(self.last)
+        self.last = pending
+        return pending
+
+
+class Eager(Golfgpt):
+    """Without compiler and kernels, whatever was measured to be faster here."""
+
+    def __init__(self, setup: Setup):
+        with self.no_kernels():
+            super().__init__(setup, compile="off", graph=False)
+
+    @staticmethod
+    def no_kernels() -> contextlib.AbstractContextManager:
+        return mock.patch.object(_dispatch, "_least_rows", lambda *_: None)
+
+    def step(self, step: int, mark: Mark) -> Pending:
+        with self.no_kernels():
+            return super().step(step, mark)
+
+
+Form = Published | Golfgpt
+
+
+def build(name: str, setup: Setup, built: Mapping[str, Form]) -> Form:
+    """A form with the first weights that compiles nothing any more."""
+    if name == "published":
+        return Published(setup, built["published_all"].loop)  # KeyError: that one failed
+    if name == "published_all":
+        return Published(setup)
+    if name == "eager":
+        return Eager(setup)
+    if setup.device.type != "cuda":
+        return Golfgpt(setup, compile="off", graph=False)
+    try:
+        return Golfgpt(setup, compile="on", graph=True)
+    except TimeoutError:
+        raise
+    except Exception as error:
+        made = Golfgpt(setup, compile="on", graph=False)
+        made.graph = tuning.reason(error)
+        return made
+
+
+# ---- timing
+
+
+class Marks:
+    """Where the phases of a step begin, on the device's own time line."""
+
+    def __init__(self, device: torch.device):
+        self.cuda, self.marks = device.type == "cuda", []
+
+    def __call__(self, phase: str) -> None:
+        if self.cuda:
+            now = torch.cuda.Event(enable_timing=True)
+            now.record()
+        else:
+            now = time.perf_counter()
+        self.marks.append((phase, now))
+
+    def ms(self) -> dict[str, float]:
+        """Milliseconds of each phase, and of the step; after the device is done."""
+        out = dict.fromkeys(("step", *PHASES), 0.0)
+        for (phase, begin), (_, end) in pairwise(self.marks):
+            out[phase] += begin.elapsed_time(end) if self.cuda else 1e3 * (end - begin)
+        return out | {"step": sum(out.values())}
+
+
+class Timed:
+    """A form, its losses and times so far."""
+
+    def __init__(self, form: Form, setup: Setup):
+        self.form, self.setup = form, setup
+        self.done, self.times = 0, []
+        self.resident, self.peak = 0, 0  # bytes between steps, and at most
+
+    def turn(self, steps: int) -> list[float]:
+        """Take `steps` steps and return their losses."""
+        cuda, device = self.setup.device.type == "cuda", self.setup.device
+        if cuda:
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+        losses, marks = [], []
+        for step in range(self.done, self.done + steps):
+            marks.append(Marks(device))
+            losses.append(self.form.step(step, marks[-1]))
+            marks[-1]("end")
+        self.done += steps
+        if cuda:
+            torch.cuda.synchronize(device)
+            self.peak = max(self.peak, self.resident + torch.cuda.max_memory_allocated(device) - before)
+        self.times += [mark.ms() for mark in marks[1:]]
+        return [loss if isinstance(loss, float) else loss.result().loss for loss in losses]
+
+    def entry(self, floor: float | None) -> dict:
+        """Medians so far."""
+        config, data = self.setup.config.model, self.setup.config.data
+        ms = {phase: statistics.median(times[phase] for times in self.times) for phase in ("step", *PHASES)}
+        steps = sorted(times["step"] for times in self.times)
+        low, high = (steps[int(share * (len(steps) - 1))] for share in (0.1, 0.9))
+        return {
+            "ms": {phase: round(value, 4) for phase, value in ms.items()},
+            "spread": round((high - low) / ms["step"], 4),
+            "steps": len(steps),
+            "tokens_per_second": round(data.batch_tokens / ms["step"] * 1e3),
+            "mfu": round(mfu(config, data.batch_tokens, data.seq_len, ms["step"]), 4),
+            "of_floor": round(floor / ms["step"], 4) if floor else None,
+            "peak_bytes": self.peak or None,
+        }
+
+
+def synchronizations(form: Form, step: int) -> list[str]:
+    """Where a step makes the host wait for the GPU, as "file:line"."""
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            form.step(step, lambda phase: None)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return [f"{Path(w.filename).name}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message)]
+
+
+def fake_quant_ms(trainer: Trainer) -> float:
+    """Quantizing all matrices once, alone; the step does it inside the launch that updates them."""
+
+    def quantize(_inputs: object) -> None:
+        trainer.shadows.refresh(trainer.shadows.quantized)
+
+    return tuning.time_us(quantize, [{}], trainer.ranks.device).us / 1e3
+
+
+def trace(form: Form, step: int, file: Path) -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    cuda = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+    with profile(activities=[ProfilerActivity.CPU, *cuda]) as profiler:
+        for i in range(2):
+            form.step(step + i, lambda phase: None)
+        if cuda:
+            torch.cuda.synchronize()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(file))
+
+
+# ---- one recipe
+
+
+def new_entry(recipe: str, setup: Setup, measured: Mapping[str, float] | None) -> dict:
+    model, data = setup.config.model, setup.config.data
+    cost = model, data.batch_tokens, data.seq_len
+    return {
+        "recipe": recipe, "tokens": data.batch_tokens, "seq_len": data.seq_len,
+        "parameters": sum(math.prod(shape) for shape in parameter_shapes(model).values()),
+        "matrix_parameters": matrix_parameters(model),
+        "flops": {"matrices": matrix_flops(*cost[:2]), "attention": attention_flops(*cost)},
+        "floor_ms": round(floor_ms(*cost, **measured), 4) if measured else None,
+        "ready_seconds": {}, "losses": {}, "loss_difference": {}, "same_work": None, "forms": {}, "ratios": {},
+        "optimizer_share": None, "fake_quant_ms": None, "fake_quant_share": None, "synchronizations": None,
+        "optimizer_graph": None, "failed": {},
+    }  # fmt: skip
+
+
+def measure(setup: Setup, entry: dict, save: Callable[[], None], traces: Path | None, turns: int) -> None:
+    """Build, check and time the forms into `entry`, which `save` keeps after every part."""
+    cuda, built = setup.device.type == "cuda", {}
+    if cuda:
+        data = setup.config.data
+        select_backend("auto", setup.config.model, [data.seq_len], setup.device, setup.dtype)
+    for name in FORMS:
+        with failure(entry, name):
+            before, began = torch.cuda.memory_allocated() if cuda else 0, time.perf_counter()
+            form = build(name, setup, {name: timed.form for name, timed in built.items()})
+            entry["ready_seconds"][name] = round(time.perf_counter() - began, 1)
+            print(f"{entry['recipe']}: {name} is ready after {entry['ready_seconds'][name]} s", flush=True)
+            timed = Timed(form, setup)
+            if name == "published":  # the same memory, and losses that no other form can have
+                timed.resident = built["published_all"].resident
+            else:
+                entry["losses"][name] = timed.turn(CHECKED_STEPS)
+                timed.resident = torch.cuda.memory_allocated() - before if cuda else 0
+                timed.times, timed.peak = [], 0
+            built[name] = timed
+        check_losses(entry, setup.dtype)
+        save()
+    for _ in range(turns):
+        for name, timed in list(built.items()):
+            with failure(entry, name):
+                timed.turn(STEPS_A_TURN)
+                entry["forms"][name] = timed.entry(entry["floor_ms"])
+            if name in entry["failed"]:
+                del built[name]
+        add_ratios(entry)
+        save()
+    if "golfgpt" in built:
+        with failure(entry, "details"):
+            add_details(built["golfgpt"], entry)
+        save()
+    for name in built.keys() & {"golfgpt", "published"} if traces else ():
+        trace(built[name].form, built[name].done, traces / f"trace-{entry['recipe']}-{name}.json.gz")
+
+
+@contextlib.contextmanager
+def failure(entry: dict, name: str) -> Iterator[None]:
+    """A form that fails says why, and the others go on; not so when the time is up, however it is wrapped."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, TimeoutError) or "the time is up" in str(error):
+            raise
+        entry["failed"][name] = tuning.reason(error)
+    gc.collect()
+
+
+def check_losses(entry: dict, dtype: torch.dtype) -> None:
+    """How far the other forms' losses are from golfgpt's, relative, at the worst step."""
+    losses = dict(entry["losses"])
+    ours = losses.pop("golfgpt", [])
+    for name, theirs in losses.items() if ours else ():
+        pairs = list(zip(ours, theirs, strict=True))
+        finite = all(math.isfinite(a) and math.isfinite(b) for a, b in pairs)
+        entry["loss_difference"][name] = max(abs(b / a - 1) for a, b in pairs) if finite else math.inf
+    if entry["loss_difference"]:
+        entry["same_work"] = all(worst <= LOSS_BOUND[dtype] for worst in entry["loss_difference"].values())
+
+
+def add_ratios(entry: dict) -> None:
+    if (ours := entry["forms"].get("golfgpt")) is None:
+        return
+    for name, theirs in entry["forms"].items():
+        pairs = {phase: (ours["ms"][phase], theirs["ms"][phase]) for phase in ours["ms"]}
+        entry["ratios"][name] = {phase: round(a / b, 4) for phase, (a, b) in pairs.items() if b}
+        if theirs["peak_bytes"]:
+            entry["ratios"][name]["peak_bytes"] = round(ours["peak_bytes"] / theirs["peak_bytes"], 4)
+    entry["optimizer_share"] = round(ours["ms"]["optimizer"] / ours["ms"]["step"], 4)
+
+
+def add_details(timed: Timed, entry: dict) -> None:
+    """What is asked of golfgpt's step alone."""
+    entry["optimizer_graph"] = timed.form.graph
+    if timed.form.trainer.shadows.quantized:
+        entry["fake_quant_ms"] = round(fake_quant_ms(timed.form.trainer), 4)
+        entry["fake_quant_share"] = round(entry["fake_quant_ms"] / entry["forms"]["golfgpt"]["ms"]["step"], 4)
+    if timed.setup.device.type == "cuda":
+        entry["synchronizations"] = synchronizations(timed.form, timed.done)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipes", nargs="+", default=RECIPES, metavar="NAME")
+    parser.add_argument("--seconds", type=float, default=400.0, help="ends by then, with what there is (400)")
+    parser.add_argument("--out", type=Path, help="folder of results (on a GPU: bench/results)")
+    parser.add_argument("--small", action="store_true", help="tiny models")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="on a GPU bfloat16, on a CPU float32")
+    parser.add_argument("--trace", action="store_true", help="two steps of published and golfgpt by torch.profiler")
+    options = parser.parse_args(arguments)
+    try:
+        for recipe in options.recipes:
+            get(recipe)
+    except InputError as error:
+        parser.error(str(error))
+    cuda = torch.cuda.is_available()
+    if not (cuda or options.small):
+        parser.error("bench.step needs a CUDA device; --small runs tiny models without one")
+    device = torch.device("cuda", 0) if cuda else torch.device("cpu")
+    dtype = getattr(torch, options.dtype or ("bfloat16" if cuda else "float32"))
+    out = options.out or (report.RESULTS if cuda else None)
+    if options.trace and out is None:
+        parser.error("--trace needs --out DIR on a CPU")
+    result = tuning.environment(device) | {"date": time.strftime("%Y-%m-%d"), "command": "python -m bench.step"}
+    result |= {"cuda": torch.version.cuda, "driver": conftest.driver(), "roofs": None, "small": options.small}
+    result |= {"dtype": _name(dtype), "entries": [], "unfinished": list(options.recipes)}
+    stop = time.monotonic() + options.seconds - min(RESERVE, options.seconds / 4)
+
+    def save() -> None:
+        if out is not None:
+            tuning.write_json(out / report.step_result_name(result), result)
+
+    try:
+        with tuning.time_limit(stop - time.monotonic()):
+            result["roofs"] = roofs(device) if cuda else None
+            for recipe in options.recipes:
+                setup = Setup.of(recipe, small=options.small, device=device, dtype=dtype)
+                entry = new_entry(recipe, setup, result["roofs"])
+                result["entries"].append(entry)
+                measure(setup, entry, save, out if options.trace else None, 1 if options.small else TURNS)
+                result["unfinished"].remove(recipe)
+                torch._dynamo.reset()  # or its limit on recompilations would add up over recipes
+                print(report.step_table(result | {"entries": [entry]}), flush=True)
+    except Exception:  # after the limit whatever was raised may be the limit, wrapped
+        if time.monotonic() < stop:
+            raise
+        print(f"the time is up; unfinished: {', '.join(result['unfinished'])}")
+    save()
+    print(report.step_figures(result))
+    if out is not None and any(entry["forms"] for entry in result["entries"]):
+        report.step_picture([result], out / ("small-step.png" if options.small else "step.png"))
+    wrong = [e["recipe"] for e in result["entries"] if e["failed"] or e["same_work"] is False]
+    if wrong:
+        print(f"a form failed or does other work: {', '.join(wrong)}")
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""What torch.compile made, kept from run to run: one file for each GPU, torch, triton and shape of training.
+
+Compiling a full-size step takes minutes, which are off the training clock and on the bill. Files are torch's own
+(`torch.compiler.save_cache_artifacts`) under $XDG_CACHE_HOME/golfgpt/compile. Like torch's other caches they hold code:
+carry them between machines of your own, not from strangers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from torch._dynamo.utils import counters
+
+from golfgpt.config import RunConfig, to_dict
+from golfgpt.files import write_bytes
+
+
+def cache_file(config: RunConfig, dtype: torch.dtype, device: torch.device) -> Path:
+    """Where the compiled step of `config` is kept. Everything that shapes its graphs is in the name's digest."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "golfgpt" / "compile"
+    facts = {
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "versions": {name: _version(name) for name in ("torch", "triton", "golfgpt")},
+        "model": to_dict(config.model),
+        "quant": to_dict(config.quant),
+        "data": {"seq_len": config.data.seq_len, "tokens": config.data.microbatch_tokens or config.data.span_tokens},
+        "dtype": str(dtype),
+    }
+    return folder / f"{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]}.bin"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def load(file: Path) -> bool:
+    """Hand the file to torch before anything is compiled; False where there is none that torch can read."""
+    if not file.is_file():
+        return False
+    return torch.compiler.load_cache_artifacts(file.read_bytes()) is not None
+
+
+def save(file: Path) -> int | None:
+    """Write what was compiled so far; returns its bytes, None where there is nothing to keep or no place for it."""
+    artifacts = torch.compiler.save_cache_artifacts()
+    if artifacts is None:
+        return None
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(file, artifacts[0])
+    except OSError:
+        return None
+    return len(artifacts[0])
+
+
+def graphs() -> int:
+    """Graphs that this process has compiled so far; more of them in the middle of training are a surprise."""
+    return counters["stats"]["unique_graphs"]
