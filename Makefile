@@ -1,5 +1,5 @@
 # make demo   train, compress, prove and sample a small model (three minutes after installation)
-# make test   lint and test
+# make test   lint and test, in JOBS processes (2; each test takes one thread and up to 2 GB)
 # make test-full   every published recipe at full size, one step each, from data to score (10 GB, minutes)
 # PYTHON names the interpreter that makes .venv; PIP_ARGS goes to pip.
 #
@@ -18,6 +18,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+JOBS ?= 2
 OUT ?= bench/results
 LIMIT ?= 400
 GPU = PYTHONPATH=kernels:.$(if $(PYTHONPATH),:$(PYTHONPATH)) PYTHONUNBUFFERED=1 timeout --kill-after=10
@@ -28,7 +29,7 @@ demo: $(VENV)/installed
 	$(BIN)/golfgpt demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-full: $(VENV)/installed
 	$(BIN)/python -m pytest -m long

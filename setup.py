@@ -32,7 +32,15 @@ setup(
     ],
     extras_require={
         "train": train,
-        "test": [*train, "hypothesis>=6.100", "matplotlib>=3.9", "pytest>=8", "pytest-benchmark>=5", "ruff>=0.9"],
+        "test": [
+            *train,
+            "hypothesis>=6.100",
+            "matplotlib>=3.9",
+            "pytest>=8",
+            "pytest-benchmark>=5",
+            "pytest-xdist>=3.6",
+            "ruff>=0.9",
+        ],
         "bench": [
             *train,
             "cut-cross-entropy>=25.1; platform_system == 'Linux'",

@@ -104,6 +104,19 @@ def test_the_widest_mlp_that_fits_is_found():
         fitted(replace(config, budget=replace(config.budget, artifact_bytes=1_000_000)))
 
 
+def test_golf_leaves_the_reserve_and_keeps_no_published_flaw():
+    config = fitted(RECIPES["golf"].config)
+    assert forecast_bytes(Quantizer(config.model, config.quant)) <= 16_000_000 - 60_000 - 200_000
+    published, ours, defaults = RECIPES["int5-int6-swa-base"].config, config, RunConfig()
+    assert (published.quant.scale_floor, ours.quant.scale_floor) == (2**-14, defaults.quant.scale_floor)
+    assert (ours.quant.clip_floor, ours.average.sums, ours.optim.embed_dtype) == (0.0, "float32", "float32")
+    assert (ours.eval.rule, ours.schedule.warmdown_max_frac, ours.model.rope_reference_len) == (
+        "every_token",
+        None,
+        None,
+    )
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Published vocabulary size, so that full-size models train on it."""
@@ -116,7 +129,7 @@ def data(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", [*PUBLISHED, "golf"])
 def test_one_step_at_full_size_from_data_to_score(name, data, tmp_path):
     """One optimizer step on one sequence, export, byte count of the file, reload, two windows scored."""
     c = RECIPES[name].config
@@ -136,8 +149,10 @@ def test_one_step_at_full_size_from_data_to_score(name, data, tmp_path):
     result = train(config, tmp_path / "run", quiet=True)
     file = tmp_path / "run" / "model.golf"
     info = artifact.inspect(file)
-    parameters, payload = PUBLISHED[name]
-    assert result["parameters"] == info.parameters == parameters and info.payload_bytes == payload
+    fit = fitted(c)
+    quantizer = Quantizer(fit.model, fit.quant)
+    expected = PUBLISHED.get(name, (sum(f.elements for f in quantizer.formats.values()), quantizer.payload_bytes))
+    assert (result["parameters"], info.payload_bytes) == (info.parameters, info.payload_bytes) == expected
     assert result["artifact_bytes"] == file.stat().st_size == info.file_bytes
     assert result["total_bytes"] == file.stat().st_size + c.budget.code_bytes
     assert result["score"]["partial"] and result["score"]["val_bpb"] > 0

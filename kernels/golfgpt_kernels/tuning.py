@@ -43,10 +43,11 @@ from torch import Tensor
 
 from . import _dispatch
 from ._cases import CASES, COLUMNS, QUICK, SMALL, Case, Inputs
+from ._dispatch import tuned_file
 from ._tiles import compute_capability
 from .testing import budget_violation, poisoned
 
-__all__ = ["CASES", "COLUMNS", "QUICK", "SMALL", "Case", "cases", "check", "measure", "quick", "time_us"]
+__all__ = ["CASES", "COLUMNS", "QUICK", "SMALL", "Case", "cases", "check", "measure", "quick", "time_us", "tuned_file"]
 
 
 def cases(*ops: str) -> tuple[Case, ...]:
@@ -387,7 +388,7 @@ def quick(
     """
     if device.type != "cuda":
         raise RuntimeError(f"quick: device is {device}; possible: a CUDA device, interpreted kernels are never timed")
-    file = _dispatch.tuned_file(device)
+    file = tuned_file(device)
     entries = []
     say(table_head())
     for case, entry in within(seconds, cases, partial(measure, device=device, command=command)):
