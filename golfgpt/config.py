@@ -323,8 +323,8 @@ class QuantRule:
         match = re.fullmatch(r"([^=]+)=(float32|float16|int[2-8])(?:/([1-9][0-9]{0,5}))?", text)
         if not match or (match[3] and not match[2].startswith("int")):
             raise ValueError(
-                f"quant.rules: {text!r} is not PATTERN=FORMAT, such as 'tok_emb.weight=float16', '*.mlp.*=int5' or "
-                "'*.attn.*=int6/64' (64 columns a scale)"
+                f"quant.rules: {text!r} is not PATTERN=FORMAT with float32, float16 or int2 to int8, such as "
+                "'tok_emb.weight=float16', '*.mlp.*=int5' or '*.attn.*=int6/64' (64 columns a scale)"
             )
         return cls(match[1], match[2], int(match[3]) if match[3] else None)
 
@@ -383,7 +383,7 @@ class QuantConfig:
         _check(0 < self.qat_below_lr <= 1, f"quant.qat_below_lr must lie above 0 and up to 1, got {self.qat_below_lr}")
         _check(
             self.qat != "off" or (self.qat_start == 0 and self.qat_below_lr == 1),
-            f"quant.qat_start {self.qat_start} and quant.qat_below_lr {self.qat_below_lr} need a quant.qat, got off",
+            "quant.qat_start and quant.qat_below_lr say when fake quantization is on: set quant.qat (export, r4, r5)",
         )
         levels = {"zlib": (1, 9), "zstd": (1, 22), "lzma": (0, 9), "brotli": (0, 11)}
         if self.level is not None:

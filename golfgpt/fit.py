@@ -103,7 +103,8 @@ def fitted(config: RunConfig) -> RunConfig:
     if size(_STEP) > limit:
         raise BudgetError(
             f"budget.fit: with model.mlp_hidden {_STEP} the forecast is {size(_STEP):,} bytes, above the {limit:,} "
-            "that budget.artifact_bytes, code_bytes and reserve_bytes leave; take fewer layers, bits or tokens"
+            "that budget.artifact_bytes, code_bytes and reserve_bytes leave; take fewer layers or bits, or a smaller "
+            "vocabulary"
         )
     low, high = 1, 2
     while size(high * _STEP) <= limit:

@@ -173,7 +173,7 @@ def plan(shapes: Mapping[str, tuple[int, ...]], config: QuantConfig) -> dict[str
             try:
                 formats[part] = TensorFormat((stop - start, *shape[1:]) if layered else shape, *kind)
             except InputError as error:
-                raise InputError(f"quant.rules: {part}: {error}") from None
+                raise InputError(f"quant.rules: {names[start]} ({part}): {error}") from None
             start = stop
     if unused:
         first = next(rule for rule in rules if rule in unused)

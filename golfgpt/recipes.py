@@ -290,12 +290,11 @@ RECIPES: dict[str, Recipe] = {
             _golf,
             (
                 "Never trained at full size: no published or measured score",
-                "From docs/experiments.md, at 1.2 M parameters: BigramHash gains 0.022 bits per byte, SmearGate 0.007, "
-                "weight decay 0.006; averaging costs 0.013, the phase-transition mix 0.025, a scale floor 0.026: they "
-                "are left out",
-                "Not resolved there and kept for being right or free: fake quantization on the artifact's grid, gates "
-                "that stop at documents, orthogonal initialization; not resolved and left out for being simpler: int5 "
-                "MLPs",
+                "From docs/experiments.md, at 1.2 M parameters, three seeds: BigramHash gains 0.021 bits per byte, weight "
+                "decay 0.005; averaging costs 0.013, the phase-transition mix 0.026, a scale floor 0.027: they are left out",
+                "Not resolved there and kept for being right, free or published: SmearGate (0.004 +- 0.005), fake "
+                "quantization on the artifact's grid, gates that stop at documents, orthogonal initialization; left out "
+                "for being simpler: int5 MLPs",
                 "budget.fit replaces model.mlp_hidden before training (golfgpt budget --recipe golf shows by what)",
             ),
         ),
@@ -310,5 +309,5 @@ def get(name: str) -> Recipe:
     if name not in RECIPES:
         close = difflib.get_close_matches(name, RECIPES, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise InputError(f"unknown recipe {name!r}{hint} Known: {', '.join(RECIPES)}")
+        raise InputError(f"unknown recipe {name!r}{hint} (known: {', '.join(RECIPES)})")
     return RECIPES[name]

@@ -131,6 +131,8 @@ class _Run:
     """Steps on their way, with their learning-rate multipliers."""
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=32))
     """Seconds of the last steps."""
+    first: bool = True
+    """Whether `recent` holds the first step of this execution."""
     graphs: int = 0
     """Graphs that torch.compile had made before the clock started."""
     ended: float = 0.0
@@ -325,6 +327,9 @@ class _Run:
         duration, self.ended = seconds - self.ended, seconds
         if not self.recent and self.config.schedule.max_seconds is not None:
             self.decide_after_first_step(seconds, duration)
+        if len(self.recent) == 1 and self.first:  # its duration holds what happens once only
+            self.recent.clear()
+            self.first = False
         self.recent.append(duration)
         if self.trainer.compiled and (graphs := compile_cache.graphs()) > self.graphs:
             if len(self.recent) > 1 or self.config.runtime.warmup_steps:

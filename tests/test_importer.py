@@ -129,6 +129,7 @@ def test_a_run_is_stored_in_other_formats_from_its_trained_weights(trained, caps
     [
         (["--to", "golf", "--out", "{run}/model.golf"], "is the run's own artifact"),
         (["--quant.bits", "5"], "quant.bits: 6 -> 5 changes nothing; --to golf quantizes"),
+        (["--to", "golf", "--quant.qat", "export"], "quant.qat: 'off' -> 'export' changes nothing here"),
         (["--to", "golf", "--quant.rules", "nothing=int6"], "'nothing' matches no tensor of this model"),
     ],
 )

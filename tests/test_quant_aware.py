@@ -239,8 +239,8 @@ def test_the_first_rule_that_matches_decides_and_layers_count_from_both_ends():
             ("blocks.9.attn.c_k.weight=float16",),
             "'blocks.9.attn.c_k.weight' matches no tensor of this model; its names",
         ),
-        (("bigram.scale=int6",), "bigram_scale: format int6 needs rows"),
-        (("*.mlp.fc.*=int6/7",), "mlp_fc: groups of 7 columns do not divide the 36"),
+        (("bigram.scale=int6",), r"bigram.scale .bigram_scale.: format int6 needs rows"),
+        (("*.mlp.fc.*=int6/7",), r"mlp.fc.weight .mlp_fc.: groups of 7 columns do not divide the 36"),
     ],
 )
 def test_rules_that_cannot_be_followed_are_errors(rules, message):

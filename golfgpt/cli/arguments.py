@@ -130,7 +130,7 @@ class Import:
 @dataclass(frozen=True, kw_only=True)
 class Export:
     """Write a run's weights in another format: safetensors under upstream's parameter names, or model.golf's container
-    under another quantization (--quant.bits 5)."""
+    under another quantization. It starts from the run's own quant.*, rules included: --quant.rules replaces them."""
 
     run: Positional[Path]
     """Run folder or .golf file."""

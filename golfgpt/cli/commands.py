@@ -87,7 +87,10 @@ def evaluate(args: Eval) -> int:
     started = stored_config(args.run)
     data = replace(started.data, path=args.data.path)
     runtime = replace(started.runtime, **asdict(args.runtime))
-    config = replace(started, data=data, eval=args.eval, runtime=runtime)
+    try:
+        config = replace(started, data=data, eval=args.eval, runtime=runtime)
+    except ValueError as error:  # fields that are right alone and wrong together
+        raise InputError(str(error)) from error
     ranks = distributed.start(config.runtime.device)
     if config.runtime.threads:
         torch.set_num_threads(config.runtime.threads)
@@ -271,6 +274,7 @@ def export(args: Export) -> int:
 
     from golfgpt import artifact
     from golfgpt.files import write_bytes
+    from golfgpt.report import tensor_table
     from golfgpt.run import artifact_file, trained_weights
     from golfgpt.upstream import to_upstream
 
@@ -281,6 +285,8 @@ def export(args: Export) -> int:
     started = stored_config(args.run).quant if (folder / "config.json").exists() else args.quant
     if args.to == "safetensors" and (changed := differences(started, args.quant, "quant.")):
         raise InputError(f"safetensors holds float32 weights: {changed[0]} changes nothing; --to golf quantizes")
+    if trained := [d for d in differences(started, args.quant, "quant.") if d.startswith("quant.qat")]:
+        raise InputError(f"{trained[0]} changes nothing here: fake quantization is part of training")
     state = artifact.read(file).state if source == "artifact" else trained_weights(folder)
     out = args.out or (folder / "export.golf" if args.to == "golf" else file.with_suffix(".safetensors"))
     if args.to == "golf":
@@ -296,8 +302,10 @@ def export(args: Export) -> int:
     if args.json:
         _print_json({"file": str(out), "source": source, "tensors": len(to_upstream(state)), "bytes": size})
     elif args.to == "golf":
-        print(f"{out}: {size:,} bytes, {written.compressor} level {written.level}, from the {source}'s weights")
-        print(f"next: golfgpt eval {out}")
+        print(tensor_table(written.table()))
+        print(f"\n{out}: {size:,} bytes, {written.compressor} level {written.level}, from the {source}'s weights")
+        here = out.resolve().parent == folder.resolve()
+        print(f"next: golfgpt eval {out}" if here else f"golfgpt eval wants it in the run folder, {folder}")
     else:
         print(f"{out}: {len(tensors)} float32 tensors, {size:,} bytes, from the {source}'s weights")
     return 0
