@@ -290,11 +290,12 @@ RECIPES: dict[str, Recipe] = {
             _golf,
             (
                 "Never trained at full size: no published or measured score",
-                "From docs/experiments.md, at 1.2 M parameters, three seeds: BigramHash gains 0.021 bits per byte, weight "
-                "decay 0.005; averaging costs 0.013, the phase-transition mix 0.026, a scale floor 0.027: they are left out",
+                "From docs/experiments.md, at 1.2 M parameters, three seeds: BigramHash gains 0.021 bits per byte, "
+                "weight decay 0.005; averaging costs 0.013, the phase-transition mix 0.026, a scale floor 0.027: these "
+                "three are left out",
                 "Not resolved there and kept for being right, free or published: SmearGate (0.004 +- 0.005), fake "
-                "quantization on the artifact's grid, gates that stop at documents, orthogonal initialization; left out "
-                "for being simpler: int5 MLPs",
+                "quantization on the artifact's grid, gates that stop at documents, orthogonal initialization; left "
+                "out for being simpler: int5 MLPs",
                 "budget.fit replaces model.mlp_hidden before training (golfgpt budget --recipe golf shows by what)",
             ),
         ),
