@@ -505,8 +505,9 @@ def _brotli_chunks(compressed: memoryview, size: int) -> Iterator[bytes]:
     stream = _optional("brotli").Decompressor()
     for piece in _pieces(compressed):
         yield stream.process(piece, output_buffer_limit=_CHUNK)  # brotli.error past the end of the stream
-        while not stream.is_finished() and not stream.can_accept_more_data():
-            yield stream.process(b"", output_buffer_limit=_CHUNK)
+        # It can accept more data while it still holds output, so that is no sign that all of it was handed out.
+        while not stream.is_finished() and (chunk := stream.process(b"", output_buffer_limit=_CHUNK)):
+            yield chunk
     _check_end(stream.is_finished(), b"")
 
 

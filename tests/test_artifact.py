@@ -12,6 +12,7 @@ import zlib
 from functools import partial
 
 import brotli
+import numpy as np
 import pytest
 import torch
 import zstandard
@@ -491,3 +492,16 @@ def test_the_budget_is_exact_to_the_byte():
         check_budget(15_940_001, budget)
     assert caught.value.exit_code == 4
     assert budget_report(15_940_001, budget).margin_bytes == -1
+
+
+@pytest.mark.parametrize("compressor", CODECS)
+@pytest.mark.parametrize("extra", [-1, 0, 1, 4096])
+def test_codes_that_decode_to_several_chunks_are_read_to_the_end(compressor, extra):
+    """Nearly random codes, as trained weights have: decoders hold output back when the input has ended."""
+    codes = np.random.default_rng(0).standard_normal(3 * 2**20 + extra) * 8
+    payload = np.clip(np.round(codes), -31, 31).astype(np.int8).tobytes()
+    level = {"brotli": 1, "zstd": 1, "zlib": 1, "lzma": 0}[compressor]
+    stream = CODECS[compressor].compress(payload, level)
+    assert artifact._decompress(compressor, memoryview(stream), len(payload)).tobytes() == payload
+    with pytest.raises(InputError, match=f"bad {compressor} payload"):
+        artifact._decompress(compressor, memoryview(stream[:-9]), len(payload))
