@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from golfgpt_kernels import fake_quantize_rows, relu2_mlp, softcap_cross_entropy
+from golfgpt_kernels import fake_quantize_rows, relu2_mlp, softcap_cross_entropy, straight_through
 from torch import Tensor, nn
 
 from golfgpt.config import ModelConfig
@@ -294,7 +294,7 @@ class GPT(nn.Module):
         """
         weights = self._weights(fake_quant)
         for name, shadow in (shadows or {}).items():
-            weights[name] = _StandIn.apply(weights[name], shadow)
+            weights[name] = straight_through(weights[name], shadow)
         hidden = self._hidden(ids, weights, dtype)
         # The head goes in as float32, so that its gradient meets the embedding's unrounded.
         return softcap_cross_entropy(hidden, weights[self._head], targets, softcap=self.config.logit_softcap)
@@ -339,19 +339,6 @@ class GPT(nn.Module):
         return out
 
 
-class _StandIn(torch.autograd.Function):
-    """The second tensor's values with the first one's gradient."""
-
-    @staticmethod
-    def forward(ctx, parameter: Tensor, shadow: Tensor) -> Tensor:
-        ctx.dtype = parameter.dtype
-        return shadow.view_as(shadow)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return grad.to(ctx.dtype), None
-
-
 def fake_quantized(w: Tensor, options: dict[str, Any] | None) -> Tensor:
     """w as the artifact will hold it, with straight-through gradient."""
     if options is None:
@@ -361,7 +348,7 @@ def fake_quantized(w: Tensor, options: dict[str, Any] | None) -> Tensor:
     kept = w.detach().to(options["keep"]).to(w.dtype)
     if options.get("enabled") is not None:
         kept = torch.where(options["enabled"], kept, w.detach())
-    return kept + (w - w.detach())  # the bracket is zero, exactly, and carries the gradient
+    return straight_through(w, kept)
 
 
 def _init_matrices(bank: Tensor, kind: str, generator: torch.Generator) -> None:

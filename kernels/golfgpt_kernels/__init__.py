@@ -5,7 +5,14 @@ rounded.
 """
 
 from ._dispatch import implementation
-from .fake_quant import dequantize_rows, fake_quant_linear, fake_quantize_banks, fake_quantize_rows, quantize_rows
+from .fake_quant import (
+    dequantize_rows,
+    fake_quant_linear,
+    fake_quantize_banks,
+    fake_quantize_rows,
+    quantize_rows,
+    straight_through,
+)
 from .muon import muon_momentum_, muon_update_, square_parts
 from .newton_schulz import newton_schulz
 from .relu2_mlp import linear_relu2, relu2_mlp
@@ -26,5 +33,6 @@ __all__ = [
     "relu2_mlp",
     "softcap_cross_entropy",
     "square_parts",
+    "straight_through",
     "token_logprobs",
 ]

@@ -101,6 +101,7 @@ __all__ = [
     "quantize_rows",
     "quantize_rows_cost",
     "quantize_rows_ref",
+    "straight_through",
 ]
 
 Clip = Literal["max", "quantile"]
@@ -138,6 +139,11 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output: Tensor):
         return grad_output.to(ctx.dtype), None
+
+
+def straight_through(w: Tensor, w_hat: Tensor) -> Tensor:
+    """w_hat's values (of w's shape, any float dtype) with its gradient going to w, in w's dtype, unchanged."""
+    return _StraightThrough.apply(w, w_hat)
 
 
 class _CodesLinear(torch.autograd.Function):
