@@ -5,8 +5,8 @@
     ema   m <- d m + (1 - d) w after every step; the mean is m / (1 - d^n), as in Adam, so the start weighs nothing
 
 Sums are float32, on the parameters' device, a few fused launches a step without a synchronization. The published
-scripts add in each parameter's dtype (average.sums="parameter"), which for bfloat16 embeddings means that the
-48th addend loses all but its first bits.
+scripts add in each parameter's dtype (average.sums="parameter"), which for bfloat16 embeddings makes an
+error of about 2 % in 48 of them (tests/test_quant_aware.py measures it).
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class Average:
         return True
 
     def weights(self) -> dict[str, Tensor]:
-        """The averaged parameters; empty while there is nothing to average."""
-        if self.count == 0:
+        """The averaged parameters; empty while there is nothing to average, which one sample of swa is, as published."""
+        if self.count < (2 if self.config.kind == "swa" else 1):
             return {}
         total = self.count if self.config.kind == "swa" else 1 - self.config.ema_decay**self.count
         means = {name: value / total for name, value in self._sums.items()}
@@ -61,7 +61,7 @@ class Average:
         return {"count": torch.tensor(self.count), **self._sums} if self._parameters else {}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore what `state` gave."""
+        """Restore what `state` gave; what comes from no average, such as an imported model, leaves nothing to average."""
         self.count = int(tensors["count"]) if tensors else 0
         for name, value in self._sums.items():
-            value.copy_(tensors[name])
+            value.copy_(tensors[name]) if tensors else value.zero_()

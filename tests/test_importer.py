@@ -92,7 +92,8 @@ def test_codes_are_taken_over_and_not_quantized_twice(trained, corpus, tmp_path,
     from golfgpt.data.tokenizer import Tokenizer
 
     state = trained_weights(trained)
-    config = tiny_config(corpus)
+    average = AverageConfig(kind="swa")  # as the recipe that a user names may have it
+    config = replace(tiny_config(corpus), average=average)
     (tmp_path / "final_model.int8.ptz").write_bytes(saved(mixed(state, config.model), compress))
     export = read_export(tmp_path / "final_model.int8.ptz")
     tokenizer = Tokenizer.from_file(corpus / "tokenizer.model")

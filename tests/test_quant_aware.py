@@ -293,6 +293,8 @@ def test_swa_is_the_mean_of_every_nth_step_below_the_rate():
     assert average.count == 3
     torch.testing.assert_close(average.weights()["w"], torch.stack(taken).mean(0))
     assert averaged(AverageConfig(kind="swa"), series[:3], multipliers[:3]).weights() == {}
+    once = AverageConfig(kind="swa", swa_start_lr=1.0, swa_every=3)
+    assert averaged(once, series[:3], [0.5] * 3).weights() == {}, "the last weights are better than one sample"
 
 
 def test_ema_divides_out_its_start():
