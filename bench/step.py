@@ -406,7 +406,7 @@ def new_entry(recipe: str, setup: Setup, measured: Mapping[str, float] | None) -
         "floor_ms": round(floor_ms(*cost, **measured), 4) if measured else None,
         "ready_seconds": {}, "losses": {}, "loss_difference": {}, "same_work": None, "forms": {}, "ratios": {},
         "optimizer_share": None, "fake_quant_ms": None, "fake_quant_share": None, "synchronizations": None,
-        "optimizer_graph": None, "failed": {},
+        "optimizer_graph": None, "attention": None, "failed": {},
     }  # fmt: skip
 
 
@@ -415,7 +415,8 @@ def measure(setup: Setup, entry: dict, save: Callable[[], None], traces: Path | 
     cuda, built = setup.device.type == "cuda", {}
     if cuda:
         data = setup.config.data
-        select_backend("auto", setup.config.model, [data.seq_len], setup.device, setup.dtype)
+        shape, ranks = (data.batch_tokens // data.seq_len, data.seq_len), Ranks(0, 1, setup.device)
+        entry["attention"] = str(select_backend("auto", setup.config.model, [shape], ranks, setup.dtype))
     for name in FORMS:
         with failure(entry, name):
             before, began = torch.cuda.memory_allocated() if cuda else 0, time.perf_counter()

@@ -49,7 +49,7 @@ class Average:
         return True
 
     def weights(self) -> dict[str, Tensor]:
-        """The averaged parameters; empty while there is nothing to average, which one sample of swa is, as published."""
+        """The averaged parameters; empty while there is nothing to average, as one sample of swa is (published)."""
         if self.count < (2 if self.config.kind == "swa" else 1):
             return {}
         total = self.count if self.config.kind == "swa" else 1 - self.config.ema_decay**self.count
@@ -61,7 +61,7 @@ class Average:
         return {"count": torch.tensor(self.count), **self._sums} if self._parameters else {}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore what `state` gave; what comes from no average, such as an imported model, leaves nothing to average."""
+        """Restore what `state` gave; an imported model has given nothing, which leaves nothing to average."""
         self.count = int(tensors["count"]) if tensors else 0
         for name, value in self._sums.items():
             value.copy_(tensors[name]) if tensors else value.zero_()

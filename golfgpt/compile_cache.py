@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from importlib import metadata
 from pathlib import Path
 
@@ -17,12 +16,11 @@ import torch
 from torch._dynamo.utils import counters
 
 from golfgpt.config import RunConfig, to_dict
-from golfgpt.files import write_bytes
+from golfgpt.files import cache_folder, write_bytes
 
 
 def cache_file(config: RunConfig, dtype: torch.dtype, device: torch.device) -> Path:
     """Where the compiled step of `config` is kept. Everything that shapes its graphs is in the name's digest."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "golfgpt" / "compile"
     facts = {
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "versions": {name: _version(name) for name in ("torch", "triton", "golfgpt")},
@@ -31,7 +29,8 @@ def cache_file(config: RunConfig, dtype: torch.dtype, device: torch.device) -> P
         "data": {"seq_len": config.data.seq_len, "tokens": config.data.microbatch_tokens or config.data.span_tokens},
         "dtype": str(dtype),
     }
-    return folder / f"{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]}.bin"
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+    return cache_folder() / "compile" / f"{digest}.bin"
 
 
 def _version(name: str) -> str | None:

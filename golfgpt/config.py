@@ -474,8 +474,9 @@ class RuntimeConfig:
     gradients of its share of the matrices, steps those and hands out the new weights."""
     optimizer_graph: bool = False
     """Replay the whole optimizer step as one CUDA graph, captured in the warm-up; needs a GPU and warmup_steps."""
-    attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = "auto"
-    """Backend of scaled_dot_product_attention; auto: the first that passes a probe against math."""
+    attention: Literal["auto", "cudnn", "flash", "flash3", "efficient", "math"] = "auto"
+    """Backend of scaled_dot_product_attention; auto: of those that agree with math the fastest, timed at the start on
+    a GPU and remembered; on a CPU the first."""
     warmup_steps: int = 20
     """Steps run and undone before the clock starts when compiling."""
     threads: int = 0

@@ -176,6 +176,11 @@ def plan_windows(dataset: Dataset, config: RunConfig) -> Windows:
     return Windows(targets, config.window, config.stride, config.eval.rule == "r4", r4b)
 
 
+def batch_windows(config: RunConfig, ranks: Ranks) -> int:
+    """The most windows that one batch holds."""
+    return max(1, (config.eval.batch_tokens or BATCH_TOKENS[ranks.device.type]) // config.window)
+
+
 @torch.no_grad()
 def evaluate(
     model: GPT,
@@ -199,7 +204,7 @@ def evaluate(
     windows = plan_windows(dataset, config)
     counts = windows.counts(range(len(windows)))
     share = range(*(len(windows) * r // ranks.world for r in (ranks.rank, ranks.rank + 1)))
-    most = max(1, (config.eval.batch_tokens or BATCH_TOKENS[ranks.device.type]) // windows.window)
+    most = batch_windows(config, ranks)
     batch = max(1, -(-len(share) // max(1, -(-len(share) // most))))  # even batches: little filling at the end
     document_start = dataset.need_tokenizer().bos_id if config.eval.document_aware else None
     device, vocab_size = ranks.device, model.config.vocab_size

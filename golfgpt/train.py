@@ -190,9 +190,9 @@ class _Run:
     def announce(self) -> None:
         """Decide what is left to decide, and say once what was decided."""
         c, t, say = self.config, self.trainer, self.reporter.line
-        lengths = (c.data.seq_len, c.window)
-        backend, refused = select_backend(c.runtime.attention, c.model, lengths, self.ranks.device, t.dtype)
         micro = c.data.microbatch_tokens or c.data.span_tokens
+        shapes = [(micro // c.data.seq_len, c.data.seq_len), (1, c.window)]
+        attention = select_backend(c.runtime.attention, c.model, shapes, self.ranks, t.dtype)
         cap = f"{c.schedule.max_seconds:.3f}" if c.schedule.max_seconds else "none"
         digest = self.dataset.digest[:16]
         say(f"train_loader:dataset:{c.data.path} train_shards:{len(self.dataset.train)} digest:{digest}")
@@ -209,7 +209,7 @@ class _Run:
             say(f"qat:{c.quant.qat} {quantizer.label} {when}{lr}")
         say(f"world_size:{self.ranks.world} spans:{c.data.spans} microbatch_tokens:{micro}")
         say(f"device:{self.ranks.device} dtype:{t.dtype} compile:{t.compiled} threads:{torch.get_num_threads()}")
-        say(f"attention:{backend}" + "".join(f" ({name}: {why})" for name, why in refused.items()))
+        say(f"attention:{attention}")
         compute = dict.fromkeys(("relu2_mlp", "softcap_cross_entropy", "token_logprobs"), t.dtype)
         update = {"newton_schulz": torch.bfloat16, "muon_momentum_": torch.float32, "muon_update_": torch.float32}
         for op, dtype in (compute | update).items():
@@ -227,7 +227,7 @@ class _Run:
         with self.ledger.phase("compile"), self.memory():
             file = compile_cache.cache_file(self.config, t.dtype, self.ranks.device)
             found = compile_cache.load(file)
-            t.warm_up(steps, lambda i: self.reporter.status(f"compiling and warming up: step {i + 1} of {steps}"))
+            t.warm_up(steps, lambda i: self.reporter.status(f"compiling and warming up ({i + 1} of {steps})"))
             if self.ranks.main:
                 compile_cache.save(file)
         seconds = self.ledger.seconds["compile"]

@@ -14,6 +14,7 @@ from models import tiny_config
 
 import golfgpt
 from golfgpt import doctor
+from golfgpt.attention import Selection
 from golfgpt.cli import main
 from golfgpt.doctor import Row, judge, probe
 from golfgpt.doctor.probe import Failed
@@ -397,20 +398,14 @@ def test_tuning_says_where_its_file_is(tmp_path, monkeypatch):
     assert row == Row("tuning", f"nothing changed; kept in {tmp_path / 'tuned.json'}")
 
 
-def test_probing_attention_leaves_the_process_as_it_was():
-    enabled = torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.mem_efficient_sdp_enabled
-    before = [state() for state in enabled]
-    _, passed, refused = probe.attention_backends(torch.device("cpu"))
-    assert "math" in passed and not set(passed) & set(refused)
-    assert [state() for state in enabled] == before
-
-
 def test_attention_and_bfloat16():
-    slow = ["cudnn", "flash", "efficient"]
-    assert judge.attention("bfloat16", ["math"], slow, cuda=True).verdict == "slow"
-    assert judge.attention("float32", ["math"], slow, cuda=False).verdict == "ok"
-    assert judge.attention("bfloat16", ["flash", "math"], [], cuda=True).verdict == "ok"
-    assert "--runtime.dtype" in judge.attention("float32", ["flash"], [], cuda=True).advice
+    def row(backend: str, dtype: str = "bfloat16", cuda: bool = True) -> Row:
+        return judge.attention(dtype, Selection(backend, {}, False, {"cudnn": "no such chip"}), cuda)
+
+    assert row("math").verdict == "slow" and "cudnn: no such chip" in row("math").value
+    assert row("math", "float32", cuda=False).verdict == "ok"
+    assert row("flash").verdict == "ok"
+    assert "--runtime.dtype" in row("flash", "float32").advice
 
 
 def test_every_verdict_but_ok_says_what_to_do():

@@ -80,8 +80,11 @@ def test_optimizer_step_does_not_synchronize(tiny, corpus):
 
 
 def test_a_fused_attention_backend_passes_the_probe(tiny):
-    name, _ = select_backend("auto", tiny.model, [64], torch.device("cuda"), torch.bfloat16)
-    assert name != "math"
+    selection = select_backend("auto", tiny.model, [(4, 64)], Ranks(0, 1, torch.device("cuda")), torch.bfloat16)
+    assert selection.backend != "math"
+    assert list(selection.ms) == sorted(selection.ms, key=selection.ms.get)
+    again = select_backend("auto", tiny.model, [(4, 64)], Ranks(0, 1, torch.device("cuda")), torch.bfloat16)
+    assert again.ms == selection.ms and again.kept == bool(again.ms)
 
 
 @pytest.mark.parametrize("documents", [False, True])

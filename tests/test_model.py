@@ -9,9 +9,7 @@ import torch
 from golfgpt_kernels import fake_quantize_rows
 from models import SMALL, lively
 
-from golfgpt.attention import select_backend
 from golfgpt.config import ModelConfig, OptimConfig
-from golfgpt.errors import InputError
 from golfgpt.model import GPT, KVCache, rms_norm
 from golfgpt.optim import Optimizers
 from golfgpt.upstream import from_upstream, to_upstream
@@ -308,11 +306,3 @@ def test_bfloat16_activations():
     assert hidden.dtype == torch.bfloat16
     assert model.loss(ids, ids, dtype=torch.bfloat16).dtype == torch.float32
     torch.testing.assert_close(hidden.float(), model(ids), atol=0.2, rtol=0.1)
-
-
-def test_a_backend_is_chosen_by_probing():
-    name, refused = select_backend("auto", SMALL, [64, 48], torch.device("cpu"), torch.float32)
-    assert name in ("flash", "math")
-    assert "cudnn" in refused
-    with pytest.raises(InputError, match="cudnn"):
-        select_backend("cudnn", SMALL, [64], torch.device("cpu"), torch.float32)

@@ -45,8 +45,8 @@ class EvalRuntime:
     """auto: cuda where available, else cpu."""
     dtype: Literal["auto", "bfloat16", "float32"]
     """Dtype of activations and matmuls."""
-    attention: Literal["auto", "cudnn", "flash", "efficient", "math"]
-    """Backend of scaled_dot_product_attention."""
+    attention: Literal["auto", "cudnn", "flash", "flash3", "efficient", "math"]
+    """Backend of scaled_dot_product_attention; auto: on a GPU the fastest of those that agree with math."""
     compile: Literal["auto", "on", "off"]
     """torch.compile of the forward; auto: on cuda only."""
     threads: int

@@ -76,7 +76,7 @@ def evaluate(args: Eval) -> int:
     from golfgpt import distributed
     from golfgpt.attention import select_backend
     from golfgpt.data.yardsticks import yardsticks
-    from golfgpt.evaluate import PartialSums, evaluate
+    from golfgpt.evaluate import PartialSums, batch_windows, evaluate
     from golfgpt.files import sha256_file
     from golfgpt.report import score_lines
     from golfgpt.run import Reporter, artifact_file, load
@@ -103,8 +103,9 @@ def evaluate(args: Eval) -> int:
         if dataset.need_tokenizer().digest != tokenizer.digest:
             raise InputError(f"{config.data.path} was made with another tokenizer than {args.run}")
         dtype = compute_dtype(config, ranks)
-        backend, _ = select_backend(config.runtime.attention, config.model, [config.window], ranks.device, dtype)
-        reporter.line(f"device:{ranks.device} dtype:{dtype} attention:{backend} data:{config.data.path}")
+        shape = (batch_windows(config, ranks), config.window)
+        attention = select_backend(config.runtime.attention, config.model, [shape], ranks, dtype, backward=False)
+        reporter.line(f"device:{ranks.device} dtype:{dtype} attention:{attention} data:{config.data.path}")
         with Signals(folder):
             score = evaluate(
                 model.to(ranks.device), dataset, config, ranks, dtype=dtype, progress=reporter.status, keep=keep

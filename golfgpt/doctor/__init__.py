@@ -64,7 +64,7 @@ def diagnose(
         ("memory", True, probe.memory, lambda f: judge.memory(*f)),
         ("/dev/shm", True, lambda: os.statvfs("/dev/shm"), lambda f: judge.shared_memory(f, gpus)),
         ("versions", True, probe.versions, judge.versions),
-        ("attention", True, lambda: probe.attention_backends(best), lambda f: judge.attention(*f, gpus > 0)),
+        ("attention", True, lambda: probe.attention_backend(best), lambda f: judge.attention(*f, gpus > 0)),
         ("tuning", retune, lambda: probe.tune(best, say), judge.tuned),
         ("kernels", True, lambda: probe.kernel_choices(best), lambda f: judge.kernels(f, gpus > 0)),
         ("baseline step", True, lambda: probe.steps(best, names), lambda f: judge.step(*f, torch.__version__)),

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from golfgpt.attention import Selection
 from golfgpt.doctor.probe import THROTTLE, Choices, Failed, Gpu, why
 
 
@@ -271,11 +272,11 @@ def triton(torch: str, version: str | None, cuda: str | None) -> Row:
     return grade("triton", version, new, (not version.startswith(f"{required}."), wrong, other))
 
 
-def attention(dtype: str, passed: Sequence[str], refused: Sequence[str], cuda: bool) -> Row:
-    value = f"{dtype}: {', '.join(passed)} pass" + (f"; {', '.join(refused)} do not" if refused else "")
+def attention(dtype: str, selection: Selection, cuda: bool) -> Row:
+    value = f"{dtype}: {selection}"
     old = (cuda and dtype == "float32", slow, "no bfloat16 on this GPU: runs need --runtime.dtype float32, slower")
     none = "no fast backend passes its check: a GPU older than sm_80, or reinstall torch"
-    return grade("attention", value, old, (cuda and not {"cudnn", "flash"} & set(passed), slow, none))
+    return grade("attention", value, old, (cuda and selection.backend in ("efficient", "math"), slow, none))
 
 
 def kernels(choices: Choices, cuda: bool) -> list[Row]:

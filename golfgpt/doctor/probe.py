@@ -25,7 +25,8 @@ from torch.nn.attention import sdpa_kernel
 
 import golfgpt
 from golfgpt import attention, recipes
-from golfgpt.errors import InputError
+from golfgpt.config import RunConfig
+from golfgpt.distributed import Ranks
 
 
 class Failed(Exception):
@@ -201,12 +202,19 @@ def measure_step(device: torch.device) -> float:
     from golfgpt.model import GPT
 
     config = recipes.get("baseline").config
-    with sdpa_kernel(list(attention.BACKENDS.values())):
-        attention.select_backend("auto", config.model, [config.data.seq_len], device, torch.bfloat16)
+    with sdpa_kernel(list(attention.BACKENDS.values())):  # which puts back what the process had enabled
+        select_attention(config, device, torch.bfloat16)
         try:
             return time_steps(GPT(config.model).to(device), STEP_TOKENS, config.data.seq_len, device)
         except torch.OutOfMemoryError:
             raise Failed(f"its {STEP_TOKENS:,} tokens do not fit into the GPU's free memory") from None
+        finally:
+            attention.use_flash3(False)
+
+
+def select_attention(config: RunConfig, device: torch.device, dtype: torch.dtype) -> attention.Selection:
+    shape = (STEP_TOKENS // config.data.seq_len, config.data.seq_len)
+    return attention.select_backend("auto", config.model, [shape], Ranks(0, 1, device), dtype)
 
 
 def time_steps(model: torch.nn.Module, tokens: int, seq_len: int, device: torch.device) -> float:
@@ -270,20 +278,12 @@ def versions() -> dict[str, str | None]:
     return found | own | {"CUDA": cuda}
 
 
-def attention_backends(device: torch.device) -> tuple[str, list[str], list[str]]:
-    """A run's dtype, and backends that pass golfgpt.attention's probe at the baseline's shapes in it or do not."""
+def attention_backend(device: torch.device) -> tuple[str, attention.Selection]:
+    """A run's dtype, and what a run of the baseline would choose in it."""
     config, cuda = recipes.get("baseline").config, device.type == "cuda"
     amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
     dtype = torch.bfloat16 if (torch.cuda.is_bf16_supported() if cuda else amx) else torch.float32
-    passed, refused = [], []
-    with sdpa_kernel(list(attention.BACKENDS.values())):  # which puts back what the process had enabled
-        for name in attention.BACKENDS:
-            try:
-                attention.select_backend(name, config.model, [config.data.seq_len], device, dtype)
-                passed.append(name)
-            except InputError:
-                refused.append(name)
-    return str(dtype).removeprefix("torch."), passed, refused
+    return str(dtype).removeprefix("torch."), select_attention(config, device, dtype)
 
 
 Choices = dict[str, tuple[str, str]]  # of each kernel: "triton" or "eager", and why
