@@ -212,8 +212,11 @@ class _Run:
         say(f"attention:{attention}")
         compute = dict.fromkeys(("relu2_mlp", "softcap_cross_entropy", "token_logprobs"), t.dtype)
         update = {"newton_schulz": torch.bfloat16, "muon_momentum_": torch.float32, "muon_update_": torch.float32}
+        chosen: dict[tuple[str, str], list[str]] = {}
         for op, dtype in (compute | update).items():
-            say("kernel:{}: {} ({})".format(op, *implementation(op, self.ranks.device, dtype)))
+            chosen.setdefault(implementation(op, self.ranks.device, dtype), []).append(op)
+        for (choice, why), ops in chosen.items():
+            say(f"kernels:{choice} {' '.join(ops)} ({why})")
         say(
             f"train_batch_tokens:{c.data.batch_tokens} train_seq_len:{c.data.seq_len} "
             f"iterations:{c.schedule.max_steps} max_wallclock_seconds:{cap} seed:{c.seed}"
