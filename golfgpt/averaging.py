@@ -26,42 +26,51 @@ class Average:
         self, parameters: Mapping[str, nn.Parameter], config: AverageConfig, narrow: frozenset[str] = frozenset()
     ):
         """`narrow` names the parameters whose values are bfloat16 numbers, for average.sums="parameter"."""
-        self.config, self.count = config, 0
+        self.config = config
         self._parameters = dict(parameters) if config.kind != "none" else {}
         self._narrow = narrow if config.sums == "parameter" else frozenset()
         self._sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in self._parameters.items()}
+        device = next((p.device for p in self._parameters.values()), None)
+        self._count = torch.zeros((), device=device)
+
+    @property
+    def count(self) -> int:
+        """Steps whose weights it holds; waits for the device."""
+        return int(self._count)
 
     @torch.no_grad()
-    def update(self, step: int, multiplier: float) -> bool:
-        """Take the weights after `step` completed steps into account if they belong to the average; returns whether
-        they did. `multiplier` is the last step's factor on the learning rate."""
+    def update(self, step: int, multiplier: float, ok: Tensor | float = 1.0) -> None:
+        """Take the weights after `step` completed steps into account if they belong to the average. `multiplier` is the
+        last step's factor on the learning rate; where `ok`, a 0-d bool tensor on the device, is false, that step did
+        nothing, and nothing is taken."""
         c = self.config
         if c.kind == "none" or (c.kind == "swa" and not (multiplier < c.swa_start_lr and step % c.swa_every == 0)):
-            return False
-        self.count += 1
+            return
         sums, weights = list(self._sums.values()), [p.detach() for p in self._parameters.values()]
-        if c.kind == "ema":
-            torch._foreach_lerp_(sums, weights, 1 - c.ema_decay)
+        taken = self._count.new_ones(()) * ok
+        self._count += taken
+        if c.kind == "ema":  # as m + (1 - d) (w - m), which leaves what does not change as it is
+            change = torch._foreach_sub(weights, sums)
+            torch._foreach_add_(sums, torch._foreach_mul(change, taken * (1 - c.ema_decay)))
         else:
-            torch._foreach_add_(sums, weights)
+            torch._foreach_add_(sums, torch._foreach_mul(weights, taken))
             for name in self._narrow & self._sums.keys():
                 self._sums[name].copy_(self._sums[name].bfloat16())
-        return True
 
     def weights(self) -> dict[str, Tensor]:
         """The averaged parameters; empty while there is nothing to average, as one sample of swa is (published)."""
-        if self.count < (2 if self.config.kind == "swa" else 1):
+        count, swa = self.count, self.config.kind == "swa"
+        if count < (2 if swa else 1):
             return {}
-        total = self.count if self.config.kind == "swa" else 1 - self.config.ema_decay**self.count
+        total = count if swa else 1 - self.config.ema_decay**count
         means = {name: value / total for name, value in self._sums.items()}
         return means | {name: means[name].bfloat16().float() for name in self._narrow & means.keys()}
 
     def state(self) -> dict[str, Tensor]:
         """Count and sums by name, for a checkpoint; empty without an average."""
-        return {"count": torch.tensor(self.count), **self._sums} if self._parameters else {}
+        return {"count": self._count, **self._sums} if self._parameters else {}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore what `state` gave; an imported model has given nothing, which leaves nothing to average."""
-        self.count = int(tensors["count"]) if tensors else 0
-        for name, value in self._sums.items():
+        for name, value in {"count": self._count, **self._sums}.items():
             value.copy_(tensors[name]) if tensors else value.zero_()

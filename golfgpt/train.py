@@ -256,18 +256,18 @@ class _Run:
         On a GPU the next step is enqueued before the last one's result is read. What a result asks for, a checkpoint or
         the end, happens once the steps on their way are over; all ranks read the same results in the same order.
         """
-        c, depth = self.config, int(self.trainer.cuda)
+        c, ahead = self.config, self.trainer.ahead
         self.last_save, self.ended = time.monotonic(), self.ledger.seconds["train"]
         self.graphs = compile_cache.graphs()
         self.signals.deferred = True
         with self.ledger.phase("train"):
             while self.step < c.schedule.max_steps and not self.finished:
-                self.launch(depth)
+                self.launch()
                 issued = self.step + len(self.pending)
                 validate = bool(c.runtime.val_every) and issued % c.runtime.val_every == 0
                 drain = validate or issued == c.schedule.max_steps or not self.recent
                 save = signaled = False
-                while self.pending and (drain or len(self.pending) > depth):
+                while self.pending and (drain or len(self.pending) > ahead):
                     result = self.collect()
                     save, signaled = save or result.save, signaled or result.signaled
                     drain = drain or self.stopping or save or signaled
@@ -300,15 +300,15 @@ class _Run:
         if cap is not None and seconds > cap:
             self.reporter.line(f"warning: training took {seconds:.3f} s, more than schedule.max_seconds {cap:g}")
 
-    def launch(self, depth: int) -> None:
-        """Enqueue one step; up to `depth` more may be enqueued before its result is read."""
+    def launch(self) -> None:
+        """Enqueue one step."""
         c, t = self.config, self.trainer
         begun = self.ledger.elapsed("train")
 
         def votes() -> tuple[bool, bool, bool]:
             slowest, every = max(self.recent, default=0.0), c.runtime.checkpoint_seconds
             due = bool(every) and time.monotonic() - self.last_save >= every
-            return crosses_cap(begun, slowest * (1 + depth), c.schedule), due, bool(self.signals.caught)
+            return crosses_cap(begun, slowest * (1 + t.ahead), c.schedule), due, bool(self.signals.caught)
 
         step = self.step + len(self.pending)
         with self.memory() if not self.recent else contextlib.nullcontext():

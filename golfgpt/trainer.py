@@ -116,6 +116,11 @@ class Trainer:
         """The last step whose result has come back, and rank 0's training clock at its start."""
         self._loss = torch.compile(self.model.loss, dynamic=False, fullgraph=True) if self.compiled else self.model.loss
 
+    @property
+    def ahead(self) -> int:
+        """Steps that may be on their way when another is enqueued."""
+        return int(self.cuda)
+
     def seconds_at(self, step: int) -> float:
         """Rank 0's training clock at the start of `step`, from the last one known; the same on every rank."""
         known, seconds = self.known
@@ -167,10 +172,10 @@ class Trainer:
         values = torch.empty(_CONTROL + 1, pin_memory=self.cuda)
         values.copy_(torch.cat((self.flat.control, self.norm[None])), non_blocking=True)
         copied = torch.cuda.Event() if self.cuda else None
-        if copied is None:
-            self.known = (step, float(values[1]))
-        else:
+        if copied is not None:
             copied.record()
+        if not self.ahead:
+            self.known = (step, float(values[1]))
         return Pending(step, values, copied)
 
     def update(self, step: int) -> float:
@@ -183,7 +188,7 @@ class Trainer:
         if self._enabled is not None:
             self._enabled.fill_(self.quantization_aware(step + 1))
         self.optimizers.step(multiplier, muon_momentum(step, self.config.optim))
-        self.average.update(step + 1, multiplier)
+        self.average.update(step + 1, multiplier, self.optimizers.ok)
         return multiplier
 
     def wait(self, pending: Pending) -> StepResult:
@@ -194,7 +199,7 @@ class Trainer:
         """
         result = pending.result()
         if not result.finite:
-            if pending.copied is not None:  # a later step has overwritten its gradients: take it again
+            if self.ahead:  # a later step has overwritten its gradients: take it again
                 self.launch(pending.step)
             raise NonFiniteError(f"step {pending.step}: {self._culprit(result)} is not finite; nothing was updated")
         self.known = (pending.step, result.seconds)

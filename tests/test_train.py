@@ -17,7 +17,7 @@ import torch
 import golfgpt
 from golfgpt import artifact, checkpoint
 from golfgpt.clock import Ledger
-from golfgpt.config import BudgetConfig, DataConfig, RunConfig, ScheduleConfig, to_dict
+from golfgpt.config import AverageConfig, BudgetConfig, DataConfig, RunConfig, ScheduleConfig, to_dict
 from golfgpt.data.shards import Dataset
 from golfgpt.distributed import Ranks
 from golfgpt.errors import BudgetError, BusyError, InputError, Interrupted, NonFiniteError
@@ -166,6 +166,31 @@ def test_resume_is_bit_identical(tiny, tmp_path, monkeypatch):
     assert (path / "model.golf").read_bytes() == (tmp_path / "unbroken" / "model.golf").read_bytes()
 
 
+def test_steps_enqueued_ahead_train_the_same(tiny, tmp_path, monkeypatch):
+    """As on a GPU, where a result is read after the next step is enqueued: with validations, or a stop and a resume."""
+    config = replace(tiny, runtime=replace(tiny.runtime, val_every=3))
+    train(config, tmp_path / "waiting")
+    monkeypatch.setattr(Trainer, "ahead", 1)
+    train(config, tmp_path / "ahead")
+    wait, caught = Trainer.wait, []
+
+    def stop_once(self, pending):
+        if pending.step == 2 and not caught:
+            caught.append(os.kill(os.getpid(), signal.SIGTERM))
+        return wait(self, pending)
+
+    monkeypatch.setattr(Trainer, "wait", stop_once)
+    with pytest.raises(Interrupted, match="state saved at step 6"):
+        train(tiny, tmp_path / "broken")
+    train(tiny, tmp_path / "broken", resume=True)
+    rows = {name: [row["loss"] for row in metrics(tmp_path / name, "train")] for name in ("waiting", "ahead", "broken")}
+    assert rows["waiting"] == rows["ahead"] == rows["broken"] and len(rows["ahead"]) == 8
+    scores = [[row["val_loss"] for row in metrics(tmp_path / name, "val")] for name in ("waiting", "ahead")]
+    assert scores[0] == scores[1] and len(scores[0]) == 2
+    files = [(tmp_path / name / "model.golf").read_bytes() for name in rows]
+    assert files[0] == files[1] == files[2]
+
+
 def test_killed_outright_and_resumed(tiny, tmp_path, monkeypatch):
     """SIGKILL in the middle of the run: the last interval checkpoint continues."""
     config = replace(
@@ -207,8 +232,11 @@ def test_killed_outright_and_resumed(tiny, tmp_path, monkeypatch):
     assert again.step > found.step
 
 
+@pytest.mark.parametrize("ahead", [0, 1])
 @pytest.mark.parametrize("where", ["gradient", "loss"])
-def test_a_non_finite_step_changes_nothing_and_names_the_tensor(tiny, tmp_path, monkeypatch, where):
+def test_a_non_finite_step_changes_nothing_and_names_the_tensor(tiny, tmp_path, monkeypatch, where, ahead):
+    """Nor does the step after it, which is on its way when the host reads of the first."""
+    monkeypatch.setattr(Trainer, "ahead", ahead)
     launch, sum_ = Trainer.launch, FlatGradients.sum_
 
     def poisoned(self, step, *args):
@@ -222,14 +250,18 @@ def test_a_non_finite_step_changes_nothing_and_names_the_tensor(tiny, tmp_path, 
         monkeypatch.setattr(FlatGradients, "sum_", poison)
         return launch(self, step, *args)
 
-    train(replace(tiny, schedule=ScheduleConfig(max_steps=3, max_seconds=None, warmdown_frac=0)), tmp_path / "good")
+    config = replace(tiny, schedule=replace(tiny.schedule, warmdown_frac=0), average=AverageConfig(kind="ema"))
+    train(replace(config, schedule=replace(config.schedule, max_steps=3)), tmp_path / "good")
     monkeypatch.setattr(Trainer, "launch", poisoned)
-    config = replace(tiny, schedule=replace(tiny.schedule, warmdown_frac=0))
     name = "blocks.2.mlp.fc.weight" if where == "gradient" else r"the loss \(nan\)"
     with pytest.raises(NonFiniteError, match=f"step 3: .*{name}.*nothing was updated"):
         train(config, tmp_path / "bad")
-    a, b = final_weights(tmp_path / "good"), final_weights(tmp_path / "bad")
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    (a, _), (b, _) = (checkpoint.latest(tmp_path / name / "checkpoints") for name in ("good", "bad"))
+    assert b.step == 3
+    for of in ("model", "optimizers", "average"):
+        a_tensors, b_tensors = getattr(a, of), getattr(b, of)
+        assert a_tensors.keys() == b_tensors.keys()
+        assert all(torch.equal(a_tensors[k], b_tensors[k]) for k in a_tensors)
 
 
 def test_the_cap_stops_before_the_step_that_would_cross(tiny, tmp_path, monkeypatch):
