@@ -278,8 +278,8 @@ class Loop:
         self.muon = Muon(matrices, optim, self.dtype, self.orthogonalize)
         self.began = time.perf_counter()
 
-    def step(self, step: int, mark: Callable[[str], None]) -> float:
-        """Step number `step`; its loss. `mark` is told the phase that begins."""
+    def step(self, step: int, mark: Callable[[str], None]) -> Tensor:
+        """Step number `step`; its loss, 0-d. `mark` is told the phase that begins."""
         data, optim = self.config.data, self.config.optim
         mark("data")
         self.model.zero_grad(set_to_none=True)
@@ -304,8 +304,6 @@ class Loop:
             adam.step()
         self.muon.step(optim.matrix_lr * multiplier, muon_momentum(step, optim))
         mark("rest")
-        if self.cuda:
-            torch.cuda.synchronize(self.device)
         # Has a rank passed the cap? The answer is reduced on the device and read back.
         torch.tensor(time.perf_counter() - self.began > 600.0).to(self.device).item()
-        return total.item()
+        return total

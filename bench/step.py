@@ -30,7 +30,9 @@ triton, cuda, driver, date, command, roofs, small, dtype, and
         optimizer_share     of golfgpt's step
         fake_quant_ms       of quantizing all banks once, alone; fake_quant_share of golfgpt's step
         synchronizations    where golfgpt's step makes the host wait ("file:line"; null without a GPU)
-        optimizer_graph     whether golfgpt's update is a CUDA graph, or why not
+        optimizer_graph     whether golfgpt's update is a CUDA graph, or why not; the graph's own memory, some
+                    batches of matrices, is not in peak_bytes
+        attention   the backend of golfgpt and eager, and what was timed
         failed      {form: why}
     unfinished  recipes that the time did not suffice for
 
@@ -62,7 +64,7 @@ from torch import Tensor
 
 from bench import conftest, published, report
 from bench.roofs import roofs
-from golfgpt.attention import select_backend
+from golfgpt.attention import select_backend, use_flash3
 from golfgpt.config import DataConfig, ModelConfig, RunConfig, RuntimeConfig, ScheduleConfig
 from golfgpt.distributed import Ranks
 from golfgpt.errors import InputError
@@ -203,7 +205,7 @@ class Published:
                 self.loop.step(step, lambda phase: None)
             self.loop.load(setup.weights())
 
-    def step(self, step: int, mark: Mark) -> float:
+    def step(self, step: int, mark: Mark) -> Tensor:
         self.loop.muon.world = self.world
         return self.loop.step(step, mark)
 
@@ -338,7 +340,7 @@ class Timed:
             torch.cuda.synchronize(device)
             self.peak = max(self.peak, self.resident + torch.cuda.max_memory_allocated(device) - before)
         self.times += [mark.ms() for mark in marks[1:]]
-        return [loss if isinstance(loss, float) else loss.result().loss for loss in losses]
+        return [loss.item() if isinstance(loss, Tensor) else loss.result().loss for loss in losses]
 
     def entry(self, floor: float | None) -> dict:
         """Medians so far."""
@@ -412,13 +414,20 @@ def new_entry(recipe: str, setup: Setup, measured: Mapping[str, float] | None) -
 
 def measure(setup: Setup, entry: dict, save: Callable[[], None], traces: Path | None, turns: int) -> None:
     """Build, check and time the forms into `entry`, which `save` keeps after every part."""
-    cuda, built = setup.device.type == "cuda", {}
+    cuda, built, flash3 = setup.device.type == "cuda", {}, False
+
+    def attend(name: str) -> None:
+        """FlashAttention-3 replaces torch's flash kernels for the whole process, and those are the published ones."""
+        use_flash3(flash3 and not name.startswith("published"))
+
     if cuda:
         data = setup.config.data
         shape, ranks = (data.batch_tokens // data.seq_len, data.seq_len), Ranks(0, 1, setup.device)
-        entry["attention"] = str(select_backend("auto", setup.config.model, [shape], ranks, setup.dtype))
+        selection = select_backend("auto", setup.config.model, [shape], ranks, setup.dtype)
+        entry["attention"], flash3 = str(selection), selection.backend == "flash3"
     for name in FORMS:
         with failure(entry, name):
+            attend(name)
             before, began = torch.cuda.memory_allocated() if cuda else 0, time.perf_counter()
             form = build(name, setup, {name: timed.form for name, timed in built.items()})
             entry["ready_seconds"][name] = round(time.perf_counter() - began, 1)
@@ -436,6 +445,7 @@ def measure(setup: Setup, entry: dict, save: Callable[[], None], traces: Path | 
     for _ in range(turns):
         for name, timed in list(built.items()):
             with failure(entry, name):
+                attend(name)
                 timed.turn(STEPS_A_TURN)
                 entry["forms"][name] = timed.entry(entry["floor_ms"])
             if name in entry["failed"]:
@@ -443,10 +453,12 @@ def measure(setup: Setup, entry: dict, save: Callable[[], None], traces: Path | 
         add_ratios(entry)
         save()
     if "golfgpt" in built:
+        attend("golfgpt")
         with failure(entry, "details"):
             add_details(built["golfgpt"], entry)
         save()
     for name in built.keys() & {"golfgpt", "published"} if traces else ():
+        attend(name)
         trace(built[name].form, built[name].done, traces / f"trace-{entry['recipe']}-{name}.json.gz")
 
 

@@ -67,6 +67,8 @@ MAX_HEADER_BYTES = 10**6
 MAX_PAYLOAD_BYTES = 256 * 2**20
 """Largest payload, compressed or not."""
 
+MAX_SEQ_LEN = 2**31 - 1
+
 SAMPLE_CODES = 2**18
 """A part's layout is chosen on its first layers up to this many codes, at least one layer."""
 
@@ -143,8 +145,10 @@ def seal(
 ) -> bytes:
     """`pack` of parts that are quantized already; of `quant` the compressor and its level count."""
     formats = {name: tensor.format for name, tensor in encoded.items()}
-    _check_payload_bytes(formats)
-    if not re.fullmatch("[0-9a-f]{64}", tokenizer_sha256) or seq_len < 1:
+    check_payload_bytes(formats)
+    for name, tensor in encoded.items():
+        _check_values(name, tensor.format, tensor.values, tensor.scale)
+    if not re.fullmatch("[0-9a-f]{64}", tokenizer_sha256) or not 1 <= seq_len <= MAX_SEQ_LEN:
         raise InputError(f"tokenizer_sha256 {tokenizer_sha256!r} or seq_len {seq_len} cannot be stored")
     columns = _columns(encoded, quant.compressor, quant.level)
     compressor, level, compressed = compress(_join(encoded, columns), quant.compressor, quant.level)
@@ -292,7 +296,7 @@ def _parse_header(text: bytes, compressed_bytes: int) -> ArtifactInfo:
             raise InputError(f"its fields are {sorted(fields)}, expected {sorted(expected)}")
         model = from_dict(ModelConfig, fields["model"], "model.")
         formats = _parse_formats(fields["tensors"], parameter_shapes(model))
-        _check_payload_bytes(formats)
+        check_payload_bytes(formats)
         if fields["payload_bytes"] != payload_bytes(formats):
             raise InputError(
                 f"payload_bytes {fields['payload_bytes']!r}, but its tensors take {payload_bytes(formats)}"
@@ -304,8 +308,11 @@ def _parse_header(text: bytes, compressed_bytes: int) -> ArtifactInfo:
         if unknown := columns - {name for name, format in formats.items() if format.quantized}:
             raise InputError(f"columns names {sorted(unknown)}, which are not quantized tensors")
         seq_len, digest = fields["seq_len"], fields["tokenizer_sha256"]
-        if any(type(number) is not int or number < 0 for number in (level, seq_len)) or seq_len == 0:
-            raise InputError(f"level {level!r} or seq_len {seq_len!r} is not a positive integer")
+        for what, value, low, high in (
+            ("level", level, 0, CODECS[compressor].level), ("seq_len", seq_len, 1, MAX_SEQ_LEN)
+        ):  # fmt: skip
+            if type(value) is not int or not low <= value <= high:
+                raise InputError(f"{what} is not an integer in {low}..{high}")
         if not re.fullmatch("[0-9a-f]{64}", digest):
             raise InputError(f"tokenizer_sha256 {digest!r} is not a SHA-256")
         info = ArtifactInfo(model, formats, seq_len, digest, compressor, level, columns, len(text), compressed_bytes)
@@ -356,7 +363,8 @@ def _parse_formats(entries: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[
     return formats
 
 
-def _check_payload_bytes(formats: Mapping[str, TensorFormat]) -> None:
+def check_payload_bytes(formats: Mapping[str, TensorFormat]) -> None:
+    """Raises InputError for tensors that no artifact holds because they are too large."""
     if payload_bytes(formats) > MAX_PAYLOAD_BYTES:
         raise InputError(f"its tensors take {payload_bytes(formats)} bytes, more than {MAX_PAYLOAD_BYTES}")
 
@@ -413,6 +421,9 @@ def _split(payload: np.ndarray, formats: Mapping[str, TensorFormat], columns: Se
 
 
 def _check_values(name: str, format: TensorFormat, values: Tensor, scale: Tensor | None = None) -> None:
+    shapes = tuple(values.shape), None if scale is None else tuple(scale.shape)
+    if shapes != (format.shape, format.scale_shape if format.quantized else None):
+        raise InputError(f"tensor {name} has values and scales of shapes {shapes}, its format is {format}")
     if not format.quantized:
         if not values.isfinite().all():
             raise InputError(f"tensor {name} holds non-finite weights")
@@ -430,6 +441,10 @@ def _check_values(name: str, format: TensorFormat, values: Tensor, scale: Tensor
 # the stream decodes to; where a library has a limit of its own it is used per chunk.
 
 _CHUNK = 2**20
+
+
+class MissingPackageError(InputError):
+    """A compressor's package is not installed."""
 
 
 class Codec(NamedTuple):
@@ -534,16 +549,17 @@ def require_compressor(compressor: str) -> None:
     """Raises InputError now rather than after training when `compressor` needs a package that is missing."""
     for name in ("zstd", "brotli") if compressor == "smallest" else (compressor,):
         if name in ("zstd", "brotli"):
-            _optional({"zstd": "zstandard"}.get(name, name))
+            try:
+                _optional({"zstd": "zstandard"}.get(name, name))
+            except MissingPackageError as error:
+                raise InputError(f"quant.compressor {compressor}: {error}, or choose another") from None
 
 
 def _optional(module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise InputError(
-            f"this compressor needs the package {module}: install it, or set quant.compressor to another"
-        ) from None
+        raise MissingPackageError(f"the package {module} is missing: install it") from None
 
 
 def compress(payload: bytes, compressor: str, level: int | None = None) -> tuple[str, int, bytes]:
@@ -581,6 +597,8 @@ def _decompress(compressor: str, compressed: memoryview, size: int) -> np.ndarra
                 raise InputError(f"it holds more than the {size} bytes of its tensors")
             payload[filled : filled + len(chunk)] = np.frombuffer(chunk, np.uint8)
             filled += len(chunk)
+    except MissingPackageError:
+        raise
     except Exception as error:  # each library has its own type of exception
         raise InputError(f"bad {compressor} payload: {error}") from None
     if filled != size:

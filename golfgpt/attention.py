@@ -8,8 +8,8 @@ there is one fused kernel, the first that agrees is taken.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -23,7 +23,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from golfgpt.config import ModelConfig
 from golfgpt.distributed import Ranks
 from golfgpt.errors import InputError
-from golfgpt.files import cache_folder, write_json
+from golfgpt.files import write_json
+from golfgpt.kept import kept_file
 
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -102,11 +103,14 @@ def select_backend(
 
 def use_flash3(on: bool) -> None:
     """Put FlashAttention-3's kernels behind torch's flash backend, or torch's own back. Raises ImportError where
-    they are not installed."""
+    they are not installed, or cannot be taken back in this torch."""
+    restore = getattr(torch_attention, "restore_flash_attention_impl", None)
+    if on and restore is None:
+        raise ImportError(f"torch {torch.__version__} cannot switch FlashAttention-3 off again")
     if on:
         torch_attention.activate_flash_attention_impl("FA3")
-    elif torch_attention.current_flash_attention_impl() is not None:
-        torch_attention.restore_flash_attention_impl()
+    elif restore is not None and torch_attention.current_flash_attention_impl() is not None:
+        restore()
 
 
 @contextlib.contextmanager
@@ -167,18 +171,17 @@ def _measure(
 ) -> tuple[dict[str, float], bool]:
     """ms of one attention by backend, fastest first, and whether an earlier run measured them."""
     question = {
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "versions": [torch.__version__, torch.version.cuda, torch.backends.cudnn.version()],
         "heads": [config.num_heads, config.num_kv_heads, config.head_dim],
         "shape": shape,
         "dtype": str(dtype),
         "backward": backward,
         "backends": names,
     }
-    digest = hashlib.sha256(json.dumps(question).encode()).hexdigest()[:32]
-    file = cache_folder() / "attention" / f"{digest}.json"
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return json.loads(file.read_text(encoding="utf-8"))["ms"], True
+    file = kept_file("attention", device, question, ".json")
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        kept = {name: float(ms) for name, ms in json.loads(file.read_text(encoding="utf-8"))["ms"].items()}
+        if kept.keys() == set(names) and all(0 < ms < math.inf for ms in kept.values()):
+            return kept, True
     inputs, ms = _inputs(config, shape, device, dtype), {}
     call = _with_gradients if backward else _without
     for name in names:

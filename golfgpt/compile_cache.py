@@ -7,44 +7,34 @@ carry them between machines of your own, not from strangers.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from importlib import metadata
 from pathlib import Path
 
 import torch
 from torch._dynamo.utils import counters
 
 from golfgpt.config import RunConfig, to_dict
-from golfgpt.files import cache_folder, write_bytes
+from golfgpt.files import write_bytes
+from golfgpt.kept import kept_file
 
 
 def cache_file(config: RunConfig, dtype: torch.dtype, device: torch.device) -> Path:
     """Where the compiled step of `config` is kept. Everything that shapes its graphs is in the name's digest."""
     facts = {
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "versions": {name: _version(name) for name in ("torch", "triton", "golfgpt")},
         "model": to_dict(config.model),
         "quant": to_dict(config.quant),
         "data": {"seq_len": config.data.seq_len, "tokens": config.data.microbatch_tokens or config.data.span_tokens},
         "dtype": str(dtype),
     }
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
-    return cache_folder() / "compile" / f"{digest}.bin"
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+    return kept_file("compile", device, facts, ".bin")
 
 
 def load(file: Path) -> bool:
     """Hand the file to torch before anything is compiled; False where there is none that torch can read."""
-    if not file.is_file():
+    try:
+        blob = file.read_bytes()
+    except OSError:
         return False
-    return torch.compiler.load_cache_artifacts(file.read_bytes()) is not None
+    return torch.compiler.load_cache_artifacts(blob) is not None
 
 
 def save(file: Path) -> int | None:

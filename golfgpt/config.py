@@ -376,10 +376,10 @@ class QuantConfig:
             QuantRule.parse(rule)
         for name in ("clip_floor", "scale_floor"):
             value = getattr(self, name)
-            _check(0 <= value < 1024, f"quant.{name} must lie in 0..1024, got {value}")
+            _check(0 <= value < 1024, f"quant.{name} must be at least 0 and below 1024, got {value}")
         _check(self.keep_numel >= 0, f"quant.keep_numel must not be negative, got {self.keep_numel}")
-        _check(0 <= self.prune < 1, f"quant.prune must lie in 0..1, got {self.prune}")
-        _check(0 <= self.qat_start < 1, f"quant.qat_start must lie in 0..1, got {self.qat_start}")
+        _check(0 <= self.prune < 1, f"quant.prune must be at least 0 and below 1, got {self.prune}")
+        _check(0 <= self.qat_start < 1, f"quant.qat_start must be at least 0 and below 1, got {self.qat_start}")
         _check(0 < self.qat_below_lr <= 1, f"quant.qat_below_lr must lie above 0 and up to 1, got {self.qat_below_lr}")
         _check(
             self.qat != "off" or (self.qat_start == 0 and self.qat_below_lr == 1),
@@ -549,7 +549,7 @@ def from_dict(cls: type[Config], values: dict[str, Any], path: str = "") -> Conf
         if key not in fields:
             close = difflib.get_close_matches(key, fields, n=1)
             hint = f"; did you mean {path}{close[0]}?" if close else ""
-            raise ValueError(f"config: unknown key {path}{key}{hint}")
+            raise ValueError(f"config: unknown key {path}{ascii(key)[1:-1][:80]}{hint}")
     if missing := [name for name in fields if name not in values]:
         raise ValueError(f"config: missing key {path}{missing[0]}")
     return cls(**{key: _convert(hints[key], value, path + key) for key, value in values.items()})

@@ -50,11 +50,6 @@ def _umask() -> int:
     return mask
 
 
-def cache_folder() -> Path:
-    """Where golfgpt keeps from run to run what this machine can make again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "golfgpt"
-
-
 def write_bytes(path: str | os.PathLike, data: bytes) -> None:
     """Write `data` to `path` atomically."""
     with atomic_file(path) as file:

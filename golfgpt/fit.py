@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -12,12 +13,12 @@ from golfgpt_kernels import quantize_rows
 from torch import Tensor
 
 from golfgpt import artifact
-from golfgpt.config import ModelConfig, RunConfig
+from golfgpt.config import ModelConfig, QuantRule, RunConfig
 from golfgpt.errors import BudgetError, InputError
-from golfgpt.quant import Quantizer, code_entropy
+from golfgpt.quant import Quantizer, code_entropy, matches
 
 _STEP = 16
-"""Multiple that fitted widths are of: a tensor core's tile in bf16."""
+"""Multiple that fitted widths are of, beside the groups of columns that share a scale: a tensor core's tile in bf16."""
 _SAMPLE = 2**20
 """Codes drawn for each format."""
 
@@ -96,20 +97,24 @@ def fitted(config: RunConfig) -> RunConfig:
     if config.budget.fit == "off":
         return config
     limit = config.budget.artifact_bytes - config.budget.code_bytes - config.budget.reserve_bytes
+    model, layers = config.model, config.model.num_layers
+    names = [f"blocks.{i}.mlp.proj.weight" for i in range(layers)]  # the matrices whose rows get longer
+    rules = [QuantRule.parse(text) for text in config.quant.rules]
+    groups = [rule.group for rule in rules if rule.group and any(matches(rule.pattern, n, layers) for n in names)]
+    step = math.lcm(_STEP, *groups)
 
-    def size(width: int) -> int:
-        return forecast_bytes(Quantizer(replace(config.model, mlp_hidden=width), config.quant))
+    def size(steps: int) -> float:
+        quantizer = Quantizer(replace(model, mlp_hidden=steps * step), config.quant)
+        too_large = quantizer.payload_bytes > artifact.MAX_PAYLOAD_BYTES
+        return math.inf if too_large else forecast_bytes(quantizer)
 
-    if size(_STEP) > limit:
-        raise BudgetError(
-            f"budget.fit: with model.mlp_hidden {_STEP} the forecast is {size(_STEP):,} bytes, above the {limit:,} "
-            "that budget.artifact_bytes, code_bytes and reserve_bytes leave; take fewer layers or bits, or a smaller "
-            "vocabulary"
-        )
-    low, high = 1, 2
-    while size(high * _STEP) <= limit:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if size(middle * _STEP) <= limit else (low, middle)
-    return replace(config, model=replace(config.model, mlp_hidden=low * _STEP))
+    # Wider is larger, but for one drop: matrices up to keep_numel elements are float16, wider ones integers.
+    drop = config.quant.keep_numel // model.model_dim // step + 1
+    most = artifact.MAX_PAYLOAD_BYTES // (2 * layers * model.model_dim * step) + 1
+    for widths in (range(drop, max(drop, most) + 1), range(1, drop)):
+        if fits := bisect_right(widths, limit, key=size):
+            return replace(config, model=replace(model, mlp_hidden=widths[fits - 1] * step))
+    raise BudgetError(
+        f"budget.fit: with model.mlp_hidden {step} the forecast is {size(1):,} bytes, above the {limit:,} that "
+        "budget.artifact_bytes, code_bytes and reserve_bytes leave; take fewer layers or bits, or a smaller vocabulary"
+    )

@@ -54,6 +54,9 @@ def import_model(export: Export, tokenizer: Tokenizer, config: RunConfig, path: 
         saved = checkpoint.Checkpoint(0, True, {"train": 0.0}, to_dict(config), "", state, {}, {})
         checkpoint.save(folder.checkpoints, saved)
         write_bytes(folder.artifact, blob)
+    except BaseException:
+        folder.discard()
+        raise
     finally:
         folder.close()
     return artifact.inspect(folder.artifact)
@@ -83,6 +86,8 @@ def parts_of(export: Export, model: ModelConfig) -> dict[str, QuantizedTensor]:
     out: dict[str, QuantizedTensor] = {}
     for bank, shape in parameter_shapes(model).items():
         names, pack = upstream_names(bank, shape), torch.stack if is_layered(bank) else itemgetter(0)
+        if flat := [name for name in names if name in codes and codes[name][0].ndim != 2]:
+            raise InputError(f"{flat[0]} is quantized and no matrix: artifacts keep such tensors as they are")
         bits = max((_bits(codes[name][0]) for name in names if name in codes), default=0)
         kinds = [_kind(name, codes, kept, bits) for name in names]
         start = 0

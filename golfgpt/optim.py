@@ -294,7 +294,8 @@ class Optimizers:
         if None in (address for addresses_of in addresses for address in addresses_of):
             raise RuntimeError("take a step before the capture: some parameter has no gradient or no state yet")
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Of this thread only: the data thread may allocate page-locked memory meanwhile, which "global" refuses.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._step()
         self._graph, self._captured = graph, addresses
 

@@ -158,13 +158,14 @@ def plan(shapes: Mapping[str, tuple[int, ...]], config: QuantConfig) -> dict[str
     Raises InputError for a rule that matches no tensor, or that asks for what a tensor's shape does not have.
     """
     rules = [QuantRule.parse(text) for text in config.rules]
-    formats, unused = {}, set(rules)
+    formats, unused, shadowed = {}, set(rules), set()
     for bank, shape in shapes.items():
         names, layered = upstream_names(bank, shape), is_layered(bank)
         kinds = []
         for name in names:
-            matching = [rule for rule in rules if _matches(rule.pattern, name, len(names))]
-            unused.difference_update(matching)
+            matching = [rule for rule in rules if matches(rule.pattern, name, len(names))]
+            unused.difference_update(matching[:1])
+            shadowed.update(matching[1:])
             kinds.append(_kind(bank, math.prod(shape[layered:]), matching, config))
         start = 0
         for kind, run in itertools.groupby(kinds):
@@ -177,15 +178,22 @@ def plan(shapes: Mapping[str, tuple[int, ...]], config: QuantConfig) -> dict[str
             start = stop
     if unused:
         first = next(rule for rule in rules if rule in unused)
+        if first in shadowed:
+            raise InputError(
+                f"quant.rules: {first.pattern!r} decides nothing, for rules before it match the same tensors: put it "
+                "before them (the first that matches decides)"
+            )
         some = ", ".join(upstream_names(bank, shape)[0] for bank, shape in shapes.items())
         raise InputError(f"quant.rules: {first.pattern!r} matches no tensor of this model; its names are like {some}")
     return formats
 
 
-def _matches(pattern: str, name: str, layers: int) -> bool:
-    """Whether the glob fits a published name, or that name with its layer counted from the end."""
-    from_end = re.sub(r"^blocks\.(\d+)\.", lambda match: f"blocks.{int(match[1]) - layers}.", name)
-    return fnmatchcase(name, pattern) or fnmatchcase(from_end, pattern)
+def matches(pattern: str, name: str, layers: int) -> bool:
+    """Whether the glob fits a published name, or, where it begins with blocks.-, that with the layer counted from the
+    end."""
+    if pattern.startswith("blocks.-"):
+        name = re.sub(r"^blocks\.(\d+)\.", lambda match: f"blocks.{int(match[1]) - layers}.", name)
+    return fnmatchcase(name, pattern)
 
 
 def _kind(bank: str, numel: int, rules: list[QuantRule], config: QuantConfig) -> tuple[str, str | None, int | None]:
@@ -260,11 +268,25 @@ class Quantizer:
 
     def fake_quant(self, enabled: Tensor | None = None) -> FakeQuant:
         """What `GPT.loss(fake_quant=...)` takes for quantization-aware training; empty without qat. `enabled`, a 0-d
-        bool tensor, turns it on and off without a recompilation."""
+        bool tensor, turns it on and off without a recompilation.
+
+        Raises InputError for qat that changes nothing, and for qat="export" with pruning: the artifact would hold zeros
+        that training never saw.
+        """
+        if self.config.qat == "export" and self.config.prune:
+            raise InputError(
+                f"quant.qat export trains with the weights that the artifact will hold, and quant.prune "
+                f"{self.config.prune:g} changes them afterwards; prune without it, or export a pruned copy later"
+            )
         whole, split = {}, {}
-        for part, format in self.formats.items():
+        options_of = {part: self._training(part, enabled) for part in self.formats}
+        if self.config.qat != "off" and not any(options_of.values()):
+            raise InputError(
+                f"quant.qat {self.config.qat} changes no weight: quant.bits, rules and keep_numel give no matrix that "
+                "it quantizes an integer format"
+            )
+        for (part, options), format in zip(options_of.items(), self.formats.values(), strict=True):
             bank, layers = parse_part(part)
-            options = self._training(part, enabled)
             if layers != slice(None):
                 split.setdefault(bank, []).append((format.shape[0], options))
             elif options is not None:

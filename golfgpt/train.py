@@ -47,6 +47,12 @@ def open_dataset(config: RunConfig, ranks: Ranks) -> Dataset:
             f"{config.model.vocab_size}; use --model.vocab-size {dataset.vocab_size}"
         )
     plan_windows(dataset, config)  # fail now, not after training
+    m = config.model
+    if config.eval.document_aware and m.document_start is None and (m.smear_gate, m.bigram_hash) != ("none", "none"):
+        raise InputError(
+            f"eval.document_aware: smear_gate {m.smear_gate} and bigram_hash {m.bigram_hash} of this model mix "
+            "documents; train with --model.document-start 1 (the BOS id), or score without it"
+        )
     dataset.check_token_ids(config.model.vocab_size, deal=(ranks.rank, ranks.world))
     return dataset
 
@@ -76,7 +82,8 @@ def train(config: RunConfig, path: Path, *, resume: bool = False, quiet: bool = 
                 config = replace(config, runtime=replace(config.runtime, dtype=dtype_name(config, ranks)))
                 artifact.require_compressor(config.quant.compressor)
                 dataset = open_dataset(config, ranks)
-                config = fitted(config)
+                config = config if resume else fitted(config)  # a run keeps the width that it was started with
+                artifact.check_payload_bytes(Quantizer(config.model, config.quant).formats)
                 trainer = Trainer(config, dataset, ranks)
                 if ranks.main:
                     tokenizer = dataset.need_tokenizer().model_bytes
@@ -132,7 +139,7 @@ class _Run:
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=32))
     """Seconds of the last steps."""
     first: bool = True
-    """Whether `recent` holds the first step of this execution."""
+    """Whether no step but the first of this execution is over."""
     graphs: int = 0
     """Graphs that torch.compile had made before the clock started."""
     ended: float = 0.0
@@ -159,7 +166,7 @@ class _Run:
         self.trainer.model.load_state_dict(saved.model)
         self.trainer.optimizers.load_state(saved.optimizers)
         self.trainer.average.load_state(saved.average)
-        self.trainer.known = (max(saved.step - 1, 0), saved.clock)
+        self.trainer.learn(max(saved.step - 1, 0), saved.clock)
         self.trainer.prepare(saved.step)
         self.ledger.seconds.update(saved.seconds)
         self.signals.saved = f"step {self.step} is saved"
@@ -179,6 +186,8 @@ class _Run:
             raise InputError(
                 f"the run in {self.path} has another config ({what}); start a new --name or drop the change"
             )
+        if saved and not saved.dataset:
+            raise InputError(f"{self.path} was imported: there is no training to continue; eval, sample or export it")
         if saved and saved.dataset != self.dataset.digest:
             raise InputError(f"{self.config.data.path} has changed since the checkpoint was written")
         for path, reason in refused.items():
@@ -265,7 +274,7 @@ class _Run:
                 self.launch()
                 issued = self.step + len(self.pending)
                 validate = bool(c.runtime.val_every) and issued % c.runtime.val_every == 0
-                drain = validate or issued == c.schedule.max_steps or not self.recent
+                drain = validate or issued == c.schedule.max_steps or self.first
                 save = signaled = False
                 while self.pending and (drain or len(self.pending) > ahead):
                     result = self.collect()
@@ -306,7 +315,7 @@ class _Run:
         begun = self.ledger.elapsed("train")
 
         def votes() -> tuple[bool, bool, bool]:
-            slowest, every = max(self.recent, default=0.0), c.runtime.checkpoint_seconds
+            slowest, every = 0.0 if self.first else max(self.recent), c.runtime.checkpoint_seconds
             due = bool(every) and time.monotonic() - self.last_save >= every
             return crosses_cap(begun, slowest * (1 + t.ahead), c.schedule), due, bool(self.signals.caught)
 
@@ -328,8 +337,8 @@ class _Run:
         self.stopping = self.stopping or result.stop
         seconds = self.ledger.elapsed("train")
         duration, self.ended = seconds - self.ended, seconds
-        if not self.recent and self.config.schedule.max_seconds is not None:
-            self.decide_after_first_step(seconds, duration)
+        if self.first and self.config.schedule.max_seconds is not None:
+            self.decide_for_all(seconds, duration)
         if len(self.recent) == 1 and self.first:  # its duration holds what happens once only
             self.recent.clear()
             self.first = False
@@ -344,8 +353,9 @@ class _Run:
         self.log_step(result, multiplier, seconds)
         return result
 
-    def decide_after_first_step(self, seconds: float, duration: float) -> None:
-        """The first step had no duration to vote by: rank 0 decides for all whether a second one fits."""
+    def decide_for_all(self, seconds: float, duration: float) -> None:
+        """Whether another step fits, as rank 0 sees it after the first two of an execution: there is no duration to
+        vote by yet, for the first holds what happens once only, and nothing is enqueued ahead."""
         cap = self.config.schedule.max_seconds
         stop, seconds, duration = self.ranks.share((seconds + 1.05 * duration > cap, seconds, duration))
         if seconds > cap and self.step == 1:
@@ -354,6 +364,7 @@ class _Run:
                 "raise it or lower --data.batch-tokens"
             )
         self.stopping = self.stopping or stop
+        self.trainer.learn(self.step, seconds)
 
     def log_step(self, result: StepResult, multiplier: float, seconds: float) -> None:
         c = self.config
@@ -532,9 +543,14 @@ class _Run:
     def export(self) -> artifact.ArtifactInfo:
         """Write model.golf and say what it holds."""
         c = self.config
-        state, averaged = self.final_weights(), self.trainer.average.count
+        state, average = self.final_weights(), self.trainer.average
         if c.average.kind != "none":
-            self.reporter.line(f"{c.average.kind}:exporting the average of {averaged} steps' weights")
+            self.reporter.line(
+                f"{c.average.kind}:exporting the average of {average.count} steps' weights"
+                if average.weights()
+                else f"warning: {c.average.kind}: {average.count} steps' weights are too few to average, exporting the "
+                "last weights (see average.swa_every, average.swa_start_lr)"
+            )
         self.reporter.status("compressing")
         info = artifact.write(self.folder.artifact, state, **self.artifact_options())
         label = f"{Quantizer(c.model, c.quant).label}+{info.compressor}"

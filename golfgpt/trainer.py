@@ -6,9 +6,9 @@ update. A step reads `data.spans` spans of span_tokens + 1 tokens. They are deal
 eight see the same tokens, and gradients are token-weighted sums, so they agree within rounding.
 
 `launch` and `update` only enqueue work on a GPU; `wait` reads what became of a step, when the next one is already
-enqueued. So decisions lag: the learning rate follows the last clock of rank 0 that has come back, carried forward by
-the mean step so far, which is the same on every rank, and a vote to stop counts the steps that are on their way. On a
-CPU nothing is asynchronous and nothing lags.
+enqueued. So decisions lag: the learning rate follows the last clock of rank 0 that has come back, carried forward at
+the pace of the last known step, which is the same on every rank, and a vote to stop counts the steps that are on their
+way. On a CPU nothing is asynchronous and nothing lags.
 
 Whether loss and gradient are finite is decided on the device, for good: from the first step that is not, no update
 changes anything, until the host has read so and ends the run.
@@ -113,7 +113,8 @@ class Trainer:
         stream = TokenStream(dataset.train)
         self.data = Prefetcher(stream, config.data.batch_tokens, config.data.spans, deal, pin=self.cuda)
         self.known = (0, 0.0)
-        """The last step whose result has come back, and rank 0's training clock at its start."""
+        """A step, the last whose start on rank 0's training clock has come back, and that clock."""
+        self._pace = 0.0
         self._loss = torch.compile(self.model.loss, dynamic=False, fullgraph=True) if self.compiled else self.model.loss
 
     @property
@@ -122,9 +123,17 @@ class Trainer:
         return int(self.cuda)
 
     def seconds_at(self, step: int) -> float:
-        """Rank 0's training clock at the start of `step`, from the last one known; the same on every rank."""
+        """Rank 0's training clock at the start of `step`, carried forward from the last one known at the pace between
+        the last two; the same on every rank."""
         known, seconds = self.known
-        return seconds if known == step else seconds * step / max(known, 1)
+        return seconds + (step - known) * self._pace
+
+    def learn(self, step: int, seconds: float) -> None:
+        """Take `seconds` as rank 0's training clock at the start of `step`; on every rank alike."""
+        known, before = self.known
+        if step > known:
+            self._pace = (seconds - before) / (step - known)
+        self.known = (step, seconds)
 
     def multiplier(self, step: int) -> float:
         """Factor on the learning rates of the step that follows `step` completed ones."""
@@ -175,7 +184,7 @@ class Trainer:
         if copied is not None:
             copied.record()
         if not self.ahead:
-            self.known = (step, float(values[1]))
+            self.learn(step, float(values[1]))
         return Pending(step, values, copied)
 
     def update(self, step: int) -> float:
@@ -183,7 +192,7 @@ class Trainer:
         multiplier. Changes nothing where `launch` met a loss or gradient that is not finite, now or before."""
         limit = self.config.optim.grad_clip_norm
         if limit:
-            self.flat.gradients.mul_((limit / (self.norm + 1e-6)).clamp(max=1.0))
+            self.flat.gradients.mul_((limit / (self.norm + 1e-6)).clamp(max=1.0).nan_to_num(nan=1.0))
         multiplier = self.multiplier(step)
         if self._enabled is not None:
             self._enabled.fill_(self.quantization_aware(step + 1))
@@ -202,7 +211,7 @@ class Trainer:
             if self.ahead:  # a later step has overwritten its gradients: take it again
                 self.launch(pending.step)
             raise NonFiniteError(f"step {pending.step}: {self._culprit(result)} is not finite; nothing was updated")
-        self.known = (pending.step, result.seconds)
+        self.learn(pending.step, result.seconds)
         return result
 
     def _culprit(self, result: StepResult) -> str:

@@ -20,7 +20,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from golfgpt import artifact
-from golfgpt.artifact import CODECS, budget_report, check_budget, inspect, pack, read, unpack, write
+from golfgpt.artifact import (
+    CODECS,
+    budget_report,
+    check_budget,
+    inspect,
+    pack,
+    read,
+    require_compressor,
+    unpack,
+    write,
+)
 from golfgpt.config import BudgetConfig, ModelConfig, QuantConfig, to_dict
 from golfgpt.errors import BudgetError, InputError
 from golfgpt.quant import Quantizer
@@ -191,13 +201,17 @@ def test_a_missing_compressor_is_an_error_never_another_one(monkeypatch, compres
     blob = packed(quant=QuantConfig(compressor=compressor))
     monkeypatch.setitem(sys.modules, module, None)
     for wanted in (compressor, "smallest"):
-        with pytest.raises(InputError, match=f"needs the package {module}"):
+        with pytest.raises(InputError, match=f"the package {module} is missing: install it"):
             packed(quant=QuantConfig(compressor=wanted))
-    with pytest.raises(InputError, match=f"needs the package {module}"):
+        with pytest.raises(InputError, match=f"quant.compressor {wanted}: the package {module} .*, or choose another"):
+            require_compressor(wanted)
+    with pytest.raises(InputError, match=f"^the package {module} is missing: install it$"):
         unpack(blob)
 
 
-@pytest.mark.parametrize(("digest", "seq_len"), [("abc", 64), (TOKENIZER.upper(), 64), (TOKENIZER, 0)])
+@pytest.mark.parametrize(
+    ("digest", "seq_len"), [("abc", 64), (TOKENIZER.upper(), 64), (TOKENIZER, 0), (TOKENIZER, 2**31)]
+)
 def test_pack_refuses_what_read_would(digest, seq_len):
     with pytest.raises(InputError, match="cannot be stored"):
         pack(random_state(), model=MODEL, quant=QUANT, tokenizer_sha256=digest, seq_len=seq_len)
@@ -346,8 +360,8 @@ def model(**changes) -> dict:
         (edited(columns=[["c_q"]]), "bad header"),
         (edited(columns=7), "bad header"),
         (edited(columns=None), "bad header"),
-        (edited(seq_len=0), "seq_len 0"),
-        (edited(seq_len=True), "seq_len True"),
+        (edited(seq_len=0), "seq_len is not an integer in 1.."),
+        (edited(seq_len=True), "seq_len is not an integer in 1.."),
         (edited(tokenizer_sha256="Z" * 64), "not a SHA-256"),
         (edited(tokenizer_sha256=None), "bad header"),
         (sealed(json.dumps(HEADER, sort_keys=True).encode(), COMPRESSED), "not canonical JSON"),

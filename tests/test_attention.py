@@ -70,9 +70,11 @@ def test_the_fastest_is_found_and_remembered(monkeypatch, tmp_path, backward):
     assert attention._measure(["flash", "math"], *facts) == (ms, True)
     (file,) = (tmp_path / "golfgpt" / "attention").iterdir()
     assert json.loads(file.read_text())["shape"] == [2, 64]
-    file.write_text("[]")
     monkeypatch.setattr(attention, "time_us", lambda *_: Timing(1.0, 0.0))
-    assert attention._measure(["flash", "math"], *facts) == ({"flash": 0.001, "math": 0.001}, False)
+    for damaged in ("[]", "", '{"ms": []}', '{"ms": {"flash": 1.0}}', '{"ms": {"flash": null, "math": 1}}',
+                    '{"ms": {"flash": NaN, "math": 1}}'):  # fmt: skip
+        file.write_text(damaged)
+        assert attention._measure(["flash", "math"], *facts) == ({"flash": 0.001, "math": 0.001}, False)
 
 
 def test_what_auto_takes_on_a_gpu(monkeypatch):

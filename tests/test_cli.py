@@ -156,6 +156,9 @@ def test_recipes(capsys):
     [
         (["trian"], 2, "did you mean train?"),
         (["train", "--recipe", "demmo"], 3, "did you mean demo?"),
+        (["train", "--resume", "runs/first", "--recipe", "golf"], 3, "give it or --recipe golf, not both"),
+        (["budget", "runs/first", "--recipe", "golf"], 3, "give it or --recipe golf, not both"),
+        (["budget", "--recipe", "baseline", "--recipe", "demmo"], 3, "did you mean demo?"),
         (["recipes", "show", "demmo"], 3, "did you mean demo?"),
         (["eval", "nowhere"], 3, "nowhere holds no run"),
         (["eval", "--json", "nowhere"], 3, "name the run first"),

@@ -501,6 +501,13 @@ def test_nvidia_smi_hangs_while_torch_has_a_gpu(no_gpu, smi, monkeypatch):
     assert doctor.exit_code(rows.values()) == 0
 
 
+def test_a_driver_that_does_not_answer_is_no_machine_without_gpus(no_gpu, smi, capsys):
+    smi("echo 'Failed to initialize NVML: Driver/library version mismatch'; exit 18")
+    row = by_name(doctor.diagnose())["nvidia-smi"]
+    assert row.verdict != "ok" and "Failed to initialize NVML" in row.advice
+    assert "nvidia-smi" not in by_name(doctor.diagnose("cpu"))
+
+
 @pytest.mark.parametrize("count", [0, 65])
 def test_how_many_processes(count):
     with pytest.raises(InputError, match="64"):

@@ -324,6 +324,7 @@ def test_a_revision_that_moved_is_refused(hub, tmp_path):
     ("options", "message"),
     [
         ({"variant": "sp385"}, r"no variant 'sp385' .*; it has sp384, sp1024"),
+        ({"variant": "../x"}, "variants are named sp1024"),
         ({"variant": "byte260"}, "no variant 'byte260' .*; it has sp384, sp1024"),
         ({"variant": "sp384", "train_shards": 6}, "has 5 train shards of sp384"),
         ({"train_shards": 1}, "has 0 train shards of sp1024"),
@@ -345,8 +346,9 @@ def test_a_shard_that_the_hub_lacks(hub, tmp_path, name):
 
 def test_a_shard_with_a_wrong_header_is_refused(hub, tmp_path):
     hub.files[f"{SHARDS}/{TRAIN_1}"] += b"xx"
-    with pytest.raises(InputError, match=rf"{TRAIN_1}: the header says 6000 tokens"):
+    with pytest.raises(InputError, match=rf"{TRAIN_1}.part: the header says 6000 tokens"):
         get(hub, tmp_path)
+    assert not (tmp_path / TRAIN_1).exists()
 
 
 def test_too_little_disk_is_said_to_the_byte_before_anything_is_fetched(hub, tmp_path, monkeypatch):
@@ -375,7 +377,18 @@ def test_another_variant_in_the_same_folder_is_refused(hub, tmp_path):
         download(tmp_path, train_shards=1, endpoint=hub.url)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"files": []}', '{"files": 3, "revision": "x", "variant": "sp384"}'])
+def record(bytes: object = 1, sha256: object = "0" * 64, revision: object = "0" * 40) -> str:
+    file = {"path": f"{SHARDS}/{TRAIN_0}", "bytes": bytes, "sha256": sha256}
+    return json.dumps({"files": [file], "revision": revision, "variant": "sp384"})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{", "[]", '{"files": []}', '{"files": 3, "revision": "x", "variant": "sp384"}'),
+        *(record(bytes="x"), record(bytes=-1), record(sha256=7), record(sha256=None), record(revision=None)),
+    ],
+)
 def test_an_unreadable_record_is_named_and_can_be_deleted(hub, tmp_path, text):
     get(hub, tmp_path)
     (tmp_path / RECORD).write_text(text)

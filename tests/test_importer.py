@@ -109,6 +109,59 @@ def test_codes_are_taken_over_and_not_quantized_twice(trained, corpus, tmp_path,
         assert torch.equal(weights[name], tensor), name
 
 
+def flat_codes(w: dict, m: dict) -> None:
+    name = "blocks.0.attn.q_gain"
+    w.pop(name)
+    w[f"{name}.q"], w[f"{name}.scale"] = torch.ones(3, dtype=torch.int8), torch.ones((), dtype=torch.float16)
+    m[name] = {"type": "int8"}
+
+
+def large_scales(w: dict, m: dict) -> None:
+    w["blocks.0.mlp.fc.weight.scale"] = torch.full((64,), 5e37)
+    w["blocks.0.mlp.fc.weight.q"].clamp_(-5, 5)
+
+
+def a_negative_view(w: dict, m: dict) -> None:
+    w["tok_emb.weight.q"] = torch._neg_view(w["tok_emb.weight.q"].clone())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (flat_codes, "attn.q_gain is quantized and no matrix"),
+        (large_scales, "scales whose weights exceed float32"),
+        (a_negative_view, "tok_emb.weight is not a plain contiguous tensor"),
+    ],
+)
+def test_what_no_reader_would_take_is_not_written(trained, corpus, tmp_path, monkeypatch, capsys, change, message):
+    monkeypatch.chdir(tmp_path)
+    content = mixed(trained_weights(trained), artifact.inspect(trained / "model.golf").model)
+    change(content["w"], content["m"])
+    (tmp_path / "m.ptz").write_bytes(saved(content, zlib.compress))
+    assert main(["import", "m.ptz", "--tokenizer", str(corpus / "tokenizer.model"), "--name", "a"]) == 3
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "runs/a/config.json").exists()
+
+
+def test_an_import_that_fails_gives_its_name_back(trained, corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    bare = {name: tensor.clone() for name, tensor in to_upstream(trained_weights(trained)).items()}
+    (tmp_path / "final_model.pt").write_bytes(saved(bare))
+    argv = ["import", "final_model.pt", "--tokenizer", str(corpus / "tokenizer.model"), "--name", "a"]
+    with monkeypatch.context() as full:
+        full.setattr("golfgpt.importer.checkpoint.save", lambda *_: (_ for _ in ()).throw(OSError(28, "disk full")))
+        assert main(argv) == 3
+    assert main(argv) == 0
+    assert main(["train", "--resume", "runs/a", "--data.path", str(corpus)]) == 3
+    assert "was imported: there is no training to continue" in capsys.readouterr().err
+
+
+def test_an_artifact_alone_is_exported_from_what_it_decodes_to(trained, tmp_path, capsys):
+    (tmp_path / "b.golf").write_bytes((trained / "model.golf").read_bytes())
+    found = run_json(capsys, "export", str(tmp_path / "b.golf"), "--to", "golf", "--quant.compressor", "zlib")
+    assert found["source"] == "artifact" and artifact.read(tmp_path / "export.golf").state
+
+
 def test_a_run_is_stored_in_other_formats_from_its_trained_weights(trained, capsys):
     sizes = {}
     for bits in (8, 5):
@@ -128,7 +181,10 @@ def test_a_run_is_stored_in_other_formats_from_its_trained_weights(trained, caps
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--to", "golf", "--out", "{run}/model.golf"], "is the run's own artifact"),
+        (["--to", "golf", "--out", "{run}/model.golf"], "is a run's own artifact"),
+        (["--to", "golf", "--out", "{run}/config.json"], "must end in .golf"),
+        (["--out", "{run}/checkpoints/step_0.safetensors"], "not lie in checkpoints"),
+        (["--out", "{run}/model.golf"], "must end in .safetensors"),
         (["--quant.bits", "5"], "quant.bits: 6 -> 5 changes nothing; --to golf quantizes"),
         (["--to", "golf", "--quant.qat", "export"], "quant.qat: 'off' -> 'export' changes nothing here"),
         (["--to", "golf", "--quant.rules", "nothing=int6"], "'nothing' matches no tensor of this model"),

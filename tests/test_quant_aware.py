@@ -13,7 +13,7 @@ from golfgpt.config import AverageConfig, ModelConfig, OptimConfig, QuantConfig,
 from golfgpt.distributed import Ranks
 from golfgpt.errors import InputError, NonFiniteError
 from golfgpt.flat import FlatGradients
-from golfgpt.model import GPT, MATRIX_BANKS
+from golfgpt.model import GPT, MATRIX_BANKS, fake_quantized
 from golfgpt.quant import Quantizer, join, plan, prune_threshold, pruned
 from golfgpt.recipes import RECIPES
 from golfgpt.schedule import lr_multiplier, quantization_aware
@@ -241,11 +241,59 @@ def test_the_first_rule_that_matches_decides_and_layers_count_from_both_ends():
         ),
         (("bigram.scale=int6",), r"bigram.scale .bigram_scale.: format int6 needs rows"),
         (("*.mlp.fc.*=int6/7",), r"mlp.fc.weight .mlp_fc.: groups of 7 columns do not divide the 36"),
+        (("*.mlp.*=int8", "*.mlp.fc.*=int5"), r"'\*.mlp.fc.\*' decides nothing, .* put it before them"),
     ],
 )
 def test_rules_that_cannot_be_followed_are_errors(rules, message):
     with pytest.raises(InputError, match=message):
         plan(parameter_shapes(MODEL), QuantConfig(rules=rules))
+
+
+def test_a_pattern_counts_layers_from_the_end_only_where_it_says_so():
+    formats = plan(parameter_shapes(MODEL), QuantConfig(rules=("blocks.[!0]*.mlp.fc.*=int4",), keep_numel=0))
+    assert {name: f.format for name, f in formats.items() if "mlp_fc" in name} == {
+        "mlp_fc[0:1]": "int8",
+        "mlp_fc[1:4]": "int4",
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"qat": "r4", "rules": ("*=float16",)}, "quant.qat r4 changes no weight"),
+        ({"qat": "r5", "keep_numel": 10**8}, "quant.qat r5 changes no weight"),
+        ({"qat": "r4", "rules": ("*.attn.*=float16", "*.mlp.*=float16"), "keep_numel": 0}, "changes no weight"),
+        ({"qat": "export", "rules": ("*=float32",)}, "quant.qat export changes no weight"),
+        ({"qat": "export", "prune": 0.05}, "quant.prune 0.05 changes them afterwards"),
+    ],
+)
+def test_quantization_aware_training_that_would_be_none_is_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        Quantizer(MODEL, QuantConfig(**options)).fake_quant()
+
+
+@pytest.mark.slow
+def test_what_inductor_compiles_trains_on_the_weights_that_ship():
+    """It removes a round trip through float16, which is how kept tensors are stored, wherever it sees one."""
+    torch.compiler.reset()
+    model = model_with_hard_rows()
+    quantizer = Quantizer(MODEL, replace(MIXED, rules=(*MIXED.rules[1:], "tok_emb.*=float16")))
+    shipped = GPT(MODEL)
+    shipped.load_state_dict(quantizer.decode(quantizer.encode(model.state_dict())))
+    enabled = torch.tensor(True)
+    options = quantizer.fake_quant(enabled)
+    assert options["tok_emb"]["keep"] == options["resid_mix"]["keep"] == torch.float16
+
+    def used(weights, on):
+        return {name: fake_quantized(w, options.get(name) and {**options[name], "enabled": on}) + 0
+                for name, w in weights.items() if not isinstance(options.get(name), list)}  # fmt: skip
+
+    compiled = torch.compile(used, dynamic=False, fullgraph=True)
+    weights = dict(model.named_parameters())
+    for name, w in compiled(weights, enabled).items():
+        assert torch.equal(w, shipped.get_parameter(name)), name
+    for name, w in compiled(weights, torch.tensor(False)).items():
+        assert torch.equal(w, weights[name]), name
 
 
 def test_parts_join_to_banks():

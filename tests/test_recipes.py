@@ -9,7 +9,7 @@ import pytest
 
 from golfgpt import artifact
 from golfgpt.cli import main
-from golfgpt.config import RunConfig, from_dict, to_dict
+from golfgpt.config import BudgetConfig, ModelConfig, QuantConfig, RunConfig, from_dict, to_dict
 from golfgpt.errors import BudgetError
 from golfgpt.fit import fitted, forecast_bytes
 from golfgpt.quant import Quantizer
@@ -102,6 +102,34 @@ def test_the_widest_mlp_that_fits_is_found():
     assert fitted(base) is base
     with pytest.raises(BudgetError, match="mlp_hidden 16 the forecast is"):
         fitted(replace(config, budget=replace(config.budget, artifact_bytes=1_000_000)))
+
+
+@pytest.mark.parametrize("rules", [(), ("*.mlp.proj.*=int5/64",)])
+@pytest.mark.parametrize("limit", [300_000, 1_200_000, 1_600_000])
+def test_the_widest_mlp_beyond_the_width_where_matrices_become_integers(limit, rules):
+    """Up to keep_numel elements a matrix takes two bytes a weight: with 528 columns the model is half as large as with
+    512."""
+    small = ModelConfig(num_layers=6, model_dim=128, num_heads=4, num_kv_heads=2)
+    budget = BudgetConfig(artifact_bytes=limit, code_bytes=0, reserve_bytes=0, fit="mlp_hidden")
+    config = replace(RunConfig(), model=small, quant=QuantConfig(bits=5, compressor="zlib", rules=rules), budget=budget)
+
+    def size(width: int) -> int:
+        return forecast_bytes(Quantizer(replace(small, mlp_hidden=width), config.quant))
+
+    fits = [width for width in range(64 if rules else 16, 1300, 64 if rules else 16) if size(width) <= limit]
+    if not fits:
+        with pytest.raises(BudgetError, match=r"with model\.mlp_hidden \d+ the"):
+            fitted(config)
+        return
+    assert fitted(config).model.mlp_hidden == fits[-1] < 1296
+
+
+def test_no_width_is_fitted_whose_payload_no_artifact_holds():
+    huge = BudgetConfig(artifact_bytes=2_000_000_000, fit="mlp_hidden")
+    config = fitted(replace(RunConfig(), budget=huge))
+    quantizer = Quantizer(config.model, config.quant)
+    wider = Quantizer(replace(config.model, mlp_hidden=config.model.mlp_hidden + 16), config.quant)
+    assert quantizer.payload_bytes <= artifact.MAX_PAYLOAD_BYTES < wider.payload_bytes
 
 
 def test_golf_leaves_the_reserve_and_keeps_no_published_flaw():

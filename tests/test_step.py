@@ -186,7 +186,7 @@ def test_times_and_memory_of_a_gpu(monkeypatch):
         def step(self, number, mark):
             for phase in ("data", "forward", "backward", "data", "optimizer", "rest"):
                 mark(phase)
-            return float(number)
+            return torch.tensor(float(number))
 
     allocated = {"memory_allocated": 1000, "max_memory_allocated": 1700}
     monkeypatch.setattr(Ticks, "now", 0)

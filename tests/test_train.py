@@ -25,7 +25,7 @@ from golfgpt.fit import activation_bytes
 from golfgpt.flat import FlatGradients
 from golfgpt.quant import Quantizer
 from golfgpt.recipes import RECIPES
-from golfgpt.run import RunFolder
+from golfgpt.run import RunFolder, read_config
 from golfgpt.train import train
 from golfgpt.trainer import Trainer
 
@@ -234,7 +234,8 @@ def test_killed_outright_and_resumed(tiny, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("ahead", [0, 1])
 @pytest.mark.parametrize("where", ["gradient", "loss"])
-def test_a_non_finite_step_changes_nothing_and_names_the_tensor(tiny, tmp_path, monkeypatch, where, ahead):
+@pytest.mark.parametrize(("value", "clip"), [(float("inf"), 0.0), (float("nan"), 1.0)])
+def test_a_non_finite_step_changes_nothing_and_names_the_tensor(tiny, tmp_path, monkeypatch, where, ahead, value, clip):
     """Nor does the step after it, which is on its way when the host reads of the first."""
     monkeypatch.setattr(Trainer, "ahead", ahead)
     launch, sum_ = Trainer.launch, FlatGradients.sum_
@@ -245,12 +246,13 @@ def test_a_non_finite_step_changes_nothing_and_names_the_tensor(tiny, tmp_path, 
             if step == 3 and where == "loss":
                 flat.control[0] = float("nan")
             elif step == 3:
-                self.model.mlp_fc.grad[2, 5, 7] = float("inf")
+                self.model.mlp_fc.grad[2, 5, 7] = value
 
         monkeypatch.setattr(FlatGradients, "sum_", poison)
         return launch(self, step, *args)
 
     config = replace(tiny, schedule=replace(tiny.schedule, warmdown_frac=0), average=AverageConfig(kind="ema"))
+    config = replace(config, optim=replace(config.optim, grad_clip_norm=clip))
     train(replace(config, schedule=replace(config.schedule, max_steps=3)), tmp_path / "good")
     monkeypatch.setattr(Trainer, "launch", poisoned)
     name = "blocks.2.mlp.fc.weight" if where == "gradient" else r"the loss \(nan\)"
@@ -282,6 +284,26 @@ def test_the_cap_stops_before_the_step_that_would_cross(tiny, tmp_path, monkeypa
     assert train(second, tmp_path / "one")["steps"] == 1, "the second step would cross"
 
 
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_slow_first_step_is_no_measure_of_the_others(tiny, tmp_path, monkeypatch, ahead):
+    """Compilation and lazy initialization happen once. Schedules go on at the pace of the steps after it."""
+    clock, launch, seen = [0.0], Trainer.launch, {}
+
+    def slow(self, step, *args):
+        seen[step] = self.seconds_at(step), clock[0]
+        clock[0] += 0.05 if step else 3.0
+        return launch(self, step, *args)
+
+    monkeypatch.setattr(Trainer, "launch", slow)
+    monkeypatch.setattr(Trainer, "ahead", ahead)
+    monkeypatch.setattr("golfgpt.train.Ledger", lambda: Ledger(now=lambda: clock[0]))
+    config = replace(tiny, schedule=ScheduleConfig(max_steps=30, max_seconds=9.0))
+    assert train(config, tmp_path / "run")["steps"] == 30
+    for step, (expected, true) in seen.items():
+        if step != 1 or not ahead:
+            assert expected == pytest.approx(true, abs=0.06), step
+
+
 def test_a_cap_too_short_for_one_step(tiny, tmp_path):
     with pytest.raises(BudgetError, match="too short for one step"):
         train(replace(tiny, schedule=ScheduleConfig(max_seconds=1e-6)), tmp_path / "run")
@@ -295,6 +317,25 @@ def test_over_budget_is_scored_kept_and_refused(tiny, tmp_path):
         train(replace(tiny, budget=BudgetConfig(artifact_bytes=size - 1)), tmp_path / "over")
     assert artifact.read(tmp_path / "over" / "model.golf").state
     assert json.loads((tmp_path / "over" / "result.json").read_text())["margin_bytes"] == -1
+
+
+def test_a_fitted_run_keeps_its_width_when_the_budget_changes(tiny, tmp_path):
+    budget = BudgetConfig(artifact_bytes=200_000, reserve_bytes=0, fit="mlp_hidden")
+    first = train(replace(tiny, budget=budget), tmp_path / "run")
+    config = read_config(tmp_path / "run")
+    again = replace(config, budget=replace(budget, artifact_bytes=300_000))
+    result = train(again, tmp_path / "run", resume=True)
+    assert result["parameters"] == first["parameters"] and result["margin_bytes"] == first["margin_bytes"] + 100_000
+
+
+@pytest.mark.parametrize(("every", "taken"), [(100, 0), (8, 1), (3, 2)])
+def test_an_average_of_too_few_is_not_exported_and_the_log_says_so(tiny, tmp_path, every, taken):
+    average = AverageConfig(kind="swa", swa_start_lr=1.0, swa_every=every)
+    schedule = replace(tiny.schedule, warmdown_frac=0.99)
+    train(replace(tiny, average=average, schedule=schedule), tmp_path / "run")
+    log = (tmp_path / "run" / "train.log").read_text()
+    said = f"warning: swa: {taken} steps' weights are too few" if taken < 2 else "swa:exporting the average of 2 steps"
+    assert said in log
 
 
 def test_a_folder_in_use_is_refused(tiny, tmp_path):
@@ -315,6 +356,13 @@ def test_a_folder_in_use_is_refused(tiny, tmp_path):
         (lambda c: replace(c, data=replace(c.data, path="nowhere")), "nowhere is not a folder"),
         (lambda c: replace(c, model=replace(c.model, vocab_size=385)), "use --model.vocab-size 384"),
         (lambda c: replace(c, eval=replace(c.eval, window=10**6)), "longer than the text"),
+        (
+            lambda c: replace(
+                c, model=replace(c.model, smear_gate="after_norm"), eval=replace(c.eval, document_aware=True)
+            ),
+            "smear_gate after_norm .* mix documents; train with --model.document-start 1",
+        ),
+        (lambda c: replace(c, model=replace(c.model, mlp_hidden=2_000_000)), "tensors take .* more than 268435456"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_training(tiny, tmp_path, change, message):

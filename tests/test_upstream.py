@@ -215,7 +215,7 @@ BLOCK = torch.zeros(100_000)
 PER_ROW_FAULTS = [
     (lambda x: x.update(__quant_format__="other"), "its format is 'other'"),
     (lambda x: x.update(__quant_format__=BLOCK), "its format is tensor"),
-    (lambda x: x.pop("__quant_format__"), "quantized is not a contiguous tensor"),
+    (lambda x: x.pop("__quant_format__"), "quantized is not a plain contiguous tensor"),
     (lambda x: x.pop("scales"), "missing keys: scales"),
     (lambda x: x.update(extra={}), "unexpected keys: extra"),
     (lambda x: x["scales"].pop("lm_head.weight"), "name different tensors"),
@@ -223,13 +223,13 @@ PER_ROW_FAULTS = [
     (lambda x: x["passthrough"].update({7: torch.ones(1)}), "passthrough is not a table"),
     (lambda x: x["passthrough"].update({"\x1b[31m": torch.ones(1)}), "passthrough is not a table"),
     (lambda x: x["passthrough"].update({"lm_head.weight": torch.ones(1)}), "both quantized and passed.*lm_head.weight"),
-    (lambda x: x["passthrough"].update(a="text"), "a is not a contiguous"),
+    (lambda x: x["passthrough"].update(a="text"), "a is not a plain contiguous"),
     (lambda x: x["passthrough"].update(a=torch.tensor([math.nan])), "a is not finite"),
     (lambda x: x["passthrough"].update(a=torch.tensor([math.inf]).half()), "a is not finite"),
     (lambda x: x["passthrough"].update(a=torch.zeros(1, dtype=torch.int8)), "a is torch.int8"),
-    (lambda x: x["passthrough"].update(a=torch.zeros(1).requires_grad_()), "a is not a contiguous"),
-    (lambda x: x["passthrough"].update(a=torch.ones(4, 4).t()), "a is not a contiguous"),
-    (lambda x: x["passthrough"].update(a=torch.ones(1).expand(2**40)), "a is not a contiguous"),
+    (lambda x: x["passthrough"].update(a=torch.zeros(1).requires_grad_()), "a is not a plain contiguous"),
+    (lambda x: x["passthrough"].update(a=torch.ones(4, 4).t()), "a is not a plain contiguous"),
+    (lambda x: x["passthrough"].update(a=torch.ones(1).expand(2**40)), "a is not a plain contiguous"),
     (lambda x: x["passthrough"].update({str(i): BLOCK[i:] for i in range(2000)}), "more bytes than the file"),
     (lambda x: x["passthrough"].update(a=BLOCK, b=BLOCK), "more bytes than the file"),
     (
@@ -250,7 +250,7 @@ PER_ROW_FAULTS = [
     (lambda x: x.update(qmeta={"a": "x" * 10**6}), "its pickle of"),
 ]
 MIXED_FAULTS = [
-    (lambda x: x.pop("m"), "w is not a contiguous tensor"),
+    (lambda x: x.pop("m"), "w is not a plain contiguous tensor"),
     (lambda x: x.update(m=[]), "m is not a table"),
     (lambda x: x["w"].pop("lm_head.weight.q"), "missing tensors: lm_head.weight.q"),
     (lambda x: x["w"].pop("skip_weights"), "missing tensors: skip_weights"),
@@ -265,7 +265,7 @@ MIXED_FAULTS = [
     (lambda x: x["w"]["lm_head.weight.q"].fill_(-33), "lm_head.weight has codes outside int6"),
     (lambda x: x["w"].update({"lm_head.weight.q": torch.ones(24, 16)}), "lm_head.weight has codes of torch.float32"),
     (lambda x: x["w"].update({"lm_head.weight.scale": torch.ones(16)}), r"has codes .24, 16. with scales .16,."),
-    (lambda x: x["w"].update({"lm_head.weight.scale": 0.5}), "lm_head.weight is not a contiguous tensor"),
+    (lambda x: x["w"].update({"lm_head.weight.scale": 0.5}), "lm_head.weight is not a plain contiguous tensor"),
     (lambda x: x["w"]["skip_weights"].fill_(math.nan), "skip_weights is not finite"),
 ]
 
@@ -291,7 +291,7 @@ def test_malformed_mixed_exports_are_refused(tmp_path, change, message):
     [
         ([torch.ones(1)], "the file is not a table of names"),
         (torch.ones(1), "the file is not a table of names"),
-        ({"step": 3, "model": {"a": torch.ones(1)}}, "step is not a contiguous tensor"),
+        ({"step": 3, "model": {"a": torch.ones(1)}}, "step is not a plain contiguous tensor"),
         ({"a": torch.tensor([math.nan])}, "a is not finite"),
         ({"a": nn.Parameter(torch.ones(1))}, "_rebuild_parameter"),
         ({"a": torch.ones(1, dtype=torch.float64)}, "DoubleStorage"),
@@ -528,8 +528,23 @@ def test_states_of_no_model_are_refused_by_name(change, message):
         infer_config(state)
 
 
+@pytest.mark.parametrize("levels", [2, 60])
+def test_tuples_of_tuples_as_a_key_are_not_hashed(levels, tmp_path):
+    """60 levels of (t, t) in 300 bytes would take 2^60 steps."""
+    program = b"\x80\x02}K\x01\x85" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(1, levels)) + b"K\x01s."
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("archive/data.pkl", program)
+        archive.writestr("archive/version", "3\n")
+    (tmp_path / "m.pt").write_bytes(buffer.getvalue())
+    with pytest.raises(InputError, match="one tuple several times"):
+        read_export(tmp_path / "m.pt")
+
+
 def test_a_gate_that_is_not_there_cannot_be_given():
-    with pytest.raises(InputError, match=r"smear_gate before_norm was asked for, but there is no tensor smear.gate"):
+    with pytest.raises(
+        InputError, match=r"smear_gate before_norm was asked for, and there is no tensor smear.gate: choose none"
+    ):
         infer_config(trained(SMALL), smear_gate="before_norm")
 
 

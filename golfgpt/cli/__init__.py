@@ -42,7 +42,7 @@ def _recipe_config(argv: list[str]) -> RunConfig:
 
 def _train_config(argv: list[str]) -> RunConfig:
     resume = _option(argv, "--resume")
-    return commands.stored_config(Path(resume)) if resume else _recipe_config(argv)
+    return commands.stored_config(_alone(Path(resume), argv)) if resume else _recipe_config(argv)
 
 
 def _run_config(argv: list[str]) -> RunConfig:
@@ -60,8 +60,14 @@ def _export_config(argv: list[str]) -> RunConfig:
 
 def _budget_config(argv: list[str]) -> RunConfig:
     if argv and not argv[0].startswith("-"):
-        return _run_config(argv) if Path(argv[0]).is_dir() else RunConfig()
+        return _run_config(argv) if _alone(Path(argv[0]), argv).is_dir() else RunConfig()
     return _recipe_config(argv)
+
+
+def _alone(run: Path, argv: list[str]) -> Path:
+    if recipe := _option(argv, "--recipe"):
+        raise InputError(f"{run} has a configuration of its own: give it or --recipe {recipe}, not both")
+    return run
 
 
 COMMANDS = {
@@ -82,11 +88,11 @@ COMMANDS = {
 
 
 def _option(argv: list[str], flag: str) -> str | None:
-    """The value of `flag` in argv, before tyro parses it: it decides the defaults that tyro shows."""
-    for i, word in enumerate(argv):
-        if word.startswith(flag + "="):
-            return word.removeprefix(flag + "=")
-        if word == flag and i + 1 < len(argv):
+    """The last value of `flag` in argv, before tyro parses it: it decides the defaults that tyro shows."""
+    for i in reversed(range(len(argv))):
+        if argv[i].startswith(flag + "="):
+            return argv[i].removeprefix(flag + "=")
+        if argv[i] == flag and i + 1 < len(argv):
             return argv[i + 1]
     return None
 

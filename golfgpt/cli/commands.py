@@ -279,8 +279,9 @@ def export(args: Export) -> int:
     from golfgpt.run import artifact_file, trained_weights
     from golfgpt.upstream import to_upstream
 
-    source = args.source or ("checkpoint" if args.to == "golf" else "artifact")
     folder = args.run.parent if args.run.is_file() else args.run
+    trains = args.to == "golf" and (folder / "config.json").exists()
+    source = args.source or ("checkpoint" if trains else "artifact")
     file = artifact_file(args.run)
     info = artifact.inspect(file)
     started = stored_config(args.run).quant if (folder / "config.json").exists() else args.quant
@@ -290,9 +291,12 @@ def export(args: Export) -> int:
         raise InputError(f"{trained[0]} changes nothing here: fake quantization is part of training")
     state = artifact.read(file).state if source == "artifact" else trained_weights(folder)
     out = args.out or (folder / "export.golf" if args.to == "golf" else file.with_suffix(".safetensors"))
+    suffix, place = ".golf" if args.to == "golf" else ".safetensors", out.resolve().parent
+    if out.suffix != suffix or place.name == "checkpoints":
+        raise InputError(f"--out {out} must end in {suffix} and not lie in checkpoints: a run's files stay as they are")
+    if out.name == "model.golf" and (place / "config.json").exists():
+        raise InputError(f"{out} is a run's own artifact, which result.json describes; choose another --out")
     if args.to == "golf":
-        if out.resolve() == (folder / "model.golf").resolve():
-            raise InputError(f"{out} is the run's own artifact, which result.json describes; choose another --out")
         options = {"tokenizer_sha256": info.tokenizer_sha256, "seq_len": info.seq_len}
         written = artifact.write(out, state, model=info.model, quant=args.quant, **options)
     else:

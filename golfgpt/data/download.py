@@ -29,7 +29,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -108,6 +108,11 @@ class Record:
                 _SHARD.fullmatch(f.path) or _TOKENIZER.fullmatch(f.path) for f in self.files
             ):
                 raise ValueError("another format, or files of another dataset")
+            sizes = all(type(f.bytes) is int and f.bytes >= 0 for f in self.files)
+            digests = [(f.sha256, 64) for f in self.files if f.sha256 is not None or f.blob_id is None]
+            digests += [(f.blob_id, 40) for f in self.files if f.blob_id is not None] + [(self.revision, 40)]
+            if not sizes or not all(re.fullmatch(f"[0-9a-f]{{{digits}}}", digest) for digest, digits in digests):
+                raise ValueError("a size, digest or revision is none")
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, KeyError) as error:
@@ -160,6 +165,8 @@ def download(
     """
     if train_shards < 1 or workers < 1:
         raise InputError(f"--train-shards {train_shards} and --workers {workers} must be at least 1")
+    if not re.fullmatch("[A-Za-z0-9_]{1,32}", variant):
+        raise InputError(f"--variant {variant!r}: variants are named sp1024, sp8192 and the like")
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(out / ".download.lock")
@@ -215,9 +222,9 @@ def _download(
             damaged.append(f"{file.name}: {found}")
 
         hub.fetch(file, commit, parts[file], lambda done: meter.set(file, done), stop, wrong)
-        os.replace(parts[file], out / file.name)
         if file.name.endswith(".bin"):
-            open_shard(out / file.name)
+            open_shard(parts[file])
+        os.replace(parts[file], out / file.name)
 
     _each(fetch, missing, workers, stop)
     whole = tuple(replace(file, sha256=file.sha256 or sha256_file(out / file.name)) for file in files)
@@ -359,12 +366,17 @@ class _Part(io.FileIO):
             raise _Stopped
         rest = memoryview(data)
         while rest:
-            try:
+            with self.explained():
                 rest = rest[super().write(rest) :]
-            except OSError as error:
-                raise InputError(f"cannot write {self.name}: {error.strerror}; the same command continues") from error
         self._grown(self.tell())
         return len(data)
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise InputError(f"cannot write {self.name}: {error.strerror}; the same command continues") from error
 
 
 class _Unavailable(InputError):
@@ -429,7 +441,8 @@ class _Hub:
                     if idle > RETRIES or stop.wait(idle):
                         raise
                     continue
-                os.fsync(target.fileno())
+                with target.explained():
+                    os.fsync(target.fileno())
             if not (found := file.problem(part)):
                 return
             part.unlink()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -41,7 +42,7 @@ def diagnose(
     devices, error = probe.usable(device)
     build, visible = torch.version.cuda, os.environ.get("CUDA_VISIBLE_DEVICES")
     rows = [judge.usable(device, build=build, seen=len(devices), error=error, listed=len(listed), visible=visible)]
-    if devices and not listed:
+    if not listed and device != "cpu" and (devices or shutil.which("nvidia-smi")):
         rows.append(judge.refused("nvidia-smi", probe.Failed(silence)))
     gpus, smi, count = len(devices), bool(listed) and device != "cpu", processes or len(devices)
     best, kind = devices[0] if devices else torch.device("cpu"), "cuda" if gpus >= count else "cpu"

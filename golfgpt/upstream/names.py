@@ -211,7 +211,7 @@ def infer_config(
     bigram_hash = "none" if not rows else "xor" if "bigram.scale" in tensors else "linear"
     if "smear.gate" not in tensors:
         if smear_gate is not None:
-            raise InputError(f"smear_gate {smear_gate} was asked for, but there is no tensor smear.gate")
+            raise InputError(f"smear_gate {smear_gate} was asked for, and there is no tensor smear.gate: choose none")
         smear_gate = "none"
     elif smear_gate is None:
         smear_gate = "before_norm" if "smeargate.gate" in state or bigram_hash == "linear" else "after_norm"

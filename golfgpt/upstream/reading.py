@@ -45,6 +45,13 @@ _MIXED_KEPT = ("passthrough", "passthrough_ctrl", "passthrough_fp16")
 _MIXED_BITS = {"int5": 5, "int6": 6, "int8": 8}
 _BFLOAT16 = ("tok_emb.weight", "bigram.embed.weight")  # in upstream's models; a mixed file does not record dtypes
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_PICKLE_OPCODES = {
+    *("PROTO", "STOP", "MARK", "GLOBAL", "REDUCE", "BUILD", "BINPERSID", "BINPUT", "LONG_BINPUT", "BINGET"),
+    *("LONG_BINGET", "EMPTY_DICT", "SETITEM", "SETITEMS", "EMPTY_LIST", "APPEND", "APPENDS", "EMPTY_TUPLE", "TUPLE"),
+    *("TUPLE1", "TUPLE2", "TUPLE3", "BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "NONE"),
+    *("NEWTRUE", "NEWFALSE"),
+}
+"""What pickle's protocol 2 writes for dicts, lists, strings, numbers and tensors."""
 _PICKLE_GLOBALS = {
     "collections OrderedDict",
     "torch._utils _rebuild_tensor_v2",
@@ -181,18 +188,28 @@ def _load_plain_tensors(content: bytes) -> Any:
                 raise InputError(f"it has {len(programs)} pickles")
             if programs[0].file_size > _MAX_PICKLE_BYTES:
                 raise InputError(f"its pickle of {programs[0].file_size} bytes holds more than tensors")
-            for opcode, argument, _ in pickletools.genops(archive.read(programs[0])):
-                if opcode.name == "STACK_GLOBAL" or (
-                    opcode.name in ("GLOBAL", "INST") and argument not in _PICKLE_GLOBALS
-                ):
-                    raise InputError(f"it refers to {argument!a}, which no tensor needs")
+            _check_pickle(archive.read(programs[0]))
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # foreign parsers meet hostile bytes with any type of exception
         raise InputError(f"not a torch.save file of plain tensors ({_first_line(error)})") from None
 
 
+def _check_pickle(program: bytes) -> None:
+    """Only what torch.save writes for containers of tensors, and no tuple twice: a few hundred bytes nest 2^60 of them,
+    which hashing them as a key would visit one by one."""
+    tuples, previous = set(), ""
+    for opcode, argument, _ in pickletools.genops(program):
+        if opcode.name not in _PICKLE_OPCODES or (opcode.name == "GLOBAL" and argument not in _PICKLE_GLOBALS):
+            raise InputError(f"it refers to {opcode.name} {argument!a:.80}, which no tensor needs")
+        if opcode.name.endswith("BINPUT") and previous.startswith("TUPLE"):
+            tuples.add(argument)
+        if opcode.name.endswith("BINGET") and argument in tuples:
+            raise InputError("it refers to one tuple several times, which no tensor needs")
+        previous = opcode.name
+
+
 def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return ascii((str(error) or type(error).__name__).splitlines()[0])[1:-1][:300]
 
 
 # The formats. Each gives (codes, scale, bits) of quantized tensors, the kept tensors and the dtypes it records.
@@ -212,8 +229,9 @@ def _decode(content: Any, compressor: str | None, nbytes: int) -> Export:
 
     tensors = [(name, tensor) for name, (*pair, _) in coded.items() for tensor in pair] + [*kept.items()]
     for name, tensor in tensors:
-        if not isinstance(tensor, Tensor) or not tensor.is_contiguous() or tensor.requires_grad:
-            raise InputError(f"{name} is not a contiguous tensor")
+        plain = isinstance(tensor, Tensor) and tensor.is_contiguous() and not tensor.requires_grad
+        if not plain or tensor.is_neg() or tensor.is_conj():
+            raise InputError(f"{name} is not a plain contiguous tensor")
     # Views can show one stored byte many times; real exports hold every byte of each tensor.
     if sum(tensor.nbytes for _, tensor in tensors) > nbytes:
         raise InputError("its tensors have more bytes than the file")
