@@ -11,7 +11,7 @@
 # make gpu-bench  every kernel against eager, torch.compile and the measured roof
 # make gpu-tune   the check and timing that impl="auto" reads, then the search for tiles
 # make gpu-step   one training step: golfgpt against eager and the published form, recipe by recipe; it imports
-#                 golfgpt.trainer, which wants sentencepiece
+#                 golfgpt.trainer, which wants sentencepiece. DATA=folder trains on prepared text, not on made-up tokens
 # Results go to OUT as JSON, written as they come. make gpu-check LIMIT=130 fits all into 10 minutes.
 
 PYTHON ?= python3
@@ -57,7 +57,7 @@ gpu-tune:
 	$(GPU) 410 $(PYTHON) -m bench.tune --seconds $$(($(LIMIT) - 60)) --out $(OUT)
 
 gpu-step:
-	$(GPU) 480 $(PYTHON) -m bench.step --seconds $(LIMIT) --out $(OUT)
+	$(GPU) 480 $(PYTHON) -m bench.step --seconds $(LIMIT) --out $(OUT) $(if $(DATA),--data $(DATA))
 
 gpu-check:
 	failed=; for target in gpu-test gpu-bench gpu-tune gpu-step; do $(MAKE) $$target || failed="$$failed $$target"; done; \

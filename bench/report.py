@@ -230,6 +230,10 @@ def step_figures(result: dict) -> str:
             lines[-1] += f" ({', '.join(stops)})"
         if entry["fake_quant_ms"] is not None:
             line(recipe, "fake quantization's share", entry["fake_quant_share"], 0.01)
+        if curve := entry.get("curve"):
+            ratio = curve["difference"] / curve["spread"]
+            what = f"losses of {curve['steps']} steps ({curve['tokens']}): distance to published / between seeds"
+            line(recipe, what, ratio, 1.0)
         differences = ", ".join(f"{STEP_FORMS[name]} {value:.1e}" for name, value in entry["loss_difference"].items())
         work = {None: "not compared", True: "the same", False: "NOT the same"}[entry["same_work"]]
         lines.append(f"- {recipe}: losses {work} ({differences or 'no other form'}, relative to golfgpt's)")

@@ -1,6 +1,6 @@
 """One training step of a recipe on one device, as this project takes it and as the published scripts do.
 
-    python -m bench.step [--recipes NAME ...] [--seconds N] [--out DIR] [--trace]
+    python -m bench.step [--recipes NAME ...] [--data DIR] [--seconds N] [--out DIR] [--trace]
     python -m bench.step --small            tiny models, on a CPU in a minute; shows that it works and no more
 
 The work is that of one rank of 8: its span of tokens in one forward and backward, then the update. The forms:
@@ -13,6 +13,10 @@ The work is that of one rank of 8: its span of tokens in one forward and backwar
 All start from the same weights and read the same tokens; the losses of their first steps show that they do the same
 work (published_all stands for published, whose other matrices do not move). Then they take turns, a few steps each, so
 that clocks drift alike; a turn's first step is not counted. Times are of CUDA events on a GPU, of the clock on a CPU.
+At the end of the first recipe golfgpt and published_all train 200 steps from the same weights, and golfgpt from others:
+their losses should be nearer to each other than those of two seeds are.
+
+Tokens are made up, or those of DIR, a folder that `golfgpt data prepare` made with the recipe's vocabulary.
 
 DIR/step-*.json (of --small small-step-*.json), written as it comes, the picture step.png at the end: gpu, sm, torch,
 triton, cuda, driver, date, command, roofs, small, dtype, and
@@ -33,6 +37,8 @@ triton, cuda, driver, date, command, roofs, small, dtype, and
         optimizer_graph     whether golfgpt's update is a CUDA graph, or why not; the graph's own memory, some
                     batches of matrices, is not in peak_bytes
         attention   the backend of golfgpt and eager, and what was timed
+        curve       of the first recipe: {"steps", "tokens", "losses": {"golfgpt", "published_all", "another seed"},
+                    "difference": of the first two, mean of the last half, "spread": golfgpt's from another seed}
         failed      {form: why}
     unfinished  recipes that the time did not suffice for
 
@@ -66,6 +72,7 @@ from bench import conftest, published, report
 from bench.roofs import roofs
 from golfgpt.attention import select_backend, use_flash3
 from golfgpt.config import DataConfig, ModelConfig, RunConfig, RuntimeConfig, ScheduleConfig
+from golfgpt.data.shards import open_shard
 from golfgpt.distributed import Ranks
 from golfgpt.errors import InputError
 from golfgpt.model import GPT, MATRIX_BANKS
@@ -80,6 +87,7 @@ PEAK_FLOPS = 989e12  # bf16, dense, of an H100 or H200: what MFU is a share of
 RANKS = 8
 WARM_UP, CHECKED_STEPS = 3, 5  # codes that flip carry the forms apart in more steps
 TURNS, STEPS_A_TURN = 6, 6
+CURVE_STEPS, SMALL_CURVE_STEPS = 200, 20
 # Relative. Tiny models on a CPU are within 4e-6 in float32 and 1e-3 in bf16; never measured on a GPU.
 LOSS_BOUND = {torch.float32: 1e-4, torch.bfloat16: 0.01}
 RESERVE = 20.0  # seconds of the budget for imports, the picture and the end of the process
@@ -96,11 +104,15 @@ class Setup:
 
     config: RunConfig
     tokens: np.ndarray
+    source: str
+    """What the tokens are."""
     device: torch.device
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, recipe: str, *, small: bool, device: torch.device, dtype: torch.dtype) -> Setup:
+    def of(
+        cls, recipe: str, *, small: bool, device: torch.device, dtype: torch.dtype, folder: Path | None = None
+    ) -> Setup:
         """One rank's share of a recipe, at a constant learning rate; `dtype` is the embeddings' too."""
         config = get(recipe).config
         model, quant = config.model, config.quant
@@ -116,13 +128,15 @@ class Setup:
         optim = replace(config.optim, embed_dtype=_name(dtype))
         schedule = ScheduleConfig(kind="warmdown_steps", warmdown_steps=0, max_seconds=None)
         config = replace(config, model=model, data=data, quant=quant, optim=optim, schedule=schedule)
-        return cls(config, made_up_tokens(model.vocab_size), device, dtype)
+        made_up = folder is None
+        tokens = made_up_tokens(model.vocab_size) if made_up else read_tokens(folder, model.vocab_size)
+        return cls(config, tokens, "made up" if made_up else folder.name, device, dtype)
 
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self, seed: int = 0) -> dict[str, Tensor]:
         """golfgpt's first ones, matrices and tables rounded as published models keep them. Those that start at zero are
         drawn, so that a loss depends on every part of the model from the first step on."""
-        generator = torch.Generator().manual_seed(0)
-        weights = GPT(self.config.model, seed=self.config.seed).state_dict()
+        generator = torch.Generator().manual_seed(seed)
+        weights = GPT(self.config.model, seed=self.config.seed + seed).state_dict()
         for name in [name for name in weights if name in (*MATRIX_BANKS, "tok_emb", "bigram_table")]:
             w = weights[name].float()
             if not w.any():
@@ -143,6 +157,14 @@ def made_up_tokens(vocab_size: int, count: int = 2_000_000) -> np.ndarray:
     follows = random.permutation(vocab_size)
     drawn[1:] = np.where(random.random(count - 1) < 0.5, follows[drawn[:-1]], drawn[1:])
     return drawn.astype(np.uint16)
+
+
+def read_tokens(folder: Path, vocab_size: int) -> np.ndarray:
+    """uint16, all train shards of a prepared folder. Raises InputError for one of another vocabulary."""
+    shards = [open_shard(file) for file in sorted(folder.glob("*_train_*.bin"))]
+    if not shards or max(int(shard.max()) for shard in shards) >= vocab_size:
+        raise InputError(f"{folder} holds no train shards with a vocabulary of {vocab_size}")
+    return np.concatenate(shards)
 
 
 # ---- what a step must do at least
@@ -200,10 +222,13 @@ class Published:
         self.world = 1 if loop is None else RANKS
         self.loop = loop or published.Loop(setup.config, setup.tokens, setup.device, setup.dtype)
         if loop is None:
-            self.loop.load(setup.weights())
+            self.restart(setup.weights())
             for step in range(WARM_UP):
                 self.loop.step(step, lambda phase: None)
-            self.loop.load(setup.weights())
+            self.restart(setup.weights())
+
+    def restart(self, weights: Mapping[str, Tensor]) -> None:
+        self.loop.load(weights)
 
     def step(self, step: int, mark: Mark) -> Tensor:
         self.loop.muon.world = self.world
@@ -225,6 +250,11 @@ class Golfgpt:
         self.trainer.warm_up(WARM_UP, lambda step: None)
         self.loss, self.graph = self.trainer._loss, graph
         self.last: Pending | None = None
+
+    def restart(self, weights: Mapping[str, Tensor]) -> None:
+        self.trainer.model.load_state_dict(weights)
+        self.trainer.optimizers.load_state({})
+        self.trainer.prepare(0)
 
     def step(self, step: int, mark: Mark) -> Pending:
         """Like the training loop: the result of the step before is read when this one is enqueued."""
@@ -340,7 +370,7 @@ class Timed:
             torch.cuda.synchronize(device)
             self.peak = max(self.peak, self.resident + torch.cuda.max_memory_allocated(device) - before)
         self.times += [mark.ms() for mark in marks[1:]]
-        return [loss.item() if isinstance(loss, Tensor) else loss.result().loss for loss in losses]
+        return [number(loss) for loss in losses]
 
     def entry(self, floor: float | None) -> dict:
         """Medians so far."""
@@ -357,6 +387,29 @@ class Timed:
             "of_floor": round(floor / ms["step"], 4) if floor else None,
             "peak_bytes": self.peak or None,
         }
+
+
+def number(loss: Tensor | Pending) -> float:
+    return loss.item() if isinstance(loss, Tensor) else loss.result().loss
+
+
+def curve(setup: Setup, forms: Mapping[str, Form], steps: int, attend: Callable[[str], None]) -> dict:
+    """Losses of `steps` steps from the start, and how far they are apart in the last half of them."""
+
+    def train(name: str, seed: int = 0) -> list[float]:
+        attend(name)
+        forms[name].restart(setup.weights(seed))
+        return [number(loss) for loss in [forms[name].step(step, lambda phase: None) for step in range(steps)]]
+
+    def distance(a: Sequence[float], b: Sequence[float]) -> float:
+        return statistics.mean(abs(x - y) for x, y in list(zip(a, b, strict=True))[steps // 2 :])
+
+    ours, theirs, other = train("golfgpt"), train("published_all"), train("golfgpt", seed=1)
+    losses = {"golfgpt": ours, "published_all": theirs, "another seed": other}
+    return {
+        "steps": steps, "tokens": setup.source, "losses": losses,
+        "difference": distance(ours, theirs), "spread": distance(ours, other),
+    }  # fmt: skip
 
 
 def synchronizations(form: Form, step: int) -> list[str]:
@@ -408,11 +461,13 @@ def new_entry(recipe: str, setup: Setup, measured: Mapping[str, float] | None) -
         "floor_ms": round(floor_ms(*cost, **measured), 4) if measured else None,
         "ready_seconds": {}, "losses": {}, "loss_difference": {}, "same_work": None, "forms": {}, "ratios": {},
         "optimizer_share": None, "fake_quant_ms": None, "fake_quant_share": None, "synchronizations": None,
-        "optimizer_graph": None, "attention": None, "failed": {},
+        "optimizer_graph": None, "attention": None, "curve": None, "failed": {},
     }  # fmt: skip
 
 
-def measure(setup: Setup, entry: dict, save: Callable[[], None], traces: Path | None, turns: int) -> None:
+def measure(
+    setup: Setup, entry: dict, save: Callable[[], None], traces: Path | None, turns: int, curve_steps: int
+) -> None:
     """Build, check and time the forms into `entry`, which `save` keeps after every part."""
     cuda, built, flash3 = setup.device.type == "cuda", {}, False
 
@@ -456,6 +511,10 @@ def measure(setup: Setup, entry: dict, save: Callable[[], None], traces: Path | 
         attend("golfgpt")
         with failure(entry, "details"):
             add_details(built["golfgpt"], entry)
+        save()
+    if curve_steps and {"golfgpt", "published_all"} <= built.keys():
+        with failure(entry, "curve"):
+            entry["curve"] = curve(setup, {name: timed.form for name, timed in built.items()}, curve_steps, attend)
         save()
     for name in built.keys() & {"golfgpt", "published"} if traces else ():
         attend(name)
@@ -510,6 +569,9 @@ def add_details(timed: Timed, entry: dict) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="+", default=RECIPES, metavar="NAME")
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="prepared folder to read (default: tokens are made up)"
+    )
     parser.add_argument("--seconds", type=float, default=400.0, help="ends by then, with what there is (400)")
     parser.add_argument("--out", type=Path, help="folder of results (on a GPU: bench/results)")
     parser.add_argument("--small", action="store_true", help="tiny models")
@@ -524,6 +586,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cuda = torch.cuda.is_available()
     if not (cuda or options.small):
         parser.error("bench.step needs a CUDA device; --small runs tiny models without one")
+    if options.small and options.data:
+        parser.error("--small makes its tokens up")
     device = torch.device("cuda", 0) if cuda else torch.device("cpu")
     dtype = getattr(torch, options.dtype or ("bfloat16" if cuda else "float32"))
     out = options.out or (report.RESULTS if cuda else None)
@@ -542,10 +606,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with tuning.time_limit(stop - time.monotonic()):
             result["roofs"] = roofs(device) if cuda else None
             for recipe in options.recipes:
-                setup = Setup.of(recipe, small=options.small, device=device, dtype=dtype)
+                setup = Setup.of(recipe, small=options.small, device=device, dtype=dtype, folder=options.data)
                 entry = new_entry(recipe, setup, result["roofs"])
                 result["entries"].append(entry)
-                measure(setup, entry, save, out if options.trace else None, 1 if options.small else TURNS)
+                turns, steps = (1, SMALL_CURVE_STEPS) if options.small else (TURNS, CURVE_STEPS)
+                steps = steps if recipe == options.recipes[0] else 0
+                measure(setup, entry, save, out if options.trace else None, turns, steps)
                 result["unfinished"].remove(recipe)
                 torch._dynamo.reset()  # or its limit on recompilations would add up over recipes
                 print(report.step_table(result | {"entries": [entry]}), flush=True)
