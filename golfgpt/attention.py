@@ -77,7 +77,8 @@ def select_backend(
     device and explicit masks. Raises InputError when a named backend does not pass.
     """
     works, refused, device = [], {}, ranks.device
-    for name in BACKENDS if choice == "auto" else (choice,):
+    possible = BACKENDS if device.type == "cuda" else ("flash", "math")
+    for name in possible if choice == "auto" else (choice,):
         if name == "math" and works:
             break
         reasons = (_probe(name, config, length, device, dtype) for length in sorted({length for _, length in shapes}))
@@ -87,8 +88,7 @@ def select_backend(
         works.append(name)
         if device.type != "cuda":
             break
-    if not works:
-        raise InputError(f"runtime.attention {choice} does not work here: {refused}")
+    ranks.settle(None if works else InputError(f"runtime.attention {choice} does not work here: {refused}"))
     ms, kept = _measure(works, config, shapes[0], device, dtype, backward) if len(works) > 1 else ({}, False)
     best = min(works, key=ms.get) if ms else works[0]
     if (agreed := ranks.share(best)) != best:
@@ -98,6 +98,7 @@ def select_backend(
     torch.backends.cuda.enable_mem_efficient_sdp(best == "efficient")
     torch.backends.cuda.enable_math_sdp(True)
     use_flash3(best == "flash3")
+    torch.compiler.config.cache_key_tag = f"attention:{best}"  # its caches do not see which backend is enabled
     return Selection(best, ms, kept, refused)
 
 

@@ -51,18 +51,23 @@ class Average:
         self._count += taken
         if c.kind == "ema":  # as m + (1 - d) (w - m), which leaves what does not change as it is
             change = torch._foreach_sub(weights, sums)
-            torch._foreach_add_(sums, torch._foreach_mul(change, taken * (1 - c.ema_decay)))
+            torch._foreach_mul_(change, taken * (1 - c.ema_decay))
+            torch._foreach_add_(sums, change)
         else:
             torch._foreach_add_(sums, torch._foreach_mul(weights, taken))
             for name in self._narrow & self._sums.keys():
                 self._sums[name].copy_(self._sums[name].bfloat16())
 
+    @property
+    def enough(self) -> bool:
+        """Whether there is something to average: as published, two samples of swa."""
+        return self.count >= (2 if self.config.kind == "swa" else 1)
+
     def weights(self) -> dict[str, Tensor]:
-        """The averaged parameters; empty while there is nothing to average, as one sample of swa is (published)."""
-        count, swa = self.count, self.config.kind == "swa"
-        if count < (2 if swa else 1):
+        """The averaged parameters; empty where there are not enough."""
+        if not self.enough:
             return {}
-        total = count if swa else 1 - self.config.ema_decay**count
+        total = self.count if self.config.kind == "swa" else 1 - self.config.ema_decay**self.count
         means = {name: value / total for name, value in self._sums.items()}
         return means | {name: means[name].bfloat16().float() for name in self._narrow & means.keys()}
 

@@ -17,13 +17,14 @@ from golfgpt.files import write_bytes
 from golfgpt.kept import kept_file
 
 
-def cache_file(config: RunConfig, dtype: torch.dtype, device: torch.device) -> Path:
+def cache_file(config: RunConfig, dtype: torch.dtype, device: torch.device, attention: str) -> Path:
     """Where the compiled step of `config` is kept. Everything that shapes its graphs is in the name's digest."""
     facts = {
         "model": to_dict(config.model),
         "quant": to_dict(config.quant),
         "data": {"seq_len": config.data.seq_len, "tokens": config.data.microbatch_tokens or config.data.span_tokens},
         "dtype": str(dtype),
+        "attention": attention,
     }
     return kept_file("compile", device, facts, ".bin")
 

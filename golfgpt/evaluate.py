@@ -21,6 +21,7 @@ import contextlib
 import functools
 import json
 import math
+import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -73,6 +74,11 @@ class Score:
     """Not all of the text was scored."""
     document_aware: bool
     checks: Checks
+
+    @property
+    def key(self) -> str:
+        """The label as one word for log lines: val_bpb, val_bpb_first_4000_tokens."""
+        return re.sub(r"[^a-z0-9]+", "_", self.label.lower().replace(",", "")).strip("_")
 
 
 @dataclass(frozen=True)

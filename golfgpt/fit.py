@@ -114,6 +114,7 @@ def fitted(config: RunConfig) -> RunConfig:
     for widths in (range(drop, max(drop, most) + 1), range(1, drop)):
         if fits := bisect_right(widths, limit, key=size):
             return replace(config, model=replace(model, mlp_hidden=widths[fits - 1] * step))
+    artifact.check_payload_bytes(Quantizer(replace(model, mlp_hidden=step), config.quant).formats)
     raise BudgetError(
         f"budget.fit: with model.mlp_hidden {step} the forecast is {size(1):,} bytes, above the {limit:,} that "
         "budget.artifact_bytes, code_bytes and reserve_bytes leave; take fewer layers or bits, or a smaller vocabulary"

@@ -51,9 +51,9 @@ def import_model(export: Export, tokenizer: Tokenizer, config: RunConfig, path: 
     )
     folder = RunFolder.create(path, config, tokenizer.model_bytes)
     try:
+        write_bytes(folder.artifact, blob)
         saved = checkpoint.Checkpoint(0, True, {"train": 0.0}, to_dict(config), "", state, {}, {})
         checkpoint.save(folder.checkpoints, saved)
-        write_bytes(folder.artifact, blob)
     except BaseException:
         folder.discard()
         raise

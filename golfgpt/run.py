@@ -184,7 +184,7 @@ class Reporter:
 
     def __init__(self, folder: RunFolder | None, *, speak: bool = True, quiet: bool = False):
         self.folder, self._speak = folder, speak
-        self._told = time.monotonic()
+        self._told, self._patience = time.monotonic(), 5.0
         self._file = sys.stderr if quiet else sys.stdout
         self._status = None
         if speak and self._file.isatty():
@@ -196,7 +196,7 @@ class Reporter:
     def line(self, text: str) -> None:
         if not self._speak:
             return
-        self._told = time.monotonic()
+        self._told, self._patience = time.monotonic(), 5.0
         if self._status:
             self._status.console.print(text, markup=False)
         else:
@@ -205,11 +205,11 @@ class Reporter:
             self.folder.log(text)
 
     def status(self, text: str) -> None:
-        """Refresh the live line; without one, print the text when nothing was said for 30 seconds."""
+        """Refresh the live line; without one, print the text when nothing was said for 5 and then for 30 seconds."""
         if self._status:
             self._status.update(text)
-        elif self._speak and time.monotonic() - self._told >= 30:
-            self._told = time.monotonic()
+        elif self._speak and time.monotonic() - self._told >= self._patience:
+            self._told, self._patience = time.monotonic(), 30.0
             print(text, file=self._file, flush=True)
 
     def metric(self, kind: str, **values: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from pathlib import Path
@@ -35,6 +36,9 @@ class Signals:
         self.caught.append(signum)
         if not self.deferred or self.caught.count(signum) > 1:
             raise self.interrupted()
+        if int(os.environ.get("RANK", 0)) == 0:
+            name = signal.Signals(signum).name
+            os.write(2, f"{name}: the run is saved and ends after this step; another {name} ends it now\n".encode())
 
     def release(self) -> None:
         """Stop deferring; raises for a signal that came after the last step had voted."""

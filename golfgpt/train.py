@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -138,8 +139,12 @@ class _Run:
     """Steps on their way, with their learning-rate multipliers."""
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=32))
     """Seconds of the last steps."""
+    loss: float = 0.0
+    """Of the last step."""
     first: bool = True
     """Whether no step but the first of this execution is over."""
+    attention: str = ""
+    """Backend of scaled_dot_product_attention."""
     graphs: int = 0
     """Graphs that torch.compile had made before the clock started."""
     ended: float = 0.0
@@ -202,10 +207,12 @@ class _Run:
         micro = c.data.microbatch_tokens or c.data.span_tokens
         shapes = [(micro // c.data.seq_len, c.data.seq_len), (1, c.window)]
         attention = select_backend(c.runtime.attention, c.model, shapes, self.ranks, t.dtype)
+        self.attention = attention.backend
         cap = f"{c.schedule.max_seconds:.3f}" if c.schedule.max_seconds else "none"
         digest = self.dataset.digest[:16]
         say(f"train_loader:dataset:{c.data.path} train_shards:{len(self.dataset.train)} digest:{digest}")
         say(f"val_loader:tokens:{self.dataset.val_tokens}")
+        self.reporter.status("forecasting the size of the artifact")
         quantizer = Quantizer(c.model, c.quant)
         fit = f" mlp_hidden:{c.model.mlp_hidden} (fitted)" if c.budget.fit == "mlp_hidden" else ""
         say(
@@ -237,7 +244,7 @@ class _Run:
         if not (t.compiled and steps and not self.finished):
             return
         with self.ledger.phase("compile"), self.memory():
-            file = compile_cache.cache_file(self.config, t.dtype, self.ranks.device)
+            file = compile_cache.cache_file(self.config, t.dtype, self.ranks.device, self.attention)
             found = compile_cache.load(file)
             t.warm_up(steps, lambda i: self.reporter.status(f"compiling and warming up ({i + 1} of {steps})"))
             if self.ranks.main:
@@ -265,7 +272,7 @@ class _Run:
         On a GPU the next step is enqueued before the last one's result is read. What a result asks for, a checkpoint or
         the end, happens once the steps on their way are over; all ranks read the same results in the same order.
         """
-        c, ahead = self.config, self.trainer.ahead
+        c = self.config
         self.last_save, self.ended = time.monotonic(), self.ledger.seconds["train"]
         self.graphs = compile_cache.graphs()
         self.signals.deferred = True
@@ -276,7 +283,7 @@ class _Run:
                 validate = bool(c.runtime.val_every) and issued % c.runtime.val_every == 0
                 drain = validate or issued == c.schedule.max_steps or self.first
                 save = signaled = False
-                while self.pending and (drain or len(self.pending) > ahead):
+                while self.pending and (drain or len(self.pending) > self.trainer.ahead):
                     result = self.collect()
                     save, signaled = save or result.save, signaled or result.signaled
                     drain = drain or self.stopping or save or signaled
@@ -300,11 +307,18 @@ class _Run:
         self.signals.release()
         self.trainer.data.close()
         seconds, cap = self.ledger.seconds["train"], c.schedule.max_seconds
-        if self.step < c.schedule.max_steps:
+        if not self.recent:
+            self.reporter.line(f"training was over at step {self.step}: exporting and scoring again")
+        elif self.step < c.schedule.max_steps:
             self.reporter.line(
                 f"stopping_early: wallclock_cap train_time:{seconds * 1000:.0f}ms "
                 f"step:{self.step}/{c.schedule.max_steps} (the slowest of the last steps took "
                 f"{max(self.recent, default=0.0) * 1000:.0f}ms: one more could cross {cap:g} s)"
+            )
+        if self.loss >= 0.99 * math.log(c.model.vocab_size):
+            self.reporter.line(
+                f"warning: the training loss ended at {self.loss:.4f}, no better than guessing one of "
+                f"{c.model.vocab_size} tokens: lower learning rates, or more steps"
             )
         if cap is not None and seconds > cap:
             self.reporter.line(f"warning: training took {seconds:.3f} s, more than schedule.max_seconds {cap:g}")
@@ -320,8 +334,13 @@ class _Run:
             return crosses_cap(begun, slowest * (1 + t.ahead), c.schedule), due, bool(self.signals.caught)
 
         step = self.step + len(self.pending)
+
+        def tick(done: int, of: int) -> None:
+            if (waited := self.ledger.elapsed("train") - begun) > 5:  # a sign of life in a long step
+                self.reporter.status(f"step {step + 1}: {done} of {of} microbatches after {waited:.0f} s")
+
         with self.memory() if not self.recent else contextlib.nullcontext():
-            pending = t.launch(step, begun, votes)
+            pending = t.launch(step, begun, votes, tick)
             self.pending.append((pending, t.update(step)))
 
     def collect(self) -> StepResult:
@@ -334,6 +353,7 @@ class _Run:
             self.ranks.barrier()
             raise
         self.step += 1
+        self.loss = result.loss
         self.stopping = self.stopping or result.stop
         seconds = self.ledger.elapsed("train")
         duration, self.ended = seconds - self.ended, seconds
@@ -411,7 +431,7 @@ class _Run:
                 model=self.trainer.model.state_dict(),
                 optimizers=optimizers,
                 average=self.trainer.average.state(),
-                clock=self.trainer.known[1],
+                clock=self.trainer.seconds_at(max(self.step - 1, 0)),
             )
             try:
                 self.trainer.check_finite()
@@ -459,7 +479,7 @@ class _Run:
         probe = f"probe_bpb:{probed.val_bpb:.4f} probe_bytes:{size} " if probed else ""
         self.reporter.line(
             f"step:{self.step}/{self.config.schedule.max_steps} val_loss:{score.val_loss:.4f} "
-            f"{score.label}:{score.val_bpb:.4f} {probe}train_time:{seconds * 1000:.0f}ms "
+            f"{score.key}:{score.val_bpb:.4f} {probe}train_time:{seconds * 1000:.0f}ms "
             f"step_avg:{seconds / self.step * 1000:.2f}ms"
         )
         self.reporter.metric(
@@ -512,8 +532,8 @@ class _Run:
             return {}
         stage = f"final_{Quantizer(c.model, c.quant).label.replace('/', '_')}_{info.compressor}_roundtrip"
         ms = score.seconds * 1000
-        say(f"{stage} val_loss:{score.val_loss:.4f} {score.label}:{score.val_bpb:.4f} eval_time:{ms:.0f}ms")
-        say(f"{stage}_exact val_loss:{score.val_loss:.8f} {score.label}:{score.val_bpb:.8f}")
+        say(f"{stage} val_loss:{score.val_loss:.4f} {score.key}:{score.val_bpb:.4f} eval_time:{ms:.0f}ms")
+        say(f"{stage}_exact val_loss:{score.val_loss:.8f} {score.key}:{score.val_bpb:.8f}")
         budget = artifact.budget_report(info.file_bytes, c.budget)
         result = {
             "score": asdict(score),
@@ -547,9 +567,10 @@ class _Run:
         if c.average.kind != "none":
             self.reporter.line(
                 f"{c.average.kind}:exporting the average of {average.count} steps' weights"
-                if average.weights()
-                else f"warning: {c.average.kind}: {average.count} steps' weights are too few to average, exporting the "
-                "last weights (see average.swa_every, average.swa_start_lr)"
+                if average.enough
+                else f"warning: {c.average.kind}: {average.count} of {self.step} steps were taken, too few to average "
+                f"(every {c.average.swa_every} below {c.average.swa_start_lr:g} of the rate: average.swa_every, "
+                "average.swa_start_lr): exporting the last weights"
             )
         self.reporter.status("compressing")
         info = artifact.write(self.folder.artifact, state, **self.artifact_options())

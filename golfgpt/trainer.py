@@ -151,11 +151,17 @@ class Trainer:
             self._enabled.fill_(self.quantization_aware(step))
         self.shadows.refresh()
 
-    def launch(self, step: int, seconds: float = 0.0, votes: Votes = lambda: (False, False, False)) -> Pending:
+    def launch(
+        self,
+        step: int,
+        seconds: float = 0.0,
+        votes: Votes = lambda: (False, False, False),
+        tick: Callable[[int, int], None] = lambda done, of: None,
+    ) -> Pending:
         """Sum the gradients of step number `step` over all spans and ranks.
 
         `seconds` is this rank's training clock; `votes` is asked for (stop, save, signaled) after the
-        backward; of the first two, rank 0's count.
+        backward; of the first two, rank 0's count. `tick` is told how many of the microbatches are done.
         """
         data = self.config.data
         if self.shadows.stale():
@@ -166,7 +172,9 @@ class Trainer:
         ids, targets = (t.reshape(-1, data.seq_len) for t in (tokens[:, :-1], tokens[:, 1:]))
         rows = (data.microbatch_tokens or data.span_tokens) // data.seq_len
         options = {"dtype": self.dtype, "fake_quant": self.shadows.forward_quant, "shadows": self.shadows.banks}
-        for x, y in zip(ids.split(rows), targets.split(rows), strict=True):
+        batches = list(zip(ids.split(rows), targets.split(rows), strict=True))
+        for done, (x, y) in enumerate(batches):
+            tick(done, len(batches))
             part = self._loss(x, y, **options) * (y.numel() / data.batch_tokens)
             part.backward()
             loss += part.detach()

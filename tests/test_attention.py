@@ -32,8 +32,7 @@ def enabled() -> dict[str, bool]:
 def test_on_a_cpu_the_first_that_agrees_with_math():
     selection = select_backend("auto", SMALL, [(2, 64), (1, 48)], CPU, torch.float32)
     assert selection.backend in ("flash", "math")
-    assert "cudnn" in selection.refused and "cudnn: " in str(selection)
-    assert selection.ms == {}
+    assert selection.ms == {} and set(selection.refused) <= {"flash"}, "the others are for GPUs"
     assert enabled() == dict(zip(ENABLED, (False, selection.backend == "flash", False, True), strict=True))
 
 
@@ -83,6 +82,7 @@ def test_what_auto_takes_on_a_gpu(monkeypatch):
     times = {"flash": 0.7, "efficient": 0.4}
     monkeypatch.setattr(attention, "_probe", lambda name, *_: answers[name])
     monkeypatch.setattr(attention, "_measure", lambda names, *_: ({name: times[name] for name in names}, True))
+    monkeypatch.setattr(Ranks, "settle", lambda self, error: None)  # a tensor on the device
     gpu = Ranks(0, 1, torch.device("cuda"))
     selection = select_backend("auto", SMALL, [(2, 64)], gpu, torch.bfloat16)
     expected = "efficient (flash 0.700 ms, efficient 0.400 ms in an earlier run; cudnn: NaN; flash3: not installed)"

@@ -156,6 +156,7 @@ def test_recipes(capsys):
     [
         (["trian"], 2, "did you mean train?"),
         (["train", "--recipe", "demmo"], 3, "did you mean demo?"),
+        (["train", "--data.path", "."], 3, "--recipe baseline on GPUs, --recipe small on a CPU"),
         (["train", "--resume", "runs/first", "--recipe", "golf"], 3, "give it or --recipe golf, not both"),
         (["budget", "runs/first", "--recipe", "golf"], 3, "give it or --recipe golf, not both"),
         (["budget", "--recipe", "baseline", "--recipe", "demmo"], 3, "did you mean demo?"),
@@ -169,7 +170,7 @@ def test_recipes(capsys):
         (["sample", "nowhere", "--temperature", "nan"], 3, "--temperature must lie in"),
         (["sample", "nowhere"], 3, "there is no nowhere"),
         (["inspect", "nowhere"], 3, "there is no nowhere"),
-        (["train", "--name", "../x"], 3, "is not a folder name"),
+        (["train", "--recipe", "demo", "--name", "../x"], 3, "is not a folder name"),
         (["train", "--recipe", "demo"], 3, "no data: name a prepared folder"),
         (["data", "prepare", "missing.txt", "--out", "d"], 3, "missing.txt"),
         (["data", "verify", "missing"], 3, "missing is not a folder"),

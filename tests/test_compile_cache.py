@@ -48,13 +48,16 @@ def test_a_file_that_torch_cannot_read_is_no_cache(tmp_path):
 def test_the_name_depends_on_what_shapes_the_graphs(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     config, cpu = RunConfig(), torch.device("cpu")
-    file = compile_cache.cache_file(config, torch.bfloat16, cpu)
-    assert file == compile_cache.cache_file(replace(config, seed=5), torch.bfloat16, cpu)
-    assert file.parent == tmp_path / "golfgpt" / "compile"
+
+    def name(config=config, dtype=torch.bfloat16, attention="flash"):
+        return compile_cache.cache_file(config, dtype, cpu, attention)
+
+    assert name() == name(replace(config, seed=5)) and name().parent == tmp_path / "golfgpt" / "compile"
     others = [
-        compile_cache.cache_file(config, torch.float32, cpu),
-        compile_cache.cache_file(replace(config, model=replace(config.model, mlp_hidden=992)), torch.bfloat16, cpu),
-        compile_cache.cache_file(replace(config, quant=replace(config.quant, qat="r4")), torch.bfloat16, cpu),
-        compile_cache.cache_file(replace(config, data=replace(config.data, seq_len=512)), torch.bfloat16, cpu),
+        name(dtype=torch.float32),
+        name(attention="cudnn"),
+        name(replace(config, model=replace(config.model, mlp_hidden=992))),
+        name(replace(config, quant=replace(config.quant, qat="r4"))),
+        name(replace(config, data=replace(config.data, seq_len=512))),
     ]
-    assert len({file, *others}) == 5
+    assert len({name(), *others}) == 6

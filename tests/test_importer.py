@@ -149,8 +149,10 @@ def test_an_import_that_fails_gives_its_name_back(trained, corpus, tmp_path, mon
     (tmp_path / "final_model.pt").write_bytes(saved(bare))
     argv = ["import", "final_model.pt", "--tokenizer", str(corpus / "tokenizer.model"), "--name", "a"]
     with monkeypatch.context() as full:
-        full.setattr("golfgpt.importer.checkpoint.save", lambda *_: (_ for _ in ()).throw(OSError(28, "disk full")))
-        assert main(argv) == 3
+        for function in ("checkpoint.save", "write_bytes"):
+            full.setattr(f"golfgpt.importer.{function}", lambda *_: (_ for _ in ()).throw(OSError(28, "disk full")))
+            assert main(argv) == 3
+            full.undo()
     assert main(argv) == 0
     assert main(["train", "--resume", "runs/a", "--data.path", str(corpus)]) == 3
     assert "was imported: there is no training to continue" in capsys.readouterr().err
@@ -160,6 +162,9 @@ def test_an_artifact_alone_is_exported_from_what_it_decodes_to(trained, tmp_path
     (tmp_path / "b.golf").write_bytes((trained / "model.golf").read_bytes())
     found = run_json(capsys, "export", str(tmp_path / "b.golf"), "--to", "golf", "--quant.compressor", "zlib")
     assert found["source"] == "artifact" and artifact.read(tmp_path / "export.golf").state
+    argv = ["--to", "golf", "--quant.compressor", "zlib", "--out", str(tmp_path / "b.golf"), "--overwrite"]
+    assert main(["export", str(tmp_path / "b.golf"), *argv]) == 3, "its own source"
+    assert main(["export", str(tmp_path / "export.golf"), *argv]) == 0
 
 
 def test_a_run_is_stored_in_other_formats_from_its_trained_weights(trained, capsys):
@@ -168,6 +173,8 @@ def test_a_run_is_stored_in_other_formats_from_its_trained_weights(trained, caps
         out = trained / f"int{bits}.golf"
         argv = ["export", str(trained), "--to", "golf", "--quant.bits", str(bits), "--out", str(out)]
         sizes[bits] = run_json(capsys, *argv)["bytes"]
+        assert main(argv) == 3 and "give --overwrite" in capsys.readouterr().err
+        assert run_json(capsys, *argv, "--overwrite")["bytes"] == sizes[bits]
         expected = Quantizer(artifact.inspect(out).model, replace(QUANT, bits=bits))
         decoded = expected.decode(expected.encode(trained_weights(trained)))
         assert all(torch.equal(tensor, decoded[name]) for name, tensor in artifact.read(out).state.items())
@@ -181,9 +188,9 @@ def test_a_run_is_stored_in_other_formats_from_its_trained_weights(trained, caps
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--to", "golf", "--out", "{run}/model.golf"], "is a run's own artifact"),
+        (["--to", "golf", "--out", "{run}/model.golf"], "or a run's own artifact"),
         (["--to", "golf", "--out", "{run}/config.json"], "must end in .golf"),
-        (["--out", "{run}/checkpoints/step_0.safetensors"], "not lie in checkpoints"),
+        (["--out", "{run}/checkpoints/step_0.safetensors"], "holds the checkpoints of a run"),
         (["--out", "{run}/model.golf"], "must end in .safetensors"),
         (["--quant.bits", "5"], "quant.bits: 6 -> 5 changes nothing; --to golf quantizes"),
         (["--to", "golf", "--quant.qat", "export"], "quant.qat: 'off' -> 'export' changes nothing here"),

@@ -25,7 +25,7 @@ from golfgpt.fit import activation_bytes
 from golfgpt.flat import FlatGradients
 from golfgpt.quant import Quantizer
 from golfgpt.recipes import RECIPES
-from golfgpt.run import RunFolder, read_config
+from golfgpt.run import Reporter, RunFolder, read_config
 from golfgpt.train import train
 from golfgpt.trainer import Trainer
 
@@ -142,7 +142,7 @@ def test_gloo_processes_agree_with_one(tiny, tmp_path, world, optimizer):
     assert f"world_size:{world}" in (tmp_path / "many" / "train.log").read_text()
 
 
-def test_resume_is_bit_identical(tiny, tmp_path, monkeypatch):
+def test_resume_is_bit_identical(tiny, tmp_path, monkeypatch, capfd):
     train(tiny, tmp_path / "unbroken")
 
     update = Trainer.update
@@ -158,6 +158,7 @@ def test_resume_is_bit_identical(tiny, tmp_path, monkeypatch):
         train(tiny, path)
     assert e.value.exit_code == 143
     assert not (path / "model.golf").exists()
+    assert "SIGTERM: the run is saved and ends after this step" in capfd.readouterr().err
     monkeypatch.undo()
     train(tiny, path, resume=True)
     assert metrics(path, "resume") == [{**metrics(path, "resume")[0], "step": 6}]
@@ -319,6 +320,39 @@ def test_over_budget_is_scored_kept_and_refused(tiny, tmp_path):
     assert json.loads((tmp_path / "over" / "result.json").read_text())["margin_bytes"] == -1
 
 
+def test_a_long_step_gives_signs_of_life_and_a_finished_run_says_so(tiny, tmp_path, monkeypatch):
+    clock, told, loss = [0.0], [], Trainer.launch
+    config = replace(tiny, data=replace(tiny.data, microbatch_tokens=tiny.data.seq_len))
+    config = replace(config, schedule=replace(config.schedule, max_steps=1))
+
+    def slow(self, step, seconds, votes, tick):
+        def tock(done, of):
+            clock[0] += 4
+            tick(done, of)
+
+        return loss(self, step, seconds, votes, tock)
+
+    monkeypatch.setattr(Trainer, "launch", slow)
+    monkeypatch.setattr("golfgpt.train.Ledger", lambda: Ledger(now=lambda: clock[0]))
+    monkeypatch.setattr(Reporter, "status", lambda self, text: told.append(text))
+    train(config, tmp_path / "run")
+    of = tiny.data.batch_tokens // tiny.data.seq_len
+    assert f"step 1: 1 of {of} microbatches after 8 s" in told and f"step 1: 0 of {of}" not in str(told)
+    monkeypatch.undo()
+    train(config, tmp_path / "run", resume=True)
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "training was over at step 1: exporting and scoring again" in log and "stopping_early" not in log
+
+
+def test_a_training_that_learned_nothing_is_said(tiny, tmp_path):
+    idle = replace(tiny.optim, matrix_lr=1e-9, scalar_lr=1e-9, tied_embed_lr=1e-9)
+    train(replace(tiny, optim=idle), tmp_path / "idle")
+    train(tiny, tmp_path / "sane")
+    found = ["no better than guessing one of 384 tokens" in (tmp_path / name / "train.log").read_text()
+             for name in ("idle", "sane")]  # fmt: skip
+    assert found == [True, False]
+
+
 def test_a_fitted_run_keeps_its_width_when_the_budget_changes(tiny, tmp_path):
     budget = BudgetConfig(artifact_bytes=200_000, reserve_bytes=0, fit="mlp_hidden")
     first = train(replace(tiny, budget=budget), tmp_path / "run")
@@ -334,7 +368,9 @@ def test_an_average_of_too_few_is_not_exported_and_the_log_says_so(tiny, tmp_pat
     schedule = replace(tiny.schedule, warmdown_frac=0.99)
     train(replace(tiny, average=average, schedule=schedule), tmp_path / "run")
     log = (tmp_path / "run" / "train.log").read_text()
-    said = f"warning: swa: {taken} steps' weights are too few" if taken < 2 else "swa:exporting the average of 2 steps"
+    said = (
+        f"warning: swa: {taken} of 8 steps were taken, too few" if taken < 2 else "swa:exporting the average of 2 steps"
+    )
     assert said in log
 
 

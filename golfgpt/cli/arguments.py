@@ -19,8 +19,8 @@ class Train:
     """Train a model, write model.golf, score it as reloaded from disk. Run under torchrun for several GPUs."""
 
     config: Config
-    recipe: str = "baseline"
-    """Configuration to start from; `golfgpt recipes` lists them."""
+    recipe: str | None = None
+    """Configuration that a new run starts from; `golfgpt recipes` lists them."""
     name: str | None = None
     """The run folder is runs/NAME; default: the recipe's name and the time."""
     resume: Path | None = None
@@ -142,6 +142,8 @@ class Export:
     checkpoint for golf."""
     out: Path | None = None
     """File to write; default: export.golf in the run folder, or .safetensors beside the artifact."""
+    overwrite: bool = False
+    """Write over an earlier export."""
     json: bool = False
     """Print file and sizes as JSON."""
 

@@ -48,6 +48,11 @@ def stored_config(path: Path) -> RunConfig:
 def train(args: Train) -> int:
     if args.resume and args.name:
         raise InputError(f"--name {args.name} and --resume {args.resume} exclude each other: a run keeps its folder")
+    if not (args.resume or args.recipe):
+        raise InputError(
+            "name the recipe to start from: --recipe baseline on GPUs, --recipe small on a CPU (golfgpt recipes lists "
+            "them)"
+        )
     path = args.resume or RUNS / _run_name(args.name, args.recipe)
     code = _train(args.config, path, resume=args.resume is not None, as_json=args.json)
     if not args.json and int(os.environ.get("RANK", 0)) == 0:
@@ -177,6 +182,7 @@ def budget(args: Budget) -> int:
         sizes = {"payload_bytes": quantizer.payload_bytes, "forecast_bytes": forecast, "model_bytes_limit": room}
         _print_json({"parameters": parameters, "mlp_hidden": config.model.mlp_hidden, **sizes})
         return 0
+    print(f"recipe {args.recipe}, at most {config.budget.artifact_bytes:,} bytes (--budget.artifact-bytes)\n")
     print(tensor_table(quantizer.table()))
     if config.budget.fit == "mlp_hidden":
         reserve = config.budget.reserve_bytes
@@ -280,8 +286,8 @@ def export(args: Export) -> int:
     from golfgpt.upstream import to_upstream
 
     folder = args.run.parent if args.run.is_file() else args.run
-    trains = args.to == "golf" and (folder / "config.json").exists()
-    source = args.source or ("checkpoint" if trains else "artifact")
+    whole = not args.run.is_file() or (args.run.name == "model.golf" and (folder / "config.json").exists())
+    source = args.source or ("checkpoint" if args.to == "golf" and whole else "artifact")
     file = artifact_file(args.run)
     info = artifact.inspect(file)
     started = stored_config(args.run).quant if (folder / "config.json").exists() else args.quant
@@ -292,12 +298,17 @@ def export(args: Export) -> int:
     state = artifact.read(file).state if source == "artifact" else trained_weights(folder)
     out = args.out or (folder / "export.golf" if args.to == "golf" else file.with_suffix(".safetensors"))
     suffix, place = ".golf" if args.to == "golf" else ".safetensors", out.resolve().parent
-    if out.suffix != suffix or place.name == "checkpoints":
-        raise InputError(f"--out {out} must end in {suffix} and not lie in checkpoints: a run's files stay as they are")
-    if out.name == "model.golf" and (place / "config.json").exists():
-        raise InputError(f"{out} is a run's own artifact, which result.json describes; choose another --out")
+    if out.suffix != suffix:
+        raise InputError(f"--out {out} must end in {suffix}")
+    if out.resolve() == file.resolve() or (out.name == "model.golf" and (place / "config.json").exists()):
+        raise InputError(f"{out} is what is exported, or a run's own artifact; choose another --out")
+    if out.exists() and not args.overwrite:
+        raise InputError(f"{out} exists: name another --out, or give --overwrite")
+    if place.name == "checkpoints" and (place.parent / "config.json").exists():
+        raise InputError(f"{place} holds the checkpoints of a run; choose another --out")
     if args.to == "golf":
         options = {"tokenizer_sha256": info.tokenizer_sha256, "seq_len": info.seq_len}
+        print(f"compressing ({args.quant.compressor})", file=sys.stderr)
         written = artifact.write(out, state, model=info.model, quant=args.quant, **options)
     else:
         tensors = {name: tensor.contiguous() for name, tensor in to_upstream(state).items()}

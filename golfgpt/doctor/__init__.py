@@ -68,7 +68,7 @@ def diagnose(
         ("attention", True, lambda: probe.attention_backend(best), lambda f: judge.attention(*f, gpus > 0)),
         ("tuning", retune, lambda: probe.tune(best, say), judge.tuned),
         ("kernels", True, lambda: probe.kernel_choices(best), lambda f: judge.kernels(f, gpus > 0)),
-        ("baseline step", True, lambda: probe.steps(best, names), lambda f: judge.step(*f, torch.__version__)),
+        ("baseline step", gpus, lambda: probe.steps(best, names), lambda f: judge.step(*f, torch.__version__)),
     )
     for name, applies, ask, judged in checks:
         if applies:

@@ -276,7 +276,7 @@ def attention(dtype: str, selection: Selection, cuda: bool) -> Row:
     value = f"{dtype}: {selection}"
     old = (cuda and dtype == "float32", slow, "no bfloat16 on this GPU: runs need --runtime.dtype float32, slower")
     none = "no fast backend passes its check: a GPU older than sm_80, or reinstall torch"
-    return grade("attention", value, old, (cuda and selection.backend in ("efficient", "math"), slow, none))
+    return grade("attention", value, old, (cuda and {"cudnn", "flash"} <= selection.refused.keys(), slow, none))
 
 
 def kernels(choices: Choices, cuda: bool) -> list[Row]:

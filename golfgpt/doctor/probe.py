@@ -202,7 +202,7 @@ def measure_step(device: torch.device) -> float:
     from golfgpt.model import GPT
 
     config = recipes.get("baseline").config
-    with sdpa_kernel(list(attention.BACKENDS.values())):  # which puts back what the process had enabled
+    with sdpa_kernel(list(attention.BACKENDS.values())):
         select_attention(config, device, torch.bfloat16)
         try:
             return time_steps(GPT(config.model).to(device), STEP_TOKENS, config.data.seq_len, device)
@@ -283,7 +283,11 @@ def attention_backend(device: torch.device) -> tuple[str, attention.Selection]:
     config, cuda = recipes.get("baseline").config, device.type == "cuda"
     amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
     dtype = torch.bfloat16 if (torch.cuda.is_bf16_supported() if cuda else amx) else torch.float32
-    return str(dtype).removeprefix("torch."), select_attention(config, device, dtype)
+    with sdpa_kernel(list(attention.BACKENDS.values())):  # which puts back what the process had enabled
+        try:
+            return str(dtype).removeprefix("torch."), select_attention(config, device, dtype)
+        finally:
+            attention.use_flash3(False)
 
 
 Choices = dict[str, tuple[str, str]]  # of each kernel: "triton" or "eager", and why

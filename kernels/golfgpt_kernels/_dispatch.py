@@ -56,10 +56,10 @@ def runs_triton(op: str, impl: Impl, tensor: Tensor, rows: int) -> bool:
 
 def implementation(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """What impl="auto" means for `op` there: ("triton" or "eager", the reason in one sentence)."""
+    if device.type != "cuda":
+        return "eager", "kernels are for GPUs"
     if reason := _cannot_run(device, dtype):
         return "eager", reason
-    if device.type != "cuda":
-        return "eager", "Triton's interpreter is for tests"
     gpu = f"{torch.cuda.get_device_name(device)} (sm_{compute_capability(device)})"
     if entries := _measurements(op, device, dtype):
         worst = max(entries, key=_against_best)
