@@ -7,10 +7,10 @@ carry them between machines of your own, not from strangers.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
-from torch._dynamo.utils import counters
 
 from golfgpt.config import RunConfig, to_dict
 from golfgpt.files import write_bytes
@@ -53,4 +53,5 @@ def save(file: Path) -> int | None:
 
 def graphs() -> int:
     """Graphs that this process has compiled so far; more of them in the middle of training are a surprise."""
-    return counters["stats"]["unique_graphs"]
+    utils = sys.modules.get("torch._dynamo.utils")  # not imported before something is compiled: it takes seconds
+    return utils.counters["stats"]["unique_graphs"] if utils else 0

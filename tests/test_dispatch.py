@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -50,6 +52,30 @@ def entry(triton, *, eager=100.0, compiled=80.0, **fields):
 
 def auto(op="relu2_mlp", rows=65536, dtype=BF16) -> bool:
     return runs_triton(op, "auto", OnCuda(dtype), rows)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know")
+def test_the_choice_is_a_constant_of_a_compiled_graph(monkeypatch, tmp_path):
+    """It reads files and logs, which no graph can do."""
+    (tmp_path / "rows").write_text("7")
+    monkeypatch.setattr(_dispatch, "_least_rows_said", lambda *_: int((tmp_path / "rows").read_text()))
+
+    def program(x):
+        return x + _dispatch._least_rows("relu2_mlp", x.device, x.dtype)
+
+    compiled = torch.compile(program, fullgraph=True, backend="eager")
+    assert compiled(torch.ones(2)).tolist() == [8, 8]
+    torch.compiler.reset()
+    monkeypatch.delattr(_dispatch._least_rows, "_dynamo_marked_constant")
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(program, fullgraph=True, backend="eager")(torch.ones(2))
+
+
+def test_import_does_not_wait_for_the_compiler():
+    """torch._dynamo takes as long to import as torch, and most commands compile nothing."""
+    code = "import sys, golfgpt.train, golfgpt_kernels; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def test_eager_without_a_measurement_and_says_so(committed):

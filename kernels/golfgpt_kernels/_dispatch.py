@@ -79,10 +79,13 @@ def tuned_file(device: torch.device) -> Path:
     return cache / "golfgpt" / (re.sub(r"[^A-Za-z0-9.]+", "-", name) + ".json")
 
 
-@torch.compiler.assume_constant_result
 def _least_rows(op: str, device: torch.device, dtype: torch.dtype) -> int | None:
     """From how many rows on "auto" is the kernel: half of the smallest count it won at; None for never."""
     return _least_rows_said(op, device, dtype)
+
+
+# What torch.compiler.assume_constant_result does, without its import of torch._dynamo: that takes as long as torch's.
+_least_rows._dynamo_marked_constant = True
 
 
 @functools.cache
