@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sysconfig
@@ -11,6 +12,12 @@ import pytest
 import torch
 
 from golfgpt.config import RunConfig
+
+with contextlib.suppress(ImportError):  # bare GPU machines lack it
+    from hypothesis import settings
+
+    settings.register_profile("repeatable", derandomize=True)  # the same examples in every run of one version
+    settings.load_profile("repeatable")
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are imported

@@ -122,9 +122,10 @@ def test_fraction_schedule(step, seconds, frac):
     value = lr_multiplier(step, seconds, config)
     assert 0 <= value <= 1
     assert lr_multiplier(step + 1, seconds + 1, config) <= value
-    if step >= 1000 or seconds >= 600:
+    used = max(step / 1000, seconds / 600)
+    if used >= 1:
         assert value == 0 or frac == 0
-    if max(step / 1000, seconds / 600) <= 1 - frac:
+    elif used <= 1 - frac:
         assert value == pytest.approx(1)
 
 
