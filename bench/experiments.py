@@ -40,7 +40,7 @@ from golfgpt.distributed import Ranks
 from golfgpt.errors import NonFiniteError
 from golfgpt.evaluate import evaluate
 from golfgpt.files import write_bytes
-from golfgpt.model import GPT
+from golfgpt.model.gpt import GPT
 from golfgpt.trainer import Trainer
 
 RESULTS = "experiments-cpu.jsonl"

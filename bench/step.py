@@ -75,10 +75,10 @@ from golfgpt.config import DataConfig, ModelConfig, RunConfig, RuntimeConfig, Sc
 from golfgpt.data.shards import open_shard
 from golfgpt.distributed import Ranks
 from golfgpt.errors import InputError
-from golfgpt.model import GPT, MATRIX_BANKS
+from golfgpt.model.gpt import GPT
+from golfgpt.model.parameters import of_kind, parameter_shapes, parameter_table
 from golfgpt.recipes import get
 from golfgpt.trainer import Pending, Trainer
-from golfgpt.upstream import parameter_shapes
 
 RECIPES = ("baseline", "mixed-qat", "int5-int6-swa")
 FORMS = ("eager", "published_all", "published", "golfgpt")
@@ -137,7 +137,8 @@ class Setup:
         drawn, so that a loss depends on every part of the model from the first step on."""
         generator = torch.Generator().manual_seed(seed)
         weights = GPT(self.config.model, seed=self.config.seed + seed).state_dict()
-        for name in [name for name in weights if name in (*MATRIX_BANKS, "tok_emb", "bigram_table")]:
+        table = parameter_table(self.config.model)
+        for name in [name for name in weights if name in of_kind(table, "matrix", "embedding")]:
             w = weights[name].float()
             if not w.any():
                 w = torch.randn(w.shape, generator=generator) * w.size(-1) ** -0.5

@@ -39,7 +39,7 @@ from golfgpt.data.shards import Dataset
 from golfgpt.distributed import Ranks
 from golfgpt.errors import GolfError, InputError, Interrupted, NonFiniteError, VerificationError
 from golfgpt.files import write_json
-from golfgpt.model import GPT
+from golfgpt.model.gpt import GPT
 from golfgpt.scoring import Cut, Scorer, Windows, score_windows
 
 PROGRESS_SECONDS, SAVE_SECONDS = 1.0, 10.0

@@ -12,13 +12,14 @@ weights, which lie in one buffer too. Reduce-scatter and all-gather together mov
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from golfgpt.distributed import Ranks
+from golfgpt.model.gpt import GPT
+from golfgpt.model.parameters import of_kind
 
 
 @dataclass(frozen=True)
@@ -37,19 +38,15 @@ class Stack:
 
 
 class FlatGradients:
-    """The gradients of a model's parameters, and their sum over ranks.
+    """The gradients of a model's parameters, and their sum over ranks; `control` is the number of extra values."""
 
-    `matrices` names the banks (..., rows, cols) that are stacked, `control` is the number of extra values.
-    """
-
-    def __init__(self, model: nn.Module, matrices: Collection[str], ranks: Ranks, *, sharded: bool, control: int):
+    def __init__(self, model: GPT, ranks: Ranks, *, sharded: bool, control: int):
         self.ranks, self.sharded = ranks, sharded and ranks.world > 1
         self._parts = ranks.world if self.sharded else 1
         named = dict(model.named_parameters())
         groups: dict[tuple[int, ...], list[str]] = {}
-        for name in named:
-            if name in matrices:
-                groups.setdefault(tuple(named[name].shape[-2:]), []).append(name)
+        for name in (matrices := of_kind(model.table, "matrix")):
+            groups.setdefault(tuple(named[name].shape[-2:]), []).append(name)
         padded = {shape: self._pad(shape, [named[n] for n in names]) for shape, names in groups.items()}
         rest = [name for name in named if name not in matrices]
         sizes = [count * math.prod(shape) for shape, count in padded.items()]

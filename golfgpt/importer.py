@@ -20,6 +20,7 @@ from golfgpt.config import ModelConfig, RunConfig, to_dict
 from golfgpt.data.tokenizer import Tokenizer
 from golfgpt.errors import InputError
 from golfgpt.files import write_bytes
+from golfgpt.model.parameters import parameter_table
 from golfgpt.quant import DTYPES, QuantizedTensor, Quantizer, TensorFormat, part_name
 from golfgpt.run import RunFolder
 from golfgpt.upstream import (
@@ -27,9 +28,6 @@ from golfgpt.upstream import (
     canonical_name,
     from_upstream,
     infer_config,
-    is_layered,
-    parameter_shapes,
-    upstream_names,
 )
 
 
@@ -84,8 +82,8 @@ def parts_of(export: Export, model: ModelConfig) -> dict[str, QuantizedTensor]:
     """
     codes, kept = ({canonical_name(name): v for name, v in part.items()} for part in (export.codes, export.kept))
     out: dict[str, QuantizedTensor] = {}
-    for bank, shape in parameter_shapes(model).items():
-        names, pack = upstream_names(bank, shape), torch.stack if is_layered(bank) else itemgetter(0)
+    for bank, param in parameter_table(model).items():
+        names, pack = param.published_names, torch.stack if param.layered else itemgetter(0)
         if flat := [name for name in names if name in codes and codes[name][0].ndim != 2]:
             raise InputError(f"{flat[0]} is quantized and no matrix: artifacts keep such tensors as they are")
         bits = max((_bits(codes[name][0]) for name in names if name in codes), default=0)
@@ -96,7 +94,7 @@ def parts_of(export: Export, model: ModelConfig) -> dict[str, QuantizedTensor]:
             layers = names[start:stop]
             values = [codes[name][0] if scale else kept[name].to(DTYPES[format]) for name in layers]
             out[part_name(bank, start, stop, len(names))] = QuantizedTensor(
-                TensorFormat((stop - start, *shape[1:]) if is_layered(bank) else shape, format, scale),
+                TensorFormat((stop - start, *param.shape[1:]) if param.layered else param.shape, format, scale),
                 pack(values),
                 pack([_row_scales(*codes[name]) for name in layers]) if scale else None,
             )

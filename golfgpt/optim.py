@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from golfgpt.config import OptimConfig
 from golfgpt.flat import FlatGradients
-from golfgpt.model import EMBEDDINGS, GPT, MATRIX_BANKS
+from golfgpt.model.gpt import GPT
+from golfgpt.model.parameters import of_kind
 from golfgpt.shadows import Shadows
 
 
@@ -184,7 +185,7 @@ def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
 
 
 class Optimizers:
-    """All optimizer groups of a model, each with its base learning rate: embedding, pairs, head, scalars; matrices.
+    """All optimizer groups of a model, each kind with its base learning rate.
 
     With `flat` the matrices are stepped as it says, replicated or sharded, and gathered afterwards. `shadows` are kept
     up to date, by Muon's own launch where it can. While `ok`, a 0-d bool tensor on the device, is false, a step changes
@@ -200,11 +201,10 @@ class Optimizers:
     ):
         named = dict(model.named_parameters())
         embed_lr = config.tied_embed_lr if model.config.tie_embeddings else config.embed_lr
-        rates = {"tok_emb": embed_lr, "bigram_table": embed_lr, "lm_head": config.head_lr}
-        groups = [{"params": [named[name]], "lr": lr} for name, lr in rates.items() if name in named]
-        matrices = [p for name, p in named.items() if name in MATRIX_BANKS]
-        scalars = [p for name, p in named.items() if name not in MATRIX_BANKS and name not in rates]
-        groups.append({"params": scalars, "lr": config.scalar_lr})
+        rates = {"embedding": embed_lr, "head": config.head_lr, "control": config.scalar_lr}
+        members = {kind: [named[name] for name in of_kind(model.table, kind)] for kind in rates}
+        groups = [{"params": members[kind], "lr": lr} for kind, lr in rates.items() if members[kind]]
+        matrices = [named[name] for name in of_kind(model.table, "matrix")]
         self._flat = flat if flat is not None and flat.sharded else None
         device = named["tok_emb"].device
         self._base = [group["lr"] for group in groups] + [config.matrix_lr]
@@ -237,7 +237,8 @@ class Optimizers:
         self.ok = torch.ones((), dtype=torch.bool, device=device)
         self._found_inf = self.adam.found_inf = torch.zeros((), device=device)  # torch's name: 1 skips a fused step
         self._parameters, self._names = named, {p: name for name, p in named.items()}
-        self.narrow = EMBEDDINGS & named.keys() if config.embed_dtype == "bfloat16" else frozenset()
+        narrow = config.embed_dtype == "bfloat16"
+        self.narrow = frozenset(of_kind(model.table, "embedding") if narrow else ())
         """Parameters that are bfloat16 numbers: they, their gradients and moments are rounded around Adam's step, which
         computes in float32 then as the fused kernel does for bfloat16 tensors."""
         self._round([named[name].data for name in sorted(self.narrow)])

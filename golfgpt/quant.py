@@ -23,7 +23,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -36,12 +36,8 @@ from torch import Tensor
 
 from golfgpt.config import ModelConfig, QuantConfig, QuantRule
 from golfgpt.errors import InputError
-from golfgpt.model import LAYER_MATRICES, MATRIX_BANKS, FakeQuant
-from golfgpt.upstream import check_state, is_layered, parameter_shapes, to_upstream, upstream_names
-
-CONTROL_TENSORS = frozenset(
-    {"attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights", "smear_gate", "bigram_scale"}
-)
+from golfgpt.model.parameters import Param, parameter_shapes, parameter_table
+from golfgpt.upstream import check_state
 
 SCALE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 DTYPES = {"float32": torch.float32, "float16": torch.float16} | {f"int{bits}": torch.int8 for bits in range(2, 9)}
@@ -50,10 +46,15 @@ PRUNED_NUMEL = 65_536
 """Published pruning leaves matrices of at most this many elements alone."""
 
 _PUBLISHED_QAT = {
-    "r4": (LAYER_MATRICES, {"clip": "quantile", "code_range": "symmetric"}, 1e-8),
-    "r5": (MATRIX_BANKS, {"clip": "max", "code_range": "full"}, 1e-12),
+    "r4": ({"clip": "quantile", "code_range": "symmetric"}, 1e-8),
+    "r5": ({"clip": "max", "code_range": "full"}, 1e-12),
 }
-"""Banks, options and smallest row clip of the published fake quantizations (recipes R4, R4b; R5)."""
+"""Options and smallest row clip of the published fake quantizations (recipes R4, R4b; R5) of matrices; R4 and R4b have
+none but the layers'."""
+
+FakeQuant = Mapping[str, dict[str, Any] | Sequence[tuple[int, dict[str, Any] | None]]]
+"""Bank -> what it goes through in training, or (layers, that) of its consecutive parts: options of
+`golfgpt_kernels.fake_quantize_rows`, {"keep": torch.float16} (and "enabled") for rounding to it, or None."""
 
 
 @dataclass(frozen=True)
@@ -152,27 +153,27 @@ def parse_part(part: str) -> tuple[str, slice]:
     return match[1], slice(None) if match[2] is None else slice(int(match[2]), int(match[3]))
 
 
-def plan(shapes: Mapping[str, tuple[int, ...]], config: QuantConfig) -> dict[str, TensorFormat]:
-    """Format of each part of the banks `shapes` (name -> shape), in the same order.
+def plan_formats(table: Mapping[str, Param], config: QuantConfig) -> dict[str, TensorFormat]:
+    """Format of each part of the parameters in `table`, in the same order.
 
     Raises InputError for a rule that matches no tensor, or that asks for what a tensor's shape does not have.
     """
     rules = [QuantRule.parse(text) for text in config.rules]
     formats, unused, shadowed = {}, set(rules), set()
-    for bank, shape in shapes.items():
-        names, layered = upstream_names(bank, shape), is_layered(bank)
+    for bank, param in table.items():
+        names, shape = param.published_names, param.shape
         kinds = []
         for name in names:
             matching = [rule for rule in rules if matches(rule.pattern, name, len(names))]
             unused.difference_update(matching[:1])
             shadowed.update(matching[1:])
-            kinds.append(_kind(bank, math.prod(shape[layered:]), matching, config))
+            kinds.append(_kind(param, matching, config))
         start = 0
         for kind, run in itertools.groupby(kinds):
             stop = start + len(list(run))
             part = part_name(bank, start, stop, len(kinds))
             try:
-                formats[part] = TensorFormat((stop - start, *shape[1:]) if layered else shape, *kind)
+                formats[part] = TensorFormat((stop - start, *shape[1:]) if param.layered else shape, *kind)
             except InputError as error:
                 raise InputError(f"quant.rules: {names[start]} ({part}): {error}") from None
             start = stop
@@ -183,7 +184,7 @@ def plan(shapes: Mapping[str, tuple[int, ...]], config: QuantConfig) -> dict[str
                 f"quant.rules: {first.pattern!r} decides nothing, for rules before it match the same tensors: put it "
                 "before them (the first that matches decides)"
             )
-        some = ", ".join(upstream_names(bank, shape)[0] for bank, shape in shapes.items())
+        some = ", ".join(param.published_names[0] for param in table.values())
         raise InputError(f"quant.rules: {first.pattern!r} matches no tensor of this model; its names are like {some}")
     return formats
 
@@ -196,13 +197,13 @@ def matches(pattern: str, name: str, layers: int) -> bool:
     return fnmatchcase(name, pattern)
 
 
-def _kind(bank: str, numel: int, rules: list[QuantRule], config: QuantConfig) -> tuple[str, str | None, int | None]:
-    """(format, scale dtype, group) of a tensor."""
+def _kind(param: Param, rules: list[QuantRule], config: QuantConfig) -> tuple[str, str | None, int | None]:
+    """(format, scale dtype, group) of a published tensor."""
     if rules:
         return rules[0].format, config.scale_dtype if rules[0].format.startswith("int") else None, rules[0].group
-    if bank in CONTROL_TENSORS:
+    if param.kind == "control":
         return config.control_dtype, None, None
-    if numel <= config.keep_numel:
+    if math.prod(param.shape[param.layered :]) <= config.keep_numel:
         return "float16", None, None
     return f"int{config.bits}", config.scale_dtype, None
 
@@ -220,11 +221,12 @@ def prune_threshold(w: Tensor, fraction: float) -> float:
     return float(np.quantile(w.detach().abs().float().cpu().numpy(), fraction))
 
 
-def pruned(bank: str, w: Tensor, fraction: float) -> Tensor:
-    """w with the smallest `fraction` of the magnitudes of each published matrix above PRUNED_NUMEL set to zero."""
-    if fraction == 0 or bank in CONTROL_TENSORS:
+def pruned(param: Param, w: Tensor, fraction: float) -> Tensor:
+    """w, some layers of `param` or all of it, with the smallest `fraction` of the magnitudes of each published matrix
+    above PRUNED_NUMEL set to zero."""
+    if fraction == 0 or param.kind == "control":
         return w
-    matrices = to_upstream({bank: w}).values()
+    matrices = w if param.layered else [w]
     kept = [
         m.masked_fill(m.abs() < prune_threshold(m, fraction), 0.0) if m.numel() > PRUNED_NUMEL else m for m in matrices
     ]
@@ -239,9 +241,14 @@ class Quantizer:
     config: QuantConfig
 
     @cached_property
+    def parameters(self) -> dict[str, Param]:
+        """The model's parameter table."""
+        return parameter_table(self.model)
+
+    @cached_property
     def formats(self) -> dict[str, TensorFormat]:
-        """Part name -> format, known before any training. Raises InputError as `plan`."""
-        return plan(parameter_shapes(self.model), self.config)
+        """Part name -> format, known before any training. Raises InputError as `plan_formats`."""
+        return plan_formats(self.parameters, self.config)
 
     @property
     def payload_bytes(self) -> int:
@@ -267,8 +274,8 @@ class Quantizer:
         }
 
     def fake_quant(self, enabled: Tensor | None = None) -> FakeQuant:
-        """What `GPT.loss(fake_quant=...)` takes for quantization-aware training; empty without qat. `enabled`, a 0-d
-        bool tensor, turns it on and off without a recompilation.
+        """What the banks go through in quantization-aware training; empty without qat. `enabled`, a 0-d bool tensor,
+        turns it on and off without a recompilation.
 
         Raises InputError for qat that changes nothing, and for qat="export" with pruning: the artifact would hold zeros
         that training never saw.
@@ -299,9 +306,10 @@ class Quantizer:
             if format.quantized:
                 return {**self.options(part), "enabled": enabled}
             return None if format.format == "float32" else {"keep": DTYPES[format.format], "enabled": enabled}
-        banks, options, clip_floor = _PUBLISHED_QAT.get(qat, ((), {}, 0.0))
-        if not format.quantized or parse_part(part)[0] not in banks:
+        param = self.parameters[parse_part(part)[0]]
+        if qat == "off" or not format.quantized or param.kind != "matrix" or (qat == "r4" and not param.layered):
             return None
+        options, clip_floor = _PUBLISHED_QAT[qat]
         return {
             **options,
             "bits": format.bits,
@@ -326,7 +334,7 @@ class Quantizer:
             w = w[layers] if w.ndim else w
             if not w.isfinite().all():
                 raise InputError(f"tensor {part} has {int((~w.isfinite()).sum())} non-finite weights")
-            w = pruned(bank, w, self.config.prune)
+            w = pruned(self.parameters[bank], w, self.config.prune)
             if format.quantized:
                 yield part, QuantizedTensor(format, *quantize_rows(w, **self.options(part)))
                 continue

@@ -27,7 +27,8 @@ from golfgpt.config import RunConfig, from_dict, to_dict
 from golfgpt.data.tokenizer import Tokenizer
 from golfgpt.errors import BusyError, InputError
 from golfgpt.files import write_bytes, write_json
-from golfgpt.model import EMBEDDINGS, GPT
+from golfgpt.model.gpt import GPT
+from golfgpt.model.parameters import of_kind, parameter_table
 
 
 class RunFolder:
@@ -161,7 +162,8 @@ def trained_weights(path: Path) -> dict[str, Tensor]:
     if not saved.finished:
         raise InputError(f"{path} stopped at step {saved.step}: finish it with golfgpt train --resume {path}")
     config = read_config(path)
-    narrow = EMBEDDINGS if config.optim.embed_dtype == "bfloat16" else frozenset()
+    embeddings = of_kind(parameter_table(config.model), "embedding")
+    narrow = frozenset(embeddings if config.optim.embed_dtype == "bfloat16" else ())
     average = Average({name: nn.Parameter(w) for name, w in saved.model.items()}, config.average, narrow)
     average.load_state(saved.average)
     return saved.model | average.weights()

@@ -20,7 +20,7 @@ from golfgpt_kernels import token_logprobs
 from torch import Tensor
 
 from golfgpt.errors import InputError
-from golfgpt.model import GPT
+from golfgpt.model.gpt import GPT
 
 SLAB_TOKENS = 1 << 20
 """Tokens on the device at a time: 16 MiB with their byte counts."""

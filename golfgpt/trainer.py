@@ -30,7 +30,7 @@ from golfgpt.data.streams import Prefetcher, TokenStream, spans_of_rank
 from golfgpt.distributed import Ranks
 from golfgpt.errors import InputError, NonFiniteError
 from golfgpt.flat import FlatGradients
-from golfgpt.model import GPT, MATRIX_BANKS
+from golfgpt.model.gpt import GPT
 from golfgpt.optim import Optimizers
 from golfgpt.quant import Quantizer
 from golfgpt.schedule import budget_used, lr_multiplier, muon_momentum, quantization_aware
@@ -101,12 +101,12 @@ class Trainer:
                 f"{ranks.device}, compile {self.compiled}, warmup_steps {config.runtime.warmup_steps}"
             )
         sharded = config.runtime.optimizer == "sharded"
-        self.flat = FlatGradients(self.model, MATRIX_BANKS, ranks, sharded=sharded, control=_CONTROL)
+        self.flat = FlatGradients(self.model, ranks, sharded=sharded, control=_CONTROL)
         named, quant = dict(self.model.named_parameters()), config.quant
         scheduled = quant.qat_start > 0 or quant.qat_below_lr < 1
         self._enabled = torch.zeros((), dtype=torch.bool, device=ranks.device) if scheduled else None
         fake_quant = Quantizer(config.model, quant).fake_quant(self._enabled)
-        self.shadows = Shadows(named, fake_quant, self.dtype)
+        self.shadows = Shadows(self.model, fake_quant, self.dtype)
         self.optimizers = Optimizers(self.model, config.optim, self.flat, self.shadows)
         self.average = Average(named, config.average, self.optimizers.narrow)
         deal = spans_of_rank(ranks.rank, ranks.world, config.data.spans)
@@ -115,7 +115,11 @@ class Trainer:
         self.known = (0, 0.0)
         """A step, the last whose start on rank 0's training clock has come back, and that clock."""
         self._pace = 0.0
-        self._loss = torch.compile(self.model.loss, dynamic=False, fullgraph=True) if self.compiled else self.model.loss
+        self._loss = torch.compile(self.loss, dynamic=False, fullgraph=True) if self.compiled else self.loss
+
+    def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Mean nats of targets (B, T) given ids (B, T), by the weights that training is aware of."""
+        return self.model.loss(ids, targets, dtype=self.dtype, stand_ins=self.shadows.stand_ins())
 
     @property
     def ahead(self) -> int:
@@ -171,11 +175,10 @@ class Trainer:
         tokens = self.data.read(step).to(self.ranks.device, non_blocking=True)
         ids, targets = (t.reshape(-1, data.seq_len) for t in (tokens[:, :-1], tokens[:, 1:]))
         rows = (data.microbatch_tokens or data.span_tokens) // data.seq_len
-        options = {"dtype": self.dtype, "fake_quant": self.shadows.forward_quant, "shadows": self.shadows.banks}
         batches = list(zip(ids.split(rows), targets.split(rows), strict=True))
         for done, (x, y) in enumerate(batches):
             tick(done, len(batches))
-            part = self._loss(x, y, **options) * (y.numel() / data.batch_tokens)
+            part = self._loss(x, y) * (y.numel() / data.batch_tokens)
             part.backward()
             loss += part.detach()
         stop, save, signaled = votes()

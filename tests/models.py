@@ -16,7 +16,9 @@ from golfgpt.config import (
     RuntimeConfig,
     ScheduleConfig,
 )
-from golfgpt.model import GPT
+from golfgpt.model.gpt import GPT
+from golfgpt.quant import FakeQuant
+from golfgpt.shadows import fake_quantized_bank
 
 SMALL = ModelConfig(vocab_size=97, num_layers=5, model_dim=48, num_heads=4, num_kv_heads=2, mlp_hidden=80)
 
@@ -29,6 +31,11 @@ def lively(config: ModelConfig = SMALL, seed: int = 0) -> GPT:
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=generator) * 0.1)
     return model
+
+
+def fake_quantized(model: GPT, fake_quant: FakeQuant) -> dict[str, torch.Tensor]:
+    """`stand_ins` of the model's parameters: as the artifact will hold them, with straight-through gradients."""
+    return {name: fake_quantized_bank(model.get_parameter(name), parts) for name, parts in fake_quant.items()}
 
 
 def tiny_config(corpus: Path) -> RunConfig:

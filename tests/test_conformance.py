@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from golfgpt_kernels import newton_schulz
+from models import fake_quantized
 from safetensors import safe_open
 
 from golfgpt.config import (
@@ -30,13 +31,15 @@ from golfgpt.config import (
 )
 from golfgpt.data.shards import open_shard
 from golfgpt.distributed import Ranks
-from golfgpt.model import GPT, FakeQuant, rope_table
+from golfgpt.model.gpt import GPT
+from golfgpt.model.layers import rope_table
+from golfgpt.model.parameters import parameter_shapes, parameter_table
 from golfgpt.optim import Muon
-from golfgpt.quant import Quantizer, parse_part, prune_threshold, pruned
+from golfgpt.quant import FakeQuant, Quantizer, parse_part, prune_threshold, pruned
 from golfgpt.recipes import RECIPES
 from golfgpt.scoring import Scorer, Windows, score_windows
 from golfgpt.trainer import Trainer
-from golfgpt.upstream import from_upstream, infer_config, parameter_shapes, read_export, to_upstream
+from golfgpt.upstream import from_upstream, infer_config, read_export, to_upstream
 
 FOLDER = os.environ.get("GOLFGPT_CONFORMANCE")
 FILES = sorted(p for p in Path(FOLDER).iterdir() if p.suffix in (".safetensors", ".ptz")) if FOLDER else []
@@ -110,7 +113,8 @@ def check_gpt(v: Vectors, impl: str) -> None:
     for name, expected in v.part("init.").items():
         assert (initial[name] - expected).abs().max() <= 1e-6, name
     model = build(config, v.part("param."))
-    loss = model.loss(v["input_ids"], v["target_ids"], fake_quant=fake_quantization(v, config, impl))
+    stand_ins = fake_quantized(model, fake_quantization(v, config, impl))
+    loss = model.loss(v["input_ids"], v["target_ids"], stand_ins=stand_ins)
     loss.backward()
     assert abs(loss.item() - v["loss"].item()) <= 1e-5
     grads = to_upstream({name: p.grad for name, p in model.named_parameters()})
@@ -165,7 +169,7 @@ def check_quant(v: Vectors) -> None:
     values, scales = {}, {}
     for part, tensor in quantizer.encode(from_upstream({k: t.float() for k, t in source.items()}, config)).items():
         bank, layers = parse_part(part)
-        names = list(to_upstream({bank: torch.empty(parameter_shapes(config)[bank])}))[layers]
+        names = parameter_table(config)[bank].published_names[layers]
         layered = names[0].startswith("blocks.")
         values |= zip(names, tensor.values if layered else [tensor.values], strict=True)
         if tensor.scale is not None:
@@ -210,7 +214,8 @@ def check_prune(v: Vectors) -> None:
     config = model_config(source)
     for bank, w in from_upstream({k: t.float() for k, t in source.items()}, config).items():
         names = to_upstream({bank: w})
-        for name, result in to_upstream({bank: pruned(bank, w, v.meta["prune_fraction"])}).items():
+        after = pruned(parameter_table(config)[bank], w, v.meta["prune_fraction"])
+        for name, result in to_upstream({bank: after}).items():
             if f"threshold.{name}" not in v:
                 assert torch.equal(result, names[name]), name
                 continue

@@ -25,7 +25,7 @@ from golfgpt.data.shards import Dataset
 from golfgpt.distributed import Ranks
 from golfgpt.errors import InputError, Interrupted, NonFiniteError, VerificationError
 from golfgpt.evaluate import PartialSums, Score, evaluate
-from golfgpt.model import GPT
+from golfgpt.model.gpt import GPT
 from golfgpt.scoring import Scorer, Windows, cut, score_windows
 from golfgpt.signals import Signals
 
@@ -640,7 +640,7 @@ from golfgpt.config import EvalConfig, RunConfig, from_dict
 from golfgpt.data.shards import Dataset
 from golfgpt.errors import Interrupted
 from golfgpt.evaluate import PartialSums, evaluate
-from golfgpt.model import GPT
+from golfgpt.model.gpt import GPT
 from models import lively
 
 config = from_dict(RunConfig, json.loads({config!r}))

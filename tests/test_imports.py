@@ -65,7 +65,7 @@ def test_trains_with_triton_blocked():
         "import sys; sys.modules['triton'] = None\n"
         "import torch\n"
         "from golfgpt.config import ModelConfig, OptimConfig\n"
-        "from golfgpt.model import GPT\n"
+        "from golfgpt.model.gpt import GPT\n"
         "from golfgpt.optim import Optimizers\n"
         "config = ModelConfig(vocab_size=64, num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, mlp_hidden=32)\n"
         "model = GPT(config)\n"

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import pytest
 import torch
 from golfgpt_kernels import fake_quantize_rows
-from models import SMALL, lively
+from models import SMALL, fake_quantized, lively
 
 from golfgpt.config import ModelConfig, OptimConfig
-from golfgpt.model import GPT, KVCache, rms_norm
+from golfgpt.model.generate import KVCache
+from golfgpt.model.gpt import GPT
+from golfgpt.model.layers import LoRA, Observed, rms_norm
+from golfgpt.model.plan import layer_plan
 from golfgpt.optim import Optimizers
 from golfgpt.upstream import from_upstream, to_upstream
 
@@ -212,8 +216,8 @@ INT5 = {"bits": 5, "code_range": "full"}
 def test_fake_quantized_banks_are_the_decoded_weights_with_straight_through_gradients(dtype):
     model, ids, targets = lively(VARIANTS["r5"]), tokens(2, 32), tokens(2, 32, seed=1)
     fake_quant = {"mlp_fc": INT5, "c_k": {"bits": 6, "clip": "quantile"}, "bigram_proj": {"bits": 6}}
-    loss = model.loss(ids, targets, dtype=dtype, fake_quant=fake_quant)
-    hidden = model(ids, dtype=dtype, fake_quant=fake_quant)
+    loss = model.loss(ids, targets, dtype=dtype, stand_ins=fake_quantized(model, fake_quant))
+    hidden = model(ids, dtype=dtype, weights=model.weights(dtype, fake_quantized(model, fake_quant)))
     loss.backward()
     decoded = lively(VARIANTS["r5"])
     with torch.no_grad():
@@ -230,32 +234,92 @@ def test_fake_quantized_banks_are_the_decoded_weights_with_straight_through_grad
 
 def test_a_fake_quantized_embedding_is_that_of_the_head_too():
     model, ids = lively(), tokens(2, 32)
-    loss = model.loss(ids, ids, fake_quant={"tok_emb": INT5})
+    loss = model.loss(ids, ids, stand_ins=fake_quantized(model, {"tok_emb": INT5}))
     with torch.no_grad():
         model.tok_emb.copy_(fake_quantize_rows(model.tok_emb, **INT5))
     assert torch.equal(loss, model.loss(ids, ids))
 
 
-def test_fake_quantizing_a_bank_that_is_not_there_is_an_error():
-    with pytest.raises(ValueError, match="fake_quant names 'bigram_proj'; this model's banks are tok_emb, c_q"):
-        lively()(tokens(1, 4), fake_quant={"bigram_proj": INT5})
+def test_a_stand_in_for_a_parameter_that_is_not_there_is_an_error():
+    with pytest.raises(ValueError, match="no parameter bigram_proj in this model; expected some of tok_emb, c_q"):
+        lively().weights(stand_ins={"bigram_proj": torch.zeros(2, 2)})
 
 
 def test_fake_quantization_is_live_under_compile_and_switches_without_recompiling():
     model, ids = lively(replace(VARIANTS["r5-documents"], num_layers=2)), tokens(2, 32)
     enabled = torch.tensor(False)
     fake_quant = {name: {**INT5, "enabled": enabled} for name in ("mlp_fc", "mlp_proj", "c_q")}
-    compiled = torch.compile(model.loss, dynamic=False, fullgraph=True, backend="aot_eager")
-    plain = compiled(ids, ids, fake_quant=fake_quant).item()
+
+    def loss():
+        return model.loss(ids, ids, stand_ins=fake_quantized(model, fake_quant))
+
+    compiled = torch.compile(loss, dynamic=False, fullgraph=True, backend="aot_eager")
+    plain = compiled().item()
     assert plain == pytest.approx(model.loss(ids, ids).item(), abs=1e-6)
     enabled.fill_(True)
     with torch.compiler.set_stance("fail_on_recompile"):
-        quantized = compiled(ids, ids, fake_quant=fake_quant).item()
-        assert quantized == pytest.approx(model.loss(ids, ids, fake_quant=fake_quant).item(), abs=1e-6)
+        quantized = compiled().item()
+        assert quantized == pytest.approx(loss().item(), abs=1e-6)
         assert abs(quantized - plain) > 1e-4
         with torch.no_grad():
             model.mlp_fc.mul_(1.5)
-        assert abs(compiled(ids, ids, fake_quant=fake_quant).item() - quantized) > 1e-4
+        assert abs(compiled().item() - quantized) > 1e-4
+
+
+# The plan, and the seam through which matrices multiply
+
+
+@pytest.mark.parametrize(
+    ("layers", "sources"), [(1, [None]), (2, [None, 0]), (5, [None, None, 1, 0, None]), (4, [None, None, 1, 0])]
+)
+def test_the_plan_is_a_u_net(layers, sources):
+    plan = layer_plan(replace(SMALL, num_layers=layers))
+    assert [layer.row for layer in plan] == list(range(layers))
+    assert [layer.skip_source for layer in plan] == sources
+    assert [layer.skip_row for layer in plan if layer.skip_row is not None] == list(range(layers // 2))
+
+
+MATRICES = ("c_q", "c_k", "c_v", "attn_proj", "mlp_fc", "mlp_proj")
+
+
+def test_every_matrix_of_a_layer_can_be_observed():
+    model, ids, seen = lively(), tokens(2, 16), {}
+    weights = model.weights()
+    for i, layer in enumerate(weights.layers):
+        for name in MATRICES:
+            see = functools.partial(lambda key, x: seen.setdefault(key, x), (i, name))
+            layer[name] = Observed(layer[name], see)
+    torch.testing.assert_close(model(ids, weights=weights), model(ids))
+    assert seen.keys() == {(i, name) for i in range(SMALL.num_layers) for name in MATRICES}
+    for (i, name), x in seen.items():
+        assert x.shape == (2, 16, model.get_parameter(name)[i].size(-1)), name
+    assert all(torch.equal(seen[i, "c_q"], seen[i, "c_v"]) for i in range(SMALL.num_layers))
+
+
+@pytest.mark.parametrize("sequences", [None, 2], ids=["shared", "one for each sequence"])
+def test_every_matrix_of_a_layer_takes_a_low_rank_correction(sequences):
+    """As if it were added to the weights, in training, scoring and generation; its gradient is its own."""
+    model, ids = lively(), tokens(2, 16)
+    lead, merged = () if sequences is None else (sequences,), lively()
+    weights, corrections = model.weights(), []
+    generator = torch.Generator().manual_seed(0)
+    for i, layer in enumerate(weights.layers):
+        for name in MATRICES:
+            out, width = layer[name].shape
+            a, b = (torch.randn(*lead, *s, generator=generator) * 0.05 for s in ((3, width), (out, 3)))
+            corrections += [a.requires_grad_(), b.requires_grad_()]
+            layer[name] = LoRA(layer[name].detach(), a, b)
+            with torch.no_grad():
+                merged.get_parameter(name)[i] += (b @ a) if sequences is None else (b[0] @ a[0])
+    hidden, expected = model(ids, weights=weights), merged(ids)
+    same = slice(None) if sequences is None else slice(1)
+    torch.testing.assert_close(hidden[same], expected[same], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model(ids, weights=weights, suffix=5), hidden[:, -5:], atol=1e-5, rtol=1e-4)
+    cache = KVCache(window=16)
+    parts = [model(ids[:, i : i + 1], weights=weights, cache=cache) for i in range(16)]
+    torch.testing.assert_close(torch.cat(parts, 1), hidden, atol=1e-4, rtol=1e-4)
+    hidden.square().sum().backward()
+    assert all(c.grad.any() for c in corrections) and model.c_q.grad is None
 
 
 def test_every_parameter_has_its_optimizer_and_rate():

@@ -18,7 +18,7 @@ from golfgpt_kernels.testing import poisoned, randn
 from golfgpt.config import ModelConfig, OptimConfig
 from golfgpt.distributed import Ranks
 from golfgpt.flat import FlatGradients
-from golfgpt.model import GPT, MATRIX_BANKS
+from golfgpt.model.gpt import GPT
 from golfgpt.optim import Muon, Optimizers
 
 SHAPES = [(2, 24, 40), (3, 40, 24), (0, 8, 8), (24, 40), (5, 1, 7)]
@@ -491,7 +491,7 @@ def test_torch_state_dict_round_trip():
 
 def test_capture_needs_a_gpu_and_notices_changes():
     model, alone = GPT(SMALL), Ranks(0, 1, torch.device("cpu"))
-    flat = FlatGradients(model, MATRIX_BANKS, alone, sharded=False, control=0)
+    flat = FlatGradients(model, alone, sharded=False, control=0)
     optimizers = Optimizers(model, OptimConfig(), flat)
     with pytest.raises(RuntimeError, match="needs parameters on a GPU"):
         optimizers.capture()
@@ -524,7 +524,7 @@ ranks.close()
 def train_on(ranks, sharded):
     """Weights after steps 1 and 20 and the state, of given gradients of which each rank holds a part."""
     model = GPT(SMALL)
-    flat = FlatGradients(model, MATRIX_BANKS, ranks, sharded=sharded, control=2)
+    flat = FlatGradients(model, ranks, sharded=sharded, control=2)
     config = OptimConfig(weight_decay=0.01, muon_variance_beta=0.9)
     optimizers = Optimizers(model, config, flat)
     optimizers.muon.dtype = torch.float32
@@ -545,7 +545,7 @@ def train_on(ranks, sharded):
             weights[step] = {k: v.clone() for k, v in model.state_dict().items()}
     state = optimizers.state()
     resumed = GPT(SMALL)
-    flat = FlatGradients(resumed, MATRIX_BANKS, ranks, sharded=sharded, control=2)
+    flat = FlatGradients(resumed, ranks, sharded=sharded, control=2)
     again = Optimizers(resumed, config, flat)
     again.load_state(state)
     restored = again.state()
@@ -580,7 +580,7 @@ def test_update_does_not_depend_on_ranks(world, sharded, tmp_path):
 
 def test_padding_of_shards_stays_zero():
     model = GPT(replace(SMALL, num_layers=2))
-    flat = FlatGradients(model, MATRIX_BANKS, Ranks(1, 3, torch.device("cpu")), sharded=True, control=1)
+    flat = FlatGradients(model, Ranks(1, 3, torch.device("cpu")), sharded=True, control=1)
     for stack in flat.stacks:
         real = sum(stack.counts)
         assert len(stack.gradients) % 3 == 0 and len(stack.shard) * 3 == len(stack.gradients)

@@ -1,6 +1,7 @@
 """The quantizer against its formulas and against training's fake quantization; upstream's names."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from hypothesis import strategies as st
 
 from golfgpt.config import ModelConfig, QuantConfig
 from golfgpt.errors import InputError
-from golfgpt.quant import CONTROL_TENSORS, Quantizer, TensorFormat, payload_bytes, plan
-from golfgpt.upstream import from_upstream, parameter_shapes, to_upstream
+from golfgpt.model.parameters import parameter_shapes, parameter_table
+from golfgpt.quant import Quantizer, TensorFormat, payload_bytes, plan_formats
+from golfgpt.upstream import from_upstream, to_upstream
 
 SMALL = ModelConfig(vocab_size=24, num_layers=3, model_dim=16, num_heads=4, num_kv_heads=2, mlp_hidden=20)
 ROWS = QuantConfig(keep_numel=0)
@@ -74,7 +76,9 @@ def test_baseline_sizes_are_the_published_ones():
 def test_plan_decides_by_the_size_of_one_layer():
     shapes = {"tok_emb": (10, 10), "c_q": (9, 10, 10), "c_k": (9, 10, 11), "resid_mix": (9, 2, 100)}
     shapes |= {"bigram_table": (11, 10), "bigram_proj": (10, 10), "smear_gate": (200,), "bigram_scale": ()}
-    formats = plan(shapes, QuantConfig(bits=6, keep_numel=100))
+    model = ModelConfig(smear_gate="after_norm", bigram_hash="xor", bigram_vocab_size=11, bigram_dim=10)
+    table = {name: replace(parameter_table(model)[name], shape=shape) for name, shape in shapes.items()}
+    formats = plan_formats(table, QuantConfig(bits=6, keep_numel=100))
     assert formats == {
         "tok_emb": TensorFormat((10, 10), "float16"),
         "c_q": TensorFormat((9, 10, 10), "float16"),
@@ -110,7 +114,7 @@ def test_decoded_weights_equal_what_training_used(model, quant, seed):
         if format.quantized:
             expected = fake_quantize_rows(state[name], **quantizer.options(name))
         else:
-            expected = state[name] if name in CONTROL_TENSORS else state[name].half().float()
+            expected = state[name] if parameter_table(model)[name].kind == "control" else state[name].half().float()
         assert torch.equal(decoded[name], expected), name
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from models import fake_quantized
 
 from golfgpt import artifact
 from golfgpt.averaging import Average
@@ -13,12 +14,13 @@ from golfgpt.config import AverageConfig, ModelConfig, OptimConfig, QuantConfig,
 from golfgpt.distributed import Ranks
 from golfgpt.errors import InputError, NonFiniteError
 from golfgpt.flat import FlatGradients
-from golfgpt.model import GPT, MATRIX_BANKS, fake_quantized
-from golfgpt.quant import Quantizer, join, plan, prune_threshold, pruned
+from golfgpt.model.gpt import GPT
+from golfgpt.model.parameters import of_kind, parameter_table
+from golfgpt.quant import Quantizer, join, plan_formats, prune_threshold, pruned
 from golfgpt.recipes import RECIPES
 from golfgpt.schedule import lr_multiplier, quantization_aware
+from golfgpt.shadows import fake_quantized_bank
 from golfgpt.trainer import Trainer
-from golfgpt.upstream import parameter_shapes
 
 MODEL = ModelConfig(
     vocab_size=61,
@@ -76,7 +78,7 @@ def test_the_forward_uses_the_weights_of_the_artifact_bit_for_bit(quant, clip, i
         else parts
         for bank, parts in Quantizer(MODEL, quant).fake_quant().items()
     }
-    seen = model._weights(fake_quant)
+    seen = dict(model.named_parameters()) | fake_quantized(model, fake_quant)
     blob = artifact.pack(model.state_dict(), model=MODEL, quant=quant, tokenizer_sha256="0" * 64, seq_len=8)
     decoded = artifact.unpack(blob).state
     assert set(decoded) == set(seen)
@@ -89,7 +91,7 @@ def test_every_tensor_gets_a_straight_through_gradient():
     quantizer = Quantizer(MODEL, MIXED)
     shipped.load_state_dict(quantizer.decode(quantizer.encode(model.state_dict())))
     ids = torch.randint(0, 61, (2, 16), generator=torch.Generator().manual_seed(1))
-    loss = model.loss(ids, ids, fake_quant=quantizer.fake_quant())
+    loss = model.loss(ids, ids, stand_ins=fake_quantized(model, quantizer.fake_quant()))
     assert torch.equal(loss, shipped.loss(ids, ids)) and not torch.equal(loss, model.loss(ids, ids))
     loss.backward()
     shipped.loss(ids, ids).backward()
@@ -156,20 +158,21 @@ def test_shadows_are_what_the_forward_would_make_of_the_weights(quant, dtype, st
     config = run(quant)
     trainer = trainer_of(replace(config, runtime=replace(config.runtime, dtype=dtype)), monkeypatch)
     shadows = trainer.shadows
-    assert set(shadows.banks) == (set(MATRIX_BANKS) if dtype == "bfloat16" or quant.qat != "off" else set())
+    matrices = set(of_kind(parameter_table(MODEL), "matrix"))
+    assert set(shadows.banks) == (matrices if dtype == "bfloat16" or quant.qat != "off" else set())
     quantized = Quantizer(MODEL, quant).fake_quant()
     for step in range(6):
         result = trainer.wait(trainer.launch(step))
         options = quantized if trainer.quantization_aware(step) else None
         trainer.update(step)
         aware = trainer.quantization_aware(step + 1)
-        weights = trainer.model._weights(quantized if aware else None)
+        weights = dict(trainer.model.named_parameters()) | fake_quantized(trainer.model, quantized if aware else {})
         for name, shadow in shadows.banks.items():
             assert torch.equal(shadow, weights[name].to(shadow.dtype)), (step, name)
         assert result.finite and (options is None) == (quant.qat == "off" or step < 8 * start)
     trainer.model.load_state_dict(GPT(MODEL, seed=5).state_dict())
     trainer.launch(6)
-    weights = trainer.model._weights(quantized)
+    weights = dict(trainer.model.named_parameters()) | fake_quantized(trainer.model, quantized)
     assert all(torch.equal(shadow, weights[name].to(shadow.dtype)) for name, shadow in shadows.banks.items())
 
 
@@ -219,7 +222,7 @@ def test_published_quantization_leaves_embeddings_alone_and_has_no_stored_scale(
 
 
 def test_the_first_rule_that_matches_decides_and_layers_count_from_both_ends():
-    formats = plan(parameter_shapes(MODEL), MIXED)
+    formats = plan_formats(parameter_table(MODEL), MIXED)
     assert formats["tok_emb"].format == "int8"
     assert [(n, f.format) for n, f in formats.items() if n.startswith("c_k")] == [
         ("c_k[0:3]", "int6"),
@@ -246,11 +249,11 @@ def test_the_first_rule_that_matches_decides_and_layers_count_from_both_ends():
 )
 def test_rules_that_cannot_be_followed_are_errors(rules, message):
     with pytest.raises(InputError, match=message):
-        plan(parameter_shapes(MODEL), QuantConfig(rules=rules))
+        plan_formats(parameter_table(MODEL), QuantConfig(rules=rules))
 
 
 def test_a_pattern_counts_layers_from_the_end_only_where_it_says_so():
-    formats = plan(parameter_shapes(MODEL), QuantConfig(rules=("blocks.[!0]*.mlp.fc.*=int4",), keep_numel=0))
+    formats = plan_formats(parameter_table(MODEL), QuantConfig(rules=("blocks.[!0]*.mlp.fc.*=int4",), keep_numel=0))
     assert {name: f.format for name, f in formats.items() if "mlp_fc" in name} == {
         "mlp_fc[0:1]": "int8",
         "mlp_fc[1:4]": "int4",
@@ -285,7 +288,7 @@ def test_what_inductor_compiles_trains_on_the_weights_that_ship():
     assert options["tok_emb"]["keep"] == options["resid_mix"]["keep"] == torch.float16
 
     def used(weights, on):
-        return {name: fake_quantized(w, options.get(name) and {**options[name], "enabled": on}) + 0
+        return {name: fake_quantized_bank(w, options.get(name) and {**options[name], "enabled": on}) + 0
                 for name, w in weights.items() if not isinstance(options.get(name), list)}  # fmt: skip
 
     compiled = torch.compile(used, dynamic=False, fullgraph=True)
@@ -308,12 +311,13 @@ def test_parts_join_to_banks():
 def test_pruning_takes_the_smallest_of_each_large_matrix():
     w = torch.randn(2, 300, 300, generator=torch.Generator().manual_seed(0))
     w[1] *= 10
-    result = pruned("c_q", w, 0.05)
+    c_q, attn_scale = (parameter_table(MODEL)[name] for name in ("c_q", "attn_scale"))
+    result = pruned(c_q, w, 0.05)
     for before, after in zip(w, result, strict=True):
         assert (after == 0).sum() == 4500
         assert before[after == 0].abs().max() < prune_threshold(before, 0.05) <= after[after != 0].abs().min()
-    assert torch.equal(pruned("c_q", w[:, :200], 0.05), w[:, :200])  # 60,000 elements a layer
-    assert torch.equal(pruned("attn_scale", w, 0.05), w) and pruned("c_q", w, 0.0) is w
+    assert torch.equal(pruned(c_q, w[:, :200], 0.05), w[:, :200])  # 60,000 elements a layer
+    assert torch.equal(pruned(attn_scale, w, 0.05), w) and pruned(c_q, w, 0.0) is w
 
 
 # Averages

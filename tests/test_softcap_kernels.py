@@ -131,7 +131,7 @@ class Untied(torch.autograd.Function):
 
 def test_the_gradients_of_a_tied_embedding_meet_in_fp32(device, monkeypatch):
     """bf16 activations, fp32 parameters: the gradient is the fp32 sum of the two uses' own."""
-    from golfgpt import model as module
+    from golfgpt.model import gpt as module
 
     config = module.ModelConfig(vocab_size=97, num_layers=2, model_dim=48, num_heads=4, num_kv_heads=2, mlp_hidden=80)
     ids, targets = (torch.arange(64, device=device).view(2, 32) * i % 97 for i in (5, 7))

@@ -23,7 +23,7 @@ pytest.importorskip("sentencepiece")  # bare GPU machines may lack it
 from bench import published, report, step
 from golfgpt.config import ModelConfig
 from golfgpt.errors import InputError
-from golfgpt.model import GPT
+from golfgpt.model.gpt import GPT
 from golfgpt.recipes import get
 
 CPU = torch.device("cpu")

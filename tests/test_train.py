@@ -575,11 +575,11 @@ def test_running_out_of_memory_says_what_needs_less(tiny, tmp_path, monkeypatch,
     def loss(*args, **options):
         raise kind("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
-    monkeypatch.setattr("golfgpt.model.GPT.loss", loss)
+    monkeypatch.setattr("golfgpt.model.gpt.GPT.loss", loss)
     config = replace(tiny, data=replace(tiny.data, microbatch_tokens=micro))
     with pytest.raises(InputError, match=f"out of memory in the first step: .* tokens need about .*{advice}"):
         train(config, tmp_path / "run")
-    monkeypatch.setattr("golfgpt.model.GPT.loss", lambda *args, **options: (_ for _ in ()).throw(kind("else")))
+    monkeypatch.setattr("golfgpt.model.gpt.GPT.loss", lambda *args, **options: (_ for _ in ()).throw(kind("else")))
     if kind is RuntimeError:
         with pytest.raises(RuntimeError, match="else"):
             train(config, tmp_path / "other")

@@ -21,7 +21,7 @@ from torch import nn
 
 from golfgpt.config import ModelConfig
 from golfgpt.errors import InputError
-from golfgpt.model import GPT
+from golfgpt.model.gpt import GPT
 from golfgpt.upstream import assumed_fields, from_upstream, infer_config, read_export, read_ptz, to_upstream
 
 SMALL = ModelConfig(vocab_size=24, num_layers=3, model_dim=16, num_heads=4, num_kv_heads=2, mlp_hidden=20)

@@ -165,9 +165,9 @@ def sample(args: Sample) -> int:
 
 def budget(args: Budget) -> int:
     from golfgpt.fit import fitted, forecast_bytes
+    from golfgpt.model.parameters import parameter_shapes
     from golfgpt.quant import Quantizer
     from golfgpt.report import tensor_table
-    from golfgpt.upstream import parameter_shapes
 
     config = args.config
     if args.run:
@@ -226,6 +226,7 @@ def _budget_of_artifact(path: Path, as_json: bool, config: RunConfig) -> int:
 def inspect(args: Inspect) -> int:
     from golfgpt import artifact
     from golfgpt.files import sha256_file
+    from golfgpt.model.plan import layer_plan
     from golfgpt.report import table, tensor_table
     from golfgpt.run import artifact_file
 
@@ -242,11 +243,14 @@ def inspect(args: Inspect) -> int:
         "seq_len": info.seq_len,
         **{f"model.{key}": value for key, value in to_dict(info.model).items()},
     }
+    plan = layer_plan(info.model)
     if args.json:
-        _print_json(facts | {"tensors": [report._asdict() for report in info.table()]})
+        tensors = [report._asdict() for report in info.table()]
+        _print_json(facts | {"tensors": tensors, "plan": [asdict(layer) for layer in plan]})
     else:
         print(table(("artifact", ""), [(key, f"{v:,}" if type(v) is int else str(v)) for key, v in facts.items()]))
         print("\n" + tensor_table(info.table()))
+        print("\n" + table(("layer", "does"), [(i, str(layer)) for i, layer in enumerate(plan)]))
     return 0
 
 

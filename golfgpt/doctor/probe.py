@@ -199,7 +199,7 @@ def expected_step(gpu: str, folder: Path = RESULTS) -> dict[str, Any] | None:
 def measure_step(device: torch.device) -> float:
     """ms of the baseline's forward and backward on a rank's tokens, as bench.step's form "eager" takes them: bf16, not
     compiled, no optimizer."""
-    from golfgpt.model import GPT
+    from golfgpt.model.gpt import GPT
 
     config = recipes.get("baseline").config
     with sdpa_kernel(list(attention.BACKENDS.values())):

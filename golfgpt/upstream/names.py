@@ -1,28 +1,6 @@
-"""Names and shapes of a model's parameters, here and upstream.
+"""Banks to and from the published scripts' tensors, one a layer; and a model's configuration from such tensors.
 
-A golfgpt model keeps the same-shaped matrices of all L layers in one bank of shape (L, out, in); upstream
-names one tensor per layer. `parameter_shapes` is the one statement of what a model holds.
-
-    bank           shape                     upstream name
-    tok_emb        (vocab, dim)              tok_emb.weight
-    lm_head        (vocab, dim), untied      lm_head.weight
-    c_q            (L, dim, dim)             blocks.{i}.attn.c_q.weight
-    c_k, c_v       (L, kv_dim, dim)          blocks.{i}.attn.c_k.weight, blocks.{i}.attn.c_v.weight
-    attn_proj      (L, dim, dim)             blocks.{i}.attn.proj.weight
-    mlp_fc         (L, hidden, dim)          blocks.{i}.mlp.fc.weight
-    mlp_proj       (L, dim, hidden)          blocks.{i}.mlp.proj.weight
-    attn_scale     (L, dim)                  blocks.{i}.attn_scale
-    mlp_scale      (L, dim)                  blocks.{i}.mlp_scale
-    resid_mix      (L, 2, dim)               blocks.{i}.resid_mix
-    q_gain         (L, heads)                blocks.{i}.attn.q_gain
-    skip_weights   (skips, dim), skips > 0   skip_weights
-    smear_gate     (dim,), smear_gate        smear.gate
-    bigram_table   (rows, pair dim)          bigram.embed.weight         these with bigram_hash,
-    bigram_proj    (dim, pair dim)           bigram.proj.weight
-    bigram_scale   ()                        bigram.scale                this with "xor" only
-
-The banks of SmearGate and BigramHash come last, so that models of one seed agree in the others. The upstream
-names are those of PRs #162, #180 and R5; PR #65 calls its "before_norm" gate smeargate.gate and its "linear"
+The names are those of `golfgpt.model.parameters`. PR #65 calls its "before_norm" gate smeargate.gate and its "linear"
 pairs bigram_hash.table.weight and bigram_hash.proj.weight, which are read as well.
 """
 
@@ -36,28 +14,8 @@ from torch import Tensor
 
 from golfgpt.config import ModelConfig
 from golfgpt.errors import InputError
+from golfgpt.model.parameters import PUBLISHED_NAMES, parameter_table
 
-_LAYER_NAMES = {
-    "c_q": "attn.c_q.weight",
-    "c_k": "attn.c_k.weight",
-    "c_v": "attn.c_v.weight",
-    "attn_proj": "attn.proj.weight",
-    "mlp_fc": "mlp.fc.weight",
-    "mlp_proj": "mlp.proj.weight",
-    "attn_scale": "attn_scale",
-    "mlp_scale": "mlp_scale",
-    "resid_mix": "resid_mix",
-    "q_gain": "attn.q_gain",
-}
-_MODEL_NAMES = {
-    "tok_emb": "tok_emb.weight",
-    "lm_head": "lm_head.weight",
-    "skip_weights": "skip_weights",
-    "smear_gate": "smear.gate",
-    "bigram_table": "bigram.embed.weight",
-    "bigram_proj": "bigram.proj.weight",
-    "bigram_scale": "bigram.scale",
-}
 _PR65_NAMES = {
     "smeargate.gate": "smear.gate",
     "bigram_hash.table.weight": "bigram.embed.weight",
@@ -65,60 +23,22 @@ _PR65_NAMES = {
 }
 
 
-def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Bank name -> shape of every parameter of the model, in the order in which artifacts store them."""
-    layers, dim, hidden = config.num_layers, config.model_dim, config.mlp_hidden
-    shapes = {
-        "tok_emb": (config.vocab_size, dim),
-        "lm_head": (config.vocab_size, dim),
-        "c_q": (layers, dim, dim),
-        "c_k": (layers, config.kv_dim, dim),
-        "c_v": (layers, config.kv_dim, dim),
-        "attn_proj": (layers, dim, dim),
-        "mlp_fc": (layers, hidden, dim),
-        "mlp_proj": (layers, dim, hidden),
-        "attn_scale": (layers, dim),
-        "mlp_scale": (layers, dim),
-        "resid_mix": (layers, 2, dim),
-        "q_gain": (layers, config.num_heads),
-        "skip_weights": (config.num_skips, dim),
-        "smear_gate": (dim,),
-        "bigram_table": (config.bigram_vocab_size, config.bigram_dim),
-        "bigram_proj": (dim, config.bigram_dim),
-        "bigram_scale": (),
-    }
-    absent = {
-        "lm_head": config.tie_embeddings,
-        "skip_weights": config.num_skips == 0,
-        "smear_gate": config.smear_gate == "none",
-        "bigram_table": config.bigram_hash == "none",
-        "bigram_proj": config.bigram_hash == "none",
-        "bigram_scale": config.bigram_hash != "xor",
-    }
-    return {name: shape for name, shape in shapes.items() if not absent.get(name)}
+def upstream_names(bank: str, shape: tuple[int, ...]) -> list[str]:
+    """Published names of the tensors in a bank; raises InputError for an unknown bank."""
+    if bank not in PUBLISHED_NAMES:
+        raise InputError(f"unexpected tensors: {bank}")
+    return [PUBLISHED_NAMES[bank].format(i=i) for i in range(shape[0] if is_layered(bank) else 1)]
 
 
 def is_layered(bank: str) -> bool:
-    """Whether a bank holds one of upstream's tensors for each layer, or is one itself."""
-    return bank in _LAYER_NAMES
-
-
-def upstream_names(bank: str, shape: tuple[int, ...]) -> list[str]:
-    """Upstream's names of the tensors in a bank; raises InputError for an unknown bank."""
-    if bank in _MODEL_NAMES:
-        return [_MODEL_NAMES[bank]]
-    if bank not in _LAYER_NAMES:
-        raise InputError(f"unexpected tensors: {bank}")
-    return [f"blocks.{i}.{_LAYER_NAMES[bank]}" for i in range(shape[0])]
+    """Whether a bank holds one published tensor for each layer, or is one itself."""
+    return "{i}" in PUBLISHED_NAMES[bank]
 
 
 def upstream_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Upstream name -> shape of every parameter of the model."""
-    return {
-        name: shape[is_layered(bank) :]
-        for bank, shape in parameter_shapes(config).items()
-        for name in upstream_names(bank, shape)
-    }
+    """Published name -> shape of every parameter of the model."""
+    table = parameter_table(config).values()
+    return {name: param.shape[param.layered :] for param in table for name in param.published_names}
 
 
 def check_state(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -147,17 +67,17 @@ def to_upstream(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_upstream(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Banks stacked from upstream's per-layer tensors, dtypes kept.
+    """Banks stacked from published per-layer tensors, dtypes kept.
 
-    Strict: raises InputError naming missing, unexpected or mis-shaped tensors. A one-layer upstream model
+    Strict: raises InputError naming missing, unexpected or mis-shaped tensors. A one-layer published model
     holds skip_weights of zero rows, which is dropped.
     """
     state = _one_spelling(state)
     check_state(state, upstream_shapes(config))
     banks = {}
-    for bank, shape in parameter_shapes(config).items():
-        tensors = [state[name] for name in upstream_names(bank, shape)]
-        banks[bank] = torch.stack(tensors) if is_layered(bank) else tensors[0]
+    for bank, param in parameter_table(config).items():
+        tensors = [state[name] for name in param.published_names]
+        banks[bank] = torch.stack(tensors) if param.layered else tensors[0]
     return banks
 
 

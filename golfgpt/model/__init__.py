@@ -1,0 +1,12 @@
+"""The model. Where things are:
+
+    plan         what each layer does, as data; no torch
+    parameters   the one table of what a model holds: shape, role, start, published name
+    layers       norm, rotary embedding, attention, MLP, and `linear`, through which every matrix of a layer multiplies
+    embedding    what goes into the first layer, with smear_gate and bigram_hash
+    gpt          the whole of it: hidden states, loss, logits
+    generate     sampling with a cache of keys and values
+
+A mechanism is a function in a file of its own, its parameters a line each in `parameters`, its size a field of
+ModelConfig (0 or "none": off), its use one line in `layers`, `embedding` or `gpt`.
+"""

@@ -1,0 +1,151 @@
+"""The GPT of the published recipes, with its parameters in banks.
+
+Shapes: B sequences, T tokens, D model_dim.
+
+    x0 = x = embed(ids)                                     golfgpt.model.embedding
+    per layer of the plan:
+        x = x + skip_weights * output of an earlier layer   golfgpt.model.plan
+        x = mix[0] x + mix[1] x0
+        x = layer(x)                                        golfgpt.model.layers
+    logits = softcap * tanh(norm(x) headᵀ / softcap)
+
+Same-shaped matrices of all layers are one parameter (layers, out, in), unbound once per forward, so that the optimizer
+orthogonalizes batches without copies and a cast to the compute dtype is one launch per role. Parameters are float32.
+One forward serves training, scoring, generation and test-time training: they differ in the weights that they hand it.
+
+Sources: the published scripts of openai/parameter-golf; U-Net skips and relu² from modded-nanogpt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from golfgpt_kernels import softcap_cross_entropy
+from torch import Tensor, nn
+
+from golfgpt.config import ModelConfig
+from golfgpt.model.embedding import embed
+from golfgpt.model.generate import KVCache, generate
+from golfgpt.model.layers import Tokens, Weight, layer, rms_norm, rope_table, visible
+from golfgpt.model.parameters import parameter_table
+from golfgpt.model.plan import layer_plan
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a forward multiplies with."""
+
+    model: dict[str, Tensor]
+    """The parameters of the model's own, by name, float32; cast where they are used."""
+    layers: list[dict[str, Weight]]
+    """Those of each bank row, by name, in the compute dtype. A matrix may be wrapped: `layers.LoRA`, `Observed`."""
+
+
+class GPT(nn.Module):
+    """A compact GPT. `forward` gives hidden states; `loss` and `logits` put the softcapped head on top."""
+
+    def __init__(self, config: ModelConfig, *, seed: int = 1337):
+        """Initialize on the CPU from `seed`, as `golfgpt.model.parameters` says."""
+        super().__init__()
+        self.config, self.table, self.plan = config, parameter_table(config), layer_plan(config)
+        self._head = "tok_emb" if config.tie_embeddings else "lm_head"
+        generator = torch.Generator().manual_seed(seed)
+        for name, param in self.table.items():
+            value = torch.zeros(param.shape)
+            param.init(value, generator)
+            self.register_parameter(name, nn.Parameter(value))
+
+    @property
+    def head_weight(self) -> Tensor:
+        """Output head (vocab_size, D), float32."""
+        return getattr(self, self._head)
+
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def weights(self, dtype: torch.dtype = torch.float32, stand_ins: Mapping[str, Tensor] | None = None) -> Weights:
+        """The parameters, ready for a forward in `dtype`; `stand_ins` take the place of those of their names."""
+        values = dict(self.named_parameters()) | dict(stand_ins or {})
+        if unknown := [name for name in values if name not in self.table]:
+            raise ValueError(f"no parameter {unknown[0]} in this model; expected some of {', '.join(self.table)}")
+        banks = {name: values[name].to(dtype).unbind(0) for name, param in self.table.items() if param.layered}
+        layers = [dict(zip(banks, row, strict=True)) for row in zip(*banks.values(), strict=True)]
+        return Weights({name: values[name] for name in self.table if name not in banks}, layers)
+
+    def forward(
+        self,
+        ids: Tensor,
+        *,
+        dtype: torch.dtype = torch.float32,
+        weights: Weights | None = None,
+        cache: KVCache | None = None,
+        suffix: int | None = None,
+        document_start: int | None = None,
+    ) -> Tensor:
+        """Hidden states (B, T, D) in `dtype` after the final norm for token ids (B, T).
+
+        `weights` (None: the parameters) are in `dtype`, as `weights` gives them.
+
+        With `suffix` only those of the last `suffix` tokens, (B, suffix, D): the last layer makes keys and values of
+        all tokens and everything else of these. With `document_start`, a token id, attention ends at the last such
+        token; what SmearGate and BigramHash mix in is the model's own `config.document_start`.
+
+        With `cache` the ids continue the cached tokens (up to a window into an empty cache, then one at a
+        time), and the cache is extended in place; neither of the two goes with it.
+        """
+        if cache is not None and (suffix is not None or document_start is not None):
+            raise ValueError("a cache continues one text: it goes with neither suffix nor document_start")
+        if suffix is not None and not 1 <= suffix <= ids.size(1):
+            raise ValueError(f"suffix must lie in 1..{ids.size(1)} (the tokens given), got {suffix}")
+        weights = self.weights(dtype) if weights is None else weights
+        c, length = self.config, ids.size(1)
+        past = 0 if cache is None else cache.seen
+        base = c.rope_base_at(length if cache is None else cache.window)
+        cos, sin = (t.to(dtype) for t in rope_table(past, length, c.head_dim, base, ids.device))
+        tokens = Tokens(cos, sin, None if document_start is None else visible(ids, length, document_start), cache, past)
+        skip_weights = weights.model["skip_weights"].to(dtype) if c.num_skips else None
+
+        x = x0 = embed(ids, weights.model, dtype, c, {} if cache is None else cache.last)
+        outputs: dict[int, Tensor] = {}
+        sources = {planned.skip_source for planned in self.plan}
+        for i, planned in enumerate(self.plan):
+            w = weights.layers[planned.row]
+            if planned.skip_source is not None:
+                x = x + skip_weights[planned.skip_row] * outputs.pop(planned.skip_source)
+            x = w["resid_mix"][0] * x + w["resid_mix"][1] * x0
+            last = None
+            if suffix not in (None, length) and i == len(self.plan) - 1:
+                last = suffix, visible(ids, suffix, document_start)
+            x = layer(x, w, i, tokens, last)
+            if i in sources:
+                outputs[i] = x
+        if cache is not None:
+            cache.seen += length
+        return rms_norm(x)
+
+    def loss(
+        self,
+        ids: Tensor,
+        targets: Tensor,
+        *,
+        dtype: torch.dtype = torch.float32,
+        stand_ins: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Mean cross entropy in nats, float32, of targets (B, T) given ids (B, T), computed in `dtype`.
+
+        `stand_ins` take the place of the parameters of their names; gradients go where theirs go.
+        """
+        hidden = self.forward(ids, dtype=dtype, weights=self.weights(dtype, stand_ins))
+        # The head goes in as float32, so that its gradient meets the embedding's unrounded.
+        head = (stand_ins or {}).get(self._head, self.head_weight)
+        return softcap_cross_entropy(hidden, head, targets, softcap=self.config.logit_softcap)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Softcapped logits (..., vocab_size) in float32 of hidden states (..., D)."""
+        cap = self.config.logit_softcap
+        return cap * torch.tanh(F.linear(hidden, self.head_weight.to(hidden.dtype)).float() / cap)
+
+    generate = generate

@@ -1,0 +1,142 @@
+"""A layer: attention, then the MLP, on the residual stream; and `linear`, the seam through which its matrices multiply.
+
+    x = x + attn_scale * attention(norm(x))
+    x = x + mlp_scale * relu(norm(x) w_fcᵀ)² w_projᵀ
+
+Shapes: B sequences, T tokens, D model_dim, H query heads, K key-value heads, h head_dim. Norms have no weight and
+return their input's dtype (torch >= 2.12 puts rms_norm on autocast's float32 list; here nothing runs under autocast).
+NTK-aware scaling of the rotary base is from bloc97's note of 2023 on LLaMA's context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from golfgpt_kernels import relu2_mlp
+from torch import Tensor
+
+from golfgpt.model.generate import KVCache
+
+
+class LoRA(NamedTuple):
+    """A matrix with a correction of low rank r, w + b a, such as test-time training learns."""
+
+    w: Weight
+    """(out, in)."""
+    a: Tensor
+    """(r, in), or (B, r, in) with one for each sequence."""
+    b: Tensor
+    """(out, r), or (B, out, r)."""
+
+
+class Observed(NamedTuple):
+    """A matrix whose inputs are looked at, such as for GPTQ's Hessians."""
+
+    w: Weight
+    see: Callable[[Tensor], None]
+    """Gets each input (..., in) before it is multiplied."""
+
+
+Weight = Tensor | LoRA | Observed
+
+
+def linear(x: Tensor, w: Weight) -> Tensor:
+    """x wᵀ, (..., in) -> (..., out)."""
+    if isinstance(w, LoRA):
+        return linear(x, w.w) + x @ w.a.mT @ w.b.mT
+    if isinstance(w, Observed):
+        w.see(x)
+        return linear(x, w.w)
+    return F.linear(x, w)
+
+
+def mlp(x: Tensor, w_fc: Weight, w_proj: Weight) -> Tensor:
+    """relu(x w_fcᵀ)² w_projᵀ, (..., D) -> (..., D); one fused op for plain matrices."""
+    if isinstance(w_fc, Tensor) and isinstance(w_proj, Tensor):
+        return relu2_mlp(x, w_fc, w_proj)
+    return linear(linear(x, w_fc).relu().square(), w_proj)
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """Divide by the root mean square of the last dimension; keeps the dtype, eps is float32's 1.19e-7."""
+    return F.rms_norm(x, (x.size(-1),)).to(x.dtype)
+
+
+def rope_table(start: int, length: int, head_dim: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin (length, head_dim / 2) in float32 for positions start .. start + length - 1."""
+    frequency = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    angle = torch.arange(start, start + length, device=device, dtype=torch.float32)[:, None] * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the half-split pairs of x (..., T, head_dim) by minus the table's angles."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
+
+
+def visible(ids: Tensor, queries: int, document_start: int | None) -> Tensor:
+    """Which of the tokens ids (B, T) each of the last `queries` ones may attend to: itself and those before it, with
+    `document_start` only those of its own document. Bool (queries, T), or (B, 1, queries, T) with documents."""
+    position = torch.arange(ids.size(1), device=ids.device)
+    mask = position[-queries:, None] >= position
+    if document_start is None:
+        return mask
+    document = (ids == document_start).cumsum(1)
+    return mask & (document[:, -queries:, None] == document[:, None, :])[:, None]
+
+
+class Tokens(NamedTuple):
+    """The tokens that a forward is asked for, as attention sees them."""
+
+    cos: Tensor
+    sin: Tensor
+    """Rotary table (T, h / 2) in the compute dtype."""
+    mask: Tensor | None
+    """What each may attend to, as `visible` says; None: all before it."""
+    cache: KVCache | None
+    past: int
+    """Tokens in the cache before these."""
+
+    def last(self, count: int, mask: Tensor) -> Tokens:
+        """Only the last `count` of them; is_causal would align few queries with the first keys, so `mask` says more."""
+        return Tokens(self.cos[-count:], self.sin[-count:], mask, self.cache, self.past)
+
+
+def heads(x: Tensor, head_dim: int) -> Tensor:
+    """(B, T, heads * h) -> (B, heads, T, h)."""
+    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+
+def keys_and_values(n: Tensor, w: Mapping[str, Weight], index: int, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """(B, K, T, h) each of normalized n (B, T, D), behind those that the cache holds of layer `index` of the plan."""
+    head_dim = 2 * tokens.cos.size(-1)
+    k, v = (heads(linear(n, w[name]), head_dim) for name in ("c_k", "c_v"))
+    k = rotate(rms_norm(k), tokens.cos, tokens.sin)
+    return (k, v) if tokens.cache is None else tokens.cache.extend(index, k, v)
+
+
+def attention(n: Tensor, k: Tensor, v: Tensor, w: Mapping[str, Weight], tokens: Tokens) -> Tensor:
+    """(B, T, D) of normalized n (B, T, D), whose queries attend to k and v (B, K, S, h)."""
+    q = heads(linear(n, w["c_q"]), k.size(-1))
+    q = rotate(rms_norm(q), tokens.cos, tokens.sin) * w["q_gain"][:, None, None]
+    causal = tokens.mask is None and not tokens.past
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=tokens.mask, is_causal=causal, enable_gqa=True)
+    return linear(y.transpose(1, 2).flatten(2), w["attn_proj"])
+
+
+def layer(
+    x: Tensor, w: Mapping[str, Weight], index: int, tokens: Tokens, last: tuple[int, Tensor] | None = None
+) -> Tensor:
+    """The residual stream (B, T, D) after a layer with the weights w, by parameter name; (B, count, D) with
+    `last` = (count, mask), which keeps the last `count` tokens only: others give keys and values, and no more."""
+    n = rms_norm(x)
+    k, v = keys_and_values(n, w, index, tokens)
+    if last is not None:
+        count, mask = last
+        x, n, tokens = x[:, -count:], n[:, -count:], tokens.last(count, mask)
+    x = x + w["attn_scale"] * attention(n, k, v, w, tokens)
+    return x + w["mlp_scale"] * mlp(rms_norm(x), w["mlp_fc"], w["mlp_proj"])

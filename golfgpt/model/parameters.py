@@ -1,0 +1,133 @@
+"""The one table of what a model holds: shape, role, start and published name of every parameter.
+
+A golfgpt model keeps the same-shaped matrices of all L layers in one bank of shape (L, out, in); the published scripts
+name one tensor a layer. Whatever depends on which parameters there are derives from this table: initialization, the
+optimizer's groups, storage formats, the order in artifacts, import and export. A new parameter is one line of
+`parameter_table` and its use; those of one-off mechanisms come last, so that models of one seed agree in the others.
+
+    kind        what it does             optimizer (golfgpt.optim)   stored by default (golfgpt.quant)
+    matrix      multiplies activations   Muon, matrix_lr             integers, small ones float16
+    embedding   is looked up             Adam, embedding's rate      the same; published ones train in bfloat16
+    head        makes logits             Adam, head_lr               the same
+    control     gains, scales, gates     Adam, scalar_lr             quant.control_dtype
+
+Published names are those of the scripts of recipes R0 to R5 and of PRs #162 and #180.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from golfgpt.config import ModelConfig
+
+Kind = Literal["matrix", "embedding", "head", "control"]
+
+
+def constant(w: Tensor, generator: torch.Generator, value: float = 0.0) -> None:
+    w.fill_(value)
+
+
+def normal(w: Tensor, generator: torch.Generator, std: float) -> None:
+    w.normal_(0.0, std, generator=generator)
+
+
+def matrices(w: Tensor, generator: torch.Generator, kind: str, scale: float = 1.0) -> None:
+    """(..., out, in): orthogonal where `kind` says so and both sides are at least 64, else U(±1/sqrt(in)); times scale.
+    Published orthogonal scripts leave narrower matrices as torch makes them, or zero."""
+    if kind == "orthogonal" and min(w.shape[-2:]) >= 64:
+        for matrix in w.view(-1, *w.shape[-2:]):
+            nn.init.orthogonal_(matrix, generator=generator)
+    else:
+        bound = w.size(-1) ** -0.5
+        w.uniform_(-bound, bound, generator=generator)
+    w *= scale
+
+
+def mix(w: Tensor, generator: torch.Generator, kind: str) -> None:
+    """Shares of x and x0 in each layer (L, 2, D): (1, 0), or with "phase" (p, 1 - p), p rising over depth."""
+    depth = torch.arange(len(w)) / max(len(w) - 1, 1)
+    share = torch.sigmoid(3 * (depth - 0.5)) if kind == "phase" else torch.ones(len(w))
+    w[:, 0] = share[:, None]
+    w[:, 1] = 1 - share[:, None]
+
+
+@dataclass(frozen=True)
+class Param:
+    """One parameter: a bank of all layers' tensors, or a tensor of the model's own."""
+
+    published_name: str
+    """Name of the tensor in the published scripts, or with {i} of layer i's."""
+    shape: tuple[int, ...]
+    kind: Kind
+    init: Callable[[Tensor, torch.Generator], None] = constant
+    """Fills a float32 tensor of the shape, in place; by default with zeros."""
+    present: bool = True
+    """Whether a model of this config has it."""
+
+    @property
+    def layered(self) -> bool:
+        """Whether it is a bank: its first dimension counts layers, which are published one by one."""
+        return "{i}" in self.published_name
+
+    @property
+    def published_names(self) -> list[str]:
+        return [self.published_name.format(i=i) for i in range(self.shape[0] if self.layered else 1)]
+
+
+def parameter_table(c: ModelConfig) -> dict[str, Param]:
+    """Name -> parameter of a model, in the order in which they are drawn from the seed and stored in artifacts."""
+    return {name: param for name, param in _rows(c).items() if param.present}
+
+
+def parameter_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every parameter, in the table's order."""
+    return {name: param.shape for name, param in parameter_table(c).items()}
+
+
+def of_kind(table: Mapping[str, Param], *kinds: Kind) -> list[str]:
+    """Names of the parameters of these kinds, in the table's order."""
+    return [name for name, param in table.items() if param.kind in kinds]
+
+
+# fmt: off
+def _rows(c: ModelConfig) -> dict[str, Param]:
+    """Every parameter that some model has."""
+    L, D, H, KV, V, F = c.num_layers, c.model_dim, c.num_heads, c.kv_dim, c.vocab_size, c.mlp_hidden
+    pairs, pair_dim = c.bigram_vocab_size, c.bigram_dim
+    xor = c.bigram_hash == "xor"
+    smear, smears = 3.0 if c.smear_gate == "before_norm" else 0.0, c.smear_gate != "none"
+    drawn, one = partial(matrices, kind=c.matrix_init), partial(constant, value=1.0)
+    embed_std = c.tied_embed_init_std if c.tie_embeddings else 1.0
+    # Of BigramHash one factor starts at zero, so that it adds nothing at first: the table ("xor") or the projection.
+    pair_table = constant if xor else partial(normal, std=0.01)
+    pair_proj = partial(drawn, scale=(2 * L) ** -0.5) if xor else constant
+    return {
+        "tok_emb":      Param("tok_emb.weight", (V, D), "embedding", partial(normal, std=embed_std)),
+        "lm_head":      Param("lm_head.weight", (V, D), "head", present=not c.tie_embeddings),
+        "c_q":          Param("blocks.{i}.attn.c_q.weight", (L, D, D), "matrix", drawn),
+        "c_k":          Param("blocks.{i}.attn.c_k.weight", (L, KV, D), "matrix", drawn),
+        "c_v":          Param("blocks.{i}.attn.c_v.weight", (L, KV, D), "matrix", drawn),
+        "attn_proj":    Param("blocks.{i}.attn.proj.weight", (L, D, D), "matrix"),
+        "mlp_fc":       Param("blocks.{i}.mlp.fc.weight", (L, F, D), "matrix", drawn),
+        "mlp_proj":     Param("blocks.{i}.mlp.proj.weight", (L, D, F), "matrix"),
+        "attn_scale":   Param("blocks.{i}.attn_scale", (L, D), "control", one),
+        "mlp_scale":    Param("blocks.{i}.mlp_scale", (L, D), "control", one),
+        "resid_mix":    Param("blocks.{i}.resid_mix", (L, 2, D), "control", partial(mix, kind=c.resid_mix_init)),
+        "q_gain":       Param("blocks.{i}.attn.q_gain", (L, H), "control", partial(constant, value=c.qk_gain_init)),
+        "skip_weights": Param("skip_weights", (c.num_skips, D), "control", one, present=c.num_skips > 0),
+        "smear_gate":   Param("smear.gate", (D,), "control", partial(constant, value=smear), present=smears),
+        "bigram_table": Param("bigram.embed.weight", (pairs, pair_dim), "embedding", pair_table, present=pairs > 0),
+        "bigram_proj":  Param("bigram.proj.weight", (D, pair_dim), "matrix", pair_proj, present=pairs > 0),
+        "bigram_scale": Param("bigram.scale", (), "control", partial(constant, value=0.05), present=xor),
+    }
+# fmt: on
+
+
+PUBLISHED_NAMES = {name: param.published_name for name, param in _rows(ModelConfig()).items()}
+"""Of every parameter that some model has, whatever its config."""
