@@ -7,7 +7,7 @@ and 10 times as long on one without (LOG.md). So "auto" times both, on the model
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -18,11 +18,11 @@ from golfgpt.errors import InputError
 from golfgpt.kept import kept_times
 from golfgpt.model import GPT, MATRIX_BANKS
 
-SECONDS = 0.5
-"""What the measurement may take, give or take one forward and backward of 16 tokens in each dtype."""
+SECONDS, LIMIT = 0.5, 2.0
+"""What the measurement should take, and when it is given up: where 16 tokens take as long, the CPU is slow or busy."""
 ROUNDS = 3
 CANDIDATES = ("bfloat16", "float32")
-"""In the order of timing: what only the very first call has to do counts against bfloat16."""
+"""In the order of timing."""
 CLEARLY = 0.9
 """bfloat16 must take less than this part of float32's time to be worth its rounding."""
 
@@ -32,20 +32,14 @@ class DtypeChoice:
     """The dtype of a run, and why."""
 
     dtype: torch.dtype
-    us: dict[str, float] = field(default_factory=dict)
-    """Microseconds a token of what was timed, fastest first; empty if nothing was."""
-    kept: bool = False
-    """Whether the timing is that of an earlier run."""
+    why: str = ""
 
     @property
     def name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
 
     def __str__(self) -> str:
-        if not self.us:
-            return self.name
-        times = ", ".join(f"{name} {us:.1f} us" for name, us in self.us.items())
-        return f"{self.name} ({times} a token, measured {'in an earlier run' if self.kept else 'now'})"
+        return f"{self.name} ({self.why})" if self.why else self.name
 
 
 def select_dtype(choice: str, model: GPT, data: DataConfig, ranks: Ranks) -> DtypeChoice:
@@ -69,28 +63,32 @@ def select_dtype(choice: str, model: GPT, data: DataConfig, ranks: Ranks) -> Dty
     }
     measured = kept_times("dtype", ranks.device, facts, CANDIDATES, lambda: _measure(model, tokens, data.seq_len))
     us, kept = ranks.share(measured)
+    if not us:
+        return DtypeChoice(torch.float32, f"no measurement within {LIMIT:g} s: the CPU is slow or busy")
     wins = us["bfloat16"] < CLEARLY * us["float32"]
-    return DtypeChoice(torch.bfloat16 if wins else torch.float32, us, kept)
+    times = ", ".join(f"{name} {time:.1f} us" for name, time in us.items())
+    when = "in an earlier run" if kept else "now"
+    return DtypeChoice(torch.bfloat16 if wins else torch.float32, f"{times} a token, measured {when}")
 
 
 def _measure(model: GPT, tokens: int, seq_len: int) -> dict[str, float]:
     """Microseconds a token of forward and backward by dtype, the least of ROUNDS taken in turn.
 
-    On 16 tokens first, then on 4 times as many while SECONDS last, up to `tokens`.
+    On 16 tokens first, then on 4 times as many while SECONDS last, up to `tokens`. Empty if 16 were too many for LIMIT.
     """
-    size, used = min(16, tokens), 0.0
+    size, used, us = min(16, tokens), 0.0, {}
     while True:
         shape = (max(size // seq_len, 1), min(size, seq_len))
         ids = torch.arange(shape[0] * shape[1]).remainder(model.config.vocab_size).view(shape)
         best = dict.fromkeys(CANDIDATES, float("inf"))
-        for _ in range(ROUNDS):
-            for name in CANDIDATES:
-                seconds = _seconds(model, ids, getattr(torch, name))
-                best[name], used = min(best[name], seconds), used + seconds
-            if used > SECONDS:
-                break
+        for name in CANDIDATES * ROUNDS:
+            seconds = _seconds(model, ids, getattr(torch, name))
+            best[name], used = min(best[name], seconds), used + seconds
+            if used > LIMIT:
+                return us
+        us = {name: 1e6 * seconds / ids.numel() for name, seconds in best.items()}
         if size == tokens or used + 4 * ROUNDS * sum(best.values()) > SECONDS:
-            return {name: 1e6 * seconds / ids.numel() for name, seconds in best.items()}
+            return us
         size = min(4 * size, tokens)
 
 

@@ -550,7 +550,6 @@ def test_a_diverged_last_update_is_not_exported(tiny, tmp_path, monkeypatch):
 
 
 def test_a_run_may_move_and_its_evaluation_change(tiny, tmp_path, corpus):
-
     train(replace(tiny, eval=replace(tiny.eval, max_tokens=500)), tmp_path / "run")
     shutil.copytree(corpus, tmp_path / "moved")
     moved = replace(tiny, data=replace(tiny.data, path=str(tmp_path / "moved")))
