@@ -10,13 +10,15 @@ import time
 from dataclasses import asdict, dataclass
 
 import torch
+from golfgpt_kernels import straight_through
 from torch import Tensor
 
 from golfgpt.config import DataConfig
 from golfgpt.distributed import Ranks
 from golfgpt.errors import InputError
 from golfgpt.kept import kept_times
-from golfgpt.model import GPT, MATRIX_BANKS
+from golfgpt.model.gpt import GPT
+from golfgpt.model.parameters import of_kind
 
 SECONDS, LIMIT = 0.5, 2.0
 """What the measurement should take, and when it is given up: where 16 tokens take as long, the CPU is slow or busy."""
@@ -53,7 +55,7 @@ def select_dtype(choice: str, model: GPT, data: DataConfig, ranks: Ranks) -> Dty
         raise InputError(f"{torch.cuda.get_device_name()} has no bfloat16; use --runtime.dtype float32")
     if choice != "auto" or cuda:
         return DtypeChoice(torch.bfloat16 if choice == "auto" else getattr(torch, choice))
-    tokens = data.microbatch_tokens or data.span_tokens
+    tokens = data.microbatch
     facts = {
         "model": asdict(model.config),
         "tokens": tokens,
@@ -94,10 +96,9 @@ def _measure(model: GPT, tokens: int, seq_len: int) -> dict[str, float]:
 
 def _seconds(model: GPT, ids: Tensor, dtype: torch.dtype) -> float:
     """Of one forward and backward of `ids` (B, T), not compiled, with the matrices in `dtype` as in training."""
-    parameters = dict(model.named_parameters())
-    banks = [name for name in parameters if name in MATRIX_BANKS and parameters[name].dtype != dtype]
-    shadows = {name: parameters[name].detach().to(dtype) for name in banks}
+    matrices = {name: model.get_parameter(name).detach().to(dtype) for name in of_kind(model.table, "matrix")}
     begun = time.perf_counter()
-    loss = model.loss(ids, ids, dtype=dtype, shadows=shadows)
-    torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    stand_ins = {name: straight_through(model.get_parameter(name), w) for name, w in matrices.items()}
+    loss = model.loss(ids, ids, dtype=dtype, stand_ins=stand_ins)
+    torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
     return time.perf_counter() - begun

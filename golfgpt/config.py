@@ -277,6 +277,11 @@ class DataConfig:
     def span_tokens(self) -> int:
         return self.batch_tokens // self.spans
 
+    @property
+    def microbatch(self) -> int:
+        """Tokens per forward and backward."""
+        return self.microbatch_tokens or self.span_tokens
+
 
 @dataclass(frozen=True, kw_only=True)
 class AverageConfig:

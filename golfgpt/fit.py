@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -68,10 +70,24 @@ def activation_bytes(model: ModelConfig, tokens: int, itemsize: int) -> int:
     return tokens * model.num_layers * per_layer * itemsize
 
 
+@contextlib.contextmanager
+def memory_advice(config: RunConfig, itemsize: int, *, first: bool = True) -> Iterator[None]:
+    """Where the block runs out of memory, raise what to do about it if it is the `first` of its kind. Nothing is made
+    smaller unasked."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        # The last is what torch's CPU allocator raises.
+        known = not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError)
+        if first and (known or "can't allocate memory" in str(error)):
+            raise out_of_memory(config, itemsize, error) from None
+        raise
+
+
 def out_of_memory(config: RunConfig, itemsize: int, error: Exception) -> InputError:
     """What to say when the first step does not fit: about what it needs, and how to take the same step in less."""
     data = config.data
-    micro = data.microbatch_tokens or data.span_tokens
+    micro = data.microbatch
     need = activation_bytes(config.model, micro, itemsize)
     smaller = next(
         (n for n in (micro // 2, micro // 4, data.seq_len) if n and n % data.seq_len == 0 and n < micro), None

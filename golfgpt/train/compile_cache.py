@@ -22,7 +22,7 @@ def cache_file(config: RunConfig, dtype: torch.dtype, device: torch.device, atte
     facts = {
         "model": to_dict(config.model),
         "quant": to_dict(config.quant),
-        "data": {"seq_len": config.data.seq_len, "tokens": config.data.microbatch_tokens or config.data.span_tokens},
+        "data": {"seq_len": config.data.seq_len, "tokens": config.data.microbatch},
         "dtype": str(dtype),
         "attention": attention,
     }

@@ -5,7 +5,7 @@ equivalent) sums them together with the loss, rank 0's clock and its votes; ever
 update. A step reads `data.spans` spans of span_tokens + 1 tokens. They are dealt to the ranks, so one rank or
 eight see the same tokens, and gradients are token-weighted sums, so they agree within rounding.
 
-`launch` and `update` only enqueue work on a GPU; `wait` reads what became of a step, when the next one is already
+`backward`, `sum` and `update` only enqueue work on a GPU; `wait` reads what became of a step, when the next one is already
 enqueued. So decisions lag: the learning rate follows the last clock of rank 0 that has come back, carried forward at
 the pace of the last known step, which is the same on every rank, and a vote to stop counts the steps that are on their
 way. On a CPU nothing is asynchronous and nothing lags.
@@ -17,8 +17,9 @@ changes anything, until the host has read so and ends the run.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,11 +37,21 @@ from golfgpt.optim import Optimizers
 from golfgpt.quant import Quantizer
 from golfgpt.schedule import budget_used, lr_multiplier, muon_momentum, quantization_aware
 from golfgpt.shadows import Shadows
+from golfgpt.train.clock import Pace
 from golfgpt.upstream import to_upstream
 
 _CONTROL = 5  # loss, clock, stop, save, signaled
 
-Votes = Callable[[], tuple[bool, bool, bool]]
+
+class Votes(NamedTuple):
+    """What a rank says beside its gradients; of the first two rank 0's count."""
+
+    stop: bool = False
+    """Steps beyond those on their way could cross the cap."""
+    save: bool = False
+    """A checkpoint is due."""
+    signaled: bool = False
+    """This rank was told to stop."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,8 @@ class Pending:
     """A step on its way."""
 
     step: int
+    norm: Tensor
+    """Of the summed gradients, 0-d, on the device."""
     values: Tensor
     """Loss, clock, votes and gradient norm, on the host once `copied` has happened."""
     copied: torch.cuda.Event | None
@@ -82,10 +95,11 @@ class Pending:
         return StepResult(loss, seconds, stop > 0, save > 0, signaled > 0, norm)
 
 
-class Trainer:
-    """Model, optimizers, data and the flat gradient buffer of one rank."""
+class TrainStep:
+    """Model, optimizers, data and the flat gradient buffer of one rank, and the step that they take."""
 
     def __init__(self, config: RunConfig, dataset: Dataset, ranks: Ranks):
+        """Raises InputError for a configuration that does not fit the ranks or the device."""
         if ranks.world > config.data.spans:
             raise InputError(
                 f"{ranks.world} ranks, but a step has data.spans = {config.data.spans} spans to deal; "
@@ -114,9 +128,8 @@ class Trainer:
         deal = spans_of_rank(ranks.rank, ranks.world, config.data.spans)
         stream = TokenStream(dataset.train)
         self.data = Prefetcher(stream, config.data.batch_tokens, config.data.spans, deal, pin=self.cuda)
-        self.known = (0, 0.0)
-        """A step, the last whose start on rank 0's training clock has come back, and that clock."""
-        self._pace = 0.0
+        self.pace = Pace(config.schedule, self.ahead)
+        self._loss_sum = torch.zeros((), device=ranks.device)
         self._loss = torch.compile(self.loss, dynamic=False, fullgraph=True) if self.compiled else self.loss
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
@@ -128,26 +141,13 @@ class Trainer:
         """Steps that may be on their way when another is enqueued."""
         return int(self.cuda)
 
-    def seconds_at(self, step: int) -> float:
-        """Rank 0's training clock at the start of `step`, carried forward from the last one known at the pace between
-        the last two; the same on every rank."""
-        known, seconds = self.known
-        return seconds + (step - known) * self._pace
-
-    def learn(self, step: int, seconds: float) -> None:
-        """Take `seconds` as rank 0's training clock at the start of `step`; on every rank alike."""
-        known, before = self.known
-        if step > known:
-            self._pace = (seconds - before) / (step - known)
-        self.known = (step, seconds)
-
     def multiplier(self, step: int) -> float:
         """Factor on the learning rates of the step that follows `step` completed ones."""
-        return lr_multiplier(step, self.seconds_at(step), self.config.schedule)
+        return lr_multiplier(step, self.pace.seconds_at(step), self.config.schedule)
 
     def quantization_aware(self, step: int) -> bool:
         """Whether the forward of the step that follows `step` completed ones is fake-quantized."""
-        used = budget_used(step, self.seconds_at(step), self.config.schedule)
+        used = budget_used(step, self.pace.seconds_at(step), self.config.schedule)
         return quantization_aware(used, self.multiplier(step), self.config.quant)
 
     def prepare(self, step: int) -> None:
@@ -157,55 +157,55 @@ class Trainer:
             self._enabled.fill_(self.quantization_aware(step))
         self.shadows.refresh()
 
-    def launch(
-        self,
-        step: int,
-        seconds: float = 0.0,
-        votes: Votes = lambda: (False, False, False),
-        tick: Callable[[int, int], None] = lambda done, of: None,
-    ) -> Pending:
-        """Sum the gradients of step number `step` over all spans and ranks.
+    def launch(self, step: int, seconds: float = 0.0, votes: Votes = Votes()) -> Pending:
+        """`backward` of all microbatches and `sum`."""
+        for _ in self.backward(step):
+            pass
+        return self.sum(step, seconds, votes)
 
-        `seconds` is this rank's training clock; `votes` is asked for (stop, save, signaled) after the
-        backward; of the first two, rank 0's count. `tick` is told how many of the microbatches are done.
-        """
+    def backward(self, step: int) -> Iterator[tuple[int, int]]:
+        """Forward and backward of this rank's spans of step number `step`; before each microbatch yields how many are
+        done, of how many."""
         data = self.config.data
         if self.shadows.stale():
             self.prepare(step)
         self.flat.zero_()
-        loss = torch.zeros((), device=self.ranks.device)
+        self._loss_sum.zero_()
         tokens = self.data.read(step).to(self.ranks.device, non_blocking=True)
         ids, targets = (t.reshape(-1, data.seq_len) for t in (tokens[:, :-1], tokens[:, 1:]))
-        rows = (data.microbatch_tokens or data.span_tokens) // data.seq_len
+        rows = data.microbatch // data.seq_len
         batches = list(zip(ids.split(rows), targets.split(rows), strict=True))
         for done, (x, y) in enumerate(batches):
-            tick(done, len(batches))
+            yield done, len(batches)
             part = self._loss(x, y) * (y.numel() / data.batch_tokens)
             part.backward()
-            loss += part.detach()
-        stop, save, signaled = votes()
-        clock = (seconds, stop, save) if self.ranks.main else (0.0, False, False)
-        control = torch.tensor([0.0, *clock, signaled], pin_memory=self.cuda)
+            self._loss_sum += part.detach()
+
+    def sum(self, step: int, seconds: float = 0.0, votes: Votes = Votes()) -> Pending:
+        """Sum over ranks the gradients that `backward` left, with the loss, this rank's training clock `seconds` and
+        its `votes`."""
+        clock = (seconds, votes.stop, votes.save) if self.ranks.main else (0.0, False, False)
+        control = torch.tensor([0.0, *clock, votes.signaled], pin_memory=self.cuda)
         self.flat.control.copy_(control, non_blocking=True)
-        self.flat.control[0] = loss
+        self.flat.control[0] = self._loss_sum
         self.flat.sum_()
-        self.norm = self.flat.norm()
-        self.optimizers.ok.logical_and_((self.norm + self.flat.control[0]).isfinite())
+        norm = self.flat.norm()
+        self.optimizers.ok.logical_and_((norm + self.flat.control[0]).isfinite())
         values = torch.empty(_CONTROL + 1, pin_memory=self.cuda)
-        values.copy_(torch.cat((self.flat.control, self.norm[None])), non_blocking=True)
+        values.copy_(torch.cat((self.flat.control, norm[None])), non_blocking=True)
         copied = torch.cuda.Event() if self.cuda else None
         if copied is not None:
             copied.record()
         if not self.ahead:
-            self.learn(step, float(values[1]))
-        return Pending(step, values, copied)
+            self.pace.sync(step, float(values[1]))
+        return Pending(step, norm, values, copied)
 
-    def update(self, step: int) -> float:
+    def update(self, pending: Pending) -> float:
         """Clip, step all optimizers, average, make the weights ready for the next step; returns the learning-rate
-        multiplier. Changes nothing where `launch` met a loss or gradient that is not finite, now or before."""
-        limit = self.config.optim.grad_clip_norm
+        multiplier. Changes nothing where `sum` met a loss or gradient that is not finite, now or before."""
+        step, limit = pending.step, self.config.optim.grad_clip_norm
         if limit:
-            self.flat.gradients.mul_((limit / (self.norm + 1e-6)).clamp(max=1.0).nan_to_num(nan=1.0))
+            self.flat.gradients.mul_((limit / (pending.norm + 1e-6)).clamp(max=1.0).nan_to_num(nan=1.0))
         multiplier = self.multiplier(step)
         if self._enabled is not None:
             self._enabled.fill_(self.quantization_aware(step + 1))
@@ -224,7 +224,7 @@ class Trainer:
             if self.ahead:  # a later step has overwritten its gradients: take it again
                 self.launch(pending.step)
             raise NonFiniteError(f"step {pending.step}: {self._culprit(result)} is not finite; nothing was updated")
-        self.learn(pending.step, result.seconds)
+        self.pace.sync(pending.step, result.seconds)
         return result
 
     def _culprit(self, result: StepResult) -> str:
@@ -243,14 +243,14 @@ class Trainer:
             if not torch.isfinite(p).all():
                 raise NonFiniteError(f"parameter {name} is not finite after the last update; nothing was exported")
 
-    def warm_up(self, steps: int, tick: Callable[[int], None]) -> None:
-        """Run `steps` full steps to compile everything, then undo them; `tick(i)` is called before step i."""
+    def warm_up(self, steps: int, say: Callable[[str], None] = lambda text: None) -> None:
+        """Run `steps` full steps to compile everything, then undo them; `say` is told which one it is."""
         model = {k: v.clone() for k, v in self.model.state_dict().items()}
         optimizers = {k: v.clone() for k, v in self.optimizers.state().items()}
-        known = self.known
+        known = self.pace.known
         self.prepare(0)
         for step in range(steps):
-            tick(step)
+            say(f"compiling and warming up ({step + 1} of {steps})")
             self.launch(0)
             self.optimizers.step(1.0, self.config.optim.muon_momentum)
         if self.config.runtime.optimizer_graph:
@@ -258,4 +258,4 @@ class Trainer:
         self.model.load_state_dict(model)
         self.optimizers.load_state(optimizers)
         self.optimizers.ok.fill_(True)
-        self.known = known
+        self.pace.known = known

@@ -1,0 +1,86 @@
+"""What remains of a run: trained weights as an artifact, on disk or only tried, and what was decoded from it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from golfgpt import artifact
+from golfgpt.artifact import ArtifactInfo
+from golfgpt.config import RunConfig
+from golfgpt.data.shards import Dataset
+from golfgpt.quant import Quantizer
+from golfgpt.report import budget_lines, tensor_table
+from golfgpt.run import Reporter, RunFolder
+from golfgpt.train.step import TrainStep
+
+
+class Exporter:
+    """Packs the weights of `step` on rank 0, which has the folder, and loads what they decode to on every rank."""
+
+    def __init__(
+        self, config: RunConfig, dataset: Dataset, step: TrainStep, folder: RunFolder | None, reporter: Reporter
+    ):
+        self.config, self.step, self.folder, self.reporter = config, step, folder, reporter
+        self.quantizer = Quantizer(config.model, config.quant)
+        self._options = {
+            "model": config.model,
+            "quant": config.quant,
+            "tokenizer_sha256": dataset.need_tokenizer().digest,
+            "seq_len": config.data.seq_len,
+        }
+
+    def weights(self) -> dict[str, Tensor]:
+        """What is exported: the average where there is one, else the parameters as they are."""
+        state = {name: value.cpu() for name, value in self.step.model.state_dict().items()}
+        return state | {name: value.cpu() for name, value in self.step.average.weights().items()}
+
+    def try_out(self) -> int | None:
+        """Give every rank the weights that an artifact of the present ones would decode to; rank 0 gets its bytes."""
+        blob = None
+        with self.step.ranks.raise_on_any():
+            if self.folder:
+                blob = artifact.pack(self.weights(), **self._options)
+                self.step.model.load_state_dict(artifact.unpack(blob).state)
+        self._share()
+        return None if blob is None else len(blob)
+
+    def export(self, steps: int) -> ArtifactInfo | None:
+        """Write model.golf of a run of `steps` steps, say what it holds, and give every rank the weights read back from it; rank 0 gets the
+        header. Raises on all ranks."""
+        info = None
+        with self.step.ranks.raise_on_any():
+            if self.folder:
+                info = self._write(steps)
+                self.step.model.load_state_dict(artifact.read(self.folder.artifact).state)
+        self._share()
+        return info
+
+    def _share(self) -> None:
+        for p in self.step.model.parameters():
+            self.step.ranks.broadcast_(p.data)
+
+    def _write(self, steps: int) -> ArtifactInfo:
+        c, say, average = self.config, self.reporter.line, self.step.average
+        state = self.weights()
+        if c.average.kind != "none" and average.enough:
+            say(f"{c.average.kind}:exporting the average of {average.count} steps' weights")
+        elif c.average.kind != "none":
+            say(
+                f"warning: {c.average.kind}: {average.count} of {steps} steps were taken, too few to average (every "
+                f"{c.average.swa_every} below {c.average.swa_start_lr:g} of the rate: average.swa_every, "
+                "average.swa_start_lr): exporting the last weights"
+            )
+        self.reporter.status("compressing")
+        info = artifact.write(self.folder.artifact, state, **self._options)
+        label = f"{self.quantizer.label}+{info.compressor}"
+        raw = sum(value.numel() * value.element_size() for value in state.values())
+        say(tensor_table(self.quantizer.table(state)))
+        say(f"Serialized model: {raw} bytes")
+        say(f"Code size: {c.budget.code_bytes} bytes (allowance)")
+        say(
+            f"Serialized model {label}: {info.file_bytes} bytes (payload:{info.payload_bytes} "
+            f"payload_ratio:{raw / info.payload_bytes:.2f}x)"
+        )
+        say(f"Total submission size {label}: {info.file_bytes + c.budget.code_bytes} bytes")
+        say(budget_lines(info, c.budget))
+        return info

@@ -1,0 +1,171 @@
+"""The loop: steps until max_steps, or until rank 0 votes that another could cross the cap.
+
+On a GPU the next step is enqueued before the last one's result is read. What a result asks for, a checkpoint or the
+end, happens once the steps on their way are over; all ranks read the same results in the same order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+from golfgpt.config import RunConfig
+from golfgpt.errors import BudgetError, NonFiniteError
+from golfgpt.fit import memory_advice
+from golfgpt.run import Reporter
+from golfgpt.signals import Signals
+from golfgpt.train import compile_cache
+from golfgpt.train.clock import Ledger
+from golfgpt.train.export import Exporter
+from golfgpt.train.progress import Progress
+from golfgpt.train.saver import Saver
+from golfgpt.train.score import Scorer
+from golfgpt.train.step import Pending, StepResult, TrainStep, Votes
+
+
+class Loop:
+    """Takes the steps of one execution of a run, from `done` completed ones on."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        step: TrainStep,
+        saver: Saver,
+        progress: Progress,
+        ledger: Ledger,
+        reporter: Reporter,
+        signals: Signals,
+        scorer: Scorer,
+        exporter: Exporter,
+        done: int,
+        finished: bool,
+    ):
+        """`finished`: training is over, there is nothing to do but to say so."""
+        self.config, self.step, self.saver, self.progress = config, step, saver, progress
+        self.ledger, self.reporter, self.signals = ledger, reporter, signals
+        self.scorer, self.exporter = scorer, exporter
+        self.done, self.finished = done, finished
+        self.loss = 0.0
+        """Of the last step."""
+        self._pending: deque[tuple[Pending, float]] = deque()
+        """Steps on their way, with their learning-rate multipliers."""
+        self._stopping = False
+        """Whether the steps on their way are the last."""
+        self._graphs = 0
+        """Graphs that torch.compile is known to have made."""
+
+    def run(self) -> None:
+        """Train; raises Interrupted after a signal and NonFiniteError after a bad step, with the state saved."""
+        c, pace = self.config, self.step.pace
+        pace.start(self.ledger.seconds["train"])
+        self.saver.start()
+        self._graphs = compile_cache.graphs()
+        self.signals.deferred = True
+        with self.ledger.phase("train"):
+            while self.done < c.schedule.max_steps and not self.finished:
+                self._launch()
+                issued = self.done + len(self._pending)
+                validate = bool(c.runtime.val_every) and issued % c.runtime.val_every == 0
+                drain = validate or issued == c.schedule.max_steps or pace.settling
+                save = signaled = False
+                while self._pending and (drain or len(self._pending) > self.step.ahead):
+                    result = self._collect()
+                    save, signaled = save or result.save, signaled or result.signaled
+                    drain = drain or self._stopping or save or signaled
+                if self._pending:
+                    continue
+                self.finished = self._stopping or self.done == c.schedule.max_steps
+                if signaled:
+                    self._leave()
+                if self.finished:
+                    self.step.check_finite()
+                if self.finished or validate or save:
+                    self.saver.save(self.done, self.finished)
+                if validate:
+                    self.signals.release()
+                    self.scorer.validate(self.done, self.exporter)
+                    self.signals.deferred = True
+                    self._graphs = compile_cache.graphs()
+        self.signals.release()
+        self.step.data.close()
+        self._say_how_it_ended()
+
+    def _launch(self) -> None:
+        """Enqueue one step."""
+        number, begun = self.done + len(self._pending), self.ledger.elapsed("train")
+        with memory_advice(self.config, self.step.dtype.itemsize, first=self.step.pace.taken == 0):
+            for microbatch, of in self.step.backward(number):
+                self.progress.within(number, microbatch, of, self.ledger.elapsed("train") - begun)
+            votes = Votes(self.step.pace.crosses_cap(begun), self.saver.due(), bool(self.signals.caught))
+            pending = self.step.sum(number, begun, votes)
+            self._pending.append((pending, self.step.update(pending)))
+
+    def _collect(self) -> StepResult:
+        """Read the oldest pending step's result."""
+        pending, multiplier = self._pending.popleft()
+        try:
+            result = self.step.wait(pending)
+        except NonFiniteError:
+            self.saver.save(self.done, self.finished)
+            self.step.ranks.barrier()
+            raise
+        self.done += 1
+        self.loss = result.loss
+        self._stopping = self._stopping or result.stop
+        seconds, pace = self.ledger.elapsed("train"), self.step.pace
+        settling, duration = pace.settling, pace.step_over(seconds)
+        if settling and self.config.schedule.max_seconds is not None:
+            self._decide_for_all(seconds, duration)
+        self._watch_compilation()
+        last = not self._pending and (self._stopping or self.done == self.config.schedule.max_steps)
+        self.progress.step(self.done, result, multiplier, seconds, pace.mean, self.saver.projection, last)
+        return result
+
+    def _decide_for_all(self, seconds: float, duration: float) -> None:
+        """Whether another step fits, as rank 0 sees it after the first two of an execution: there is no duration to
+        vote by yet."""
+        cap = self.config.schedule.max_seconds
+        stop, seconds, duration = self.step.ranks.share((seconds + 1.05 * duration > cap, seconds, duration))
+        if seconds > cap and self.done == 1:
+            raise BudgetError(
+                f"schedule.max_seconds {cap:g} is too short for one step, which took {duration:.1f} s; "
+                "raise it or lower --data.batch-tokens"
+            )
+        self._stopping = self._stopping or stop
+        self.step.pace.sync(self.done, seconds)
+
+    def _watch_compilation(self) -> None:
+        if not self.step.compiled or (graphs := compile_cache.graphs()) <= self._graphs:
+            return
+        if self.step.pace.taken > 1 or self.config.runtime.warmup_steps:
+            self.reporter.line(
+                f"warning: torch.compile made {graphs - self._graphs} new graphs by step {self.done}, on the "
+                "training clock; TORCH_LOGS=recompiles says why"
+            )
+        self._graphs = graphs
+
+    def _leave(self) -> None:
+        """End the run after a signal, with the state saved."""
+        saved = self.saver.save(self.done, self.finished)
+        self.signals.saved = f"state saved at step {self.done}" if saved else "the last step could not be saved"
+        self.step.ranks.barrier()  # torchrun ends the others as soon as one rank leaves
+        raise self.signals.interrupted()
+
+    def _say_how_it_ended(self) -> None:
+        c, pace = self.config, self.step.pace
+        seconds, cap = self.ledger.seconds["train"], c.schedule.max_seconds
+        if pace.taken == 0:
+            self.reporter.line(f"training was over at step {self.done}: exporting and scoring again")
+        elif self.done < c.schedule.max_steps:
+            self.reporter.line(
+                f"stopping_early: wallclock_cap train_time:{seconds * 1000:.0f}ms "
+                f"step:{self.done}/{c.schedule.max_steps} (the slowest of the last steps took "
+                f"{pace.slowest * 1000:.0f}ms: one more could cross {cap:g} s)"
+            )
+        if self.loss >= 0.99 * math.log(c.model.vocab_size):
+            self.reporter.line(
+                f"warning: the training loss ended at {self.loss:.4f}, no better than guessing one of "
+                f"{c.model.vocab_size} tokens: lower learning rates, or more steps"
+            )
+        if cap is not None and seconds > cap:
+            self.reporter.line(f"warning: training took {seconds:.3f} s, more than schedule.max_seconds {cap:g}")

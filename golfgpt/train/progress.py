@@ -1,0 +1,99 @@
+"""What a run says of itself while it trains: what was decided, then a line and a metric a step."""
+
+from __future__ import annotations
+
+import torch
+from golfgpt_kernels import implementation
+
+from golfgpt.attention import Selection
+from golfgpt.bpb import bits_per_byte
+from golfgpt.config import RunConfig
+from golfgpt.data.shards import Dataset
+from golfgpt.fit import forecast_bytes
+from golfgpt.quant import Quantizer
+from golfgpt.run import Reporter
+from golfgpt.train.step import StepResult, TrainStep
+
+DECAY = 0.96
+"""Of the running mean of the losses, a step: its noise is that of the mean over the last 49 losses."""
+
+
+def announce(config: RunConfig, dataset: Dataset, step: TrainStep, attention: Selection, reporter: Reporter) -> None:
+    """Say once what was decided."""
+    c, say, ranks = config, reporter.line, step.ranks
+    cap = f"{c.schedule.max_seconds:.3f}" if c.schedule.max_seconds else "none"
+    say(f"train_loader:dataset:{c.data.path} train_shards:{len(dataset.train)} digest:{dataset.digest[:16]}")
+    say(f"val_loader:tokens:{dataset.val_tokens}")
+    reporter.status("forecasting the size of the artifact")
+    quantizer = Quantizer(c.model, c.quant)
+    fit = f" mlp_hidden:{c.model.mlp_hidden} (fitted)" if c.budget.fit == "mlp_hidden" else ""
+    say(
+        f"model_params:{step.model.num_parameters()} payload_bytes:{quantizer.payload_bytes} "
+        f"forecast_bytes:{forecast_bytes(quantizer)}{fit}"
+    )
+    if c.quant.qat != "off":
+        when = f"from {c.quant.qat_start:.0%} of the budget" if c.quant.qat_start else "from step 0"
+        lr = f", learning rate at most {c.quant.qat_below_lr:g} of its base" if c.quant.qat_below_lr < 1 else ""
+        say(f"qat:{c.quant.qat} {quantizer.label} {when}{lr}")
+    say(f"world_size:{ranks.world} spans:{c.data.spans} microbatch_tokens:{c.data.microbatch}")
+    say(
+        f"device:{ranks.device} dtype:{step.dtype_choice} compile:{step.compiled} threads:{torch.get_num_threads()}"
+    )
+    say(f"attention:{attention}")
+    compute = dict.fromkeys(("relu2_mlp", "softcap_cross_entropy", "token_logprobs"), step.dtype)
+    update = {"newton_schulz": torch.bfloat16, "muon_momentum_": torch.float32, "muon_update_": torch.float32}
+    chosen: dict[tuple[str, str], list[str]] = {}
+    for op, dtype in (compute | update).items():
+        chosen.setdefault(implementation(op, ranks.device, dtype), []).append(op)
+    for (choice, why), ops in chosen.items():
+        say(f"kernels:{choice} {' '.join(ops)} ({why})")
+    say(
+        f"train_batch_tokens:{c.data.batch_tokens} train_seq_len:{c.data.seq_len} "
+        f"iterations:{c.schedule.max_steps} max_wallclock_seconds:{cap} seed:{c.seed}"
+    )
+
+
+class Progress:
+    """The live line, the step lines of train.log, and the running mean of the losses of this execution."""
+
+    def __init__(self, config: RunConfig, dataset: Dataset, reporter: Reporter):
+        self.config, self.reporter, self._manifest = config, reporter, dataset.manifest
+        self._sum = self._weight = 0.0
+
+    def within(self, step: int, done: int, of: int, waited: float) -> None:
+        """A sign of life in a step that takes long."""
+        if waited > 5:
+            self.reporter.status(f"step {step + 1}: {done} of {of} microbatches after {waited:.0f} s")
+
+    def step(
+        self, done: int, result: StepResult, multiplier: float, seconds: float, mean: float, projection: str, last: bool
+    ) -> None:
+        """Step number `done` is over, `seconds` of the training clock; recent ones took `mean` seconds."""
+        c = self.config
+        self._sum, self._weight = DECAY * self._sum + result.loss, DECAY * self._weight + 1
+        smooth, bpb = self._sum / self._weight, None
+        if m := self._manifest:
+            bpb = bits_per_byte(smooth * m.train.tokens, m.train.decoded_bytes)
+        left = (c.schedule.max_steps - done) * mean
+        if c.schedule.max_seconds is not None:
+            left = min(left, c.schedule.max_seconds - seconds)
+        self.reporter.status(
+            f"step {done}  loss {smooth:.4f}  {f'{bpb:.4f} bits/byte  ' if bpb else ''}{mean * 1000:.1f} ms/step  "
+            f"{c.data.batch_tokens / mean:,.0f} tokens/s  {max(left, 0):.0f} s left  {projection}"
+        )
+        if done > 10 and done % c.runtime.log_every and not last:
+            return
+        self.reporter.line(
+            f"step:{done}/{c.schedule.max_steps} train_loss:{result.loss:.4f} train_time:{seconds * 1000:.0f}ms "
+            f"step_avg:{seconds / done * 1000:.2f}ms train_loss_ema:{smooth:.4f}"
+        )
+        self.reporter.metric(
+            "train",
+            step=done,
+            loss=result.loss,
+            loss_ema=smooth,
+            bpb_ema=bpb,
+            grad_norm=result.grad_norm,
+            lr_multiplier=multiplier,
+            train_seconds=round(seconds, 4),
+        )

@@ -1,0 +1,130 @@
+"""The state of a run on rank 0's disk, and from there on every rank again."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from pathlib import Path
+
+from golfgpt.config import RunConfig, differences, from_dict, to_dict
+from golfgpt.data.shards import Dataset
+from golfgpt.errors import InputError, NonFiniteError
+from golfgpt.files import write_json
+from golfgpt.quant import Quantizer
+from golfgpt.run import Reporter, RunFolder, read_config
+from golfgpt.signals import Signals
+from golfgpt.train import checkpoint
+from golfgpt.train.clock import Ledger
+from golfgpt.train.step import TrainStep
+
+RESUMABLE = ("runtime.", "eval.", "budget.", "data.path")
+"""Fields that may change when a run is resumed: none of them changes what is trained."""
+
+
+class Saver:
+    """Saves and restores a run: steps taken, parameters, optimizers, average, clocks. All ranks call it together, for
+    shards are gathered; rank 0, which has the folder, writes and reads."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        path: Path,
+        dataset: Dataset,
+        step: TrainStep,
+        ledger: Ledger,
+        folder: RunFolder | None,
+        reporter: Reporter,
+        signals: Signals,
+    ):
+        self.config, self.path, self.dataset, self.step, self.ledger = config, path, dataset, step, ledger
+        self.folder, self.reporter, self.signals = folder, reporter, signals
+        self.projection = ""
+        """Forecast of the artifact's bytes at the last checkpoint."""
+        self._saved_at = time.monotonic()
+
+    def start(self) -> None:
+        """Training begins: from here on it is time that makes a checkpoint due."""
+        self._saved_at = time.monotonic()
+
+    def due(self) -> bool:
+        every = self.config.runtime.checkpoint_seconds
+        return bool(every) and time.monotonic() - self._saved_at >= every
+
+    def save(self, done: int, finished: bool) -> bool:
+        """Checkpoint after `done` steps, off the training clock. A full disk is a warning: training goes on.
+
+        Returns whether the state is on disk. State that is not finite is not written: the last good one stays.
+        """
+        with self.ledger.phase("checkpoint"):
+            optimizers = self.step.optimizers.state()
+            self._saved_at = time.monotonic()
+            if not self.folder:
+                return True
+            state = checkpoint.Checkpoint(
+                step=done,
+                finished=finished,
+                seconds=dict(self.ledger.seconds),
+                config=to_dict(self.config),
+                dataset=self.dataset.digest,
+                model=self.step.model.state_dict(),
+                optimizers=optimizers,
+                average=self.step.average.state(),
+                clock=self.step.pace.seconds_at(max(done - 1, 0)),
+            )
+            try:
+                self.step.check_finite()
+                checkpoint.save(self.folder.checkpoints, state)
+            except (OSError, NonFiniteError) as error:
+                self.reporter.line(f"warning: no checkpoint at step {done}: {error}")
+                return False
+            self.signals.saved = f"state saved at step {done}"
+            projected = None
+            with contextlib.suppress(InputError):  # weights that the export could not hold end the run there
+                projected = Quantizer(self.config.model, self.config.quant).projected_bytes(state.model)
+                self.projection = f"about {projected:,} bytes"
+            self.reporter.metric("checkpoint", step=done, projected_artifact_bytes=projected)
+            return True
+
+    def restore(self) -> tuple[int, bool]:
+        """Load rank 0's newest whole checkpoint on every rank; returns the steps it had taken, and whether training was
+        over. Without one the run starts over from step 0. Raises InputError for one that does not fit."""
+        saved = None
+        with self.step.ranks.raise_on_any():
+            saved = self._newest() if self.folder else None
+        saved = self.step.ranks.share(saved)
+        if saved is None:
+            self.reporter.line(f"no checkpoint in {self.path}: starting from step 0")
+            return 0, False
+        self.step.model.load_state_dict(saved.model)
+        self.step.optimizers.load_state(saved.optimizers)
+        self.step.average.load_state(saved.average)
+        self.step.pace.sync(max(saved.step - 1, 0), saved.clock)
+        self.step.prepare(saved.step)
+        self.ledger.seconds.update(saved.seconds)
+        self.signals.saved = f"step {saved.step} is saved"
+        self.reporter.line(f"resumed at step:{saved.step} train_time:{saved.seconds['train'] * 1000:.0f}ms")
+        self.reporter.metric("resume", step=saved.step)
+        return saved.step, saved.finished
+
+    def _newest(self) -> checkpoint.Checkpoint | None:
+        """The newest whole checkpoint; damaged newer ones are set aside."""
+        saved, refused = checkpoint.latest(self.folder.checkpoints)
+        try:
+            started = from_dict(RunConfig, saved.config) if saved else read_config(self.path)
+        except ValueError as error:
+            raise InputError(f"{self.path} was written by another version: {error}") from None
+        changed = [d for d in differences(started, self.config) if not d.startswith(RESUMABLE)]
+        if changed:
+            what = "; ".join(changed)
+            raise InputError(
+                f"the run in {self.path} has another config ({what}); start a new --name or drop the change"
+            )
+        if saved and not saved.dataset:
+            raise InputError(f"{self.path} was imported: there is no training to continue; eval, sample or export it")
+        if saved and saved.dataset != self.dataset.digest:
+            raise InputError(f"{self.config.data.path} has changed since the checkpoint was written")
+        for path, reason in refused.items():
+            self.reporter.line(f"warning: {reason}")
+            path.rename(path.with_suffix(".damaged"))
+        write_json(self.path / "config.json", to_dict(self.config))
+        return saved

@@ -1,0 +1,55 @@
+"""Scores of the model in training: validations on the way, and of the exported file at the end."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+
+from golfgpt.config import EvalConfig, RunConfig
+from golfgpt.data.shards import Dataset
+from golfgpt.evaluate import PartialSums, Score, evaluate
+from golfgpt.run import Reporter
+from golfgpt.train.clock import Ledger
+from golfgpt.train.export import Exporter
+from golfgpt.train.step import TrainStep
+
+
+class Scorer:
+    """Scores the model of `step` as it is on the validation split of `dataset`."""
+
+    def __init__(self, config: RunConfig, dataset: Dataset, step: TrainStep, ledger: Ledger, reporter: Reporter):
+        self.config, self.dataset, self.step, self.ledger, self.reporter = config, dataset, step, ledger, reporter
+
+    def score(self, what: str, eval: EvalConfig, keep: PartialSums | None = None) -> Score:
+        """`what` says on the live line what is being done."""
+        return evaluate(
+            self.step.model,
+            self.dataset,
+            replace(self.config, eval=eval),
+            self.step.ranks,
+            dtype=self.step.dtype,
+            progress=lambda text: self.reporter.status(f"{what}: {text}"),
+            keep=keep,
+        )
+
+    def validate(self, done: int, exporter: Exporter) -> None:
+        """Score the unquantized weights after `done` steps in chunks, off the training clock. With runtime.probe the
+        weights as an export would leave them, too: averaged, quantized, decoded."""
+        chunks = replace(self.config.eval, stride=None)
+        probe_bpb = probe_bytes = None
+        with self.ledger.phase("validate"):
+            score = self.score("validating", chunks)
+            if self.config.runtime.probe:
+                weights = {name: value.clone() for name, value in self.step.model.state_dict().items()}
+                try:
+                    probe_bytes = exporter.try_out()
+                    probe_bpb = self.score("scoring a probe", chunks).val_bpb
+                finally:
+                    self.step.model.load_state_dict(weights)
+        seconds = self.ledger.elapsed("train")
+        probe = "" if probe_bpb is None else f"probe_bpb:{probe_bpb:.4f} probe_bytes:{probe_bytes} "
+        self.reporter.line(
+            f"step:{done}/{self.config.schedule.max_steps} val_loss:{score.val_loss:.4f} "
+            f"{score.key}:{score.val_bpb:.4f} {probe}train_time:{seconds * 1000:.0f}ms "
+            f"step_avg:{seconds / done * 1000:.2f}ms"
+        )
+        self.reporter.metric("val", step=done, **asdict(score), probe_bpb=probe_bpb, probe_bytes=probe_bytes)
