@@ -41,7 +41,7 @@ from golfgpt.errors import NonFiniteError
 from golfgpt.evaluate import evaluate
 from golfgpt.files import write_bytes
 from golfgpt.model.gpt import GPT
-from golfgpt.trainer import Trainer
+from golfgpt.train.step import TrainStep
 
 RESULTS = "experiments-cpu.jsonl"
 SEEDS = (1337, 1338, 1339)
@@ -259,7 +259,7 @@ def run_job(configs: list[RunConfig], data: str) -> list[dict]:
     dataset, ranks = Dataset.open(Path(data)), Ranks(0, 1, torch.device("cpu"))
     first, begun = configs[0], time.process_time()
     runtime = replace(first.runtime, dtype="bfloat16")  # of every configuration, however fast; as the committed results
-    trainer = Trainer(replace(trained(first), runtime=runtime), dataset, ranks)
+    trainer = TrainStep(replace(trained(first), runtime=runtime), dataset, ranks)
     parameters = dict(trainer.model.named_parameters())
     averages = {config.average: Average(parameters, config.average) for config in configs}
     failed = None

@@ -8,7 +8,7 @@ The work is that of one rank of 8: its span of tokens in one forward and backwar
     eager           golfgpt's model and optimizer, not compiled, no kernels
     published       bench/published.py as rank 0 of 8, which orthogonalizes every eighth matrix; no communication
     published_all   the same orthogonalizing all matrices
-    golfgpt         golfgpt.trainer, compiled, with whatever kernels "auto" picks
+    golfgpt         golfgpt.train.step, compiled, with whatever kernels "auto" picks
 
 All start from the same weights and read the same tokens; the losses of their first steps show that they do the same
 work (published_all stands for published, whose other matrices do not move). Then they take turns, a few steps each, so
@@ -78,7 +78,7 @@ from golfgpt.errors import InputError
 from golfgpt.model.gpt import GPT
 from golfgpt.model.parameters import of_kind, parameter_shapes, parameter_table
 from golfgpt.recipes import get
-from golfgpt.trainer import Pending, Trainer
+from golfgpt.train.step import Pending, TrainStep
 
 RECIPES = ("baseline", "mixed-qat", "int5-int6-swa")
 FORMS = ("eager", "published_all", "published", "golfgpt")
@@ -237,7 +237,7 @@ class Published:
 
 
 class Golfgpt:
-    """golfgpt.trainer's step, told apart into phases at the places where its parts meet."""
+    """golfgpt.train.step's step, told apart into phases at the places where its parts meet."""
 
     def __init__(self, setup: Setup, *, compile: str, graph: bool):
         runtime = RuntimeConfig(
@@ -245,7 +245,7 @@ class Golfgpt:
             optimizer_graph=graph, warmup_steps=WARM_UP,
         )  # fmt: skip
         dataset = SimpleNamespace(train=[setup.tokens])
-        self.trainer = Trainer(replace(setup.config, runtime=runtime), dataset, Ranks(0, 1, setup.device))
+        self.trainer = TrainStep(replace(setup.config, runtime=runtime), dataset, Ranks(0, 1, setup.device))
         self.trainer.model.load_state_dict(setup.weights())
         self.trainer.optimizers.muon.dtype = setup.dtype  # in float32 all forms agree to the last digits
         self.trainer.warm_up(WARM_UP, lambda step: None)
@@ -426,7 +426,7 @@ def synchronizations(form: Form, step: int) -> list[str]:
     return [f"{Path(w.filename).name}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message)]
 
 
-def fake_quant_ms(trainer: Trainer) -> float:
+def fake_quant_ms(trainer: TrainStep) -> float:
     """Quantizing all matrices once, alone; the step does it inside the launch that updates them."""
 
     def quantize(_inputs: object) -> None:

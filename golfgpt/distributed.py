@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from golfgpt.errors import InputError, PeerError
+from golfgpt.errors import GolfError, InputError, PeerError
 
 # torch 2.13 renamed them and warns about the old names.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -78,6 +80,16 @@ class Ranks:
         if failed:
             raise PeerError("another rank stopped with an error")
 
+    @contextlib.contextmanager
+    def raise_on_any(self) -> Iterator[None]:
+        """Where the block fails with a GolfError or OSError on some rank, all ranks raise (`settle`)."""
+        failed = None
+        try:
+            yield
+        except (GolfError, OSError) as error:
+            failed = error
+        self.settle(failed)
+
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
@@ -105,9 +117,9 @@ def start(device: str) -> Ranks:
         torch.cuda.set_device(local)
     place = torch.device(device, local) if device == "cuda" else torch.device("cpu")
     if world > 1 and not dist.is_initialized():
-        # Its functions have defaults group=group.WORLD. Imported later (AdamW imports torch._dynamo, and that this), they
-        # hold the process group past its end, and a gloo thread that wants the GIL while the interpreter ends aborts
-        # the process (-6, "terminate called without an active exception"). 6 ms; figures in LOG.md.
+        # Its functions have defaults group=group.WORLD. Imported later (AdamW imports torch._dynamo, and that this),
+        # they hold the process group past its end, and a gloo thread that wants the GIL while the interpreter ends
+        # aborts the process (-6, "terminate called without an active exception"). 6 ms; figures in LOG.md.
         importlib.import_module("torch.distributed.nn.functional")
         backend = "nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=TIMEOUT, device_id=place if device == "cuda" else None)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from golfgpt import artifact, checkpoint
+from golfgpt import artifact
 from golfgpt.config import ModelConfig, RunConfig, to_dict
 from golfgpt.data.tokenizer import Tokenizer
 from golfgpt.errors import InputError
@@ -23,6 +23,7 @@ from golfgpt.files import write_bytes
 from golfgpt.model.parameters import parameter_table
 from golfgpt.quant import DTYPES, QuantizedTensor, Quantizer, TensorFormat, part_name
 from golfgpt.run import RunFolder
+from golfgpt.train import checkpoint
 from golfgpt.upstream import (
     Export,
     canonical_name,

@@ -8,8 +8,8 @@ import os
 import pytest
 import torch
 
-from golfgpt import checkpoint, files
-from golfgpt.checkpoint import Checkpoint
+from golfgpt.train import checkpoint, files
+from golfgpt.train.checkpoint import Checkpoint
 
 
 def make(step: int) -> Checkpoint:

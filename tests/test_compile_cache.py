@@ -10,15 +10,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from golfgpt import compile_cache
 from golfgpt.config import RunConfig
+from golfgpt.train import compile_cache
 
 PROGRAM = """
 import sys
 from pathlib import Path
 import torch
 from torch._dynamo.utils import counters
-from golfgpt import compile_cache
+from golfgpt.train import compile_cache
 
 file, x = Path(sys.argv[1]), torch.randn(64)
 print(compile_cache.load(file), end=" ")

@@ -16,7 +16,7 @@ from golfgpt.compute_dtype import DtypeChoice, select_dtype
 from golfgpt.config import DataConfig
 from golfgpt.distributed import Ranks
 from golfgpt.run import read_config
-from golfgpt.train import train
+from golfgpt.train.train import train
 
 CPU = Ranks(0, 1, torch.device("cpu"))
 DATA = DataConfig(batch_tokens=2048, seq_len=128, spans=2, microbatch_tokens=512)

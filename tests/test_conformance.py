@@ -38,7 +38,7 @@ from golfgpt.optim import Muon
 from golfgpt.quant import FakeQuant, Quantizer, parse_part, prune_threshold, pruned
 from golfgpt.recipes import RECIPES
 from golfgpt.scoring import Scorer, Windows, score_windows
-from golfgpt.trainer import Trainer
+from golfgpt.train.step import TrainStep
 from golfgpt.upstream import from_upstream, infer_config, read_export, to_upstream
 
 FOLDER = os.environ.get("GOLFGPT_CONFORMANCE")
@@ -278,7 +278,7 @@ def check_sliding(v: Vectors) -> None:
 
 
 class ShardOnly:
-    """What `Trainer` needs of a data set: the training shards."""
+    """What `TrainStep` needs of a data set: the training shards."""
 
     def __init__(self, shard: Path):
         self.train = [open_shard(shard)]
@@ -317,7 +317,7 @@ def check_trajectory(v: Vectors) -> None:
         data=DataConfig(batch_tokens=hyper["train_batch_tokens"], seq_len=hyper["train_seq_len"]),
         runtime=RuntimeConfig(dtype="float32"),
     )
-    trainer = Trainer(run, ShardOnly(v.path.with_name(v.meta["shard"])), Ranks(0, 1, torch.device("cpu")))
+    trainer = TrainStep(run, ShardOnly(v.path.with_name(v.meta["shard"])), Ranks(0, 1, torch.device("cpu")))
     init = v.part("init.")
     trainer.model.load_state_dict(from_upstream(init, config))
     for step in range(hyper["iterations"]):

@@ -30,7 +30,7 @@ from bench.experiments import (
 from golfgpt.config import RunConfig
 from golfgpt.fit import forecast_bytes
 from golfgpt.quant import Quantizer
-from golfgpt.train import train
+from golfgpt.train.train import train
 
 
 def row(config: RunConfig, **fields) -> dict:

@@ -17,8 +17,8 @@ from golfgpt.data.shards import Dataset
 from golfgpt.distributed import Ranks
 from golfgpt.evaluate import evaluate
 from golfgpt.scoring import Scorer, Windows, score_windows
-from golfgpt.train import train
-from golfgpt.trainer import Trainer
+from golfgpt.train.step import TrainStep
+from golfgpt.train.train import train
 
 pytestmark = pytest.mark.gpu
 
@@ -27,8 +27,8 @@ def test_compiled_bfloat16_losses_follow_the_cpu(tiny, corpus):
     """Eight steps: bf16 rounding moves a loss of about 5 nats by far less than 0.05."""
     dataset = Dataset.open(corpus)
     config = replace(tiny, runtime=replace(tiny.runtime, device="cuda"))
-    cpu = Trainer(tiny, dataset, Ranks(0, 1, torch.device("cpu")))
-    gpu = Trainer(config, dataset, Ranks(0, 1, torch.device("cuda", 0)))
+    cpu = TrainStep(tiny, dataset, Ranks(0, 1, torch.device("cpu")))
+    gpu = TrainStep(config, dataset, Ranks(0, 1, torch.device("cuda", 0)))
     assert gpu.compiled and gpu.dtype == torch.bfloat16
     for step in range(8):
         a, b = cpu.wait(cpu.launch(step)), gpu.wait(gpu.launch(step))
@@ -49,7 +49,7 @@ def test_captured_optimizer_step_is_the_eager_step(tiny, corpus):
     dataset = Dataset.open(corpus)
     config = replace(tiny, runtime=replace(tiny.runtime, device="cuda", warmup_steps=2))
     graphed = replace(config, runtime=replace(config.runtime, optimizer_graph=True))
-    trainers = [Trainer(c, dataset, Ranks(0, 1, torch.device("cuda", 0))) for c in (config, graphed)]
+    trainers = [TrainStep(c, dataset, Ranks(0, 1, torch.device("cuda", 0))) for c in (config, graphed)]
     for trainer in trainers:
         trainer.warm_up(2, lambda step: None)
     for step in range(10):
@@ -70,7 +70,7 @@ def test_a_whole_run_with_a_captured_optimizer(tiny, tmp_path):
 
 def test_optimizer_step_does_not_synchronize(tiny, corpus):
     config = replace(tiny, runtime=replace(tiny.runtime, device="cuda"))
-    trainer = Trainer(config, Dataset.open(corpus), Ranks(0, 1, torch.device("cuda", 0)))
+    trainer = TrainStep(config, Dataset.open(corpus), Ranks(0, 1, torch.device("cuda", 0)))
     trainer.optimizers.step(1.0, 0.9)  # state is created here
     torch.cuda.set_sync_debug_mode("error")
     try:

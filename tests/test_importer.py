@@ -17,7 +17,7 @@ from golfgpt.config import AverageConfig, QuantConfig
 from golfgpt.importer import import_model, parts_of
 from golfgpt.quant import Quantizer
 from golfgpt.run import trained_weights
-from golfgpt.train import train
+from golfgpt.train.train import train
 from golfgpt.upstream import from_upstream, read_export, to_upstream
 
 QUANT = QuantConfig(bits=6, keep_numel=1000, control_dtype="float16", compressor="zlib")

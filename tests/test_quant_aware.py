@@ -20,7 +20,7 @@ from golfgpt.quant import Quantizer, join, plan_formats, prune_threshold, pruned
 from golfgpt.recipes import RECIPES
 from golfgpt.schedule import lr_multiplier, quantization_aware
 from golfgpt.shadows import fake_quantized_bank
-from golfgpt.trainer import Trainer
+from golfgpt.train.step import TrainStep
 
 MODEL = ModelConfig(
     vocab_size=61,
@@ -100,7 +100,7 @@ def test_every_tensor_gets_a_straight_through_gradient():
 
 
 class Repeated:
-    """What `Trainer` needs of a data set: the same few tokens for ever."""
+    """What `TrainStep` needs of a data set: the same few tokens for ever."""
 
     train = (torch.arange(4096, dtype=torch.int32).numpy() * 7 % 61,)
 
@@ -118,7 +118,7 @@ def run(quant: QuantConfig, compile: str = "off", **fields) -> RunConfig:
     )
 
 
-def trainer_of(config: RunConfig, monkeypatch) -> Trainer:
+def trainer_of(config: RunConfig, monkeypatch) -> TrainStep:
     class Stream:
         def __init__(self, shards):
             self.shards = shards
@@ -127,8 +127,8 @@ def trainer_of(config: RunConfig, monkeypatch) -> Trainer:
             tokens = self.shards[0]
             return tokens[[(position + i) % len(tokens) for i in range(count)]]
 
-    monkeypatch.setattr("golfgpt.trainer.TokenStream", Stream)
-    return Trainer(config, Repeated, Ranks(0, 1, torch.device("cpu")))
+    monkeypatch.setattr("golfgpt.train.step.TokenStream", Stream)
+    return TrainStep(config, Repeated, Ranks(0, 1, torch.device("cpu")))
 
 
 @pytest.mark.parametrize(("start", "below", "expected"), [(0.5, 1.0, 4), (0.0, 0.6, 6), (0.0, 1.0, 0)])

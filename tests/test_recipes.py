@@ -14,7 +14,7 @@ from golfgpt.errors import BudgetError
 from golfgpt.fit import fitted, forecast_bytes
 from golfgpt.quant import Quantizer
 from golfgpt.recipes import RECIPES
-from golfgpt.train import train
+from golfgpt.train.train import train
 
 PUBLISHED = {
     "baseline": (17_059_912, 17_178_912),

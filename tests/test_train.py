@@ -18,8 +18,7 @@ import pytest
 import torch
 
 import golfgpt
-from golfgpt import artifact, checkpoint
-from golfgpt.clock import Ledger
+from golfgpt import artifact
 from golfgpt.config import AverageConfig, BudgetConfig, DataConfig, RunConfig, ScheduleConfig, to_dict
 from golfgpt.data.shards import Dataset
 from golfgpt.distributed import Ranks
@@ -29,8 +28,11 @@ from golfgpt.flat import FlatGradients
 from golfgpt.quant import Quantizer
 from golfgpt.recipes import RECIPES
 from golfgpt.run import Reporter, RunFolder, read_config
-from golfgpt.train import DECAY, train
-from golfgpt.trainer import Trainer
+from golfgpt.train import checkpoint
+from golfgpt.train.clock import Ledger
+from golfgpt.train.progress import DECAY
+from golfgpt.train.step import TrainStep
+from golfgpt.train.train import train
 
 CPU = Ranks(0, 1, torch.device("cpu"))
 
@@ -85,14 +87,14 @@ def test_end_to_end(tiny, tmp_path):
 def test_gradients_do_not_depend_on_ranks_or_microbatches(tiny, corpus):
     """Three ranks take spans 3/3/2; their sums are the gradient of one rank, and so is a split batch."""
     dataset = Dataset.open(corpus)
-    whole = Trainer(tiny, dataset, CPU)
+    whole = TrainStep(tiny, dataset, CPU)
     expected = whole.wait(whole.launch(3))
     config = replace(tiny, data=replace(tiny.data, microbatch_tokens=64))
     several = replace(tiny, data=replace(tiny.data, microbatch_tokens=512))
     for trainers in (
-        [Trainer(config, dataset, CPU)],
-        [Trainer(several, dataset, CPU)],
-        [Trainer(tiny, dataset, Ranks(r, 3, CPU.device)) for r in range(3)],
+        [TrainStep(config, dataset, CPU)],
+        [TrainStep(several, dataset, CPU)],
+        [TrainStep(tiny, dataset, Ranks(r, 3, CPU.device)) for r in range(3)],
     ):
         total, loss = torch.zeros_like(whole.flat.gradients), 0.0
         for trainer in trainers:
@@ -125,7 +127,7 @@ def test_gloo_processes_agree_with_one(tiny, tmp_path, world, optimizer):
         "import json, sys, torch\n"
         "from pathlib import Path\n"
         "from golfgpt.config import RunConfig, from_dict\n"
-        "from golfgpt.train import train\n"
+        "from golfgpt.train.train import train\n"
         "torch.set_num_threads(1)\n"
         f"config = from_dict(RunConfig, json.loads(Path({str(tmp_path / 'config.json')!r}).read_text()))\n"
         f"train(config, Path({str(tmp_path / 'many')!r}))\n"
@@ -148,14 +150,14 @@ def test_gloo_processes_agree_with_one(tiny, tmp_path, world, optimizer):
 def test_resume_is_bit_identical(tiny, tmp_path, monkeypatch, capfd):
     train(tiny, tmp_path / "unbroken")
 
-    update = Trainer.update
+    update = TrainStep.update
 
     def stop_after_step_4(self, step):
         if step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
         return update(self, step)
 
-    monkeypatch.setattr(Trainer, "update", stop_after_step_4)
+    monkeypatch.setattr(TrainStep, "update", stop_after_step_4)
     path = tmp_path / "broken"
     with pytest.raises(Interrupted, match=r"SIGTERM; state saved at step 6\. Resume with: golfgpt train --resume") as e:
         train(tiny, path)
@@ -172,7 +174,7 @@ def test_resume_is_bit_identical(tiny, tmp_path, monkeypatch, capfd):
 
 def test_running_mean_of_the_losses(tiny, tmp_path, monkeypatch):
     """Each loss weighs DECAY of the next one; a resumed run starts the mean anew."""
-    told, wait = [], Trainer.wait
+    told, wait = [], TrainStep.wait
     monkeypatch.setattr(Reporter, "status", lambda self, text: told.append(text))
 
     def stop(self, pending):
@@ -180,10 +182,10 @@ def test_running_mean_of_the_losses(tiny, tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
         return wait(self, pending)
 
-    monkeypatch.setattr(Trainer, "wait", stop)
+    monkeypatch.setattr(TrainStep, "wait", stop)
     with pytest.raises(Interrupted, match="state saved at step 6"):
         train(tiny, tmp_path / "run")
-    monkeypatch.setattr(Trainer, "wait", wait)
+    monkeypatch.setattr(TrainStep, "wait", wait)
     train(tiny, tmp_path / "run", resume=True)
     rows, text = metrics(tmp_path / "run", "train"), Dataset.open(tiny.data.path).manifest.train
     for part in (rows[:6], rows[6:]):
@@ -213,16 +215,16 @@ def test_steps_enqueued_ahead_train_the_same(tiny, tmp_path, monkeypatch):
     """As on a GPU, where a result is read after the next step is enqueued: with validations, or a stop and a resume."""
     config = replace(tiny, runtime=replace(tiny.runtime, val_every=3))
     train(config, tmp_path / "waiting")
-    monkeypatch.setattr(Trainer, "ahead", 1)
+    monkeypatch.setattr(TrainStep, "ahead", 1)
     train(config, tmp_path / "ahead")
-    wait, caught = Trainer.wait, []
+    wait, caught = TrainStep.wait, []
 
     def stop_once(self, pending):
         if pending.step == 2 and not caught:
             caught.append(os.kill(os.getpid(), signal.SIGTERM))
         return wait(self, pending)
 
-    monkeypatch.setattr(Trainer, "wait", stop_once)
+    monkeypatch.setattr(TrainStep, "wait", stop_once)
     with pytest.raises(Interrupted, match="state saved at step 6"):
         train(tiny, tmp_path / "broken")
     train(tiny, tmp_path / "broken", resume=True)
@@ -245,7 +247,7 @@ def test_killed_outright_and_resumed(tiny, tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
     code = (
         "import json\nfrom pathlib import Path\n"
-        "from golfgpt.config import RunConfig, from_dict\nfrom golfgpt.train import train\n"
+        "from golfgpt.config import RunConfig, from_dict\nfrom golfgpt.train.train import train\n"
         f"config = json.loads(Path({str(tmp_path / 'config.json')!r}).read_text())\n"
         f"train(from_dict(RunConfig, config), Path({str(path)!r}))"
     )
@@ -260,14 +262,14 @@ def test_killed_outright_and_resumed(tiny, tmp_path, monkeypatch):
     short = replace(config, schedule=ScheduleConfig(max_steps=found.step + 2, max_seconds=None))
     with pytest.raises(InputError, match=r"another config \(schedule\.max_steps: 400 -> "):
         train(short, path, resume=True)
-    update, killed = Trainer.update, []
+    update, killed = TrainStep.update, []
 
     def interrupt_once(self, step):
         if not killed:
             killed.append(os.kill(os.getpid(), signal.SIGINT))
         return update(self, step)
 
-    monkeypatch.setattr(Trainer, "update", interrupt_once)
+    monkeypatch.setattr(TrainStep, "update", interrupt_once)
     with pytest.raises(Interrupted, match="SIGINT; state saved at step") as error:
         train(config, path, resume=True)
     assert error.value.exit_code == 130
@@ -280,8 +282,8 @@ def test_killed_outright_and_resumed(tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("value", "clip"), [(float("inf"), 0.0), (float("nan"), 1.0)])
 def test_a_non_finite_step_changes_nothing_and_names_the_tensor(tiny, tmp_path, monkeypatch, where, ahead, value, clip):
     """Nor does the step after it, which is on its way when the host reads of the first."""
-    monkeypatch.setattr(Trainer, "ahead", ahead)
-    launch, sum_ = Trainer.launch, FlatGradients.sum_
+    monkeypatch.setattr(TrainStep, "ahead", ahead)
+    launch, sum_ = TrainStep.launch, FlatGradients.sum_
 
     def poisoned(self, step, *args):
         def poison(flat):
@@ -297,7 +299,7 @@ def test_a_non_finite_step_changes_nothing_and_names_the_tensor(tiny, tmp_path, 
     config = replace(tiny, schedule=replace(tiny.schedule, warmdown_frac=0), average=AverageConfig(kind="ema"))
     config = replace(config, optim=replace(config.optim, grad_clip_norm=clip))
     train(replace(config, schedule=replace(config.schedule, max_steps=3)), tmp_path / "good")
-    monkeypatch.setattr(Trainer, "launch", poisoned)
+    monkeypatch.setattr(TrainStep, "launch", poisoned)
     name = "blocks.2.mlp.fc.weight" if where == "gradient" else r"the loss \(nan\)"
     with pytest.raises(NonFiniteError, match=f"step 3: .*{name}.*nothing was updated"):
         train(config, tmp_path / "bad")
@@ -311,14 +313,14 @@ def test_a_non_finite_step_changes_nothing_and_names_the_tensor(tiny, tmp_path, 
 
 def test_the_cap_stops_before_the_step_that_would_cross(tiny, tmp_path, monkeypatch):
     """On a clock that only the steps advance, by 20 ms each."""
-    clock, launch = [0.0], Trainer.launch
+    clock, launch = [0.0], TrainStep.launch
 
     def slow(self, *args):
         clock[0] += 0.02
         return launch(self, *args)
 
-    monkeypatch.setattr(Trainer, "launch", slow)
-    monkeypatch.setattr("golfgpt.train.Ledger", lambda: Ledger(now=lambda: clock[0]))
+    monkeypatch.setattr(TrainStep, "launch", slow)
+    monkeypatch.setattr("golfgpt.train.train.Ledger", lambda: Ledger(now=lambda: clock[0]))
     config = replace(tiny, schedule=ScheduleConfig(max_steps=100_000, max_seconds=0.65))
     result = train(config, tmp_path / "run")
     assert result["steps"] == 32 and result["seconds"]["train"] == pytest.approx(0.64)
@@ -330,16 +332,16 @@ def test_the_cap_stops_before_the_step_that_would_cross(tiny, tmp_path, monkeypa
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_a_slow_first_step_is_no_measure_of_the_others(tiny, tmp_path, monkeypatch, ahead):
     """Compilation and lazy initialization happen once. Schedules go on at the pace of the steps after it."""
-    clock, launch, seen = [0.0], Trainer.launch, {}
+    clock, launch, seen = [0.0], TrainStep.launch, {}
 
     def slow(self, step, *args):
         seen[step] = self.seconds_at(step), clock[0]
         clock[0] += 0.05 if step else 3.0
         return launch(self, step, *args)
 
-    monkeypatch.setattr(Trainer, "launch", slow)
-    monkeypatch.setattr(Trainer, "ahead", ahead)
-    monkeypatch.setattr("golfgpt.train.Ledger", lambda: Ledger(now=lambda: clock[0]))
+    monkeypatch.setattr(TrainStep, "launch", slow)
+    monkeypatch.setattr(TrainStep, "ahead", ahead)
+    monkeypatch.setattr("golfgpt.train.train.Ledger", lambda: Ledger(now=lambda: clock[0]))
     config = replace(tiny, schedule=ScheduleConfig(max_steps=30, max_seconds=9.0))
     assert train(config, tmp_path / "run")["steps"] == 30
     for step, (expected, true) in seen.items():
@@ -363,7 +365,7 @@ def test_over_budget_is_scored_kept_and_refused(tiny, tmp_path):
 
 
 def test_a_long_step_gives_signs_of_life_and_a_finished_run_says_so(tiny, tmp_path, monkeypatch):
-    clock, told, loss = [0.0], [], Trainer.launch
+    clock, told, loss = [0.0], [], TrainStep.launch
     config = replace(tiny, data=replace(tiny.data, microbatch_tokens=tiny.data.seq_len))
     config = replace(config, schedule=replace(config.schedule, max_steps=1))
 
@@ -374,8 +376,8 @@ def test_a_long_step_gives_signs_of_life_and_a_finished_run_says_so(tiny, tmp_pa
 
         return loss(self, step, seconds, votes, tock)
 
-    monkeypatch.setattr(Trainer, "launch", slow)
-    monkeypatch.setattr("golfgpt.train.Ledger", lambda: Ledger(now=lambda: clock[0]))
+    monkeypatch.setattr(TrainStep, "launch", slow)
+    monkeypatch.setattr("golfgpt.train.train.Ledger", lambda: Ledger(now=lambda: clock[0]))
     monkeypatch.setattr(Reporter, "status", lambda self, text: told.append(text))
     train(config, tmp_path / "run")
     of = tiny.data.batch_tokens // tiny.data.seq_len
@@ -451,7 +453,7 @@ def test_what_does_not_fit_is_refused_before_training(tiny, tmp_path, change, me
 
 def test_more_ranks_than_spans(tiny, corpus):
     with pytest.raises(InputError, match=r"raise --data\.spans to at least 9"):
-        Trainer(tiny, Dataset.open(corpus), Ranks(8, 9, CPU.device))
+        TrainStep(tiny, Dataset.open(corpus), Ranks(8, 9, CPU.device))
 
 
 def test_a_changed_data_set_is_refused_on_resume(tiny, tmp_path, corpus):
@@ -477,12 +479,12 @@ def test_full_disk_during_training_is_a_warning(tiny, tmp_path, monkeypatch):
 
 def test_compiled_warm_up_leaves_no_trace(tiny, corpus):
     dataset = Dataset.open(corpus)
-    trainer = Trainer(tiny, dataset, CPU)
+    trainer = TrainStep(tiny, dataset, CPU)
     before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
     trainer.warm_up(2, lambda step: None)
     assert all(torch.equal(v, before[k]) for k, v in trainer.model.state_dict().items())
     assert not any(value.any() for value in trainer.optimizers.state().values())
-    reference = Trainer(tiny, dataset, CPU)
+    reference = TrainStep(tiny, dataset, CPU)
     for step in range(2):
         for t in (trainer, reference):
             t.wait(t.launch(step))
@@ -510,7 +512,7 @@ def test_a_stop_during_validation_loses_nothing(tiny, tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(1)
 
-    monkeypatch.setattr("golfgpt.train.evaluate", stopped)
+    monkeypatch.setattr("golfgpt.train.score.evaluate", stopped)
     config = replace(tiny, runtime=replace(tiny.runtime, val_every=3))
     with pytest.raises(Interrupted, match="state saved at step 3"):
         train(config, tmp_path / "run")
@@ -528,14 +530,14 @@ def test_a_signal_after_the_vote_does_not_wait_for_an_evaluation(tiny, tmp_path,
         return save(*args)
 
     monkeypatch.setattr(checkpoint, "save", signaled)
-    monkeypatch.setattr("golfgpt.train.evaluate", lambda *a, **k: pytest.fail("evaluated after SIGTERM"))
+    monkeypatch.setattr("golfgpt.train.score.evaluate", lambda *a, **k: pytest.fail("evaluated after SIGTERM"))
     config = replace(tiny, runtime=replace(tiny.runtime, val_every=val_every))
     with pytest.raises(Interrupted, match=f"state saved at step {step}"):
         train(config, tmp_path / "run")
 
 
 def test_a_diverged_last_update_is_not_exported(tiny, tmp_path, monkeypatch):
-    update = Trainer.update
+    update = TrainStep.update
 
     def explode(self, step):
         value = update(self, step)
@@ -543,7 +545,7 @@ def test_a_diverged_last_update_is_not_exported(tiny, tmp_path, monkeypatch):
             self.model.mlp_fc.data.fill_(float("inf"))
         return value
 
-    monkeypatch.setattr(Trainer, "update", explode)
+    monkeypatch.setattr(TrainStep, "update", explode)
     with pytest.raises(NonFiniteError, match="parameter mlp_fc is not finite"):
         train(tiny, tmp_path / "run")
     assert not (tmp_path / "run" / "model.golf").exists()

@@ -62,7 +62,7 @@ def train(args: Train) -> int:
 
 def _train(config: RunConfig, path: Path, *, resume: bool, as_json: bool) -> int:
     """Train; with `as_json` print result.json, also when the artifact is over its budget."""
-    from golfgpt.train import train
+    from golfgpt.train.train import train
 
     try:
         result = train(config, path, resume=resume, quiet=as_json)
@@ -87,7 +87,7 @@ def evaluate(args: Eval) -> int:
     from golfgpt.report import score_lines
     from golfgpt.run import Reporter, artifact_file, load
     from golfgpt.signals import Signals
-    from golfgpt.train import open_dataset
+    from golfgpt.train.train import open_dataset
 
     started = stored_config(args.run)
     data = replace(started.data, path=args.data.path)

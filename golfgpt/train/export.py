@@ -45,8 +45,8 @@ class Exporter:
         return None if blob is None else len(blob)
 
     def export(self, steps: int) -> ArtifactInfo | None:
-        """Write model.golf of a run of `steps` steps, say what it holds, and give every rank the weights read back from it; rank 0 gets the
-        header. Raises on all ranks."""
+        """Write model.golf of a run of `steps` steps, say what it holds, and give every rank the weights read back
+        from it; rank 0 gets the header. Raises on all ranks."""
         info = None
         with self.step.ranks.raise_on_any():
             if self.folder:

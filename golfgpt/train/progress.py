@@ -36,9 +36,7 @@ def announce(config: RunConfig, dataset: Dataset, step: TrainStep, attention: Se
         lr = f", learning rate at most {c.quant.qat_below_lr:g} of its base" if c.quant.qat_below_lr < 1 else ""
         say(f"qat:{c.quant.qat} {quantizer.label} {when}{lr}")
     say(f"world_size:{ranks.world} spans:{c.data.spans} microbatch_tokens:{c.data.microbatch}")
-    say(
-        f"device:{ranks.device} dtype:{step.dtype_choice} compile:{step.compiled} threads:{torch.get_num_threads()}"
-    )
+    say(f"device:{ranks.device} dtype:{step.dtype_choice} compile:{step.compiled} threads:{torch.get_num_threads()}")
     say(f"attention:{attention}")
     compute = dict.fromkeys(("relu2_mlp", "softcap_cross_entropy", "token_logprobs"), step.dtype)
     update = {"newton_schulz": torch.bfloat16, "muon_momentum_": torch.float32, "muon_update_": torch.float32}

@@ -5,8 +5,8 @@ equivalent) sums them together with the loss, rank 0's clock and its votes; ever
 update. A step reads `data.spans` spans of span_tokens + 1 tokens. They are dealt to the ranks, so one rank or
 eight see the same tokens, and gradients are token-weighted sums, so they agree within rounding.
 
-`backward`, `sum` and `update` only enqueue work on a GPU; `wait` reads what became of a step, when the next one is already
-enqueued. So decisions lag: the learning rate follows the last clock of rank 0 that has come back, carried forward at
+`backward`, `sum` and `update` only enqueue work on a GPU; `wait` reads what became of a step, when the next one is
+already enqueued. So decisions lag: the learning rate follows the last clock of rank 0 that has come back, carried forward at
 the pace of the last known step, which is the same on every rank, and a vote to stop counts the steps that are on their
 way. On a CPU nothing is asynchronous and nothing lags.
 
@@ -52,6 +52,9 @@ class Votes(NamedTuple):
     """A checkpoint is due."""
     signaled: bool = False
     """This rank was told to stop."""
+
+
+NO_VOTES = Votes()
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,7 @@ class TrainStep:
             self._enabled.fill_(self.quantization_aware(step))
         self.shadows.refresh()
 
-    def launch(self, step: int, seconds: float = 0.0, votes: Votes = Votes()) -> Pending:
+    def launch(self, step: int, seconds: float = 0.0, votes: Votes = NO_VOTES) -> Pending:
         """`backward` of all microbatches and `sum`."""
         for _ in self.backward(step):
             pass
@@ -181,7 +184,7 @@ class TrainStep:
             part.backward()
             self._loss_sum += part.detach()
 
-    def sum(self, step: int, seconds: float = 0.0, votes: Votes = Votes()) -> Pending:
+    def sum(self, step: int, seconds: float = 0.0, votes: Votes = NO_VOTES) -> Pending:
         """Sum over ranks the gradients that `backward` left, with the loss, this rank's training clock `seconds` and
         its `votes`."""
         clock = (seconds, votes.stop, votes.save) if self.ranks.main else (0.0, False, False)

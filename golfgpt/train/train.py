@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 from golfgpt import artifact, distributed
-from golfgpt.artifact import ArtifactInfo
-from golfgpt.attention import select_backend
+from golfgpt.attention import Selection, select_backend
 from golfgpt.config import RunConfig
 from golfgpt.data.shards import Dataset
 from golfgpt.data.yardsticks import yardsticks
 from golfgpt.distributed import Ranks
-from golfgpt.errors import GolfError, InputError, Interrupted
-from golfgpt.evaluate import PartialSums, Score, evaluate, plan_windows
+from golfgpt.errors import InputError, Interrupted
+from golfgpt.evaluate import PartialSums, plan_windows
 from golfgpt.files import sha256_file, write_json
 from golfgpt.fit import fitted, memory_advice
 from golfgpt.quant import Quantizer
@@ -30,6 +28,7 @@ from golfgpt.train.export import Exporter
 from golfgpt.train.loop import Loop
 from golfgpt.train.progress import Progress, announce
 from golfgpt.train.saver import Saver
+from golfgpt.train.score import Scorer
 from golfgpt.train.step import TrainStep
 
 
@@ -49,29 +48,138 @@ def train(config: RunConfig, path: Path, *, resume: bool = False, quiet: bool = 
         if config.runtime.threads:
             torch.set_num_threads(config.runtime.threads)
         with ledger.phase("setup"):
-            config, dataset = on_all_ranks(ranks, lambda: checked(config, ranks, resume))
-            config, step, folder = on_all_ranks(ranks, lambda: set_up(config, path, dataset, ranks, resume))
-        if folder:
-            stack.callback(folder.close)
-        reporter = Reporter(folder, speak=ranks.main, quiet=quiet)
-        stack.callback(reporter.close)
+            with ranks.raise_on_any():
+                config, dataset = check(config, ranks, resume)
+            folder = None
+            with ranks.raise_on_any():
+                step = TrainStep(config, dataset, ranks)
+                config = replace(config, runtime=replace(config.runtime, dtype=step.dtype_choice.name))
+                if ranks.main:
+                    folder = RunFolder.open(path) if resume else create_folder(path, config, dataset)
+                    stack.callback(folder.close)
+            reporter = Reporter(folder, speak=ranks.main, quiet=quiet)
+            stack.callback(reporter.close)
+            for p in step.model.parameters():  # an orthogonal start is a QR, whose rounding differs between CPUs
+                ranks.broadcast_(p.data)
+            step.prepare(0)
         saver = Saver(config, path, dataset, step, ledger, folder, reporter, signals)
         exporter = Exporter(config, dataset, step, folder, reporter)
+        scorer = Scorer(config, dataset, step, ledger, reporter)
+        progress = Progress(config, dataset, reporter)
         try:
             with ledger.phase("setup"):
                 done, finished = saver.restore() if resume else (0, False)
-                micro = config.data.microbatch
-                shapes = [(micro // config.data.seq_len, config.data.seq_len), (1, config.window)]
-                attention = select_backend(config.runtime.attention, config.model, shapes, ranks, step.dtype)
+                attention = choose_attention(config, step)
                 announce(config, dataset, step, attention, reporter)
             if not finished:
                 warm_up(config, step, attention.backend, ledger, reporter)
-            progress = Progress(config, dataset, reporter)
-            validate = validation(config, dataset, exporter, ledger, reporter)
-            loop = Loop(config, step, saver, progress, ledger, reporter, signals, validate, done, finished)
+            loop = Loop(config, step, saver, progress, ledger, reporter, signals, scorer, exporter, done, finished)
             loop.run()
-            return finish(config, dataset, exporter, path, loop.done, ledger, reporter)
+            return export_and_score(config, path, dataset, exporter, scorer, loop.done)
         except Exception as error:
             if folder and not resume and not isinstance(error, Interrupted):
                 folder.discard()
             raise
+
+
+def check(config: RunConfig, ranks: Ranks, resume: bool) -> tuple[RunConfig, Dataset]:
+    """The config with what is decided before training, and its data, checked against each other. Raises InputError."""
+    artifact.require_compressor(config.quant.compressor)
+    dataset = open_dataset(config, ranks)
+    config = config if resume else fitted(config)  # a run keeps the width that it was started with
+    artifact.check_payload_bytes(Quantizer(config.model, config.quant).formats)
+    return config, dataset
+
+
+def open_dataset(config: RunConfig, ranks: Ranks) -> Dataset:
+    """The data set of `config`, checked against the model; each rank reads its share. Raises InputError."""
+    if config.data.path is None:
+        raise InputError("no data: name a prepared folder with --data.path DIR (see golfgpt data prepare)")
+    dataset = Dataset.open(Path(config.data.path))
+    bos, start = dataset.need_tokenizer().bos_id, config.model.document_start
+    if start is not None and start != bos:
+        raise InputError(f"model.document_start is {start}, but texts in {config.data.path} start with token {bos}")
+    if dataset.vocab_size != config.model.vocab_size:
+        raise InputError(
+            f"the tokenizer of {config.data.path} has {dataset.vocab_size} tokens, the model "
+            f"{config.model.vocab_size}; use --model.vocab-size {dataset.vocab_size}"
+        )
+    plan_windows(dataset, config)  # fail now, not after training
+    m = config.model
+    if config.eval.document_aware and m.document_start is None and (m.smear_gate, m.bigram_hash) != ("none", "none"):
+        raise InputError(
+            f"eval.document_aware: smear_gate {m.smear_gate} and bigram_hash {m.bigram_hash} of this model mix "
+            "documents; train with --model.document-start 1 (the BOS id), or score without it"
+        )
+    dataset.check_token_ids(config.model.vocab_size, deal=(ranks.rank, ranks.world))
+    return dataset
+
+
+def create_folder(path: Path, config: RunConfig, dataset: Dataset) -> RunFolder:
+    return RunFolder.create(path, config, dataset.need_tokenizer().model_bytes)
+
+
+def choose_attention(config: RunConfig, step: TrainStep) -> Selection:
+    """The backend of attention in training and scoring, for the process."""
+    data = config.data
+    shapes = [(data.microbatch // data.seq_len, data.seq_len), (1, config.window)]
+    return select_backend(config.runtime.attention, config.model, shapes, step.ranks, step.dtype)
+
+
+def warm_up(config: RunConfig, step: TrainStep, attention: str, ledger: Ledger, reporter: Reporter) -> None:
+    """Compile before the clock starts."""
+    if not (step.compiled and config.runtime.warmup_steps):
+        return
+    with ledger.phase("compile"), memory_advice(config, step.dtype.itemsize):
+        file = compile_cache.cache_file(config, step.dtype, step.ranks.device, attention)
+        found = compile_cache.load(file)
+        step.warm_up(config.runtime.warmup_steps, reporter.status)
+        if step.ranks.main:
+            compile_cache.save(file)
+    cache = "loaded" if found else "new"
+    reporter.line(f"compile_time:{ledger.seconds['compile']:.1f}s graphs:{compile_cache.graphs()} cache:{cache} {file}")
+
+
+def export_and_score(
+    config: RunConfig, path: Path, dataset: Dataset, exporter: Exporter, scorer: Scorer, steps: int
+) -> dict:
+    """Export, reload, score, report. The artifact is on disk before the scoring starts, the score before the
+    yardsticks."""
+    ranks, ledger, reporter, say = exporter.step.ranks, scorer.ledger, exporter.reporter, exporter.reporter.line
+    with ledger.phase("export"):
+        info = exporter.export(steps)
+    with ledger.phase("eval"):
+        digest = ranks.share(sha256_file(path / "model.golf") if ranks.main else None)
+        keep = PartialSums(path, ranks.rank, digest, say)
+        score = scorer.score("scoring model.golf", config.eval, keep)
+    if not ranks.main:
+        return {}
+    stage = f"final_{exporter.quantizer.label.replace('/', '_')}_{info.compressor}_roundtrip"
+    ms = score.seconds * 1000
+    say(f"{stage} val_loss:{score.val_loss:.4f} {score.key}:{score.val_bpb:.4f} eval_time:{ms:.0f}ms")
+    say(f"{stage}_exact val_loss:{score.val_loss:.8f} {score.key}:{score.val_bpb:.8f}")
+    budget = artifact.budget_report(info.file_bytes, config.budget)
+    result = {
+        "score": asdict(score),
+        "artifact_bytes": info.file_bytes,
+        "code_bytes_allowance": config.budget.code_bytes,
+        "total_bytes": budget.total_bytes,
+        "margin_bytes": budget.margin_bytes,
+        "compressor": info.compressor,
+        "parameters": info.parameters,
+        "steps": steps,
+        "seconds": {name: round(seconds, 3) for name, seconds, _ in ledger.report()},
+        "dataset": dataset.digest,
+        "artifact_sha256": digest,
+        "yardsticks_bpb": None,
+    }
+    write_json(path / "result.json", result)
+    reporter.status("compressing the text with gzip, xz and zstd for comparison")
+    result["yardsticks_bpb"] = None if score.partial else yardsticks(dataset)
+    write_json(path / "result.json", result)
+    reporter.metric("result", **result)
+    say(score_lines(score, result["yardsticks_bpb"]))
+    phases = [(name, round(used, 2), "yes" if counted else "no") for name, used, counted in ledger.report()]
+    say(table(("phase", "seconds", "in the budget"), phases))
+    artifact.check_budget(info.file_bytes, config.budget)
+    return result
