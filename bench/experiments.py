@@ -266,7 +266,7 @@ def run_job(configs: list[RunConfig], data: str) -> list[dict]:
     try:
         for step in range(first.schedule.max_steps):
             pending = trainer.launch(step)
-            multiplier = trainer.update(step)
+            multiplier = trainer.update(pending)
             trainer.wait(pending)
             for average in averages.values():
                 average.update(step + 1, multiplier)

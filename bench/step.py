@@ -248,7 +248,7 @@ class Golfgpt:
         self.trainer = TrainStep(replace(setup.config, runtime=runtime), dataset, Ranks(0, 1, setup.device))
         self.trainer.model.load_state_dict(setup.weights())
         self.trainer.optimizers.muon.dtype = setup.dtype  # in float32 all forms agree to the last digits
-        self.trainer.warm_up(WARM_UP, lambda step: None)
+        self.trainer.warm_up(WARM_UP)
         self.loss, self.graph = self.trainer._loss, graph
         self.last: Pending | None = None
 
@@ -266,15 +266,14 @@ class Golfgpt:
             mark("backward")
             return out
 
-        def votes() -> tuple[bool, bool, bool]:
-            mark("rest")
-            return False, False, False
-
         mark("data")
         self.trainer._loss = loss
-        pending = self.trainer.launch(step, 0.0, votes)
+        for _ in self.trainer.backward(step):
+            pass
+        mark("rest")
+        pending = self.trainer.sum(step)
         mark("optimizer")
-        self.trainer.update(step)
+        self.trainer.update(pending)
         mark("rest")
         if self.last is not None:
             self.trainer.wait(self.last)

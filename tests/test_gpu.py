@@ -51,7 +51,7 @@ def test_captured_optimizer_step_is_the_eager_step(tiny, corpus):
     graphed = replace(config, runtime=replace(config.runtime, optimizer_graph=True))
     trainers = [TrainStep(c, dataset, Ranks(0, 1, torch.device("cuda", 0))) for c in (config, graphed)]
     for trainer in trainers:
-        trainer.warm_up(2, lambda step: None)
+        trainer.warm_up(2)
     for step in range(10):
         for trainer in trainers:
             trainer.flat.gradients.copy_(torch.randn(trainer.flat.gradients.shape, generator=torch.manual_seed(step)))

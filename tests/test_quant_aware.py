@@ -141,12 +141,13 @@ def test_late_quantization_begins_on_its_step_without_recompiling(start, below, 
     for step in range(8):
         plain.model.load_state_dict(trainer.model.state_dict())
         with torch.compiler.set_stance("fail_on_recompile" if step else "default"):
-            result = trainer.wait(trainer.launch(step))
+            pending = trainer.launch(step)
+            result = trainer.wait(pending)
         unquantized = plain.wait(plain.launch(step)).loss
         aware = step >= expected
         assert trainer.quantization_aware(step) == aware
         assert (abs(result.loss - unquantized) > 1e-5) == aware, (step, result.loss, unquantized)
-        trainer.update(step)
+        trainer.update(pending)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -162,9 +163,10 @@ def test_shadows_are_what_the_forward_would_make_of_the_weights(quant, dtype, st
     assert set(shadows.banks) == (matrices if dtype == "bfloat16" or quant.qat != "off" else set())
     quantized = Quantizer(MODEL, quant).fake_quant()
     for step in range(6):
-        result = trainer.wait(trainer.launch(step))
+        pending = trainer.launch(step)
+        result = trainer.wait(pending)
         options = quantized if trainer.quantization_aware(step) else None
-        trainer.update(step)
+        trainer.update(pending)
         aware = trainer.quantization_aware(step + 1)
         weights = dict(trainer.model.named_parameters()) | fake_quantized(trainer.model, quantized if aware else {})
         for name, shadow in shadows.banks.items():
@@ -178,17 +180,15 @@ def test_shadows_are_what_the_forward_would_make_of_the_weights(quant, dtype, st
 
 def test_from_the_first_bad_step_on_nothing_changes(monkeypatch):
     trainer = trainer_of(run(replace(MIXED, qat="export"), optim=OptimConfig(embed_dtype="bfloat16")), monkeypatch)
-    trainer.launch(0)
-    trainer.update(0)
+    trainer.update(trainer.launch(0))
     before = {k: v.clone() for k, v in (trainer.model.state_dict() | trainer.optimizers.state()).items()}
     shadows = {k: v.clone() for k, v in trainer.shadows.banks.items()}
     sum_ = FlatGradients.sum_
     monkeypatch.setattr(FlatGradients, "sum_", lambda flat: (sum_(flat), flat.gradients[7:8].fill_(float("nan"))))
     bad = trainer.launch(1)
-    trainer.update(1)
+    trainer.update(bad)
     monkeypatch.setattr(FlatGradients, "sum_", sum_)
-    trainer.launch(2)  # on its way before the host has read step 1
-    trainer.update(2)
+    trainer.update(trainer.launch(2))  # on its way before the host has read step 1
     after = trainer.model.state_dict() | trainer.optimizers.state()
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert all(torch.equal(trainer.shadows.banks[name], value) for name, value in shadows.items())

@@ -283,7 +283,7 @@ def test_killed_outright_and_resumed(tiny, tmp_path, monkeypatch):
 def test_a_non_finite_step_changes_nothing_and_names_the_tensor(tiny, tmp_path, monkeypatch, where, ahead, value, clip):
     """Nor does the step after it, which is on its way when the host reads of the first."""
     monkeypatch.setattr(TrainStep, "ahead", ahead)
-    launch, sum_ = TrainStep.launch, FlatGradients.sum_
+    step_sum, sum_ = TrainStep.sum, FlatGradients.sum_
 
     def poisoned(self, step, *args):
         def poison(flat):
@@ -294,12 +294,12 @@ def test_a_non_finite_step_changes_nothing_and_names_the_tensor(tiny, tmp_path, 
                 self.model.mlp_fc.grad[2, 5, 7] = value
 
         monkeypatch.setattr(FlatGradients, "sum_", poison)
-        return launch(self, step, *args)
+        return step_sum(self, step, *args)
 
     config = replace(tiny, schedule=replace(tiny.schedule, warmdown_frac=0), average=AverageConfig(kind="ema"))
     config = replace(config, optim=replace(config.optim, grad_clip_norm=clip))
     train(replace(config, schedule=replace(config.schedule, max_steps=3)), tmp_path / "good")
-    monkeypatch.setattr(TrainStep, "launch", poisoned)
+    monkeypatch.setattr(TrainStep, "sum", poisoned)
     name = "blocks.2.mlp.fc.weight" if where == "gradient" else r"the loss \(nan\)"
     with pytest.raises(NonFiniteError, match=f"step 3: .*{name}.*nothing was updated"):
         train(config, tmp_path / "bad")
@@ -313,13 +313,13 @@ def test_a_non_finite_step_changes_nothing_and_names_the_tensor(tiny, tmp_path, 
 
 def test_the_cap_stops_before_the_step_that_would_cross(tiny, tmp_path, monkeypatch):
     """On a clock that only the steps advance, by 20 ms each."""
-    clock, launch = [0.0], TrainStep.launch
+    clock, step_sum = [0.0], TrainStep.sum
 
     def slow(self, *args):
         clock[0] += 0.02
-        return launch(self, *args)
+        return step_sum(self, *args)
 
-    monkeypatch.setattr(TrainStep, "launch", slow)
+    monkeypatch.setattr(TrainStep, "sum", slow)
     monkeypatch.setattr("golfgpt.train.train.Ledger", lambda: Ledger(now=lambda: clock[0]))
     config = replace(tiny, schedule=ScheduleConfig(max_steps=100_000, max_seconds=0.65))
     result = train(config, tmp_path / "run")
@@ -332,14 +332,14 @@ def test_the_cap_stops_before_the_step_that_would_cross(tiny, tmp_path, monkeypa
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_a_slow_first_step_is_no_measure_of_the_others(tiny, tmp_path, monkeypatch, ahead):
     """Compilation and lazy initialization happen once. Schedules go on at the pace of the steps after it."""
-    clock, launch, seen = [0.0], TrainStep.launch, {}
+    clock, step_sum, seen = [0.0], TrainStep.sum, {}
 
     def slow(self, step, *args):
-        seen[step] = self.seconds_at(step), clock[0]
+        seen[step] = self.pace.seconds_at(step), clock[0]
         clock[0] += 0.05 if step else 3.0
-        return launch(self, step, *args)
+        return step_sum(self, step, *args)
 
-    monkeypatch.setattr(TrainStep, "launch", slow)
+    monkeypatch.setattr(TrainStep, "sum", slow)
     monkeypatch.setattr(TrainStep, "ahead", ahead)
     monkeypatch.setattr("golfgpt.train.train.Ledger", lambda: Ledger(now=lambda: clock[0]))
     config = replace(tiny, schedule=ScheduleConfig(max_steps=30, max_seconds=9.0))
@@ -365,18 +365,16 @@ def test_over_budget_is_scored_kept_and_refused(tiny, tmp_path):
 
 
 def test_a_long_step_gives_signs_of_life_and_a_finished_run_says_so(tiny, tmp_path, monkeypatch):
-    clock, told, loss = [0.0], [], TrainStep.launch
+    clock, told, backward = [0.0], [], TrainStep.backward
     config = replace(tiny, data=replace(tiny.data, microbatch_tokens=tiny.data.seq_len))
     config = replace(config, schedule=replace(config.schedule, max_steps=1))
 
-    def slow(self, step, seconds, votes, tick):
-        def tock(done, of):
+    def slow(self, step):
+        for done_of in backward(self, step):
             clock[0] += 4
-            tick(done, of)
+            yield done_of
 
-        return loss(self, step, seconds, votes, tock)
-
-    monkeypatch.setattr(TrainStep, "launch", slow)
+    monkeypatch.setattr(TrainStep, "backward", slow)
     monkeypatch.setattr("golfgpt.train.train.Ledger", lambda: Ledger(now=lambda: clock[0]))
     monkeypatch.setattr(Reporter, "status", lambda self, text: told.append(text))
     train(config, tmp_path / "run")
@@ -481,14 +479,15 @@ def test_compiled_warm_up_leaves_no_trace(tiny, corpus):
     dataset = Dataset.open(corpus)
     trainer = TrainStep(tiny, dataset, CPU)
     before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
-    trainer.warm_up(2, lambda step: None)
+    trainer.warm_up(2)
     assert all(torch.equal(v, before[k]) for k, v in trainer.model.state_dict().items())
     assert not any(value.any() for value in trainer.optimizers.state().values())
     reference = TrainStep(tiny, dataset, CPU)
     for step in range(2):
         for t in (trainer, reference):
-            t.wait(t.launch(step))
-            t.update(step)
+            pending = t.launch(step)
+            t.wait(pending)
+            t.update(pending)
     for a, b in zip(trainer.model.parameters(), reference.model.parameters(), strict=True):
         assert torch.equal(a, b)
 

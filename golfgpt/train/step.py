@@ -6,9 +6,9 @@ update. A step reads `data.spans` spans of span_tokens + 1 tokens. They are deal
 eight see the same tokens, and gradients are token-weighted sums, so they agree within rounding.
 
 `backward`, `sum` and `update` only enqueue work on a GPU; `wait` reads what became of a step, when the next one is
-already enqueued. So decisions lag: the learning rate follows the last clock of rank 0 that has come back, carried forward at
-the pace of the last known step, which is the same on every rank, and a vote to stop counts the steps that are on their
-way. On a CPU nothing is asynchronous and nothing lags.
+already enqueued. So decisions lag: the learning rate follows the last clock of rank 0 that has come back, carried
+forward at the pace of the last known step, which is the same on every rank, and a vote to stop counts the steps that
+are on their way. On a CPU nothing is asynchronous and nothing lags.
 
 Whether loss and gradient are finite is decided on the device, for good: from the first step that is not, no update
 changes anything, until the host has read so and ends the run.
