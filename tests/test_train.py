@@ -152,10 +152,10 @@ def test_resume_is_bit_identical(tiny, tmp_path, monkeypatch, capfd):
 
     update = TrainStep.update
 
-    def stop_after_step_4(self, step):
-        if step == 4:
+    def stop_after_step_4(self, pending):
+        if pending.step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
-        return update(self, step)
+        return update(self, pending)
 
     monkeypatch.setattr(TrainStep, "update", stop_after_step_4)
     path = tmp_path / "broken"
@@ -264,10 +264,10 @@ def test_killed_outright_and_resumed(tiny, tmp_path, monkeypatch):
         train(short, path, resume=True)
     update, killed = TrainStep.update, []
 
-    def interrupt_once(self, step):
+    def interrupt_once(self, pending):
         if not killed:
             killed.append(os.kill(os.getpid(), signal.SIGINT))
-        return update(self, step)
+        return update(self, pending)
 
     monkeypatch.setattr(TrainStep, "update", interrupt_once)
     with pytest.raises(Interrupted, match="SIGINT; state saved at step") as error:
@@ -538,9 +538,9 @@ def test_a_signal_after_the_vote_does_not_wait_for_an_evaluation(tiny, tmp_path,
 def test_a_diverged_last_update_is_not_exported(tiny, tmp_path, monkeypatch):
     update = TrainStep.update
 
-    def explode(self, step):
-        value = update(self, step)
-        if step == 7:
+    def explode(self, pending):
+        value = update(self, pending)
+        if pending.step == 7:
             self.model.mlp_fc.data.fill_(float("inf"))
         return value
 
