@@ -11,6 +11,7 @@ from .fake_quant import (
     fake_quantize_banks,
     fake_quantize_rows,
     quantize_rows,
+    round_to_dtype,
     straight_through,
 )
 from .muon import muon_momentum_, muon_update_, square_parts
@@ -31,6 +32,7 @@ __all__ = [
     "newton_schulz",
     "quantize_rows",
     "relu2_mlp",
+    "round_to_dtype",
     "softcap_cross_entropy",
     "square_parts",
     "straight_through",
