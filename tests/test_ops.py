@@ -10,6 +10,7 @@ import torch
 from golfgpt_kernels import tuning  # noqa: F401  so that all of the package is imported
 from golfgpt_kernels._jit import MISSING
 from golfgpt_kernels._ops import add_op_namespace_prefix, ops
+from golfgpt_kernels._rows import to_fields
 from golfgpt_kernels._softcap import softcap_logprobs
 from golfgpt_kernels.testing import randn
 
@@ -19,10 +20,7 @@ NAMESPACE = add_op_namespace_prefix("")
 REGISTERED = sorted(
     name.removeprefix(NAMESPACE) for name in torch._C._dispatch_get_all_op_names() if name.startswith(NAMESPACE)
 )
-ROW_OPTIONS = dict(
-    clip="quantile", code_range="full", scale_dtype=torch.float16, scale_floor=0.0, codes_from="stored_scale",
-    group_size=None,
-)  # fmt: skip
+SPECS = [gk.RowQuant(bits=bits, clip="quantile", code_range="full") for bits in (6, 5, 6)]
 QUINTIC = [3.4445, -4.7750, 2.0315]
 triton = pytest.mark.skipif(MISSING is not None, reason="without triton no kernel runs")
 
@@ -92,7 +90,7 @@ def muon_update_(device):
 
 def muon_update_rows_(device):
     yes = torch.tensor(True, device=device)
-    yield (*muon_update_args(device), yes, [6] * 3, yes), ROW_OPTIONS
+    yield (*muon_update_args(device), yes, yes), to_fields(SPECS)
 
 
 def softcap_logprobs_args(softcap, device):
@@ -116,19 +114,19 @@ def softcap_logprobs_backward(device):
 def quantize_rows(device, by_kernel=True):
     w = randn(9, 24, device=device)
     for weight in (w, w.T.contiguous().T, w[None]):
-        yield (weight,), dict(ROW_OPTIONS, bits=6, codes_dtype=torch.int8, by_kernel=by_kernel, group_size=4)
+        yield (weight,), dict(to_fields(SPECS[:1]), codes_dtype=torch.int8, by_kernel=by_kernel, group_size=4)
 
 
 def fake_quantize_(device, by_kernel=True):
     w = randn(9, 24, device=device)
     outs = [torch.empty_like(w, dtype=torch.bfloat16), torch.empty(24, 9, device=device).T]
-    yield ([w, w], outs, [6, 5], None), dict(ROW_OPTIONS, by_kernel=by_kernel)
+    yield ([w, w], outs, None), dict(to_fields(SPECS[:2]), by_kernel=by_kernel)
 
 
 def codes_linear(device):
-    x, w = leaf(5, 24, seed=1, device=device), leaf(9, 24, seed=0, device=device)
-    codes, scale = gk.quantize_rows(w, bits=6, impl="eager")
-    yield (x, w, codes.to(x.dtype), scale), {}
+    x, w = randn(5, 24, seed=1, device=device), randn(9, 24, device=device)
+    codes, scale = gk.quantize_rows(w, SPECS[0], impl="eager")
+    yield (x, codes.to(x.dtype), scale), {}
 
 
 def round_to_dtype(device):

@@ -6,6 +6,7 @@ rounded.
 
 from ._dispatch import implementation
 from .fake_quant import (
+    RowQuant,
     dequantize_rows,
     fake_quant_linear,
     fake_quantize_banks,
@@ -21,6 +22,7 @@ from .softcap_cross_entropy import softcap_cross_entropy
 from .token_logprobs import token_logprobs
 
 __all__ = [
+    "RowQuant",
     "dequantize_rows",
     "fake_quant_linear",
     "fake_quantize_banks",
