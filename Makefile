@@ -53,7 +53,7 @@ gpu-bench:
 	$(GPU) 480 $(PYTHON) -m pytest bench --seconds $(LIMIT) --out $(OUT)
 
 gpu-tune:
-	$(GPU) 70 $(PYTHON) -m bench.tune --quick --out $(OUT)
+	$(GPU) 70 $(PYTHON) -m golfgpt_kernels tune --out $(OUT)
 	$(GPU) 410 $(PYTHON) -m bench.tune --seconds $$(($(LIMIT) - 60)) --out $(OUT)
 
 gpu-step:

@@ -10,7 +10,7 @@ that its cost is measured and not assumed.
 
 from __future__ import annotations
 
-from golfgpt_kernels._cases import Case, Inputs, linear_inputs
+from golfgpt_kernels._cases import INT6, Case, Inputs, linear_inputs
 from golfgpt_kernels._dispatch import runs_triton
 from golfgpt_kernels._jit import descriptor, dot, dot_precision, empty_rows, jit, launch, narrow, num_programs, tl
 from golfgpt_kernels._tiles import compute_capability
@@ -18,7 +18,6 @@ from golfgpt_kernels.fake_quant import fake_quant_linear, fake_quant_linear_cost
 from golfgpt_kernels.tuning import cases
 from torch import Tensor
 
-BITS = 6
 # By least compute capability, 0 the interpreter. The tallest that compile without spills (192 registers and 156 KB for
 # sm_90, triton 3.7.1), since every block of rows quantizes the whole weight.
 TILES = {0: (32, 32, 32, 4, 1), 80: (128, 128, 32, 8, 4), 90: (256, 128, 32, 8, 3)}
@@ -49,7 +48,7 @@ def _in_loop_kernel(
 
 
 def in_loop_linear(x: Tensor, w: Tensor) -> Tensor:
-    scale = quantize_rows(w, bits=BITS, impl="triton")[1]
+    scale = quantize_rows(w, INT6, impl="triton")[1]
     (m, k), n = x.shape, w.shape[0]
     y = empty_rows((m, n), x.dtype, x.device)
     sm = compute_capability(x.device)
@@ -58,7 +57,7 @@ def in_loop_linear(x: Tensor, w: Tensor) -> Tensor:
     operands = descriptor(x, (block_m, block_k)), descriptor(w, (block_n, block_k)), scale
     launch(
         _in_loop_kernel, grid, x.device, *operands, descriptor(y, (block_m, block_n)),
-        m, n, k, float(2 ** (BITS - 1) - 1), dot_precision(x.dtype), block_m, block_n, block_k,
+        m, n, k, float(INT6.qmax), dot_precision(x.dtype), block_m, block_n, block_k,
         num_warps=warps, num_stages=stages, enable_fp_fusion=False,
     )  # fmt: skip
     return y
@@ -68,7 +67,7 @@ def in_loop_case(rows: int, k: int, n: int) -> Case:
     def call(i: Inputs, impl: str) -> Tensor:
         if runs_triton("in_loop_linear", impl, i["x"], rows):
             return in_loop_linear(i["x"], i["w"])
-        return fake_quant_linear(i["x"], i["w"], bits=BITS, form="shadow", impl=impl)
+        return fake_quant_linear(i["x"], i["w"], INT6, form="shadow", impl=impl)
 
     return Case(
         op="in_loop_linear", rows=rows, shape=(rows, k, n), call=call, draw=linear_inputs(k, n),

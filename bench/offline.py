@@ -44,7 +44,7 @@ from golfgpt_kernels._dispatch import KERNEL_DTYPES
 from golfgpt_kernels._softcap import softcap_logits_grad, softcap_logprobs_fwd
 from golfgpt_kernels._tiles import TABLES
 from golfgpt_kernels._weight_grad import split_weight_grad
-from golfgpt_kernels.fake_quant import codes_linear, quantize_matrices
+from golfgpt_kernels.fake_quant import RowQuant, codes_linear, quantize_matrices
 from golfgpt_kernels.muon import momentum_launch, square_parts, update_launch, update_rows_launch
 from golfgpt_kernels.newton_schulz import gram, normalize, polynomial, update
 from golfgpt_kernels.relu2_mlp import linear_relu2_fwd, relu2_dz, relu2_mlp_dz
@@ -125,19 +125,13 @@ def _(dtype, tile, columns, clip):
         empty(ROWS, columns, dtype=torch.int8),
         empty(ROWS, dtype=dtype),
     )
-    _quantize([w], [codes], [scale], None, clip, tile)
+    quantize_matrices([w], [codes], [scale], [RowQuant(bits=6, clip=clip)], tile=tile)
 
 
 @case("fake_quantize_banks", table="quantize_rows", clip=("max", "quantile"), dots=False)
 def _(dtype, tile, clip):
-    _quantize(banks(dtype), banks(torch.bfloat16), None, torch.tensor(True), clip, tile)
-
-
-def _quantize(ws, outs, scales, enabled, clip, tile):
-    quantize_matrices(
-        ws, outs, scales, [6] * len(ws), enabled, clip=clip, code_range="symmetric", scale_dtype=torch.float16,
-        scale_floor=0.0, codes_from="stored_scale", group_size=None, tile=tile,
-    )  # fmt: skip
+    ws, specs = banks(dtype), [RowQuant(bits=6, clip=clip)] * 4
+    quantize_matrices(ws, banks(torch.bfloat16), None, specs, torch.tensor(True), tile)
 
 
 @case("muon_momentum", sums=(False, True), dots=False)
@@ -158,11 +152,10 @@ def _(dtype, tile):
 def _(dtype, tile, columns, clip):
     """The model's matrices, or one whose rows are longer than a block."""
     like = banks if columns is None else lambda dtype: [empty(ROWS, columns, dtype=dtype)]
-    params, count = like(dtype), len(like(dtype))
+    params, yes = like(dtype), torch.tensor(True)
     update_rows_launch(
-        params, like(torch.bfloat16), torch.tensor(0.02), [1.0] * count, 0.1, like(torch.bfloat16), torch.tensor(True),
-        [6] * count, torch.tensor(True), clip=clip, code_range="symmetric", scale_dtype=torch.float16, scale_floor=0.0,
-        codes_from="stored_scale", group_size=None, tile=tile,
+        params, like(torch.bfloat16), torch.tensor(0.02), [1.0] * len(params), 0.1, like(torch.bfloat16), yes, yes,
+        [RowQuant(bits=6, clip=clip)] * len(params), tile,
     )  # fmt: skip
 
 

@@ -8,10 +8,9 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
-from typing import Any
 
 import torch
-from golfgpt_kernels import quantize_rows
+from golfgpt_kernels import RowQuant, quantize_rows
 from torch import Tensor
 
 from golfgpt import artifact
@@ -37,28 +36,24 @@ def forecast_bytes(quantizer: Quantizer) -> int:
         if not format.quantized:
             total += format.value_bytes
             continue
-        options = quantizer.options(part) | {"scale_floor": 0.0}
-        codes = _gaussian_codes(format.group or format.shape[-1], options)
+        spec = replace(quantizer.spec(part), scale_floor=0.0, group_size=None)
+        codes = _gaussian_codes(format.group or format.shape[-1], spec)
         bits = code_entropy(codes) * _overhead(format.bits, quantizer.config.compressor, quantizer.config.level)
         total += format.elements * bits / 8 + format.scale_bytes
     return math.ceil(total)
 
 
 @cache
-def _gaussian_codes_of(columns: int, options: tuple[tuple[str, Any], ...]) -> Tensor:
+def _gaussian_codes(columns: int, spec: RowQuant) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(max(_SAMPLE // columns, 1), columns, generator=generator)
-    return quantize_rows(w, **dict(options))[0]
-
-
-def _gaussian_codes(columns: int, options: dict[str, Any]) -> Tensor:
-    return _gaussian_codes_of(columns, tuple(sorted((options | {"group_size": None}).items())))
+    return quantize_rows(w, spec)[0]
 
 
 @cache
 def _overhead(bits: int, compressor: str, level: int | None) -> float:
     """Compressed bytes over entropy of a sample of Gaussian codes, at least 1."""
-    codes = _gaussian_codes(512, {"bits": bits})
+    codes = _gaussian_codes(512, RowQuant(bits=bits))
     compressed = artifact.compress(codes.numpy().tobytes(), compressor, level)[2]
     return max(8 * len(compressed) / (codes.numel() * code_entropy(codes)), 1.0)
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from golfgpt_kernels import muon_momentum_, muon_update_, newton_schulz, square_parts
+from golfgpt_kernels import RowQuant, muon_momentum_, muon_update_, newton_schulz, square_parts
 from torch import Tensor, nn
 
 from golfgpt.config import OptimConfig
@@ -33,8 +33,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum orthogonalized by Newton-Schulz, over parameters (..., rows, cols) with rows = out features.
 
     `lr` and `momentum` of a group are numbers or 0-d float32 tensors on the parameters' device. `shadows` maps
-    parameters to tensors of their shape that get a rounded copy of every update, fake-quantized if `quantizers` maps
-    the parameter to options of `golfgpt_kernels.fake_quantize_rows` ("bits" and whatever is not its default).
+    parameters to tensors of their shape that get a rounded copy of every update, fake-quantized by the parameter's
+    entry in `quantizers` if it has one, while `enabled`, a 0-d bool tensor, is true (None: always).
     `dtype` is the iteration's.
     Raises ValueError for a parameter with fewer than two dimensions, or without a shadow where it needs one.
     """
@@ -52,10 +52,12 @@ class Muon(torch.optim.Optimizer):
         variance_beta: float = 0.0,
         dtype: torch.dtype = torch.bfloat16,
         shadows: Mapping[Tensor, Tensor] | None = None,
-        quantizers: Mapping[Tensor, Mapping[str, Any]] | None = None,
+        quantizers: Mapping[Tensor, RowQuant] | None = None,
+        enabled: Tensor | None = None,
         impl: str = "auto",
     ):
-        self.dtype, self.shadows, self.quantizers, self.impl = dtype, shadows or {}, quantizers or {}, impl
+        self.dtype, self.impl = dtype, impl
+        self.shadows, self.quantizers, self.enabled = shadows or {}, quantizers or {}, enabled
         defaults = dict(
             lr=lr, momentum=momentum, nesterov=nesterov, ns_steps=ns_steps, weight_decay=weight_decay,
             row_norm=row_norm, variance_beta=variance_beta,
@@ -74,7 +76,7 @@ class Muon(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which torch's own would leave without what lies outside the groups."""
-        own = {name: getattr(self, name) for name in ("dtype", "shadows", "quantizers", "impl")}
+        own = {name: getattr(self, name) for name in ("dtype", "shadows", "quantizers", "enabled", "impl")}
         return {**super().__getstate__(), **own}
 
     @torch.no_grad()
@@ -145,12 +147,10 @@ class Muon(torch.optim.Optimizer):
                     self._equalize(p, part, group["variance_beta"], ok) if group["variance_beta"] else part
                 )
         of = dict(zip(params, orthogonal, strict=True))
-        launches: dict[tuple, list[nn.Parameter]] = {}  # parameters of one quantizer, whose bits may differ
-        for p in params:
-            launches.setdefault((p in self.shadows, _without_bits(self.quantizers.get(p))), []).append(p)
-        for (shadowed, options), members in launches.items():
-            if options is not None:
-                options = dict(options, bits=[self.quantizers[p]["bits"] for p in members])
+        for shadowed in (True, False):
+            members = [p for p in params if (p in self.shadows) == shadowed]
+            if not members:
+                continue
             muon_update_(
                 members,
                 [of[p] for p in members],
@@ -158,7 +158,8 @@ class Muon(torch.optim.Optimizer):
                 scales=[max(1.0, p.size(-2) / p.size(-1)) ** 0.5 for p in members],
                 weight_decay=group["weight_decay"],
                 shadows=[self.shadows[p] for p in members] if shadowed else None,
-                **(options or {}),
+                specs=[self.quantizers.get(p) for p in members],
+                enabled=self.enabled,
                 ok=ok,
                 impl=self.impl,
             )
@@ -173,10 +174,6 @@ class Muon(torch.optim.Optimizer):
         scaled = o * variance.clamp_min(1e-10).rsqrt()
         norms = [torch.linalg.matrix_norm(x.float()) for x in (o, scaled)]
         return scaled * (norms[0] / norms[1].clamp_min(1e-10))[..., None, None]
-
-
-def _without_bits(options: Mapping[str, Any] | None) -> tuple[tuple[str, Any], ...] | None:
-    return None if options is None else tuple((k, v) for k, v in sorted(options.items()) if k != "bits")
 
 
 def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
@@ -232,7 +229,8 @@ class Optimizers:
             row_norm=config.muon_row_norm,
             variance_beta=config.muon_variance_beta,
             shadows={named[name]: shadows.banks[name] for name in written},
-            quantizers={named[name]: options for name, options in written.items() if options is not None},
+            quantizers={named[name]: spec for name, spec in written.items() if spec is not None},
+            enabled=None if shadows is None else shadows.enabled,
         )
         self.ok = torch.ones((), dtype=torch.bool, device=device)
         self._found_inf = self.adam.found_inf = torch.zeros((), device=device)  # torch's name: 1 skips a fused step

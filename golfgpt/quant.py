@@ -27,11 +27,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from golfgpt_kernels import dequantize_rows, quantize_rows
+from golfgpt_kernels import RowQuant, dequantize_rows, quantize_rows
 from torch import Tensor
 
 from golfgpt.config import ModelConfig, QuantConfig, QuantRule
@@ -52,9 +52,11 @@ _PUBLISHED_QAT = {
 """Options and smallest row clip of the published fake quantizations (recipes R4, R4b; R5) of matrices; R4 and R4b have
 none but the layers'."""
 
-FakeQuant = Mapping[str, dict[str, Any] | Sequence[tuple[int, dict[str, Any] | None]]]
-"""Bank -> what it goes through in training, or (layers, that) of its consecutive parts: options of
-`golfgpt_kernels.fake_quantize_rows`, {"keep": torch.float16} (and "enabled") for rounding to it, or None."""
+Rounding = RowQuant | torch.dtype | None
+"""What training rounds a weight to: codes and scales, a dtype, or nothing."""
+
+FakeQuant = Mapping[str, Sequence[tuple[int, Rounding]]]
+"""Bank -> (layers, rounding) of its consecutive parts."""
 
 
 @dataclass(frozen=True)
@@ -260,63 +262,55 @@ class Quantizer:
         """The integer formats, as int8 or int5/int6; float16 where there is none."""
         return "/".join(sorted({f.format for f in self.formats.values() if f.quantized})) or "float16"
 
-    def options(self, part: str) -> dict[str, Any]:
-        """Keywords of `golfgpt_kernels.quantize_rows` and its kin for a quantized part."""
+    def spec(self, part: str) -> RowQuant:
+        """How a quantized part becomes codes and scales."""
         c, format = self.config, self.formats[part]
-        return {
-            "bits": format.bits,
-            "clip": c.clip,
-            "code_range": c.code_range,
-            "scale_dtype": DTYPES[format.scale],
-            "scale_floor": max(c.scale_floor, c.clip_floor / format.max_code),
-            "codes_from": c.codes_from,
-            "group_size": format.group,
-        }
+        return RowQuant(
+            bits=format.bits,
+            clip=c.clip,
+            code_range=c.code_range,
+            scale_dtype=DTYPES[format.scale],
+            scale_floor=max(c.scale_floor, c.clip_floor / format.max_code),
+            codes_from=c.codes_from,
+            group_size=format.group,
+        )
 
-    def fake_quant(self, enabled: Tensor | None = None) -> FakeQuant:
-        """What the banks go through in quantization-aware training; empty without qat. `enabled`, a 0-d bool tensor,
-        turns it on and off without a recompilation.
+    def fake_quant(self) -> FakeQuant:
+        """What the banks go through in quantization-aware training; those that it leaves alone are not in it.
 
         Raises InputError for qat that changes nothing, and for qat="export" with pruning: the artifact would hold zeros
         that training never saw.
         """
+        if self.config.qat == "off":
+            return {}
         if self.config.qat == "export" and self.config.prune:
             raise InputError(
                 f"quant.qat export trains with the weights that the artifact will hold, and quant.prune "
                 f"{self.config.prune:g} changes them afterwards; prune without it, or export a pruned copy later"
             )
-        whole, split = {}, {}
-        options_of = {part: self._training(part, enabled) for part in self.formats}
-        if self.config.qat != "off" and not any(options_of.values()):
+        banks: dict[str, list[tuple[int, Rounding]]] = {}
+        for part, format in self.formats.items():
+            layers = format.shape[0] if format.shape else 1
+            banks.setdefault(parse_part(part)[0], []).append((layers, self._rounding(part, format)))
+        banks = {bank: parts for bank, parts in banks.items() if any(rounding for _, rounding in parts)}
+        if not banks:
             raise InputError(
                 f"quant.qat {self.config.qat} changes no weight: quant.bits, rules and keep_numel give no matrix that "
                 "it quantizes an integer format"
             )
-        for (part, options), format in zip(options_of.items(), self.formats.values(), strict=True):
-            bank, layers = parse_part(part)
-            if layers != slice(None):
-                split.setdefault(bank, []).append((format.shape[0], options))
-            elif options is not None:
-                whole[bank] = options
-        return whole | {bank: parts for bank, parts in split.items() if any(options for _, options in parts)}
+        return banks
 
-    def _training(self, part: str, enabled: Tensor | None) -> dict[str, Any] | None:
-        qat, format = self.config.qat, self.formats[part]
+    def _rounding(self, part: str, format: TensorFormat) -> Rounding:
+        qat, param = self.config.qat, self.parameters[parse_part(part)[0]]
         if qat == "export":
             if format.quantized:
-                return {**self.options(part), "enabled": enabled}
-            return None if format.format == "float32" else {"keep": DTYPES[format.format], "enabled": enabled}
-        param = self.parameters[parse_part(part)[0]]
-        if qat == "off" or not format.quantized or param.kind != "matrix" or (qat == "r4" and not param.layered):
+                return self.spec(part)
+            return None if format.format == "float32" else DTYPES[format.format]
+        if not format.quantized or param.kind != "matrix" or (qat == "r4" and not param.layered):
             return None
         options, clip_floor = _PUBLISHED_QAT[qat]
-        return {
-            **options,
-            "bits": format.bits,
-            "scale_dtype": torch.float32,
-            "scale_floor": clip_floor / format.max_code,
-            "enabled": enabled,
-        }
+        floor = clip_floor / format.max_code
+        return RowQuant(bits=format.bits, scale_dtype=torch.float32, scale_floor=floor, **options)
 
     def encode(self, state: Mapping[str, Tensor]) -> dict[str, QuantizedTensor]:
         """Prune and quantize the model's banks (any float dtype, any device); part name -> tensor.
@@ -336,7 +330,7 @@ class Quantizer:
                 raise InputError(f"tensor {part} has {int((~w.isfinite()).sum())} non-finite weights")
             w = pruned(self.parameters[bank], w, self.config.prune)
             if format.quantized:
-                yield part, QuantizedTensor(format, *quantize_rows(w, **self.options(part)))
+                yield part, QuantizedTensor(format, *quantize_rows(w, self.spec(part)))
                 continue
             values = w.to(DTYPES[format.format])
             if not values.isfinite().all():

@@ -8,25 +8,26 @@ arrive from other ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
-from golfgpt_kernels import fake_quantize_banks, fake_quantize_rows, straight_through
+from golfgpt_kernels import RowQuant, fake_quantize_banks, fake_quantize_rows, round_to_dtype, straight_through
 from torch import Tensor
 
 from golfgpt.model.gpt import GPT
 from golfgpt.model.parameters import of_kind
-from golfgpt.quant import FakeQuant
+from golfgpt.quant import FakeQuant, Rounding
 
 
 class Shadows:
     """Shadows of a model's matrix banks, by name; empty where the weights themselves are what the forward needs."""
 
-    def __init__(self, model: GPT, fake_quant: FakeQuant, dtype: torch.dtype):
-        """`fake_quant` as `Quantizer.fake_quant` makes it; what it says of other parameters is done in each forward."""
+    def __init__(self, model: GPT, fake_quant: FakeQuant, dtype: torch.dtype, enabled: Tensor | None = None):
+        """`fake_quant` is done here for matrices and in each forward for other parameters, while `enabled`, a 0-d bool
+        tensor, is true (None: always)."""
         self._parameters = parameters = dict(model.named_parameters())
         self._parts = {name: fake_quant.get(name) for name in of_kind(model.table, "matrix")}
+        self.enabled = enabled
         self.banks = {
             name: torch.empty_like(parameters[name], dtype=dtype, requires_grad=False)
             for name, parts in self._parts.items()
@@ -42,33 +43,30 @@ class Shadows:
         fake-quantized here and now; gradients go to the parameters."""
         out = {name: straight_through(self._parameters[name], shadow) for name, shadow in self.banks.items()}
         for name, parts in self._in_forward.items():
-            out[name] = fake_quantized_bank(self._parameters[name], parts)
+            out[name] = fake_quantized(self._parameters[name], parts, self.enabled)
         return out
 
-    def written_by_muon(self) -> dict[str, dict[str, Any] | None]:
-        """Bank -> options of its quantizer (None: rounded only), of those that Muon can write with the weights."""
-        whole = {name: parts for name, parts in self._parts.items() if name in self.banks}
-        return {
-            n: parts for n, parts in whole.items() if parts is None or (isinstance(parts, dict) and "bits" in parts)
-        }
+    def written_by_muon(self) -> dict[str, RowQuant | None]:
+        """Bank -> its quantizer (None: rounded only), of those that Muon can write with the weights."""
+        whole = {name: self._parts[name] or [(1, None)] for name in self.banks}
+        roundings = {name: parts[0][1] for name, parts in whole.items() if len(parts) == 1}
+        return {name: spec for name, spec in roundings.items() if spec is None or isinstance(spec, RowQuant)}
 
     @torch.no_grad()
     def refresh(self, names: Iterable[str] | None = None) -> None:
         """Write the shadows of `names` (None: all) from the weights."""
-        groups: dict[tuple, list[str]] = {}
-        for name in self.banks if names is None else names:
-            parts, w = self._parts[name], self._parameters[name].detach()
-            if isinstance(parts, dict) and "bits" in parts:
-                groups.setdefault(tuple((k, v) for k, v in parts.items() if k != "bits"), []).append(name)
-            else:
-                self.banks[name].copy_(fake_quantized_bank(w, parts))
-        for options, members in groups.items():
-            fake_quantize_banks(
-                [self._parameters[name].detach() for name in members],
-                [self.banks[name] for name in members],
-                bits=[self._parts[name]["bits"] for name in members],
-                **dict(options),
-            )
+        names, written = list(self.banks if names is None else names), self.written_by_muon()
+        whole = [name for name in names if written.get(name) is not None]
+        fake_quantize_banks(
+            [self._parameters[name].detach() for name in whole],
+            [self.banks[name] for name in whole],
+            [written[name] for name in whole],
+            enabled=self.enabled,
+        )
+        for name in names:
+            if name not in whole:
+                w = self._parameters[name].detach()
+                self.banks[name].copy_(fake_quantized(w, self._parts[name] or [], self.enabled))
         self.mark()
 
     def mark(self) -> None:
@@ -83,32 +81,21 @@ class Shadows:
         return [self._parameters[name]._version for name in self.banks]
 
 
-def fake_quantized_bank(w: Tensor, parts: dict[str, Any] | list | None) -> Tensor:
-    """A bank as the artifact will hold it, with straight-through gradient; `parts` is its entry in a FakeQuant."""
-    if not isinstance(parts, list):
-        return fake_quantized(w, parts)
-    layers = w.split([layers for layers, _ in parts])
-    return torch.cat([fake_quantized(part, options) for part, (_, options) in zip(layers, parts, strict=True)])
+def fake_quantized(w: Tensor, parts: Sequence[tuple[int, Rounding]], enabled: Tensor | None = None) -> Tensor:
+    """A bank as the artifact will hold it, with straight-through gradient; w while `enabled` is false. `parts` is its
+    entry in a FakeQuant, empty for none."""
+    if len(parts) < 2:
+        return _rounded(w, parts[0][1] if parts else None, enabled)
+    pieces = w.split([layers for layers, _ in parts])
+    return torch.cat([_rounded(piece, rounding, enabled) for piece, (_, rounding) in zip(pieces, parts, strict=True)])
 
 
-def fake_quantized(w: Tensor, options: dict[str, Any] | None) -> Tensor:
-    """w as the artifact will hold it, with straight-through gradient."""
-    if options is None:
+def _rounded(w: Tensor, rounding: Rounding, enabled: Tensor | None) -> Tensor:
+    if rounding is None:
         return w
-    if "keep" not in options:
-        return fake_quantize_rows(w, **options)
-    kept = _rounded(w.detach(), options["keep"])
-    if options.get("enabled") is not None:
-        kept = torch.where(options["enabled"], kept, w.detach())
+    if isinstance(rounding, RowQuant):
+        return fake_quantize_rows(w, rounding, enabled=enabled)
+    kept = round_to_dtype(w.detach(), rounding)
+    if enabled is not None:
+        kept = torch.where(enabled, kept, w.detach())
     return straight_through(w, kept)
-
-
-@torch.library.custom_op("golfgpt::rounded", mutates_args=())
-def _rounded(w: Tensor, dtype: torch.dtype) -> Tensor:
-    """w after a round trip through dtype; an opaque op, for Inductor removes such round trips."""
-    return w.to(dtype, copy=True).to(w.dtype)
-
-
-@_rounded.register_fake
-def _(w: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(w)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
+from unittest import mock
 
 import torch
+from golfgpt_kernels import fake_quantize_rows
 
+from golfgpt import shadows
 from golfgpt.config import (
     DataConfig,
     EvalConfig,
@@ -18,7 +22,6 @@ from golfgpt.config import (
 )
 from golfgpt.model.gpt import GPT
 from golfgpt.quant import FakeQuant
-from golfgpt.shadows import fake_quantized_bank
 
 SMALL = ModelConfig(vocab_size=97, num_layers=5, model_dim=48, num_heads=4, num_kv_heads=2, mlp_hidden=80)
 
@@ -33,9 +36,13 @@ def lively(config: ModelConfig = SMALL, seed: int = 0) -> GPT:
     return model
 
 
-def fake_quantized(model: GPT, fake_quant: FakeQuant) -> dict[str, torch.Tensor]:
+def fake_quantized(
+    model: GPT, fake_quant: FakeQuant, enabled: torch.Tensor | None = None, impl: str = "auto"
+) -> dict[str, torch.Tensor]:
     """`stand_ins` of the model's parameters: as the artifact will hold them, with straight-through gradients."""
-    return {name: fake_quantized_bank(model.get_parameter(name), parts) for name, parts in fake_quant.items()}
+    with mock.patch.object(shadows, "fake_quantize_rows", functools.partial(fake_quantize_rows, impl=impl)):
+        parts = {name: (model.get_parameter(name), parts) for name, parts in fake_quant.items()}
+        return {name: shadows.fake_quantized(w, parts, enabled) for name, (w, parts) in parts.items()}
 
 
 def tiny_config(corpus: Path) -> RunConfig:

@@ -35,7 +35,7 @@ from golfgpt.model.gpt import GPT
 from golfgpt.model.layers import rope_table
 from golfgpt.model.parameters import parameter_shapes, parameter_table
 from golfgpt.optim import Muon
-from golfgpt.quant import FakeQuant, Quantizer, parse_part, prune_threshold, pruned
+from golfgpt.quant import Quantizer, parse_part, prune_threshold, pruned
 from golfgpt.recipes import RECIPES
 from golfgpt.scoring import Scorer, Windows, score_windows
 from golfgpt.train.step import TrainStep
@@ -92,11 +92,6 @@ def quantization(v: Vectors) -> QuantConfig:
     return replace(RECIPES["int5-int6-swa"].config.quant, keep_numel=0)
 
 
-def fake_quantization(v: Vectors, config: ModelConfig, impl: str) -> FakeQuant:
-    banks = Quantizer(config, quantization(v)).fake_quant()
-    return {bank: {**options, "impl": impl} for bank, options in banks.items()}
-
-
 def build(config: ModelConfig, state: dict[str, torch.Tensor]) -> GPT:
     model = GPT(config)
     model.load_state_dict(from_upstream(state, config))
@@ -113,7 +108,7 @@ def check_gpt(v: Vectors, impl: str) -> None:
     for name, expected in v.part("init.").items():
         assert (initial[name] - expected).abs().max() <= 1e-6, name
     model = build(config, v.part("param."))
-    stand_ins = fake_quantized(model, fake_quantization(v, config, impl))
+    stand_ins = fake_quantized(model, Quantizer(config, quantization(v)).fake_quant(), impl=impl)
     loss = model.loss(v["input_ids"], v["target_ids"], stand_ins=stand_ins)
     loss.backward()
     assert abs(loss.item() - v["loss"].item()) <= 1e-5

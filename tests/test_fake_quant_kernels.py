@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import golfgpt_kernels as gk
 import pytest
 import torch
 import torch.nn.functional as F
-from golfgpt_kernels import fake_quant
+from golfgpt_kernels import RowQuant, fake_quant
 from golfgpt_kernels.fake_quant import codes_linear, fake_quant_linear_ref, fake_quantize_rows_ref, quantize_rows_ref
 from golfgpt_kernels.testing import assert_within_budget, gradients, poisoned, randn, strided
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-DEFAULTS = dict(
-    clip="max", code_range="symmetric", scale_dtype=torch.float16, scale_floor=0.0, codes_from="stored_scale",
-    group_size=None,
-)  # fmt: skip
+INT6 = RowQuant(bits=6)
 
 
 def hard_rows(cols, dtype=torch.float32, device="cpu", seed=0):
@@ -37,13 +35,14 @@ def hard_rows(cols, dtype=torch.float32, device="cpu", seed=0):
 
 
 def assert_same_quantization(w, **options):
+    spec = RowQuant(**options)
     with poisoned():
-        codes, scale = gk.quantize_rows(w, impl="triton", **options)
-        shadow = gk.fake_quantize_rows(w, impl="triton", **options)
-    expected_codes, expected_scale = quantize_rows_ref(w, **options)
+        codes, scale = gk.quantize_rows(w, spec, impl="triton")
+        shadow = gk.fake_quantize_rows(w, spec, impl="triton")
+    expected_codes, expected_scale = quantize_rows_ref(w, spec)
     assert torch.equal(scale, expected_scale)
     assert torch.equal(codes, expected_codes)
-    assert torch.equal(shadow, fake_quantize_rows_ref(w, **options))
+    assert torch.equal(shadow, fake_quantize_rows_ref(w, spec))
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -103,31 +102,37 @@ def banks(device):
     return [randn(*shape, seed=i, device=device) for i, shape in enumerate(shapes)]
 
 
-def test_banks_are_one_launch(device, monkeypatch):
-    ws, bits = banks(device), [5, 6, 8, 6, 4]
-    launches = []
+BITS = [RowQuant(bits=bits) for bits in (5, 6, 8, 6, 4)]
+MORE = [INT6, replace(INT6, clip="quantile"), RowQuant(bits=8), RowQuant(bits=5, clip="quantile"), INT6]
+
+
+@pytest.mark.parametrize(
+    "specs, count", [(INT6, 1), (BITS, 1), (MORE, 2)], ids=["one spec", "bits differ", "clips too"]
+)
+def test_banks_are_a_launch_for_all_that_differ_in_bits_only(specs, count, device, monkeypatch):
+    ws, launches = banks(device), []
     launch = fake_quant.launch
     monkeypatch.setattr(fake_quant, "launch", lambda *args, **kw: launches.append(args[0]) or launch(*args, **kw))
     outs = [torch.full(w.shape, float("nan"), dtype=torch.bfloat16, device=device) for w in ws]
-    gk.fake_quantize_banks(ws, outs, bits=bits, impl="triton")
-    assert len(launches) == 1
-    for w, out, n in zip(ws, outs, bits, strict=True):
-        assert torch.equal(out, fake_quantize_rows_ref(w, bits=n, dtype=torch.bfloat16))
+    gk.fake_quantize_banks(ws, outs, specs, impl="triton")
+    assert len(launches) == count
+    for w, out, spec in zip(ws, outs, specs if isinstance(specs, list) else [specs] * len(ws), strict=True):
+        assert torch.equal(out, fake_quantize_rows_ref(w, spec, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("impl", ["eager", "triton"])
 def test_strided_weight_and_out(impl, device):
     w = hard_rows(40, device=device)
     out = torch.zeros(40, 8, dtype=torch.float16, device=device).T
-    assert gk.fake_quantize_rows(strided(w), out, bits=6, impl=impl) is out
-    assert torch.equal(out, fake_quantize_rows_ref(w, bits=6, dtype=torch.float16))
+    assert gk.fake_quantize_rows(strided(w), INT6, out, impl=impl) is out
+    assert torch.equal(out, fake_quantize_rows_ref(w, INT6, dtype=torch.float16))
 
 
 @pytest.mark.parametrize("impl", ["eager", "triton"])
 def test_compute_dtype_with_gradient(impl, device):
     w = hard_rows(40, device=device).requires_grad_()
-    w_hat = gk.fake_quantize_rows(w, bits=6, dtype=torch.bfloat16, impl=impl)
-    assert torch.equal(w_hat, fake_quantize_rows_ref(w.detach(), bits=6, dtype=torch.bfloat16))
+    w_hat = gk.fake_quantize_rows(w, INT6, dtype=torch.bfloat16, impl=impl)
+    assert torch.equal(w_hat, fake_quantize_rows_ref(w.detach(), INT6, dtype=torch.bfloat16))
     w_hat.sum().backward()
     assert torch.equal(w.grad, torch.ones_like(w))
 
@@ -137,8 +142,8 @@ def test_switched_off_the_shadow_is_the_rounded_weight(impl, device):
     w, enabled = hard_rows(40, device=device), torch.tensor(False, device=device)
     for on in (False, True):
         enabled.fill_(on)
-        shadow = gk.fake_quantize_rows(w, torch.empty_like(w, dtype=torch.bfloat16), bits=6, enabled=enabled, impl=impl)
-        expected = fake_quantize_rows_ref(w, bits=6, dtype=torch.bfloat16) if on else w.bfloat16()
+        shadow = gk.fake_quantize_rows(w, INT6, torch.empty_like(w, dtype=torch.bfloat16), enabled=enabled, impl=impl)
+        expected = fake_quantize_rows_ref(w, INT6, dtype=torch.bfloat16) if on else w.bfloat16()
         assert torch.equal(shadow, expected)
 
 
@@ -153,14 +158,16 @@ def test_switching_on_recompiles_nothing(impl, device):
         return graph
 
     step = torch.compile(
-        lambda x, w: gk.fake_quant_linear(x, w, bits=3, enabled=enabled, impl=impl), fullgraph=True, backend=count
+        lambda x, w: gk.fake_quant_linear(x, w, RowQuant(bits=3), enabled=enabled, impl=impl),
+        fullgraph=True,
+        backend=count,
     )
     off = step(x, w)
     enabled.fill_(True)
     on = step(x, w)
     assert len(graphs) == 1
     torch.testing.assert_close(off, F.linear(x, w))
-    torch.testing.assert_close(on, fake_quant_linear_ref(x, w, bits=3))
+    torch.testing.assert_close(on, fake_quant_linear_ref(x, w, RowQuant(bits=3)))
     assert not torch.allclose(on, off, atol=1e-3)
 
 
@@ -181,9 +188,9 @@ def test_linear_forward_and_gradients(shape, dtype, form, device):
     inputs = {"x": randn(m, k, seed=1, dtype=dtype, device=device), "w": randn(n, k, seed=2, device=device)}
     grad = randn(m, n, seed=3, dtype=dtype, device=device)
     with poisoned():
-        ours = gradients(lambda **kw: gk.fake_quant_linear(**kw, bits=6, form=form, impl="triton"), inputs, grad)
-    eager = gradients(lambda **kw: fake_quant_linear_ref(**kw, bits=6), inputs, grad)
-    codes, scale = quantize_rows_ref(inputs["w"], bits=6)
+        ours = gradients(lambda x, w: gk.fake_quant_linear(x, w, INT6, form=form, impl="triton"), inputs, grad)
+    eager = gradients(lambda x, w: fake_quant_linear_ref(x, w, INT6), inputs, grad)
+    codes, scale = quantize_rows_ref(inputs["w"], INT6)
     w_hat = codes.double() * scale.double().unsqueeze(-1)
     if form == "shadow":
         w_hat = w_hat.to(dtype).double()
@@ -206,7 +213,7 @@ def test_gradients_where_needed_only(form, device):
     x, w = randn(9, 24, seed=1, device=device), randn(8, 24, seed=2, device=device)
     for wanted in itertools.product([False, True], repeat=2):
         leaves = [t.clone().requires_grad_(want) for t, want in zip((x, w), wanted, strict=True)]
-        out = gk.fake_quant_linear(*leaves, bits=6, form=form, impl="triton")
+        out = gk.fake_quant_linear(*leaves, INT6, form=form, impl="triton")
         assert out.requires_grad == any(wanted)
         if any(wanted):
             out.sum().backward()
@@ -217,25 +224,9 @@ def test_gradients_where_needed_only(form, device):
 @pytest.mark.parametrize("lead", [(), (3,), (2, 5), (0,)], ids=str)
 def test_leading_dimensions(lead, form, device):
     x, w = randn(*lead, 24, seed=1, device=device), randn(8, 24, seed=2, device=device)
-    ours = gk.fake_quant_linear(x, w, bits=6, form=form, impl="triton")
-    torch.testing.assert_close(ours, fake_quant_linear_ref(x, w, bits=6))
-    torch.testing.assert_close(gk.fake_quant_linear(x, w, bits=6, form=form, impl="eager"), ours)
-
-
-@pytest.mark.parametrize("kernel", [False, True], ids=["eager", "triton"])
-def test_opcheck(kernel, device):
-    w, x = hard_rows(24, device=device), randn(5, 24, seed=1, device=device)
-    for weight in (w, w.T, w[None]):
-        options = dict(DEFAULTS, bits=6, codes_dtype=torch.int8, by_kernel=kernel, clip="quantile", group_size=4)
-        torch.library.opcheck(torch.ops.golfgpt.quantize_rows, (weight,), options)
-    outs = [torch.empty_like(w, dtype=torch.bfloat16), torch.empty(24, 8, device=device).T]
-    torch.library.opcheck(
-        torch.ops.golfgpt.fake_quantize_, ([w, w], outs, [6, 5], None), dict(DEFAULTS, by_kernel=kernel)
-    )
-    if kernel:
-        codes, scale = torch.ops.golfgpt.quantize_rows(w, **DEFAULTS, bits=6, codes_dtype=torch.float32, by_kernel=True)
-        args = x.requires_grad_(), w.clone().requires_grad_(), codes, scale
-        torch.library.opcheck(torch.ops.golfgpt.codes_linear, args)
+    ours = gk.fake_quant_linear(x, w, INT6, form=form, impl="triton")
+    torch.testing.assert_close(ours, fake_quant_linear_ref(x, w, INT6))
+    torch.testing.assert_close(gk.fake_quant_linear(x, w, INT6, form=form, impl="eager"), ours)
 
 
 @pytest.mark.parametrize("form", ["shadow", "codes"])
@@ -244,7 +235,7 @@ def test_compiles_as_one_graph(form, device):
     x, w = randn(2, 9, 16, seed=1, device=device), randn(21, 16, seed=2, device=device)
 
     def step(x, w):
-        return gk.fake_quant_linear(x, w, bits=6, form=form, impl="triton").square().sum()
+        return gk.fake_quant_linear(x, w, INT6, form=form, impl="triton").square().sum()
 
     leaves = [[t.clone().requires_grad_() for t in (x, w)] for _ in range(2)]
     torch.compile(step, fullgraph=True, backend="aot_eager")(*leaves[0]).backward()
@@ -259,12 +250,10 @@ def test_inductor_compiles_the_quantizer(device):
     torch.compiler.reset()
     x, w = randn(9, 16, seed=1, device=device), randn(24, 16, seed=2, device=device)
     for impl in ("eager", "triton"):
-        compiled = torch.compile(lambda x, w, impl=impl: gk.fake_quant_linear(x, w, bits=6, impl=impl), fullgraph=True)
-        torch.testing.assert_close(compiled(x, w), fake_quant_linear_ref(x, w, bits=6))
-        codes, scale = torch.compile(lambda w, impl=impl: gk.quantize_rows(w, bits=6, impl=impl), fullgraph=True)(w)
-        assert torch.equal(codes, quantize_rows_ref(w, bits=6)[0]) and torch.equal(
-            scale, quantize_rows_ref(w, bits=6)[1]
-        )
+        compiled = torch.compile(lambda x, w, impl=impl: gk.fake_quant_linear(x, w, INT6, impl=impl), fullgraph=True)
+        torch.testing.assert_close(compiled(x, w), fake_quant_linear_ref(x, w, INT6))
+        codes, scale = torch.compile(lambda w, impl=impl: gk.quantize_rows(w, INT6, impl=impl), fullgraph=True)(w)
+        assert torch.equal(codes, quantize_rows_ref(w, INT6)[0]) and torch.equal(scale, quantize_rows_ref(w, INT6)[1])
 
 
 @pytest.mark.parametrize("impl", ["eager", "triton"])
@@ -272,7 +261,7 @@ def test_codes_form_in_fp16_autocast_and_without_batch(impl, device):
     """Codes are not scaled yet when they are summed: 1024 x 127 exceeds fp16."""
     x, w = torch.ones(1024, device=device), torch.ones(8, 1024, device=device, requires_grad=True)
     with torch.autocast(device, dtype=torch.float16):
-        y = gk.fake_quant_linear(x, w, bits=8, form="codes", impl=impl)
+        y = gk.fake_quant_linear(x, w, RowQuant(bits=8), form="codes", impl=impl)
     assert torch.equal(y, torch.full_like(y, 1024))
     y.sum().backward()
     assert torch.equal(w.grad, torch.ones_like(w))
@@ -281,31 +270,32 @@ def test_codes_form_in_fp16_autocast_and_without_batch(impl, device):
 def test_result_may_be_changed_in_place(device):
     """A ragged width has padded rows; a view would refuse."""
     x, w = randn(6, 24, seed=1, device=device), randn(9, 24, seed=2, device=device).requires_grad_()
-    y = gk.fake_quant_linear(x, w, bits=6, form="codes", impl="triton")
+    y = gk.fake_quant_linear(x, w, INT6, form="codes", impl="triton")
     y += 1
-    torch.testing.assert_close(y, fake_quant_linear_ref(x, w, bits=6, form="codes") + 1)
+    torch.testing.assert_close(y, fake_quant_linear_ref(x, w, INT6, form="codes") + 1)
 
 
 def test_autocast_rounds_like_linear(device):
     x, w = randn(9, 16, seed=1, device=device), randn(24, 16, seed=2, device=device)
     with torch.autocast(device, dtype=torch.bfloat16):
-        ours = gk.fake_quant_linear(x, w, bits=6, impl="triton")
+        ours = gk.fake_quant_linear(x, w, INT6, impl="triton")
         assert ours.dtype == torch.bfloat16
-        torch.testing.assert_close(ours, gk.fake_quant_linear(x, w, bits=6, impl="eager"))
+        torch.testing.assert_close(ours, gk.fake_quant_linear(x, w, INT6, impl="eager"))
 
 
 W = randn(5, 8)
 REFUSED = {
-    "counts": (lambda: gk.fake_quantize_banks([W], [W, W], bits=6), "1 weights, 2 outs, 1 bits"),
-    "bits count": (lambda: gk.fake_quantize_banks([W, W], [W, W], bits=[6]), "2 weights, 2 outs, 1 bits"),
-    "mixed dtypes": (lambda: gk.fake_quantize_banks([W, W.half()], [W.clone(), W.clone()], bits=6), "use one of each"),
-    "form": (lambda: gk.fake_quant_linear(W, W, bits=6, form="int8"), "form='int8'; possible"),
+    "counts": (lambda: gk.fake_quantize_banks([W], [W, W], INT6), "1 weights and 2 outs"),
+    "specs": (lambda: gk.fake_quantize_banks([W, W], [W, W], [INT6]), "1 specs for 2 matrices; expected one for all"),
+    "bits": (lambda: gk.fake_quantize_banks([W], [W], 6), "spec=6 for w; expected a RowQuant"),
+    "mixed dtypes": (lambda: gk.fake_quantize_banks([W, W.half()], [W.clone(), W.clone()], INT6), "use one of each"),
+    "form": (lambda: gk.fake_quant_linear(W, W, INT6, form="int8"), "form='int8'; possible"),
     "grouped codes": (
-        lambda: gk.fake_quant_linear(W, W, bits=6, form="codes", group_size=4),
+        lambda: gk.fake_quant_linear(W, W, RowQuant(bits=6, group_size=4), form="codes"),
         "'codes' with group_size=4",
     ),
-    "dtype": (lambda: gk.fake_quantize_rows(W, bits=6, dtype=torch.int8), r"dtype=torch\.int8; possible"),
-    "switch": (lambda: gk.fake_quantize_rows(W, bits=6, enabled=torch.tensor(1)), "enabled has dtype torch.int64"),
+    "dtype": (lambda: gk.fake_quantize_rows(W, INT6, dtype=torch.int8), r"dtype=torch\.int8; possible"),
+    "switch": (lambda: gk.fake_quantize_rows(W, INT6, enabled=torch.tensor(1)), "enabled has dtype torch.int64"),
 }  # fmt: skip
 
 
@@ -317,4 +307,4 @@ def test_bad_input_is_named(call, message):
 
 def test_unsupported_scale_is_a_named_reason():
     with pytest.raises(RuntimeError, match=r"stores no scale in torch\.float64"):
-        gk.quantize_rows(W, bits=6, scale_dtype=torch.float64, impl="triton")
+        gk.quantize_rows(W, RowQuant(bits=6, scale_dtype=torch.float64), impl="triton")

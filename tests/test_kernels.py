@@ -105,12 +105,12 @@ def test_codes_and_range(bits, code_range):
     w = rand(33, 65, dtype=F64)
     qmax = 2 ** (bits - 1) - 1
     low = -qmax - (code_range == "full")
-    codes, scale = gk.quantize_rows(w, bits=bits, code_range=code_range, scale_dtype=F64)
+    codes, scale = gk.quantize_rows(w, gk.RowQuant(bits=bits, code_range=code_range, scale_dtype=F64))
     expected = quantize_by_hand(w, bits, low)
     assert torch.equal(codes, expected[0])
     torch.testing.assert_close(scale, expected[1], rtol=1e-15, atol=0)
     assert codes.abs().max() == qmax  # the row maximum is the last code of both ranges
-    in_fp32, _ = gk.quantize_rows(w.float(), bits=bits, code_range=code_range, scale_dtype=torch.float32)
+    in_fp32, _ = gk.quantize_rows(w.float(), gk.RowQuant(bits=bits, code_range=code_range, scale_dtype=torch.float32))
     assert (in_fp32 != codes).float().mean() <= 0.002  # ties and near-ties
 
 
@@ -118,14 +118,15 @@ def test_codes_and_range(bits, code_range):
 @given(st.integers(1, 3000), st.integers(0, 2**31), st.sampled_from([1e-6, 0.02, 1.0, 1e3]))
 def test_quantile_is_torch_quantile(cols, seed, magnitude):
     w = rand(17, cols, seed=seed, scale=magnitude)
-    _, scale = gk.quantize_rows(w, bits=2, clip="quantile", scale_dtype=torch.float32)  # qmax = 1: scale = c
+    spec = gk.RowQuant(bits=2, clip="quantile", scale_dtype=torch.float32)  # qmax = 1: scale = c
+    _, scale = gk.quantize_rows(w, spec)
     assert torch.equal(scale, torch.quantile(w.abs(), CLIP_QUANTILE, dim=-1))
 
 
 @pytest.mark.parametrize("cols", [1, 2, 3, 4, 255, 256, 257, 512, 1024, 1536, 4096, 65_537, 500_000])
 def test_quantile_is_torch_quantile_at_named_widths(cols):
     w = rand(3, cols, seed=cols)
-    _, scale = gk.quantize_rows(w, bits=2, clip="quantile", scale_dtype=torch.float32)
+    _, scale = gk.quantize_rows(w, gk.RowQuant(bits=2, clip="quantile", scale_dtype=torch.float32))
     assert torch.equal(scale, torch.quantile(w.abs(), CLIP_QUANTILE, dim=-1))
 
 
@@ -135,14 +136,14 @@ def test_int8_export_as_published():
     c = torch.quantile(w.abs(), 0.9999984, dim=1)
     scale = (c / 127.0).clamp_min(1.0 / 127.0)
     codes = torch.clamp(torch.round(torch.clamp(w, -c[:, None], c[:, None]) / scale[:, None]), -127, 127)
-    actual = gk.quantize_rows(w, bits=8, clip="quantile", scale_floor=1 / 127, codes_from="float32_scale")
+    actual = gk.quantize_rows(w, gk.RowQuant(bits=8, clip="quantile", scale_floor=1 / 127, codes_from="float32_scale"))
     assert torch.equal(actual[0], codes.to(torch.int8))
     assert torch.equal(actual[1], scale.half())
 
 
 def test_ties_round_half_to_even():
     w = torch.tensor([[0.5, 1.5, 2.5, 3.5, -0.5, -1.5, -2.5, 31.0]])
-    codes, scale = gk.quantize_rows(w, bits=6)
+    codes, scale = gk.quantize_rows(w, gk.RowQuant(bits=6))
     assert scale.item() == 1.0
     assert codes.tolist() == [[0, 2, 2, 4, 0, -2, -2, 31]]
 
@@ -151,7 +152,7 @@ def test_codes_from_the_stored_scale_decode_closer():
     w = rand(64, 512)
     errors = {}
     for codes_from in ("stored_scale", "float32_scale"):
-        codes, scale = gk.quantize_rows(w, bits=8, codes_from=codes_from, scale_dtype=torch.bfloat16)
+        codes, scale = gk.quantize_rows(w, gk.RowQuant(bits=8, codes_from=codes_from, scale_dtype=torch.bfloat16))
         errors[codes_from] = (gk.dequantize_rows(codes, scale) - w).norm()
     assert errors["stored_scale"] < errors["float32_scale"]
 
@@ -159,7 +160,7 @@ def test_codes_from_the_stored_scale_decode_closer():
 @pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("clip", ["max", "quantile"])
 def test_zero_rows(clip, scale_dtype):
-    codes, scale = gk.quantize_rows(torch.zeros(3, 16), bits=8, clip=clip, scale_dtype=scale_dtype)
+    codes, scale = gk.quantize_rows(torch.zeros(3, 16), gk.RowQuant(bits=8, clip=clip, scale_dtype=scale_dtype))
     assert not codes.any()
     assert (scale > 0).all() and scale.isfinite().all()
     assert not gk.dequantize_rows(codes, scale).any()
@@ -169,7 +170,7 @@ def test_single_outlier_row():
     w = torch.zeros(1, 512)
     w[0, 7] = -3.0
     for clip, expected in (("max", -3.0), ("quantile", -3.0 * 0.99917603)):  # the rank's fp32 fraction
-        decoded = gk.fake_quantize_rows(w, bits=8, clip=clip, scale_dtype=torch.float32)
+        decoded = gk.fake_quantize_rows(w, gk.RowQuant(bits=8, clip=clip, scale_dtype=torch.float32))
         assert decoded[0, 7].item() == pytest.approx(expected, rel=1e-6)
         assert decoded.count_nonzero() == 1
 
@@ -178,7 +179,7 @@ def test_single_outlier_row():
 @pytest.mark.parametrize("codes_from", ["stored_scale", "float32_scale"])
 def test_tiny_and_large_rows_survive_fp16_scales(magnitude, tolerance, codes_from):
     w = torch.linspace(-magnitude, magnitude, 101).repeat(4, 1)
-    codes, scale = gk.quantize_rows(w, bits=8, codes_from=codes_from)
+    codes, scale = gk.quantize_rows(w, gk.RowQuant(bits=8, codes_from=codes_from))
     decoded = gk.dequantize_rows(codes, scale)
     assert scale.dtype == torch.float16
     assert (decoded - w).abs().max() <= tolerance * magnitude
@@ -186,34 +187,34 @@ def test_tiny_and_large_rows_survive_fp16_scales(magnitude, tolerance, codes_fro
 
 @pytest.mark.parametrize("code_range, low", [("symmetric", -1), ("full", -2)])
 def test_fp16_scale_saturates(code_range, low):
-    codes, scale = gk.quantize_rows(torch.tensor([[1e6, -1e6, 2e4]]), bits=2, code_range=code_range)
+    codes, scale = gk.quantize_rows(torch.tensor([[1e6, -1e6, 2e4]]), gk.RowQuant(bits=2, code_range=code_range))
     assert scale.item() == 65504
     assert codes.tolist() == [[1, low, 0]]
 
 
 def test_group_size():
     w = rand(2, 3, 24)
-    codes, scale = gk.quantize_rows(w, bits=4, group_size=8)
+    codes, scale = gk.quantize_rows(w, gk.RowQuant(bits=4, group_size=8))
     assert codes.shape == w.shape and scale.shape == (2, 3, 3)
-    by_hand = gk.quantize_rows(w.reshape(2, 9, 8), bits=4)
+    by_hand = gk.quantize_rows(w.reshape(2, 9, 8), gk.RowQuant(bits=4))
     assert torch.equal(codes.reshape(2, 9, 8), by_hand[0])
     assert torch.equal(scale.reshape(2, 9), by_hand[1])
     decoded = gk.dequantize_rows(codes, scale, group_size=8)
     assert torch.equal(decoded, gk.dequantize_rows(*by_hand).reshape(2, 3, 24))
-    assert torch.equal(decoded, gk.fake_quantize_rows(w, bits=4, group_size=8))
+    assert torch.equal(decoded, gk.fake_quantize_rows(w, gk.RowQuant(bits=4, group_size=8)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_was_trained_is_what_is_decoded(dtype):
     """fake_quantize_rows, with `out` or without, and the weight inside fake_quant_linear equal decoded codes."""
     w = rand(2, 30, 40)
-    decoded = gk.dequantize_rows(*gk.quantize_rows(w, bits=6), dtype=dtype)
-    assert torch.equal(gk.fake_quantize_rows(w, bits=6).to(dtype), decoded)
+    decoded = gk.dequantize_rows(*gk.quantize_rows(w, gk.RowQuant(bits=6)), dtype=dtype)
+    assert torch.equal(gk.fake_quantize_rows(w, gk.RowQuant(bits=6)).to(dtype), decoded)
     out = torch.full_like(decoded, math.nan)
-    assert gk.fake_quantize_rows(w, out, bits=6) is out
+    assert gk.fake_quantize_rows(w, gk.RowQuant(bits=6), out) is out
     assert torch.equal(out, decoded)
     eye = torch.eye(40, dtype=dtype)
-    assert torch.equal(gk.fake_quant_linear(eye, w[0], bits=6), decoded[0].T)
+    assert torch.equal(gk.fake_quant_linear(eye, w[0], gk.RowQuant(bits=6)), decoded[0].T)
 
 
 def test_straight_through_gradient():
@@ -222,21 +223,21 @@ def test_straight_through_gradient():
     grad = rand(3, 4, 5, seed=2, dtype=F64)
     for needs_x, needs_w in ((True, True), (True, False), (False, True)):
         x_, w_ = x.clone().requires_grad_(needs_x), w.clone().requires_grad_(needs_w)
-        gk.fake_quant_linear(x_, w_, bits=3, clip="quantile").backward(grad)
+        gk.fake_quant_linear(x_, w_, gk.RowQuant(bits=3, clip="quantile")).backward(grad)
         if needs_w:
             torch.testing.assert_close(w_.grad, torch.einsum("btn,btk->nk", grad, x))
         if needs_x:
-            w_hat = gk.fake_quantize_rows(w, bits=3, clip="quantile")
+            w_hat = gk.fake_quantize_rows(w, gk.RowQuant(bits=3, clip="quantile"))
             torch.testing.assert_close(x_.grad, grad @ w_hat)
-    assert torch.autograd.gradcheck(lambda a: gk.fake_quant_linear(a, w, bits=4), x.requires_grad_())
+    assert torch.autograd.gradcheck(lambda a: gk.fake_quant_linear(a, w, gk.RowQuant(bits=4)), x.requires_grad_())
     bank = rand(2, 3, 4).requires_grad_()
-    gk.fake_quantize_rows(bank, bits=4).backward(torch.full((2, 3, 4), 0.25))
+    gk.fake_quantize_rows(bank, gk.RowQuant(bits=4)).backward(torch.full((2, 3, 4), 0.25))
     assert torch.equal(bank.grad, torch.full((2, 3, 4), 0.25))
 
 
 def test_master_gradient_has_the_master_dtype():
     w = rand(5, 8).requires_grad_()
-    gk.fake_quant_linear(rand(3, 8, dtype=torch.bfloat16), w, bits=6).float().sum().backward()
+    gk.fake_quant_linear(rand(3, 8, dtype=torch.bfloat16), w, gk.RowQuant(bits=6)).float().sum().backward()
     assert w.grad.dtype == torch.float32
 
 
@@ -422,9 +423,9 @@ X, W, W2, T = rand(2, 3, 8), rand(5, 8, seed=1), rand(8, 5, seed=2), torch.tenso
 OPS = {
     "linear_relu2": (gk.linear_relu2, (X, W)),
     "relu2_mlp": (gk.relu2_mlp, (X, W, W2)),
-    "quantize_rows": (functools.partial(gk.quantize_rows, bits=6, clip="quantile"), (W,)),
-    "fake_quantize_rows": (functools.partial(gk.fake_quantize_rows, bits=6), (W,)),
-    "fake_quant_linear": (functools.partial(gk.fake_quant_linear, bits=6, group_size=4), (X, W)),
+    "quantize_rows": (functools.partial(gk.quantize_rows, spec=gk.RowQuant(bits=6, clip="quantile")), (W,)),
+    "fake_quantize_rows": (functools.partial(gk.fake_quantize_rows, spec=gk.RowQuant(bits=6)), (W,)),
+    "fake_quant_linear": (functools.partial(gk.fake_quant_linear, spec=gk.RowQuant(bits=6, group_size=4)), (X, W)),
     "newton_schulz": (gk.newton_schulz, (X,)),
     "softcap_cross_entropy": (functools.partial(gk.softcap_cross_entropy, z_loss=1e-4), (X, W, T)),
     "token_logprobs": (gk.token_logprobs, (X, W, T)),
@@ -466,23 +467,25 @@ def test_compiled_quantizer_is_opaque(name):
     op, args = OPS[name]
     code = []
     torch.compile(op, fullgraph=True, backend=lambda graph, _: code.append(graph.code) or graph)(*args)
-    assert "golfgpt.quantize_rows" in code[0] or "golfgpt.fake_quantize_" in code[0]
+    assert "golfgpt_kernels.quantize_rows" in code[0] or "golfgpt_kernels.fake_quantize_" in code[0]
     assert "round" not in code[0]
 
 
 def test_shadow_write_compiles():
     torch.compiler.reset()
     out = torch.empty(5, 8, dtype=torch.bfloat16)
-    torch.compile(gk.fake_quantize_rows, fullgraph=True, backend="aot_eager")(W, out, bits=6)
-    assert torch.equal(out, gk.fake_quantize_rows(W, bits=6).bfloat16())
+    compiled = torch.compile(gk.fake_quantize_rows, fullgraph=True, backend="aot_eager")
+    for spec in (gk.RowQuant(bits=6), gk.RowQuant(bits=5, clip="quantile", scale_floor=1 / 31)):
+        compiled(W, spec, out)
+        assert torch.equal(out, gk.fake_quantize_rows(W, spec).bfloat16())
 
 
 def test_empty_batch():
     x, targets = torch.zeros(2, 0, 8), torch.zeros(2, 0, dtype=torch.int64)
     assert gk.relu2_mlp(x, W, W2).shape == (2, 0, 8)
-    assert gk.fake_quant_linear(x, W, bits=4).shape == (2, 0, 5)
+    assert gk.fake_quant_linear(x, W, gk.RowQuant(bits=4)).shape == (2, 0, 5)
     assert gk.newton_schulz(torch.zeros(0, 4, 5)).shape == (0, 4, 5)
-    codes, scale = gk.quantize_rows(torch.zeros(3, 0, 8), bits=4, clip="quantile")
+    codes, scale = gk.quantize_rows(torch.zeros(3, 0, 8), gk.RowQuant(bits=4, clip="quantile"))
     assert codes.shape == (3, 0, 8) and scale.shape == (3, 0)
     assert gk.softcap_cross_entropy(x, W, targets, reduction="none").shape == (2, 0)
     assert gk.softcap_cross_entropy(x, W, targets, reduction="sum") == 0
@@ -525,29 +528,35 @@ REFUSED = {
         r"w_proj has shape \(5, 8\).*possible: w_proj \(N, 5\)",
     ),
     "slope": (lambda: gk.relu2_mlp(X, W, W2, negative_slope=-1), "negative_slope=-1; possible"),
-    "bits 1": (lambda: gk.quantize_rows(W, bits=1), "bits=1; possible: 2 to 8"),
-    "bits 9": (lambda: gk.fake_quant_linear(X, W, bits=9), "fake_quant_linear: bits=9; possible: 2 to 8"),
-    "NaN weight": (lambda: gk.fake_quantize_rows(NAN, bits=8), r"w\[2, 3\] = nan; possible: finite"),
+    "bits 1": (lambda: gk.RowQuant(bits=1), "RowQuant: bits=1; expected 2 to 8"),
+    "bits 9": (lambda: gk.RowQuant(bits=9), "bits=9; expected 2 to 8"),
+    "bits 6.0": (lambda: gk.RowQuant(bits=6.0), "bits=6.0; expected 2 to 8"),
+    "bits for a spec": (lambda: gk.fake_quant_linear(X, W, 6), "fake_quant_linear: spec=6 for w; expected a RowQuant"),
+    "NaN weight": (lambda: gk.fake_quantize_rows(NAN, gk.RowQuant(bits=8)), r"w\[2, 3\] = nan; possible: finite"),
     "vector": (
-        lambda: gk.quantize_rows(W[0], bits=8),
-        r"w has shape \(8,\); possible: \(\.\.\., rows, cols\)",
+        lambda: gk.quantize_rows(W[0], gk.RowQuant(bits=8)),
+        r"w has shape \(8,\); expected \(\.\.\., rows, cols\)",
     ),
-    "no columns": (lambda: gk.quantize_rows(W[:, :0], bits=8), r"shape \(5, 0\)"),
-    "integer weight": (lambda: gk.quantize_rows(W.int(), bits=8), "w has dtype torch.int32"),
-    "clip": (lambda: gk.quantize_rows(W, bits=8, clip="mse"), "clip='mse'; possible: .*quantile"),
-    "code range": (lambda: gk.quantize_rows(W, bits=8, code_range="half"), "code_range='half'; possible"),
-    "codes from": (lambda: gk.quantize_rows(W, bits=8, codes_from="scale"), "codes_from='scale'; possible"),
-    "scale dtype": (lambda: gk.quantize_rows(W, bits=8, scale_dtype=torch.int8), "scale_dtype=torch.int8"),
-    "scale floor": (
-        lambda: gk.quantize_rows(W, bits=8, scale_floor=-1.0),
-        "scale_floor=-1.0; possible: 0 to",
+    "no columns": (lambda: gk.quantize_rows(W[:, :0], gk.RowQuant(bits=8)), r"shape \(5, 0\)"),
+    "integer weight": (lambda: gk.quantize_rows(W.int(), gk.RowQuant(bits=8)), "w has dtype torch.int32"),
+    "clip": (lambda: gk.RowQuant(bits=8, clip="mse"), "clip='mse'; expected .*quantile"),
+    "code range": (lambda: gk.RowQuant(bits=8, code_range="half"), "code_range='half'; expected"),
+    "codes from": (lambda: gk.RowQuant(bits=8, codes_from="scale"), "codes_from='scale'; expected"),
+    "scale dtype": (lambda: gk.RowQuant(bits=8, scale_dtype=torch.int8), "scale_dtype=torch.int8; expected"),
+    "scale floor": (lambda: gk.RowQuant(bits=8, scale_floor=-1.0), "scale_floor=-1.0; expected 0 to 65504"),
+    "group size": (
+        lambda: gk.quantize_rows(W, gk.RowQuant(bits=8, group_size=3)),
+        "group_size=3; expected .* 8 columns",
     ),
-    "group size": (lambda: gk.quantize_rows(W, bits=8, group_size=3), "group_size=3; possible: .* 8 columns"),
+    "group of none": (lambda: gk.RowQuant(bits=8, group_size=0), "group_size=0; expected None or columns"),
     "wide quantile": (
-        lambda: gk.quantize_rows(torch.zeros(1, 500_001), bits=8, clip="quantile"),
-        "500001 columns; possible: up to 500000",
+        lambda: gk.quantize_rows(torch.zeros(1, 500_001), gk.RowQuant(bits=8, clip="quantile")),
+        "500001 columns; expected up to 500000",
     ),
-    "out shape": (lambda: gk.fake_quantize_rows(W, W2.clone(), bits=8), r"out has shape \(8, 5\); possible"),
+    "out shape": (
+        lambda: gk.fake_quantize_rows(W, gk.RowQuant(bits=8), W2.clone()),
+        r"out has shape \(8, 5\); possible",
+    ),
     "codes dtype": (lambda: gk.dequantize_rows(W, W[:, 0]), "possible: int8 codes"),
     "scale shape": (
         lambda: gk.dequantize_rows(torch.zeros(2, 4, dtype=torch.int8), torch.ones(4)),

@@ -12,7 +12,7 @@ import golfgpt_kernels as gk
 x, w = torch.randn(3, 8), torch.randn(5, 8)
 targets = torch.tensor([0, 4, 2])
 gk.relu2_mlp(x, w, torch.randn(8, 5), impl="eager")
-gk.fake_quant_linear(x, w, bits=6, impl="eager")
+gk.fake_quant_linear(x, w, gk.RowQuant(bits=6), impl="eager")
 gk.newton_schulz(w, impl="eager")
 gk.softcap_cross_entropy(x, w, targets, impl="eager")
 gk.token_logprobs(x, w, targets, impl="eager")

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from golfgpt_kernels import fake_quantize_rows
+from golfgpt_kernels import RowQuant, fake_quantize_rows
 from models import SMALL, fake_quantized, lively
 
 from golfgpt.config import ModelConfig, OptimConfig
@@ -209,20 +209,21 @@ def test_the_rotary_base_depends_on_the_length_of_the_window():
     assert not torch.allclose(model(ids), lively()(ids), atol=1e-3)
 
 
-INT5 = {"bits": 5, "code_range": "full"}
+INT5 = RowQuant(bits=5, code_range="full")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fake_quantized_banks_are_the_decoded_weights_with_straight_through_gradients(dtype):
     model, ids, targets = lively(VARIANTS["r5"]), tokens(2, 32), tokens(2, 32, seed=1)
-    fake_quant = {"mlp_fc": INT5, "c_k": {"bits": 6, "clip": "quantile"}, "bigram_proj": {"bits": 6}}
+    specs = {"mlp_fc": INT5, "c_k": RowQuant(bits=6, clip="quantile"), "bigram_proj": RowQuant(bits=6)}
+    fake_quant = {name: [(1, spec)] for name, spec in specs.items()}
     loss = model.loss(ids, targets, dtype=dtype, stand_ins=fake_quantized(model, fake_quant))
     hidden = model(ids, dtype=dtype, weights=model.weights(dtype, fake_quantized(model, fake_quant)))
     loss.backward()
     decoded = lively(VARIANTS["r5"])
     with torch.no_grad():
-        for name, options in fake_quant.items():
-            decoded.get_parameter(name).copy_(fake_quantize_rows(model.get_parameter(name), **options))
+        for name, spec in specs.items():
+            decoded.get_parameter(name).copy_(fake_quantize_rows(model.get_parameter(name), spec))
     expected = decoded.loss(ids, targets, dtype=dtype)
     expected.backward()
     assert torch.equal(loss, expected)
@@ -234,9 +235,9 @@ def test_fake_quantized_banks_are_the_decoded_weights_with_straight_through_grad
 
 def test_a_fake_quantized_embedding_is_that_of_the_head_too():
     model, ids = lively(), tokens(2, 32)
-    loss = model.loss(ids, ids, stand_ins=fake_quantized(model, {"tok_emb": INT5}))
+    loss = model.loss(ids, ids, stand_ins=fake_quantized(model, {"tok_emb": [(1, INT5)]}))
     with torch.no_grad():
-        model.tok_emb.copy_(fake_quantize_rows(model.tok_emb, **INT5))
+        model.tok_emb.copy_(fake_quantize_rows(model.tok_emb, INT5))
     assert torch.equal(loss, model.loss(ids, ids))
 
 
@@ -248,10 +249,10 @@ def test_a_stand_in_for_a_parameter_that_is_not_there_is_an_error():
 def test_fake_quantization_is_live_under_compile_and_switches_without_recompiling():
     model, ids = lively(replace(VARIANTS["r5-documents"], num_layers=2)), tokens(2, 32)
     enabled = torch.tensor(False)
-    fake_quant = {name: {**INT5, "enabled": enabled} for name in ("mlp_fc", "mlp_proj", "c_q")}
+    fake_quant = {name: [(1, INT5)] for name in ("mlp_fc", "mlp_proj", "c_q")}
 
     def loss():
-        return model.loss(ids, ids, stand_ins=fake_quantized(model, fake_quant))
+        return model.loss(ids, ids, stand_ins=fake_quantized(model, fake_quant, enabled))
 
     compiled = torch.compile(loss, dynamic=False, fullgraph=True, backend="aot_eager")
     plain = compiled().item()

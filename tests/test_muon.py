@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from dataclasses import replace
 import golfgpt_kernels as gk
 import pytest
 import torch
+from golfgpt_kernels import RowQuant
 from golfgpt_kernels import muon as kernels
 from golfgpt_kernels.fake_quant import fake_quantize_rows_ref
 from golfgpt_kernels.testing import poisoned, randn
@@ -22,6 +24,7 @@ from golfgpt.model.gpt import GPT
 from golfgpt.optim import Muon, Optimizers
 
 SHAPES = [(2, 24, 40), (3, 40, 24), (0, 8, 8), (24, 40), (5, 1, 7)]
+INT6 = RowQuant(bits=6)
 SMALL = ModelConfig(vocab_size=64, num_layers=3, model_dim=24, num_heads=3, num_kv_heads=1, mlp_hidden=40)
 
 
@@ -101,13 +104,13 @@ def hard_banks(device, dtype=torch.float32):
     return params, updates
 
 
-def quantized_update(impl, device, dtype=torch.float32, bits=6, shadow_dtype=torch.bfloat16, ok=None, **options):
+def quantized_update(impl, device, dtype=torch.float32, specs=INT6, shadow_dtype=torch.bfloat16, **options):
     params, updates = hard_banks(device, dtype)
     with poisoned():
         shadows = [torch.empty_like(p, dtype=shadow_dtype) for p in params]
     gk.muon_update_(
         params, updates, scalar(0.02, device), scales=[1.0, 2.0, 1.29, 1.0, 0.5], weight_decay=0.1, shadows=shadows,
-        bits=bits, ok=ok, impl=impl, **options,
+        specs=specs, impl=impl, **options,
     )  # fmt: skip
     return params, shadows
 
@@ -118,39 +121,37 @@ def quantized_update(impl, device, dtype=torch.float32, bits=6, shadow_dtype=tor
 def test_quantized_shadow_is_of_the_new_weight(bits, clip, impl, device):
     """Bit for bit what fake_quantize_rows makes of it."""
     plain, _ = quantized_update("eager", device)
-    params, shadows = quantized_update(impl, device, bits=bits, clip=clip)
-    for i, (p, shadow, expected) in enumerate(zip(params, shadows, plain, strict=True)):
+    specs = [RowQuant(bits=n, clip=clip) for n in (bits if isinstance(bits, list) else [bits] * 5)]
+    params, shadows = quantized_update(impl, device, specs=specs)
+    for p, shadow, expected, spec in zip(params, shadows, plain, specs, strict=True):
         assert torch.equal(p, expected)  # it fuses no multiply-add, as eager does not
-        if p.numel():
-            n = bits if isinstance(bits, int) else bits[i]
-            assert torch.equal(shadow, fake_quantize_rows_ref(p, bits=n, clip=clip, dtype=torch.bfloat16))
+        assert torch.equal(shadow, fake_quantize_rows_ref(p, spec, dtype=torch.bfloat16))
     assert not torch.equal(shadows[0], params[0].bfloat16())
 
 
 QUANTIZERS = {
-    "full range, fp32 scales": dict(code_range="full", scale_dtype=torch.float32),
-    "bf16 scales": dict(scale_dtype=torch.bfloat16, code_range="full", scale_floor=2**-14),
-    "baseline's int8": dict(bits=8, clip="quantile", scale_floor=1 / 127, codes_from="float32_scale"),
+    "full range, fp32 scales": RowQuant(bits=6, code_range="full", scale_dtype=torch.float32),
+    "bf16 scales": RowQuant(bits=6, scale_dtype=torch.bfloat16, code_range="full", scale_floor=2**-14),
+    "baseline's int8": RowQuant(bits=8, clip="quantile", scale_floor=1 / 127, codes_from="float32_scale"),
 }
 
 
 @pytest.mark.parametrize("impl", ["eager", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("options", QUANTIZERS.values(), ids=QUANTIZERS.keys())
-def test_quantizer_options(options, dtype, impl, device):
-    params, shadows = quantized_update(impl, device, dtype, shadow_dtype=torch.float16, **options)
+@pytest.mark.parametrize("spec", QUANTIZERS.values(), ids=QUANTIZERS.keys())
+def test_quantizer_options(spec, dtype, impl, device):
+    params, shadows = quantized_update(impl, device, dtype, spec, torch.float16)
     for p, shadow in zip(params, shadows, strict=True):
-        if p.numel():
-            assert torch.equal(shadow, fake_quantize_rows_ref(p, **{"bits": 6, "dtype": torch.float16} | options))
+        assert torch.equal(shadow, fake_quantize_rows_ref(p, spec, dtype=torch.float16))
 
 
 @pytest.mark.parametrize("impl", ["eager", "triton"])
 def test_quantizer_in_groups(impl, device):
     p, o = randn(3, 5, 48, device=device), randn(3, 5, 48, seed=1, device=device)
     shadow = torch.empty_like(p)
-    lr = scalar(0.02, device)
-    gk.muon_update_([p], [o], lr, scales=[1.0], shadows=[shadow], bits=4, group_size=12, impl=impl)
-    assert torch.equal(shadow, fake_quantize_rows_ref(p, bits=4, group_size=12))
+    spec = RowQuant(bits=4, group_size=12)
+    gk.muon_update_([p], [o], scalar(0.02, device), scales=[1.0], shadows=[shadow], specs=spec, impl=impl)
+    assert torch.equal(shadow, fake_quantize_rows_ref(p, spec))
 
 
 @pytest.mark.parametrize("impl", ["eager", "triton"])
@@ -160,12 +161,12 @@ def test_switched_off_and_guarded(impl, device):
     params, shadows = quantized_update(impl, device, enabled=off)
     assert all(torch.equal(s, p.bfloat16()) for s, p in zip(shadows, params, strict=True))
     params, shadows = quantized_update(impl, device, enabled=~off)
-    assert torch.equal(shadows[0], fake_quantize_rows_ref(params[0], bits=6, dtype=torch.bfloat16))
+    assert torch.equal(shadows[0], fake_quantize_rows_ref(params[0], INT6, dtype=torch.bfloat16))
     params, shadows = quantized_update(impl, device, ok=off)
     assert all(torch.equal(p, before) for p, before in zip(params, hard_banks(device)[0], strict=True))
     assert all(s.isnan().all() for s in shadows)
     params, shadows = quantized_update(impl, device, ok=~off)
-    assert torch.equal(shadows[0], fake_quantize_rows_ref(params[0], bits=6, dtype=torch.bfloat16))
+    assert torch.equal(shadows[0], fake_quantize_rows_ref(params[0], INT6, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("impl", ["eager", "triton"])
@@ -189,8 +190,29 @@ def test_all_tensors_are_one_launch_each(device, monkeypatch):
     gk.muon_momentum_(grads, buffers, outs, scalar(0.9, device), square_sums=sums, impl="triton")
     gk.muon_update_(buffers, grads, scalar(0.1, device), scales=[1.0] * 5, impl="triton")
     assert len(launches) == 2
-    gk.muon_update_(buffers, grads, scalar(0.1, device), scales=[1.0] * 5, shadows=outs, bits=6, impl="triton")
+    quantized = functools.partial(
+        gk.muon_update_, buffers, grads, scalar(0.1, device), scales=[1.0] * 5, shadows=outs, impl="triton"
+    )
+    quantized(specs=[RowQuant(bits=bits) for bits in (5, 6, 6, 8, 2)])
     assert len(launches) == 3
+    specs = [INT6, None, RowQuant(bits=5), RowQuant(bits=5, clip="quantile"), None]
+    quantized(specs=specs)
+    assert len(launches) == 6, "a clip is a launch more, and rounding is"
+    for w, shadow, spec in zip(buffers, outs, specs, strict=True):
+        rounded = w.bfloat16() if spec is None else fake_quantize_rows_ref(w, spec, dtype=torch.bfloat16)
+        assert torch.equal(shadow, rounded)
+
+
+def test_a_quantizer_that_no_kernel_has_changes_nothing(device):
+    """Also where the launch before it could have been made."""
+    p, before = tensors(0, device=device)[:2], tensors(0, device=device)[:2]
+    specs = [INT6, RowQuant(bits=6, scale_dtype=torch.float64)]
+    with pytest.raises(RuntimeError, match=r"stores no scale in torch\.float64"):
+        gk.muon_update_(
+            p, before, scalar(0.1, device), scales=[1.0] * 2, shadows=[t.bfloat16() for t in p], specs=specs,
+            impl="triton",
+        )  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(p, before, strict=True))
 
 
 def test_auto_asks_about_the_first_dtype(device, monkeypatch):
@@ -204,21 +226,6 @@ def test_auto_asks_about_the_first_dtype(device, monkeypatch):
     assert len(launches) == 2
     gk.muon_update_(grads, [g.double() for g in grads], scalar(0.1, device), scales=[1.0] * 5)
     assert len(launches) == 2, "kernels do not compute in float64"
-
-
-def test_opcheck(device):
-    grads, buffers, outs = tensors(0, device=device), tensors(10, device=device), tensors(20, device=device)
-    ok = torch.tensor(True, device=device)
-    momentum = torch.ops.golfgpt.muon_momentum_
-    torch.library.opcheck(momentum, (grads, buffers, outs, [], scalar(0.9, device), True, ok))
-    sums = [torch.empty(*g.shape[:-2], 1, device=device) for g in grads]
-    torch.library.opcheck(momentum, (grads, buffers, outs, sums, scalar(0.9, device), True, None))
-    shadows = [t.bfloat16() for t in outs]
-    update = buffers, grads, scalar(0.9, device), [1.0] * 5, 0.1, shadows
-    torch.library.opcheck(torch.ops.golfgpt.muon_update_, (*update, None))
-    options = dict(clip="quantile", code_range="full", scale_dtype=torch.float16, scale_floor=0.0)
-    options |= dict(codes_from="stored_scale", group_size=None)
-    torch.library.opcheck(torch.ops.golfgpt.muon_update_rows_, (*update, ok, [6] * 5, ok), options)
 
 
 G = [randn(3, 4)]
@@ -242,18 +249,26 @@ REFUSED = {
         lambda: gk.muon_momentum_([G[0][0]], [G[0][0]], [G[0][0]], scalar(0.9, "cpu"), square_sums=[torch.zeros(1)]),
         r"outs have shapes \[\(4,\)\]; possible: \(..., rows, cols\)",
     ),
-    "bits": (lambda: gk.muon_update_(G, G, scalar(0.1, "cpu"), scales=[1.0], shadows=G, bits=9), "bits=9; possible"),
-    "no shadows": (lambda: gk.muon_update_(G, G, scalar(0.1, "cpu"), scales=[1.0], bits=6), "no shadows; possible"),
-    "too few bits": (
-        lambda: gk.muon_update_(G, G, scalar(0.1, "cpu"), scales=[1.0], shadows=G, bits=[]),
-        "0 bits for 1 params",
+    "bits": (
+        lambda: gk.muon_update_(G, G, scalar(0.1, "cpu"), scales=[1.0], shadows=G, specs=6),
+        r"spec=6 for params\[0\]; expected a RowQuant",
+    ),
+    "no shadows": (
+        lambda: gk.muon_update_(G, G, scalar(0.1, "cpu"), scales=[1.0], specs=INT6),
+        r"a spec for params\[0\] and no shadows; expected",
+    ),
+    "too few specs": (
+        lambda: gk.muon_update_(G, G, scalar(0.1, "cpu"), scales=[1.0], shadows=G, specs=[]),
+        "0 specs for 1 matrices",
     ),
     "groups": (
-        lambda: gk.muon_update_(G, G, scalar(0.1, "cpu"), scales=[1.0], shadows=G, bits=6, group_size=3),
-        "group_size=3; possible: None or a divisor of 4 columns",
+        lambda: gk.muon_update_(
+            G, G, scalar(0.1, "cpu"), scales=[1.0], shadows=G, specs=RowQuant(bits=6, group_size=3)
+        ),
+        "group_size=3; expected None or a divisor of 4 columns",
     ),
     "switch": (
-        lambda: gk.muon_update_(G, G, scalar(0.1, "cpu"), scales=[1.0], shadows=G, bits=6, enabled=torch.ones(())),
+        lambda: gk.muon_update_(G, G, scalar(0.1, "cpu"), scales=[1.0], shadows=G, enabled=torch.ones(())),
         "enabled has dtype torch.float32",
     ),
 }
@@ -352,11 +367,11 @@ def test_quantized_shadows_follow(impl, device):
     """Banks of one quantizer but other bits, and one bank without."""
     params = parameters(device)
     shadows = {p: torch.zeros_like(p, dtype=torch.bfloat16) for p in params}
-    quantizers = {params[0]: {"bits": 6, "clip": "quantile"}, params[2]: {"clip": "quantile", "bits": 5}}
+    quantizers = {params[0]: RowQuant(bits=6, clip="quantile"), params[2]: RowQuant(bits=5, clip="quantile")}
     run(params, shadows=shadows, quantizers=quantizers, impl=impl)
     for p in params:
-        options = quantizers.get(p)
-        expected = p.bfloat16() if options is None else fake_quantize_rows_ref(p, dtype=torch.bfloat16, **options)
+        spec = quantizers.get(p)
+        expected = p.bfloat16() if spec is None else fake_quantize_rows_ref(p, spec, dtype=torch.bfloat16)
         assert torch.equal(shadows[p], expected)
 
 
@@ -433,7 +448,7 @@ def test_large_finite_gradients_and_odd_parameters():
 def test_a_quantizer_needs_a_shadow_and_a_shadow_is_one_parameter_s_own():
     p, q = parameters()[:2]
     with pytest.raises(ValueError, match=r"a quantizer but no shadow for a parameter of shape"):
-        Muon([p, q], lr=0.1, quantizers={p: {"bits": 6}})
+        Muon([p, q], lr=0.1, quantizers={p: INT6})
     optimizer = Muon([p, q], lr=0.1, shadows={p: torch.zeros_like(p)})
     for parameter in (p, q):
         parameter.grad = torch.randn_like(parameter)
@@ -445,7 +460,7 @@ def test_copies_are_whole():
     """Shadows of a copy follow the copy's parameters."""
     params = parameters()
     shadows = {p: p.detach().bfloat16() for p in params}
-    optimizer = run(params, shadows=shadows, quantizers={p: {"bits": 6} for p in params}, dtype=torch.float32)
+    optimizer = run(params, shadows=shadows, quantizers={p: INT6 for p in params}, dtype=torch.float32)
     again = copy.deepcopy(optimizer)
     for o in (optimizer, again):
         for i, p in enumerate(o.param_groups[0]["params"]):

@@ -112,7 +112,7 @@ def test_decoded_weights_equal_what_training_used(model, quant, seed):
     for name, format in quantizer.formats.items():
         assert decoded[name].dtype == torch.float32
         if format.quantized:
-            expected = fake_quantize_rows(state[name], **quantizer.options(name))
+            expected = fake_quantize_rows(state[name], quantizer.spec(name))
         else:
             expected = state[name] if parameter_table(model)[name].kind == "control" else state[name].half().float()
         assert torch.equal(decoded[name], expected), name

@@ -8,7 +8,7 @@ import pytest
 import torch
 from models import fake_quantized
 
-from golfgpt import artifact
+from golfgpt import artifact, shadows
 from golfgpt.averaging import Average
 from golfgpt.config import AverageConfig, ModelConfig, OptimConfig, QuantConfig, RunConfig, ScheduleConfig
 from golfgpt.distributed import Ranks
@@ -19,7 +19,6 @@ from golfgpt.model.parameters import of_kind, parameter_table
 from golfgpt.quant import Quantizer, join, plan_formats, prune_threshold, pruned
 from golfgpt.recipes import RECIPES
 from golfgpt.schedule import lr_multiplier, quantization_aware
-from golfgpt.shadows import fake_quantized_bank
 from golfgpt.train.step import TrainStep
 
 MODEL = ModelConfig(
@@ -70,15 +69,7 @@ def test_the_forward_uses_the_weights_of_the_artifact_bit_for_bit(quant, clip, i
         pytest.skip("the CPU's artifact is compared with the CPU's forward here")
     quant = replace(quant, clip=clip, compressor="zlib")
     model = model_with_hard_rows()
-    fake_quant = {
-        bank: [(n, o and {**o, "impl": impl}) if o and "bits" in o else (n, o) for n, o in parts]
-        if isinstance(parts, list)
-        else {**parts, "impl": impl}
-        if "bits" in parts
-        else parts
-        for bank, parts in Quantizer(MODEL, quant).fake_quant().items()
-    }
-    seen = dict(model.named_parameters()) | fake_quantized(model, fake_quant)
+    seen = dict(model.named_parameters()) | fake_quantized(model, Quantizer(MODEL, quant).fake_quant(), impl=impl)
     blob = artifact.pack(model.state_dict(), model=MODEL, quant=quant, tokenizer_sha256="0" * 64, seq_len=8)
     decoded = artifact.unpack(blob).state
     assert set(decoded) == set(seen)
@@ -214,8 +205,9 @@ def test_published_quantization_leaves_embeddings_alone_and_has_no_stored_scale(
     c = RECIPES[name].config
     parts = Quantizer(c.model, c.quant).fake_quant()
     assert not {"tok_emb", "bigram_table"} & parts.keys() and {"c_q", "mlp_proj"} <= parts.keys()
-    assert all(options["scale_dtype"] == torch.float32 and options["scale_floor"] < 1e-8 for options in parts.values())
-    assert parts["mlp_fc"]["bits"] == (5 if name == "int5-int6-swa" else 6)
+    specs = {bank: spec for bank, ((_, spec),) in parts.items()}
+    assert all(spec.scale_dtype == torch.float32 and spec.scale_floor < 1e-8 for spec in specs.values())
+    assert specs["mlp_fc"].bits == (5 if name == "int5-int6-swa" else 6)
 
 
 # Rules
@@ -284,12 +276,11 @@ def test_what_inductor_compiles_trains_on_the_weights_that_ship():
     shipped = GPT(MODEL)
     shipped.load_state_dict(quantizer.decode(quantizer.encode(model.state_dict())))
     enabled = torch.tensor(True)
-    options = quantizer.fake_quant(enabled)
-    assert options["tok_emb"]["keep"] == options["resid_mix"]["keep"] == torch.float16
+    parts = quantizer.fake_quant()
+    assert parts["tok_emb"][0][1] == parts["resid_mix"][0][1] == torch.float16
 
     def used(weights, on):
-        return {name: fake_quantized_bank(w, options.get(name) and {**options[name], "enabled": on}) + 0
-                for name, w in weights.items() if not isinstance(options.get(name), list)}  # fmt: skip
+        return {name: shadows.fake_quantized(w, parts.get(name, []), on) + 0 for name, w in weights.items()}
 
     compiled = torch.compile(used, dynamic=False, fullgraph=True)
     weights = dict(model.named_parameters())

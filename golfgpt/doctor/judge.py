@@ -198,11 +198,11 @@ def all_reduce(processes: int, backend: str, gbps: float, links: Sequence[Sequen
 def step(ms: float | None, expected: Mapping[str, Any] | None, torch_version: str) -> Row:
     name = "baseline step"
     if ms is None:
-        return unknown(name, "not measured", "there is no GPU: on one this compares with the figures in bench/results")
+        return unknown(name, "not measured", "there is no GPU: on one this compares with what was measured on its kind")
     value = f"eager forward + backward {ms:.1f} ms"
     if expected is None:
         value += "; no committed measurement for this GPU"
-        return unknown(name, value, "nothing to compare with: `make gpu-step` measures this GPU")
+        return unknown(name, value, "nothing to compare with, and nothing to do")
     value += f", expected {expected['eager']:.1f}; golfgpt's whole step {expected['golfgpt']:.1f} ({expected['date']})"
     other = "" if expected["torch"] == torch_version else f", which torch {expected['torch']} took"
     times = f"{ms / expected['eager']:.2f} x the time of the committed measurement{other}"

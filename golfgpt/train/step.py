@@ -124,8 +124,8 @@ class TrainStep:
         named, quant = dict(self.model.named_parameters()), config.quant
         scheduled = quant.qat_start > 0 or quant.qat_below_lr < 1
         self._enabled = torch.zeros((), dtype=torch.bool, device=ranks.device) if scheduled else None
-        fake_quant = Quantizer(config.model, quant).fake_quant(self._enabled)
-        self.shadows = Shadows(self.model, fake_quant, self.dtype)
+        fake_quant = Quantizer(config.model, quant).fake_quant()
+        self.shadows = Shadows(self.model, fake_quant, self.dtype, self._enabled)
         self.optimizers = Optimizers(self.model, config.optim, self.flat, self.shadows)
         self.average = Average(named, config.average, self.optimizers.narrow)
         deal = spans_of_rank(ranks.rank, ranks.world, config.data.spans)

@@ -6,11 +6,13 @@ rounded.
 
 from ._dispatch import implementation
 from .fake_quant import (
+    RowQuant,
     dequantize_rows,
     fake_quant_linear,
     fake_quantize_banks,
     fake_quantize_rows,
     quantize_rows,
+    round_to_dtype,
     straight_through,
 )
 from .muon import muon_momentum_, muon_update_, square_parts
@@ -20,6 +22,7 @@ from .softcap_cross_entropy import softcap_cross_entropy
 from .token_logprobs import token_logprobs
 
 __all__ = [
+    "RowQuant",
     "dequantize_rows",
     "fake_quant_linear",
     "fake_quantize_banks",
@@ -31,6 +34,7 @@ __all__ = [
     "newton_schulz",
     "quantize_rows",
     "relu2_mlp",
+    "round_to_dtype",
     "softcap_cross_entropy",
     "square_parts",
     "straight_through",

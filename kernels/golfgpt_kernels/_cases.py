@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ._dispatch import accumulate_dtype
 from .fake_quant import (
+    RowQuant,
     fake_quant_linear,
     fake_quant_linear_cost,
     fake_quantize_banks,
@@ -38,6 +39,7 @@ from .softcap_cross_entropy import softcap_cross_entropy, softcap_cross_entropy_
 from .token_logprobs import token_logprobs, token_logprobs_cost
 
 COLUMNS = ("eager", "compile", "triton")
+INT6 = RowQuant(bits=6)
 Inputs = dict[str, Tensor]
 
 
@@ -146,7 +148,7 @@ def fake_quant_linear_case(rows: int, k: int, n: int, backward: bool) -> Case:
     """The form that decodes the weight once and multiplies."""
 
     def call(i: Inputs, impl: str) -> Tensor:
-        return fake_quant_linear(i["x"], i["w"], bits=6, form="shadow", impl=impl)
+        return fake_quant_linear(i["x"], i["w"], INT6, form="shadow", impl=impl)
 
     cost = fake_quant_linear_cost(rows, n, k)
     return _linear_case("fake_quant_linear", call, rows, k, n, backward, cost)
@@ -158,7 +160,7 @@ def codes_linear_case(rows: int, k: int, n: int, backward: bool) -> Case:
     def call(i: Inputs, impl: str) -> Tensor:
         form = "codes" if impl == "triton" else "shadow"
         impl = "triton" if impl == "shadow" else impl
-        return fake_quant_linear(i["x"], i["w"], bits=6, form=form, impl=impl)
+        return fake_quant_linear(i["x"], i["w"], INT6, form=form, impl=impl)
 
     cost = fake_quant_linear_cost(rows, n, k)
     return _linear_case("codes_linear", call, rows, k, n, backward, cost, columns=(*COLUMNS, "shadow"))
@@ -188,7 +190,7 @@ def fake_quantize_case(*banks: tuple[int, int, int]) -> Case:
 
     def call(i: Inputs, impl: str) -> tuple[Tensor, ...]:
         shadows = _named(i, "s")
-        fake_quantize_banks(_named(i, "w"), shadows, bits=6, impl=impl)
+        fake_quantize_banks(_named(i, "w"), shadows, INT6, impl=impl)
         return tuple(shadows)
 
     return Case(
@@ -202,7 +204,7 @@ def quantize_rows_case(layers: int, n: int, k: int) -> Case:
     return Case(
         op="quantize_rows", rows=layers * n, shape=(layers, n, k),
         draw=lambda r, m: {"w": r.normal(m // n, n, k, dtype=torch.float32)},
-        call=lambda i, impl: quantize_rows(i["w"], bits=6, impl=impl),
+        call=lambda i, impl: quantize_rows(i["w"], INT6, impl=impl),
         cost=quantize_rows_cost(layers * n, k), dtype=torch.float32, exact=True,
     )  # fmt: skip
 
@@ -222,19 +224,19 @@ def muon_momentum_case(*banks: tuple[int, int, int]) -> Case:
     return _muon_case("muon_momentum_", banks, ("g", "b"), "u", "momentum", 0.95, call, muon_momentum_cost)
 
 
-def muon_update_case(*banks: tuple[int, int, int], bits: int | None = None) -> Case:
-    """fp32 weights, bf16 updates and shadows, as the optimizer has them; with `bits` the shadows are quantized."""
+def muon_update_case(*banks: tuple[int, int, int], spec: RowQuant | None = None) -> Case:
+    """fp32 weights, bf16 updates and shadows, as the optimizer has them; with `spec` the shadows are quantized."""
     scales = [max(1.0, n / k) ** 0.5 for _, n, k in banks]
 
     def call(i: Inputs, impl: str) -> tuple[Tensor, ...]:
         w, o, s = (_named(i, name) for name in "wos")
-        reference = impl == "eager" and bits is None  # which takes the oracle's float64 scalar
-        update, options = (muon_update_ref_, {}) if reference else (muon_update_, {"impl": impl, "bits": bits})
+        reference = impl == "eager" and spec is None  # which takes the oracle's float64 scalar
+        update, options = (muon_update_ref_, {}) if reference else (muon_update_, {"impl": impl, "specs": spec})
         update(w, o, i["lr"], scales=scales, weight_decay=0.01, shadows=s, **options)
         return *w, *s
 
-    op = "muon_update_" if bits is None else "muon_update_rows_"
-    return _muon_case(op, banks, ("w",), "os", "lr", 0.02, call, muon_update_cost, exact=bits is not None)
+    op = "muon_update_" if spec is None else "muon_update_rows_"
+    return _muon_case(op, banks, ("w",), "os", "lr", 0.02, call, muon_update_cost, exact=spec is not None)
 
 
 def _muon_case(
@@ -317,7 +319,7 @@ def _cases(rows: int, k: int, hiddens: tuple[int, ...], vocabs: tuple[int, ...],
         *(newton_schulz_case(*bank) for bank in (banks[0], banks[2])),
         muon_momentum_case(*banks),
         muon_update_case(*banks),
-        muon_update_case(*banks, bits=6),
+        muon_update_case(*banks, spec=INT6),
     )
 
 

@@ -1,4 +1,4 @@
-"""The row quantizer's arithmetic, in PyTorch and on a tile in registers, and kernels over the rows of many matrices.
+"""The row quantizer's options and arithmetic, in PyTorch and on a tile in registers, and kernels over many matrices.
 
 Matrices come as tuples of pointers; the program finds its own among ranges of blocks, in a branch that is
 compiled for the columns of that matrix. A block is BLOCK // WIDTH rows of WIDTH columns, WIDTH the power of
@@ -10,43 +10,147 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ._dispatch import FLOAT_DTYPES, accumulate_dtype
+from ._dispatch import FLOAT_DTYPES, KERNEL_DTYPES, Impl, accumulate_dtype
 from ._jit import jit, narrow, tl
+from ._tiles import TileTable
 
 CLIP_QUANTILE = 0.9999984
 _QUANTILE_MAX_COLS = 500_000  # from 625,000 columns on the rank lies below the second largest magnitude
 
 
+# ---- options
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowQuant:
+    """How rows become codes and scales; fake_quant.py has the equations. Raises ValueError for an option out of range.
+
+    dataclasses.replace(spec, bits=5) makes a variant.
+    """
+
+    bits: int
+    """2 to 8."""
+    clip: Literal["max", "quantile"] = "max"
+    """Clip magnitude of a row: its maximum, or torch.quantile(|w|, 0.9999984)."""
+    code_range: Literal["symmetric", "full"] = "symmetric"
+    """Codes from -qmax, or from -qmax - 1; both to qmax."""
+    scale_dtype: torch.dtype = torch.float16
+    """Of the stored scale. Kernels store no float64."""
+    scale_floor: float = 0.0
+    """The least scale, in the weights' units."""
+    codes_from: Literal["stored_scale", "float32_scale"] = "stored_scale"
+    """The scale that codes divide by: as stored, or before that rounding."""
+    group_size: int | None = None
+    """Neighbouring columns with a scale of their own, a divisor of the columns; None: the row."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
+            raise ValueError(f"RowQuant: bits={self.bits}; expected 2 to 8")
+        for name, expected in (
+            ("clip", ("max", "quantile")),
+            ("code_range", ("symmetric", "full")),
+            ("scale_dtype", FLOAT_DTYPES),
+            ("codes_from", ("stored_scale", "float32_scale")),
+        ):
+            if (value := getattr(self, name)) not in expected:
+                raise ValueError(f"RowQuant: {name}={value!r}; expected one of {expected}")
+        largest = torch.finfo(self.scale_dtype).max
+        if not 0 <= self.scale_floor <= largest:
+            raise ValueError(f"RowQuant: scale_floor={self.scale_floor}; expected 0 to {largest}")
+        if self.group_size is not None and self.group_size < 1:
+            raise ValueError(f"RowQuant: group_size={self.group_size}; expected None or columns, at least 1")
+
+    @property
+    def qmax(self) -> int:
+        return 2 ** (self.bits - 1) - 1
+
+
+def check_rows(op: str, name: str, w: Tensor, spec: RowQuant) -> None:
+    """ValueError unless the rows of w, which the caller knows by `name`, can be quantized so."""
+    if not isinstance(spec, RowQuant):
+        raise ValueError(f"{op}: spec={spec!r} for {name}; expected a RowQuant")
+    if w.ndim < 2 or w.shape[-1] == 0:
+        raise ValueError(f"{op}: {name} has shape {tuple(w.shape)}; expected (..., rows, cols) with cols >= 1")
+    check_group(op, w, spec.group_size)
+    cols = spec.group_size or w.shape[-1]
+    if spec.clip == "quantile" and cols > _QUANTILE_MAX_COLS:
+        raise ValueError(f"{op}: clip='quantile' with {cols} columns; expected up to {_QUANTILE_MAX_COLS}")
+
+
+def check_group(op: str, w: Tensor, group_size: int | None) -> None:
+    if group_size is not None and (group_size < 1 or w.shape[-1] % group_size):
+        raise ValueError(f"{op}: group_size={group_size}; expected None or a divisor of {w.shape[-1]} columns")
+
+
+def stores_scale(op: str, impl: Impl, spec: RowQuant) -> bool:
+    """Whether kernels store such scales; RuntimeError if impl="triton" asks for what they do not."""
+    if impl == "triton" and spec.scale_dtype not in KERNEL_DTYPES:
+        raise RuntimeError(
+            f"{op}: impl='triton' cannot run: it stores no scale in {spec.scale_dtype}; impl='eager' can"
+        )
+    return spec.scale_dtype in KERNEL_DTYPES
+
+
+# ---- options of many matrices, and at the border of custom ops
+
+
+def one_each(op: str, specs: Any, count: int) -> list:
+    """`specs` as a list: one for each of `count` matrices, or one for all of them."""
+    specs = list(specs) if isinstance(specs, Sequence) else [specs] * count
+    if len(specs) != count:
+        raise ValueError(f"{op}: {len(specs)} specs for {count} matrices; expected one for all or one each")
+    return specs
+
+
+def by_launch(specs: Sequence[RowQuant | None]) -> list[list[int]]:
+    """Indices of the matrices of each launch, whose specs differ in bits only; in the order of their first matrix."""
+    launches: dict[Any, list[int]] = {}
+    for i, spec in enumerate(specs):
+        launches.setdefault(None if spec is None else replace(spec, bits=8), []).append(i)
+    return list(launches.values())
+
+
+SPEC_SCHEMA = (
+    "int[] bits, str clip, str code_range, ScalarType scale_dtype, float scale_floor, str codes_from, int? group_size"
+)
+
+
+def to_fields(specs: Sequence[RowQuant]) -> dict[str, Any]:
+    """Specs of one launch as the keyword arguments SPEC_SCHEMA of a custom op, which takes no dataclasses."""
+    return {**vars(specs[0]), "bits": [spec.bits for spec in specs]}
+
+
+def from_fields(bits: Sequence[int], **fields: Any) -> list[RowQuant]:
+    return [RowQuant(bits=n, **fields) for n in bits]
+
+
 # ---- the reference
 
 
-def quantize_rows_ref(
-    w: Tensor,
-    *,
-    bits: int,
-    clip: str = "max",
-    code_range: str = "symmetric",
-    scale_dtype: torch.dtype = torch.float16,
-    scale_floor: float = 0.0,
-    codes_from: str = "stored_scale",
-    group_size: int | None = None,
-) -> tuple[Tensor, Tensor]:
+def quantize_rows_ref(w: Tensor, spec: RowQuant) -> tuple[Tensor, Tensor]:
     rows = w.to(accumulate_dtype(w.dtype)).contiguous()
-    if group_size is not None:
-        rows = rows.unflatten(-1, (-1, group_size))
-    qmax = 2 ** (bits - 1) - 1
-    c = _clip_magnitude(rows.abs(), clip).unsqueeze(-1)
+    if spec.group_size is not None:
+        rows = rows.unflatten(-1, (-1, spec.group_size))
+    c = _clip_magnitude(rows.abs(), spec.clip).unsqueeze(-1)
     # Divided by a tensor: CUDA turns division by a number into multiplication by its rounded reciprocal.
-    s = _representable((c / torch.full_like(c, qmax)).clamp(min=scale_floor), scale_dtype)
-    scale = s.to(scale_dtype)
-    s = scale.to(s.dtype) if codes_from == "stored_scale" else s
-    codes = torch.round(rows.clamp(-c, c) / s).clamp(-qmax - (code_range == "full"), qmax)
+    s = _representable((c / torch.full_like(c, spec.qmax)).clamp(min=spec.scale_floor), spec.scale_dtype)
+    scale = s.to(spec.scale_dtype)
+    s = scale.to(s.dtype) if spec.codes_from == "stored_scale" else s
+    codes = torch.round(rows.clamp(-c, c) / s).clamp(-spec.qmax - (spec.code_range == "full"), spec.qmax)
     return codes.to(torch.int8).reshape(w.shape), scale.squeeze(-1)
+
+
+def fake_quantize_rows_ref(
+    w: Tensor, spec: RowQuant, *, dtype: torch.dtype | None = None, enabled: Tensor | None = None
+) -> Tensor:
+    w_hat = decode_rows(*quantize_rows_ref(w, spec), dtype or w.dtype, spec.group_size)
+    return w_hat if enabled is None else torch.where(enabled, w_hat, w.to(w_hat.dtype))
 
 
 def _clip_magnitude(magnitude: Tensor, clip: str) -> Tensor:
@@ -73,81 +177,42 @@ def decode_rows(codes: Tensor, scale: Tensor, dtype: torch.dtype, group_size: in
     return (rows.to(scale.dtype) * scale).to(dtype).reshape(codes.shape)
 
 
-def check_row_options(
-    op, name, w, *, bits, clip, code_range, scale_dtype, scale_floor, codes_from, group_size
-) -> None:  # fmt: skip
-    """ValueError unless the rows of w, which the caller knows by `name`, can be quantized so."""
-    if w.ndim < 2 or w.shape[-1] == 0:
-        raise ValueError(f"{op}: {name} has shape {tuple(w.shape)}; possible: (..., rows, cols) with cols >= 1")
-    if not isinstance(bits, int) or bits not in range(2, 9):
-        raise ValueError(f"{op}: bits={bits}; possible: 2 to 8")
-    for name, value, possible in (
-        ("clip", clip, ("max", "quantile")),
-        ("code_range", code_range, ("symmetric", "full")),
-        ("scale_dtype", scale_dtype, FLOAT_DTYPES),
-        ("codes_from", codes_from, ("stored_scale", "float32_scale")),
-    ):
-        if value not in possible:
-            raise ValueError(f"{op}: {name}={value!r}; possible: {possible}")
-    if not 0 <= scale_floor <= torch.finfo(scale_dtype).max:
-        raise ValueError(f"{op}: scale_floor={scale_floor}; possible: 0 to {torch.finfo(scale_dtype).max}")
-    check_group(op, w, group_size)
-    if clip == "quantile" and (group_size or w.shape[-1]) > _QUANTILE_MAX_COLS:
-        raise ValueError(f"{op}: clip='quantile' with {w.shape[-1]} columns; possible: up to {_QUANTILE_MAX_COLS}")
+# ---- arguments of a launch
 
 
-def check_group(op: str, w: Tensor, group_size: int | None) -> None:
-    if group_size is not None and (group_size < 1 or w.shape[-1] % group_size):
-        raise ValueError(f"{op}: group_size={group_size}; possible: None or a divisor of {w.shape[-1]} columns")
+def row_arguments(
+    matrices: Sequence[Tensor], specs: Sequence[RowQuant], tiles: TileTable, tile: dict | None
+) -> tuple[int, tuple, dict]:
+    """(programs, runtime arguments, keywords) of a launch over rows of matrices whose specs differ in bits only.
 
-
-# ---- rows and constants of a launch
-
-
-@dataclass(frozen=True)
-class RowBlocks:
-    """How the rows of several matrices are dealt to programs: blocks starts[i] to starts[i + 1] are matrix i."""
-
-    starts: tuple[int, ...]
-    rows: tuple[int, ...]
-    cols: tuple[int, ...]
-    widths: tuple[int, ...]
-
-    @classmethod
-    def of(cls, matrices: Sequence[Tensor], cols: Sequence[int], block: int) -> RowBlocks:
-        """Matrices (..., cols) that are not empty; `cols` divides their last dimension where rows are cut in groups."""
-        rows = tuple(matrix.numel() // n for matrix, n in zip(matrices, cols, strict=True))
-        widths = tuple(min(1 << (n - 1).bit_length(), block) for n in cols)
-        counts = (-(-count // (block // width)) for count, width in zip(rows, widths, strict=True))
-        return cls((0, *itertools.accumulate(counts)), rows, tuple(cols), widths)
-
-
-def row_constants(
-    cols: Sequence[int],
-    bits: Sequence[int],
-    clip: str,
-    code_range: str,
-    scale_dtype: torch.dtype,
-    scale_floor: float,
-    codes_from: str,
-) -> tuple[tuple, dict]:
-    """Runtime arguments (qmax and the quantile's fraction per matrix, the floor), and constexprs, of the quantizer."""
+    Blocks starts[i] to starts[i + 1] are matrix i. Runtime arguments are starts; of each matrix the number of rows,
+    qmax and the quantile's fraction; the floor. A group of columns is a row of its own. `tile` None: by the table.
+    """
+    spec = specs[0]
+    cols = tuple(spec.group_size or matrix.shape[-1] for matrix in matrices)
+    rows = tuple(matrix.numel() // n for matrix, n in zip(matrices, cols, strict=True))
+    tile = tile or tiles.select(matrices[0].device, matrices[0].dtype, max(cols))
+    widths = tuple(min(1 << (n - 1).bit_length(), tile["BLOCK"]) for n in cols)
+    blocks = (-(-n // (tile["BLOCK"] // width)) for n, width in zip(rows, widths, strict=True))
+    starts = (0, *itertools.accumulate(blocks))
     ranks = [torch.full((), CLIP_QUANTILE, dtype=torch.float32, device="cpu") * (n - 1) for n in cols]
-    info = torch.finfo(scale_dtype)
-    numbers = (
-        tuple(float(2 ** (n - 1) - 1) for n in bits),
-        tuple(float(rank - rank.floor()) for rank in ranks),
-        float(scale_floor),
-    )
-    return numbers, {
-        "QUANTILE": clip == "quantile",
-        "FULL": code_range == "full",
-        "STORED": codes_from == "stored_scale",
-        "SCALE": getattr(tl, str(scale_dtype).removeprefix("torch.")),
+    fractions = tuple(float(rank - rank.floor()) for rank in ranks)
+    info = torch.finfo(spec.scale_dtype)
+    keywords = {
+        "COLS": cols,
+        "WIDTH": widths,
+        "QUANTILE": spec.clip == "quantile",
+        "FULL": spec.code_range == "full",
+        "STORED": spec.codes_from == "stored_scale",
+        "SCALE": getattr(tl, str(spec.scale_dtype).removeprefix("torch.")),
         "TINY": info.tiny,
-        "STEP": info.tiny * info.eps if scale_dtype == torch.float16 else info.tiny,
+        "STEP": info.tiny * info.eps if spec.scale_dtype == torch.float16 else info.tiny,
         "MAX": info.max,
+        "enable_fp_fusion": False,  # codes must equal the reference's
+        **tile,
     }
+    numbers = starts, rows, tuple(float(each.qmax) for each in specs), fractions, float(spec.scale_floor)
+    return starts[-1], numbers, keywords
 
 
 # ---- a tile in registers

@@ -5,7 +5,7 @@
 
 Shapes: w (..., rows, cols), banks with leading dimensions included; codes as w, int8 whatever `bits` is;
 scale (..., rows), or (..., rows, cols / group_size) where groups of `group_size` neighbouring columns
-have their own scale.
+have their own scale. All options are fields of `RowQuant`.
 
 clip "max": c = max |w|. clip "quantile": c = torch.quantile(|w|, 0.9999984, dim=-1), bit for bit in fp32.
 Its rank 0.9999984 (cols - 1), computed in fp32, falls between the two largest magnitudes, which a top-2
@@ -62,7 +62,6 @@ from torch import Tensor
 
 from ._dispatch import (
     FLOAT_DTYPES,
-    KERNEL_DTYPES,
     Impl,
     accumulate_dtype,
     autocast,
@@ -72,19 +71,27 @@ from ._dispatch import (
     values_readable,
 )
 from ._jit import descriptor, dot, dot_precision, empty_rows, halves, jit, launch, narrow, num_programs, tl
+from ._ops import add_op_namespace_prefix
 from ._rows import (
     CLIP_QUANTILE,
-    RowBlocks,
+    SPEC_SCHEMA,
+    RowQuant,
+    by_launch,
     check_group,
-    check_row_options,
+    check_rows,
     decode_rows,
+    fake_quantize_rows_ref,
+    from_fields,
     interpolate,
     load_rows,
+    one_each,
     quantize_rows_ref,
+    row_arguments,
     row_codes,
-    row_constants,
     row_offsets,
     stored_scale,
+    stores_scale,
+    to_fields,
     two_largest,
     two_largest_of_both,
 )
@@ -92,38 +99,30 @@ from ._tiles import INTERPRETED_GEMM, Tile, TileTable, gemm_tile
 
 __all__ = [
     "CLIP_QUANTILE",
+    "RowQuant",
     "dequantize_rows",
     "fake_quant_linear",
     "fake_quant_linear_cost",
     "fake_quant_linear_ref",
     "fake_quantize_banks",
     "fake_quantize_rows",
+    "fake_quantize_rows_ref",
     "quantize_rows",
     "quantize_rows_cost",
     "quantize_rows_ref",
+    "round_to_dtype",
     "straight_through",
 ]
 
-Clip = Literal["max", "quantile"]
-CodeRange = Literal["symmetric", "full"]
-CodesFrom = Literal["stored_scale", "float32_scale"]
 Form = Literal["auto", "shadow", "codes"]
 
 
-def fake_quantize_rows_ref(
-    w: Tensor, *, bits: int, dtype: torch.dtype | None = None, enabled: Tensor | None = None, **options
-) -> Tensor:
-    codes, scale = quantize_rows_ref(w, bits=bits, **options)
-    w_hat = dequantize_rows(codes, scale, dtype=dtype or w.dtype, group_size=options.get("group_size"))
-    return w_hat if enabled is None else torch.where(enabled, w_hat, w.to(w_hat.dtype))
-
-
 def fake_quant_linear_ref(
-    x: Tensor, w: Tensor, *, bits: int, form: str = "shadow", enabled: Tensor | None = None, **options
+    x: Tensor, w: Tensor, spec: RowQuant, *, form: str = "shadow", enabled: Tensor | None = None
 ) -> Tensor:
     if form == "codes":
-        return _CodesLinear.apply(x, w, *quantize_rows_ref(w.detach(), bits=bits, **options))
-    w_hat = fake_quantize_rows_ref(w.detach(), bits=bits, dtype=x.dtype, enabled=enabled, **options)
+        return _CodesLinear.apply(x, w, *quantize_rows_ref(w.detach(), spec), False)
+    w_hat = fake_quantize_rows_ref(w.detach(), spec, dtype=x.dtype, enabled=enabled)
     return F.linear(x, _StraightThrough.apply(w, w_hat))
 
 
@@ -147,12 +146,15 @@ def straight_through(w: Tensor, w_hat: Tensor) -> Tensor:
 
 
 class _CodesLinear(torch.autograd.Function):
-    """(x codesᵀ) scale with the gradients of x ŵᵀ, that of ŵ passed to w."""
+    """(x codesᵀ) scale with the gradients of x ŵᵀ, that of ŵ passed to w. A kernel wants x (M, K) and codes in its
+    dtype."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, w: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, w: Tensor, codes: Tensor, scale: Tensor, by_kernel: bool) -> Tensor:
         ctx.save_for_backward(x, codes, scale)
         ctx.dtype = w.dtype
+        if by_kernel:
+            return _codes_linear(x, codes, scale)
         wide = accumulate_dtype(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             return (F.linear(x.to(wide), codes.to(wide)) * scale.to(wide)).to(x.dtype)
@@ -162,10 +164,10 @@ class _CodesLinear(torch.autograd.Function):
         x, codes, scale = ctx.saved_tensors
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            dx = dy @ dequantize_rows(codes, scale, dtype=dy.dtype)
+            dx = dy @ decode_rows(codes, scale, dy.dtype, None)
         if ctx.needs_input_grad[1]:
             dw = (dy.reshape(-1, dy.shape[-1]).mT @ x.reshape(-1, x.shape[-1])).to(ctx.dtype)
-        return dx, dw, None, None
+        return dx, dw, None, None, None
 
 
 def quantize_rows_cost(rows: int, cols: int, *, itemsize: int = 4, scale_itemsize: int = 2) -> tuple[int, int]:
@@ -294,34 +296,18 @@ def quantize_matrices(
     ws: Sequence[Tensor],
     outs: Sequence[Tensor],
     scales: Sequence[Tensor] | None,
-    bits: Sequence[int],
-    enabled: Tensor | None,
-    *,
-    clip: str,
-    code_range: str,
-    scale_dtype: torch.dtype,
-    scale_floor: float,
-    codes_from: str,
-    group_size: int | None,
+    specs: Sequence[RowQuant],
+    enabled: Tensor | None = None,
     tile: dict | None = None,
 ) -> None:
     """One launch: contiguous ws (..., cols) -> outs, codes if there are scales to go with them, else ŵ."""
-    cols = [group_size or w.shape[-1] for w in ws]
-    kept = [i for i, w in enumerate(ws) if w.numel()]
-    if not kept:
-        return
-    w = ws[0]
-    tile = tile or _ROW_TILES.select(w.device, w.dtype, max(cols))
-    layout = RowBlocks.of([ws[i] for i in kept], [cols[i] for i in kept], tile["BLOCK"])
-    numbers, constants = row_constants(
-        layout.cols, [bits[i] for i in kept], clip, code_range, scale_dtype, scale_floor, codes_from
-    )
-    launch(
-        _quantize_kernel, (layout.starts[-1],), w.device,
-        *(tuple(tensors[i] for i in kept) for tensors in (ws, outs, scales or outs)), w if enabled is None else enabled,
-        layout.starts, layout.rows, *numbers, COLS=layout.cols, WIDTH=layout.widths, **constants,
-        CODES=scales is not None, SWITCH=enabled is not None, enable_fp_fusion=False, **tile,
-    )  # fmt: skip
+    programs, numbers, options = row_arguments(ws, specs, _ROW_TILES, tile)
+    if programs:
+        launch(
+            _quantize_kernel, (programs,), ws[0].device,
+            tuple(ws), tuple(outs), tuple(scales or outs), ws[0] if enabled is None else enabled, *numbers,
+            CODES=scales is not None, SWITCH=enabled is not None, **options,
+        )  # fmt: skip
 
 
 def codes_linear(x: Tensor, codes: Tensor, scale: Tensor, tile: dict | None = None) -> Tensor:
@@ -340,121 +326,86 @@ def codes_linear(x: Tensor, codes: Tensor, scale: Tensor, tile: dict | None = No
 # ---- custom ops
 
 
-def _quantize_op(
-    w: Tensor, *, bits: int, codes_dtype: torch.dtype, by_kernel: bool, **options
-) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op(
+    add_op_namespace_prefix("quantize_rows"),
+    mutates_args=(),
+    schema=f"(Tensor w, *, ScalarType codes_dtype, bool by_kernel, {SPEC_SCHEMA}) -> (Tensor, Tensor)",
+)
+def _quantize(w, *, codes_dtype, by_kernel, **fields):
     """One opaque op, under torch.compile too: Inductor drops the round trip of the scale through fp16 and may divide
     approximately, and then training would not see the weights that are exported."""
+    (spec,) = from_fields(**fields)
     if not by_kernel:
-        codes, scale = quantize_rows_ref(w, bits=bits, **options)
+        codes, scale = quantize_rows_ref(w, spec)
         return codes.to(codes_dtype), scale
-    codes, scale = _empty_codes(w, codes_dtype, options["scale_dtype"], options["group_size"])
-    quantize_matrices([w.contiguous()], [codes], [scale], [bits], None, **options)
+    codes, scale = _empty_codes(w, codes_dtype, **fields)
+    quantize_matrices([w.contiguous()], [codes], [scale], [spec])
     return codes, scale
 
 
-def _empty_codes(w: Tensor, codes_dtype: torch.dtype, scale_dtype: torch.dtype, group_size: int | None):
+def _empty_codes(w, codes_dtype, *, scale_dtype, group_size, **_fields) -> tuple[Tensor, Tensor]:
     groups = () if group_size is None else (w.shape[-1] // group_size,)
     return w.new_empty(w.shape, dtype=codes_dtype), w.new_empty((*w.shape[:-1], *groups), dtype=scale_dtype)
 
 
-_OPTIONS = "str clip, str code_range, ScalarType scale_dtype, float scale_floor, str codes_from, int? group_size"
-_quantize = torch.library.custom_op(
-    "golfgpt::quantize_rows",
-    _quantize_op,
-    mutates_args=(),
-    schema=f"(Tensor w, *, int bits, ScalarType codes_dtype, bool by_kernel, {_OPTIONS}) -> (Tensor, Tensor)",
-)
-
-
 @_quantize.register_fake
-def _(w, *, codes_dtype, scale_dtype, group_size, **_options):
-    return _empty_codes(w, codes_dtype, scale_dtype, group_size)
+def _(w, *, codes_dtype, by_kernel, **fields):
+    return _empty_codes(w, codes_dtype, **fields)
 
 
-def _fake_quantize_op(
-    ws: list[Tensor], outs: list[Tensor], bits: list[int], enabled: Tensor | None, *, by_kernel: bool, **options
-) -> None:
+@torch.library.custom_op(
+    add_op_namespace_prefix("fake_quantize_"),
+    mutates_args=("outs",),
+    schema=f"(Tensor[] ws, Tensor(a!)[] outs, Tensor? enabled, *, bool by_kernel, {SPEC_SCHEMA}) -> ()",
+)
+def _fake_quantize(ws, outs, enabled, *, by_kernel, **fields):
+    specs = from_fields(**fields)
     if by_kernel:
         direct = [out if out.is_contiguous() else out.new_empty(out.shape) for out in outs]
-        quantize_matrices([w.contiguous() for w in ws], direct, None, bits, enabled, **options)
+        quantize_matrices([w.contiguous() for w in ws], direct, None, specs, enabled)
     else:
         direct = [
-            fake_quantize_rows_ref(w, bits=n, dtype=out.dtype, enabled=enabled, **options)
-            for w, out, n in zip(ws, outs, bits, strict=True)
+            fake_quantize_rows_ref(w, spec, dtype=out.dtype, enabled=enabled)
+            for w, out, spec in zip(ws, outs, specs, strict=True)
         ]
     for out, value in zip(outs, direct, strict=True):
         if out is not value:
             out.copy_(value)
 
 
-_fake_quantize = torch.library.custom_op(
-    "golfgpt::fake_quantize_",
-    _fake_quantize_op,
-    mutates_args=("outs",),
-    schema=f"(Tensor[] ws, Tensor(a!)[] outs, int[] bits, Tensor? enabled, *, bool by_kernel, {_OPTIONS}) -> ()",
-)
-
-
 @_fake_quantize.register_fake
-def _(ws, outs, bits, enabled, **_options):
+def _(ws, outs, enabled, **_fields):
     return None
 
 
-@torch.library.custom_op("golfgpt::codes_linear", mutates_args=())
-def _codes_linear(x: Tensor, w: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    """w is not read; the gradient of ŵ goes to it."""
+@torch.library.custom_op(add_op_namespace_prefix("codes_linear"), mutates_args=())
+def _codes_linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     return codes_linear(x, codes, scale)
 
 
 @_codes_linear.register_fake
-def _(x, w, codes, scale):
+def _(x, codes, scale):
     return empty_rows((x.shape[0], codes.shape[0]), x.dtype, x.device)
 
 
-def _save_codes_linear(ctx, inputs, output):
-    x, w, codes, scale = inputs
-    ctx.save_for_backward(x, codes, scale)
-    ctx.dtype = w.dtype
+@torch.library.custom_op(add_op_namespace_prefix("round_to_dtype"), mutates_args=())
+def _round_to_dtype(w: Tensor, dtype: torch.dtype) -> Tensor:
+    return w.to(dtype, copy=True).to(w.dtype)
 
 
-def _codes_linear_backward(ctx, dy):
-    x, codes, scale = ctx.saved_tensors
-    dx = dw = None
-    if ctx.needs_input_grad[0]:
-        wide = accumulate_dtype(scale.dtype)
-        dx = dy @ (codes.to(wide) * scale.to(wide).unsqueeze(-1)).to(dy.dtype)
-    if ctx.needs_input_grad[1]:
-        dw = (dy.mT @ x).to(ctx.dtype)
-    return dx, dw, None, None
-
-
-_codes_linear.register_autograd(_codes_linear_backward, setup_context=_save_codes_linear)
+@_round_to_dtype.register_fake
+def _(w, dtype):
+    return torch.empty_like(w)
 
 
 # ---- public
 
 
-def quantize_rows(
-    w: Tensor,
-    *,
-    bits: int,
-    clip: Clip = "max",
-    code_range: CodeRange = "symmetric",
-    scale_dtype: torch.dtype = torch.float16,
-    scale_floor: float = 0.0,
-    codes_from: CodesFrom = "stored_scale",
-    group_size: int | None = None,
-    impl: Impl = "auto",
-) -> tuple[Tensor, Tensor]:
+def quantize_rows(w: Tensor, spec: RowQuant, *, impl: Impl = "auto") -> tuple[Tensor, Tensor]:
     """w (..., rows, cols) -> int8 codes of w's shape and scale, (..., rows) or (..., rows, groups)."""
-    options = dict(
-        clip=clip, code_range=code_range, scale_dtype=scale_dtype, scale_floor=scale_floor, codes_from=codes_from,
-        group_size=group_size,
-    )  # fmt: skip
-    _check("quantize_rows", w, bits=bits, **options)
-    kernel = _runs_triton("quantize_rows", impl, w, scale_dtype)
-    return _quantize(w.detach(), bits=bits, codes_dtype=torch.int8, by_kernel=kernel, **options)
+    _check("quantize_rows", w, spec)
+    kernel = _runs_triton("quantize_rows", impl, w, spec)
+    return _quantize(w.detach(), codes_dtype=torch.int8, by_kernel=kernel, **to_fields([spec]))
 
 
 def dequantize_rows(
@@ -472,70 +423,55 @@ def dequantize_rows(
     return decode_rows(codes, scale, dtype, group_size)
 
 
+def round_to_dtype(w: Tensor, dtype: torch.dtype) -> Tensor:
+    """w after a round trip through `dtype`, without gradient, and one opaque op: Inductor removes such round trips."""
+    return _round_to_dtype(w, dtype)
+
+
 def fake_quantize_rows(
     w: Tensor,
+    spec: RowQuant,
     out: Tensor | None = None,
     *,
-    bits: int,
-    clip: Clip = "max",
-    code_range: CodeRange = "symmetric",
-    scale_dtype: torch.dtype = torch.float16,
-    scale_floor: float = 0.0,
-    codes_from: CodesFrom = "stored_scale",
-    group_size: int | None = None,
     enabled: Tensor | None = None,
     dtype: torch.dtype | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """dequantize_rows(quantize_rows(w)) in `dtype` (None: w's), rounded once, with straight-through gradient.
+    """dequantize_rows(quantize_rows(w, spec)) in `dtype` (None: w's), rounded once, with straight-through gradient.
 
     With `out`, of w's shape and any float dtype (a bf16 shadow of a fp32 master), the decoded weights are written
     there, rounded once from fp32, without gradient, and `out` is returned.
     """
-    options = dict(
-        clip=clip, code_range=code_range, scale_dtype=scale_dtype, scale_floor=scale_floor, codes_from=codes_from,
-        group_size=group_size,
-    )  # fmt: skip
     if dtype is not None and (out is not None or dtype not in FLOAT_DTYPES):
         raise ValueError(f"fake_quantize_rows: dtype={dtype}; possible: None where out is given, else {FLOAT_DTYPES}")
     if out is not None:
-        fake_quantize_banks([w], [out], bits=bits, enabled=enabled, impl=impl, **options)
+        fake_quantize_banks([w], [out], spec, enabled=enabled, impl=impl)
         return out
-    _check("fake_quantize_rows", w, bits=bits, **options)
-    _check_enabled("fake_quantize_rows", w, enabled)
-    kernel = _runs_triton("fake_quantize_rows", impl, w, scale_dtype)
-    return _StraightThrough.apply(w, _decoded(w, dtype or w.dtype, bits, enabled, kernel, options))
+    _check("fake_quantize_rows", w, spec, enabled)
+    kernel = _runs_triton("fake_quantize_rows", impl, w, spec)
+    return _StraightThrough.apply(w, _decoded(w, spec, dtype or w.dtype, enabled, kernel))
 
 
 def fake_quantize_banks(
     ws: Sequence[Tensor],
     outs: Sequence[Tensor],
+    specs: RowQuant | Sequence[RowQuant],
     *,
-    bits: int | Sequence[int],
-    clip: Clip = "max",
-    code_range: CodeRange = "symmetric",
-    scale_dtype: torch.dtype = torch.float16,
-    scale_floor: float = 0.0,
-    codes_from: CodesFrom = "stored_scale",
-    group_size: int | None = None,
     enabled: Tensor | None = None,
     impl: Impl = "auto",
 ) -> None:
-    """fake_quantize_rows(w, out) for each of ws and outs, in one launch; `bits` for all or one number each."""
-    options = dict(
-        clip=clip, code_range=code_range, scale_dtype=scale_dtype, scale_floor=scale_floor, codes_from=codes_from,
-        group_size=group_size,
-    )  # fmt: skip
+    """fake_quantize_rows(w, spec, out) for each of ws and outs, with one spec for all or one each.
+
+    One launch for all whose specs differ in bits only, in the order of the first of each.
+    """
     if isinstance(ws, Tensor) or isinstance(outs, Tensor):
         raise ValueError("fake_quantize_banks: ws or outs is one Tensor; possible: sequences of tensors")
     op = "fake_quantize_rows" if len(ws) == 1 else "fake_quantize_banks"
-    bits = [bits] * len(ws) if isinstance(bits, int) else list(bits)
-    if not len(ws) == len(outs) == len(bits):
-        raise ValueError(
-            f"{op}: {len(ws)} weights, {len(outs)} outs, {len(bits)} bits; possible: one of each per weight"
-        )
-    for w, out, n in zip(ws, outs, bits, strict=True):
-        _check(op, w, bits=n, **options)
+    if len(ws) != len(outs):
+        raise ValueError(f"{op}: {len(ws)} weights and {len(outs)} outs; expected one out for each weight")
+    specs = one_each(op, specs, len(ws))
+    for w, out, spec in zip(ws, outs, specs, strict=True):
+        _check(op, w, spec, enabled)
         check_floats(op, w=w, out=out)
         if out.shape != w.shape:
             raise ValueError(f"{op}: out has shape {tuple(out.shape)}; possible: {tuple(w.shape)}, as w")
@@ -543,25 +479,21 @@ def fake_quantize_banks(
             raise ValueError(
                 f"{op}: weights in {ws[0].dtype} on {ws[0].device} and in {w.dtype} on {w.device}; use one of each"
             )
-        _check_enabled(op, w, enabled)
-    if ws:
-        kernel = _runs_triton("fake_quantize_rows", impl, ws[0], scale_dtype)
-        with torch.no_grad():
-            _fake_quantize([w.detach() for w in ws], list(outs), bits, enabled, by_kernel=kernel, **options)
+    with torch.no_grad():
+        for members in by_launch(specs):
+            fields = to_fields([specs[i] for i in members])
+            kernel = _runs_triton("fake_quantize_rows", impl, ws[0], specs[members[0]])
+            _fake_quantize(
+                [ws[i].detach() for i in members], [outs[i] for i in members], enabled, by_kernel=kernel, **fields
+            )
 
 
 def fake_quant_linear(
     x: Tensor,
     w: Tensor,
+    spec: RowQuant,
     *,
-    bits: int,
     form: Form = "auto",
-    clip: Clip = "max",
-    code_range: CodeRange = "symmetric",
-    scale_dtype: torch.dtype = torch.float16,
-    scale_floor: float = 0.0,
-    codes_from: CodesFrom = "stored_scale",
-    group_size: int | None = None,
     enabled: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
@@ -569,45 +501,43 @@ def fake_quant_linear(
     op = "fake_quant_linear"
     check_floats(op, x=x, w=w)
     check_linear(op, x, w)
-    options = dict(
-        clip=clip, code_range=code_range, scale_dtype=scale_dtype, scale_floor=scale_floor, codes_from=codes_from,
-        group_size=group_size,
-    )  # fmt: skip
-    _check(op, w, bits=bits, **options)
-    _check_enabled(op, w, enabled)
+    _check(op, w, spec, enabled)
     if form not in ("auto", "shadow", "codes"):
         raise ValueError(f"{op}: form={form!r}; possible: 'auto', 'shadow', 'codes'")
-    per_row = group_size is None and enabled is None
+    per_row = spec.group_size is None and enabled is None
     if form == "codes" and not per_row:
-        raise ValueError(f"{op}: form='codes' with group_size={group_size}, enabled={enabled}; possible: both None")
+        raise ValueError(
+            f"{op}: form='codes' with group_size={spec.group_size}, enabled={enabled}; possible: both None"
+        )
     x, lead = autocast(x), x.shape[:-1]
-    kernel = _runs_triton("fake_quantize_rows", impl, w, scale_dtype)
-    codes_kernel = form != "shadow" and per_row and _runs_triton("codes_linear", impl, x, scale_dtype, lead.numel())
-    if codes_kernel and (form == "codes" or impl == "auto"):
-        codes, scale = _quantize(w.detach(), bits=bits, codes_dtype=x.dtype, by_kernel=True, **options)
-        return _codes_linear(x.reshape(lead.numel(), x.shape[-1]), w, codes, scale).reshape(*lead, w.shape[0])
-    if form == "codes":
-        codes, scale = _quantize(w.detach(), bits=bits, codes_dtype=torch.int8, by_kernel=False, **options)
-        return _CodesLinear.apply(x, w, codes, scale)
-    return F.linear(x, _StraightThrough.apply(w, _decoded(w, x.dtype, bits, enabled, kernel, options)))
+    kernel = _runs_triton("fake_quantize_rows", impl, w, spec)
+    codes_kernel = form != "shadow" and per_row and _runs_triton("codes_linear", impl, x, spec, lead.numel())
+    if form == "codes" or (codes_kernel and impl == "auto"):
+        dtype = x.dtype if codes_kernel else torch.int8
+        codes, scale = _quantize(w.detach(), codes_dtype=dtype, by_kernel=codes_kernel, **to_fields([spec]))
+        y = _CodesLinear.apply(x.reshape(lead.numel(), x.shape[-1]), w, codes, scale, codes_kernel)
+        return y.reshape(*lead, w.shape[0])
+    return F.linear(x, _StraightThrough.apply(w, _decoded(w, spec, x.dtype, enabled, kernel)))
 
 
-def _decoded(w: Tensor, dtype: torch.dtype, bits: int, enabled: Tensor | None, kernel: bool, options: dict) -> Tensor:
+def _decoded(w: Tensor, spec: RowQuant, dtype: torch.dtype, enabled: Tensor | None, kernel: bool) -> Tensor:
     """ŵ in `dtype`, without gradient."""
     out = w.new_empty(w.shape, dtype=dtype)
-    _fake_quantize([w.detach()], [out], [bits], enabled, by_kernel=kernel, **options)
+    _fake_quantize([w.detach()], [out], enabled, by_kernel=kernel, **to_fields([spec]))
     return out
 
 
-def _runs_triton(op: str, impl: Impl, tensor: Tensor, scale_dtype: torch.dtype, rows: int = 1 << 62) -> bool:
+def _runs_triton(op: str, impl: Impl, tensor: Tensor, spec: RowQuant, rows: int = 1 << 62) -> bool:
     """Of quantizing, "auto" knows no least number of rows: it is one launch for any."""
-    kernel = runs_triton(op, impl, tensor, rows)
-    if impl == "triton" and scale_dtype not in KERNEL_DTYPES:
-        raise RuntimeError(f"{op}: impl='triton' cannot run: it stores no scale in {scale_dtype}; impl='eager' can")
-    return kernel and scale_dtype in KERNEL_DTYPES
+    return runs_triton(op, impl, tensor, rows) and stores_scale(op, impl, spec)
 
 
-def _check_enabled(op: str, w: Tensor, enabled: Tensor | None) -> None:
+def _check(op: str, w: Tensor, spec: RowQuant, enabled: Tensor | None = None) -> None:
+    check_floats(op, w=w)
+    check_rows(op, "w", w, spec)
+    if values_readable(w) and not torch.isfinite(w).all():
+        index = (~torch.isfinite(w)).nonzero()[0].tolist()
+        raise ValueError(f"{op}: w{index} = {w[tuple(index)].item()}; possible: finite weights")
     if enabled is not None and not isinstance(enabled, Tensor):
         raise ValueError(f"{op}: enabled={enabled!r}; possible: None or a 0-d bool tensor, as torch.tensor(True)")
     if enabled is not None and (enabled.dtype != torch.bool or enabled.ndim or enabled.device != w.device):
@@ -615,11 +545,3 @@ def _check_enabled(op: str, w: Tensor, enabled: Tensor | None) -> None:
             f"{op}: enabled has dtype {enabled.dtype}, shape {tuple(enabled.shape)}, on {enabled.device}; "
             f"possible: a 0-d bool tensor on {w.device}"
         )
-
-
-def _check(op: str, w: Tensor, **options) -> None:
-    check_floats(op, w=w)
-    check_row_options(op, "w", w, **options)
-    if values_readable(w) and not torch.isfinite(w).all():
-        index = (~torch.isfinite(w)).nonzero()[0].tolist()
-        raise ValueError(f"{op}: w{index} = {w[tuple(index)].item()}; possible: finite weights")

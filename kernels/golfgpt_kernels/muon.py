@@ -15,9 +15,9 @@ nobody waits to find out.
 (i + 1) PART in row-major order, and the sum is of the squares of U as stored, so that the parts add up to the ‖U‖²
 that Newton-Schulz divides by the root of.
 
-`bits` (2 to 8, one number or one per matrix) makes the shadows Ŵ = codes × stored scale of the new W, bit for bit
-what fake_quantize_rows(W, bits=...) gives with the same clip, code_range, scale_dtype, scale_floor, codes_from,
-group_size and enabled; without `bits` they are W.
+`specs` (a RowQuant for all matrices, or one or None for each) makes the shadows Ŵ = codes × stored scale of the new
+W, bit for bit what fake_quantize_rows(W, spec, enabled=...) gives; where the spec is None they are W.
+Matrices whose specs differ in more than bits are a launch each.
 
 Precision: fp32 in registers, rounded once to each tensor's dtype. The update with quantized shadows fuses no
 multiplication with an addition, as the quantizer must not: its W may differ from the plain one's in the last bit.
@@ -43,7 +43,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Literal
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -51,17 +51,23 @@ from torch import Tensor
 
 from ._dispatch import KERNEL_DTYPES, Impl, accumulate_dtype, check_floats, runs_triton
 from ._jit import jit, launch, narrow, tl
+from ._ops import add_op_namespace_prefix
 from ._rows import (
-    RowBlocks,
-    check_row_options,
-    decode_rows,
+    SPEC_SCHEMA,
+    RowQuant,
+    by_launch,
+    check_rows,
+    fake_quantize_rows_ref,
+    from_fields,
     interpolate,
     load_rows,
-    quantize_rows_ref,
+    one_each,
+    row_arguments,
     row_codes,
-    row_constants,
     row_offsets,
     stored_scale,
+    stores_scale,
+    to_fields,
     two_largest,
     two_largest_of_both,
 )
@@ -114,10 +120,9 @@ def muon_update_ref_(
     scales: Sequence[float],
     weight_decay: float = 0.0,
     shadows: Sequence[Tensor] | None = None,
-    bits: Sequence[int] | None = None,
+    specs: Sequence[RowQuant | None] | None = None,
     enabled: Tensor | None = None,
     ok: Tensor | None = None,
-    **options,
 ) -> None:
     for i, (w, o, s) in enumerate(zip(params, updates, scales, strict=True)):
         wide = accumulate_dtype(w.dtype)
@@ -125,11 +130,8 @@ def muon_update_ref_(
         w.copy_(new if ok is None else torch.where(ok, new, w))
         if shadows is not None:
             shadow = w.to(shadows[i].dtype)
-            if bits is not None and w.numel():
-                decoded = decode_rows(
-                    *quantize_rows_ref(w, bits=bits[i], **options), shadow.dtype, options.get("group_size")
-                )
-                shadow = decoded if enabled is None else torch.where(enabled, decoded, shadow)
+            if specs is not None and specs[i] is not None:
+                shadow = fake_quantize_rows_ref(w, specs[i], dtype=shadow.dtype, enabled=enabled)
             shadows[i].copy_(shadow if ok is None else torch.where(ok, shadow, shadows[i]))
 
 
@@ -255,7 +257,7 @@ def _update_rows(
 
 @jit
 def _update_rows_kernel(
-    w_ptrs, o_ptrs, shadow_ptrs, lr_ptr, ok_ptr, on_ptr, starts, rows, scales, weight_decay, qmax, fraction, floor,
+    w_ptrs, o_ptrs, shadow_ptrs, lr_ptr, ok_ptr, on_ptr, scales, weight_decay, starts, rows, qmax, fraction, floor,
     COLS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     QUANTILE: tl.constexpr, FULL: tl.constexpr, STORED: tl.constexpr,
     SCALE: tl.constexpr, TINY: tl.constexpr, STEP: tl.constexpr, MAX: tl.constexpr,
@@ -303,25 +305,14 @@ def update_launch(params, updates, lr, scales, weight_decay, shadows, ok, tile=N
         )  # fmt: skip
 
 
-def update_rows_launch(
-    params, updates, lr, scales, weight_decay, shadows, ok, bits, enabled, *,
-    clip, code_range, scale_dtype, scale_floor, codes_from, group_size, tile=None,
-) -> None:  # fmt: skip
-    kept = [i for i, p in enumerate(params) if p.numel()]
-    if not kept:
-        return
-    of_kept = [tuple(values[i] for i in kept) for values in (params, updates, shadows, scales, bits)]
-    params, updates, shadows, scales, bits = of_kept
-    cols = [group_size or p.shape[-1] for p in params]
-    tile = tile or _UPDATE_ROWS_TILES.select(lr.device, params[0].dtype, max(cols))
-    layout = RowBlocks.of(params, cols, tile["BLOCK"])
-    numbers, constants = row_constants(cols, bits, clip, code_range, scale_dtype, scale_floor, codes_from)
-    launch(
-        _update_rows_kernel, (layout.starts[-1],), lr.device, params, updates, shadows, lr, lr if ok is None else ok,
-        lr if enabled is None else enabled, layout.starts, layout.rows, scales, weight_decay, *numbers,
-        COLS=layout.cols, WIDTH=layout.widths, **constants, GUARDED=ok is not None, SWITCH=enabled is not None,
-        enable_fp_fusion=False, **tile,
-    )  # fmt: skip
+def update_rows_launch(params, updates, lr, scales, weight_decay, shadows, ok, enabled, specs, tile=None) -> None:
+    programs, numbers, options = row_arguments(params, specs, _UPDATE_ROWS_TILES, tile)
+    if programs:
+        launch(
+            _update_rows_kernel, (programs,), lr.device, tuple(params), tuple(updates), tuple(shadows), lr,
+            lr if ok is None else ok, lr if enabled is None else enabled, tuple(scales), weight_decay, *numbers,
+            GUARDED=ok is not None, SWITCH=enabled is not None, **options,
+        )  # fmt: skip
 
 
 def _starts(counts) -> tuple[int, ...]:
@@ -329,27 +320,29 @@ def _starts(counts) -> tuple[int, ...]:
 
 
 _momentum_op = torch.library.custom_op(
-    "golfgpt::muon_momentum_",
+    add_op_namespace_prefix("muon_momentum_"),
     momentum_launch,
     mutates_args=("buffers", "outs", "square_sums"),
     schema="(Tensor[] grads, Tensor(a!)[] buffers, Tensor(b!)[] outs, Tensor(c!)[] square_sums, Tensor momentum, "
     "bool nesterov, Tensor? ok) -> ()",
 )
 _update_op = torch.library.custom_op(
-    "golfgpt::muon_update_",
+    add_op_namespace_prefix("muon_update_"),
     update_launch,
     mutates_args=("params", "shadows"),
     schema="(Tensor(a!)[] params, Tensor[] updates, Tensor lr, float[] scales, float weight_decay, "
     "Tensor(b!)[] shadows, Tensor? ok) -> ()",
 )
-_update_rows_op = torch.library.custom_op(
-    "golfgpt::muon_update_rows_",
-    update_rows_launch,
+
+
+@torch.library.custom_op(
+    add_op_namespace_prefix("muon_update_rows_"),
     mutates_args=("params", "shadows"),
     schema="(Tensor(a!)[] params, Tensor[] updates, Tensor lr, float[] scales, float weight_decay, "
-    "Tensor(b!)[] shadows, Tensor? ok, int[] bits, Tensor? enabled, *, str clip, str code_range, "
-    "ScalarType scale_dtype, float scale_floor, str codes_from, int? group_size) -> ()",
+    f"Tensor(b!)[] shadows, Tensor? ok, Tensor? enabled, *, {SPEC_SCHEMA}) -> ()",
 )
+def _update_rows_op(params, updates, lr, scales, weight_decay, shadows, ok, enabled, **fields):
+    update_rows_launch(params, updates, lr, scales, weight_decay, shadows, ok, enabled, from_fields(**fields))
 
 
 @_momentum_op.register_fake
@@ -398,50 +391,42 @@ def muon_update_(
     scales: Sequence[float],
     weight_decay: float = 0.0,
     shadows: Sequence[Tensor] | None = None,
-    bits: int | Sequence[int] | None = None,
-    clip: Literal["max", "quantile"] = "max",
-    code_range: Literal["symmetric", "full"] = "symmetric",
-    scale_dtype: torch.dtype = torch.float16,
-    scale_floor: float = 0.0,
-    codes_from: Literal["stored_scale", "float32_scale"] = "stored_scale",
-    group_size: int | None = None,
+    specs: RowQuant | Sequence[RowQuant | None] | None = None,
     enabled: Tensor | None = None,
     ok: Tensor | None = None,
     impl: Impl = "auto",
 ) -> None:
-    """Weight decay and update of all matrices, and their low-precision shadows if there are any: the rounded weights
-    or, with `bits` and fake_quantize_rows's other options, the fake-quantized ones."""
+    """Weight decay and update of all matrices, and their low-precision shadows if there are any: fake-quantized by
+    the matrix's spec, where that is None rounded. One launch for all whose specs differ in bits only."""
     op = "muon_update_"
     _check_lists(op, params=params, updates=updates, **({} if shadows is None else {"shadows": shadows}))
     _check_scalar(op, params, torch.float32, lr=lr)
     _check_scalar(op, params, torch.bool, ok=ok, enabled=enabled)
     if len(scales) != len(params):
         raise ValueError(f"{op}: {len(scales)} scales for {len(params)} params; possible: one each")
-    options = dict(
-        clip=clip, code_range=code_range, scale_dtype=scale_dtype, scale_floor=scale_floor, codes_from=codes_from,
-        group_size=group_size,
-    )  # fmt: skip
-    if bits is not None:
-        bits = [bits] * len(params) if isinstance(bits, int) else list(bits)
-        _check_bits(op, params, shadows, bits, options)
-    if not params:
-        return
-    measured = op if bits is None else "muon_update_rows_"  # two kernels, of which "auto" asks one by one
-    kernel = _by_kernel(measured, impl, params=params, updates=updates, shadows=shadows or [])
-    if kernel and bits is not None and scale_dtype not in KERNEL_DTYPES:
-        if impl == "triton":
-            raise RuntimeError(f"{op}: impl='triton' cannot run: it stores no scale in {scale_dtype}; impl='eager' can")
-        kernel = False
-    args = list(params), list(updates), lr, list(scales), weight_decay, list(shadows or []), ok
-    if not kernel:
-        muon_update_ref_(
-            params, updates, lr, scales=scales, weight_decay=weight_decay, shadows=shadows, bits=bits, enabled=enabled,
-            ok=ok, **options,
-        )  # fmt: skip
-    elif bits is None:
-        _update_op(*args)
-    else:
-        _update_rows_op(*args, bits, enabled, **options)
+    specs = one_each(op, specs, len(params))
+    for i, (p, spec) in enumerate(zip(params, specs, strict=True)):
+        if spec is not None:
+            check_rows(op, f"params[{i}]", p, spec)
+            if shadows is None:
+                raise ValueError(f"{op}: a spec for params[{i}] and no shadows; expected shadows where there are specs")
+    calls = []  # made when all are known to be possible
+    for members in by_launch(specs):
+        lists = params, updates, scales, shadows or [], specs
+        ws, os, factors, copies, quants = ([each[i] for i in members] if each else [] for each in lists)
+        spec = quants[0]
+        measured = op if spec is None else "muon_update_rows_"  # two kernels, of which "auto" asks one by one
+        kernel = _by_kernel(measured, impl, params=ws, updates=os, shadows=copies)
+        args = ws, os, lr, factors, weight_decay, copies, ok
+        if not kernel or (spec is not None and not stores_scale(op, impl, spec)):
+            options = dict(scales=factors, weight_decay=weight_decay, shadows=copies or None, specs=quants)
+            calls.append(partial(muon_update_ref_, ws, os, lr, **options, enabled=enabled, ok=ok))
+        elif spec is None:
+            calls.append(partial(_update_op, *args))
+        else:
+            calls.append(partial(_update_rows_op, *args, enabled, **to_fields(quants)))
+    for call in calls:
+        call()
 
 
 def _check_lists(op: str, **lists: Sequence[Tensor]) -> None:
@@ -469,14 +454,6 @@ def _check_square_sums(op: str, outs: Sequence[Tensor], square_sums: Sequence[Te
             f"{op}: square_sums have shapes {[tuple(t.shape) for t in square_sums]} and dtypes "
             f"{sorted({str(t.dtype) for t in square_sums})}; possible: {shapes} in {dtype}"
         )
-
-
-def _check_bits(op: str, params: Sequence[Tensor], shadows, bits: list, options: dict) -> None:
-    if shadows is None or len(bits) != len(params):
-        given = "no shadows" if shadows is None else f"{len(bits)} bits for {len(params)} params"
-        raise ValueError(f"{op}: {given}; possible: shadows where there are bits, and one number or one per param")
-    for i, (p, n) in enumerate(zip(params, bits, strict=True)):
-        check_row_options(op, f"params[{i}]", p, bits=n, **options)
 
 
 def _check_scalar(op: str, tensors: Sequence[Tensor], dtype: torch.dtype, **scalars: Tensor | None) -> None:
