@@ -41,7 +41,10 @@ from golfgpt.upstream import from_upstream, infer_config, parameter_shapes, read
 FOLDER = os.environ.get("GOLFGPT_CONFORMANCE")
 FILES = sorted(p for p in Path(FOLDER).iterdir() if p.suffix in (".safetensors", ".ptz")) if FOLDER else []
 
-pytestmark = pytest.mark.skipif(not FOLDER, reason="GOLFGPT_CONFORMANCE names no folder of vectors")
+pytestmark = [
+    pytest.mark.numeric,
+    pytest.mark.skipif(not FOLDER, reason="GOLFGPT_CONFORMANCE names no folder of vectors"),
+]
 
 
 class Vectors(dict):

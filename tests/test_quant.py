@@ -13,6 +13,8 @@ from golfgpt.errors import InputError
 from golfgpt.quant import CONTROL_TENSORS, Quantizer, TensorFormat, payload_bytes, plan
 from golfgpt.upstream import from_upstream, parameter_shapes, to_upstream
 
+pytestmark = pytest.mark.numeric
+
 SMALL = ModelConfig(vocab_size=24, num_layers=3, model_dim=16, num_heads=4, num_kv_heads=2, mlp_hidden=20)
 ROWS = QuantConfig(keep_numel=0)
 
