@@ -2,7 +2,8 @@
 
     python -m bench.report               tables to stdout, bench/results/kernels.png and step.png
     python -m bench.report --readme      and into kernels/README.md, between <!-- bench:begin --> and <!-- bench:end -->
-    python -m bench.report --adopt FILE  copy a result's entries into measured.json, from which impl="auto" decides
+    python -m bench.report --adopt FILE  copy a result's entries into measured.json, from which impl="auto" decides, or
+                                         the baseline's step into steps.json, with which `golfgpt doctor` compares
 
 A result file, bench/results/gpu-<gpu>-torch<version>-triton<version>.json, is written by `pytest bench/`:
 
@@ -31,6 +32,7 @@ RESULTS = Path(__file__).parent / "results"
 KERNELS = Path(__file__).parent.parent / "kernels"
 README = KERNELS / "README.md"
 MEASURED = KERNELS / "golfgpt_kernels" / "measured.json"
+STEPS = KERNELS.parent / "golfgpt" / "doctor" / "steps.json"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 NOTHING = "On a GPU: not yet measured."
 ADOPTED = (
@@ -290,13 +292,31 @@ def adopt(file: Path, measured: Path = MEASURED) -> int:
     return len(entries)
 
 
+def adopt_step(file: Path, steps: Path = STEPS) -> None:
+    """The baseline's step; what was measured before on that kind of GPU with that torch is replaced."""
+    result = json.loads(file.read_text(encoding="utf-8"))
+    forms = next((entry["forms"] for entry in result["entries"] if entry["recipe"] == "baseline"), {})
+    if result["small"] or not {"eager", "golfgpt"} <= forms.keys():
+        raise SystemExit(f"{file} has no step of the baseline at full size, eager and golfgpt's")
+    step = {name: result[name] for name in ("gpu", "torch", "date")}
+    step["eager"] = forms["eager"]["ms"]["forward"] + forms["eager"]["ms"]["backward"]
+    step["golfgpt"] = forms["golfgpt"]["ms"]["step"]
+    others = [e for e in _dispatch._read(steps) if (e["gpu"], e["torch"]) != (step["gpu"], step["torch"])]
+    write_json(steps, [*others, step])
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results and of kernels.png")
     parser.add_argument("--readme", nargs="?", type=Path, const=README, help="file with the two markers")
-    parser.add_argument("--adopt", type=Path, metavar="FILE", help="a result file, gpu-*.json")
-    parser.add_argument("--measured", type=Path, default=MEASURED, help="where --adopt copies to")
+    parser.add_argument("--adopt", type=Path, metavar="FILE", help="a result file, gpu-*.json or step-*.json")
+    parser.add_argument("--measured", type=Path, default=MEASURED, help="where --adopt copies kernels to")
+    parser.add_argument("--steps", type=Path, default=STEPS, help="where --adopt copies steps to")
     options = parser.parse_args(arguments)
+    if options.adopt and options.adopt.name.startswith("step-"):
+        adopt_step(options.adopt, options.steps)
+        print(f"The baseline's step of {options.adopt} is now in {options.steps}")
+        return
     if options.adopt:
         print(f"{adopt(options.adopt, options.measured)} entries of {options.adopt} are now in {options.measured}")
         return

@@ -1,6 +1,5 @@
-"""Is a kernel worth using on this GPU, and with which tile?
+"""Which tile is a kernel's best on this GPU? Whether the kernel is worth using is `python -m golfgpt_kernels tune`.
 
-    python -m bench.tune --quick                              check and time each kernel for impl="auto"; at most 60 s
     python -m bench.tune [KERNEL ...] [--seconds N] [--out DIR]      search the tiles of all kernels, or of those named
 
 The search takes each tile table at the sizes that the cases of golfgpt_kernels meet it at. Candidates are powers of two
@@ -293,8 +292,7 @@ def tile_line(this: dict, result: dict) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kernels", nargs="*", metavar="KERNEL", help=f"tables to search: {', '.join(TABLES)}")
-    parser.add_argument("--quick", action="store_true", help="check and time for impl='auto', no search")
-    parser.add_argument("--seconds", type=float, help="default: 400, and 50 of --quick, which leaves 10 for starting")
+    parser.add_argument("--seconds", type=float, default=400.0, help="default: %(default)g")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     options = parser.parse_args(arguments)
     if unknown := set(options.kernels) - TABLES.keys():
@@ -302,16 +300,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not torch.cuda.is_available():
         parser.exit(1, "bench.tune needs a CUDA device: interpreted kernels are never timed\n")
     device = torch.device("cuda", 0)
-    command = "python -m bench.tune" + "".join(
-        f" {name}" for name in ("--quick",) * options.quick + (*options.kernels,)
-    )
+    command = " ".join(["python -m bench.tune", *options.kernels])
     result = tuning.environment(device) | {"date": time.strftime("%Y-%m-%d"), "command": command}
-    name = f"{tuning.slug(result)}.json"
-    if options.quick:
-        entries = tuning.quick(device, seconds=options.seconds or 50, command=command)
-        tuning.write_json(options.out / f"quick-{name}", result | {"entries": entries})
-        return
-    search(options.kernels, device, options.seconds or 400, result | {"searches": []}, options.out / f"tiles-{name}")
+    file = options.out / f"tiles-{tuning.slug(result)}.json"
+    search(options.kernels, device, options.seconds, result | {"searches": []}, file)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from golfgpt_kernels import fake_quantize_rows, relu2_mlp, softcap_cross_entropy, straight_through
+from golfgpt_kernels import fake_quantize_rows, relu2_mlp, round_to_dtype, softcap_cross_entropy, straight_through
 from torch import Tensor, nn
 
 from golfgpt.config import ModelConfig
@@ -345,21 +345,10 @@ def fake_quantized(w: Tensor, options: dict[str, Any] | None) -> Tensor:
         return w
     if "keep" not in options:
         return fake_quantize_rows(w, **options)
-    kept = _rounded(w.detach(), options["keep"])
+    kept = round_to_dtype(w.detach(), options["keep"])
     if options.get("enabled") is not None:
         kept = torch.where(options["enabled"], kept, w.detach())
     return straight_through(w, kept)
-
-
-@torch.library.custom_op("golfgpt::rounded", mutates_args=())
-def _rounded(w: Tensor, dtype: torch.dtype) -> Tensor:
-    """w after a round trip through dtype; an opaque op, for Inductor removes such round trips."""
-    return w.to(dtype, copy=True).to(w.dtype)
-
-
-@_rounded.register_fake
-def _(w: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(w)
 
 
 def _init_matrices(bank: Tensor, kind: str, generator: torch.Generator) -> None:

@@ -12,7 +12,7 @@ import time
 
 import pytest
 import torch
-from golfgpt_kernels import _cases, _dispatch, tuning
+from golfgpt_kernels import __main__, _cases, _dispatch, _jit, tuning
 from golfgpt_kernels._jit import INTERPRETING, MISSING
 from golfgpt_kernels._tiles import TABLES
 
@@ -243,7 +243,7 @@ def test_what_cannot_be_captured_is_timed_without_and_says_so(monkeypatch):
 
 
 @pytest.mark.skipif(MISSING is not None, reason="without triton auto is eager")
-def test_quick_writes_what_auto_reads_and_says_what_it_does(monkeypatch, tmp_path):
+def test_tune_writes_what_auto_reads_and_says_what_it_does(monkeypatch, tmp_path):
     FakeCuda(monkeypatch)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(_dispatch, "__file__", str(tmp_path / "_dispatch.py"))
@@ -261,7 +261,7 @@ def test_quick_writes_what_auto_reads_and_says_what_it_does(monkeypatch, tmp_pat
     before = made_up(op="other")
     tuning.write_json(_dispatch.tuned_file(CUDA), [before])
     cases = [case for case in tuning.QUICK if case.op in results]
-    entries = tuning.quick(CUDA, cases=cases, say=said.append)
+    entries = tuning.tune(CUDA, cases=cases, say=said.append)
     assert [entry["op"] for entry in entries] == ["relu2_mlp", "newton_schulz", "codes_linear"]
     written = json.loads(_dispatch.tuned_file(CUDA).read_text())
     assert [entry["op"] for entry in written] == ["other", "relu2_mlp", "codes_linear"]
@@ -270,17 +270,38 @@ def test_quick_writes_what_auto_reads_and_says_what_it_does(monkeypatch, tmp_pat
     assert any("codes_linear" in line and "wrong" in line for line in said)
 
 
-def test_quick_needs_a_gpu():
-    with pytest.raises(RuntimeError, match="possible: a CUDA device"):
-        tuning.quick(CPU)
+def test_tune_needs_a_gpu_and_triton(monkeypatch):
+    with pytest.raises(tuning.CannotTune, match="needs a CUDA device"):
+        tuning.tune(CPU)
+    FakeCuda(monkeypatch)
+    monkeypatch.setattr(_jit, "MISSING", "triton is not installed (no module)")
+    with pytest.raises(tuning.CannotTune, match="needs triton: triton is not installed"):
+        tuning.tune(CUDA)
 
 
-@pytest.mark.parametrize("command", [tune, gpu_test], ids=["tune", "gpu_test"])
+@pytest.mark.parametrize("command", [tune, gpu_test], ids=["bench.tune", "bench.gpu_test"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would run")
 def test_commands_say_that_they_need_a_gpu(command, capsys):
     with pytest.raises(SystemExit) as exit:
         command.main([])
     assert exit.value.code == 1 and "needs a CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would run")
+def test_the_installed_command_says_that_it_needs_a_gpu(capsys):
+    with pytest.raises(SystemExit) as exit:
+        __main__.main(["tune"])
+    assert exit.value.code == 1
+    assert capsys.readouterr().err == f"{tuning.NEEDS_GPU}\n"
+
+
+def test_the_installed_command_keeps_what_it_measured(monkeypatch, tmp_path, capsys):
+    FakeCuda(monkeypatch)
+    monkeypatch.setattr(tuning, "tune", lambda device, seconds: [{"op": "relu2_mlp", "seconds": seconds}])
+    __main__.main(["tune", "--seconds", "7", "--out", str(tmp_path)])
+    (file,) = tmp_path.glob("tune-Fixture-GPU-*.json")
+    result = json.loads(file.read_text())
+    assert result["entries"] == [{"op": "relu2_mlp", "seconds": 7.0}] and result["gpu"] == "Fixture GPU"
 
 
 def test_search_names_the_tables_that_exist(capsys):
@@ -466,6 +487,30 @@ def test_adopted_entries_decide_auto(result, tmp_path, monkeypatch):
     assert chosen == {"relu2_mlp": "triton", "linear_relu2": "eager", "linear": "eager"}
     table = report.table(json.loads(result.read_text()))
     assert all(f"| {op} |" in table for op in chosen)
+
+
+def test_an_adopted_step_is_what_doctor_compares_with(tmp_path):
+    probe = pytest.importorskip("golfgpt.doctor.probe")  # bare GPU machines lack what it imports
+    file, steps = tmp_path / "step-gpu.json", tmp_path / "steps.json"
+    ms = {"step": 30.0, "forward": 20.0, "backward": 60.0}
+    forms = {"eager": {"ms": ms}, "golfgpt": {"ms": ms}}
+    result = {"gpu": "GH", "small": False, "torch": "2.13.0", "date": "2026-01-02", "triton": "3"}
+    entries = [{"recipe": "baseline", "forms": forms}]
+    for date, torch_version in (("2026-01-02", "2.13.0"), ("2026-01-03", "2.13.0"), ("2026-01-04", "2.14.0")):
+        file.write_text(json.dumps(result | {"date": date, "torch": torch_version, "entries": entries}))
+        report.main(["--adopt", str(file), "--steps", str(steps)])
+    kept = json.loads(steps.read_text())
+    assert [(step["torch"], step["date"]) for step in kept] == [("2.13.0", "2026-01-03"), ("2.14.0", "2026-01-04")]
+    assert probe.expected_step("GH", steps) == kept[1]
+    assert (kept[1]["eager"], kept[1]["golfgpt"]) == (80.0, 30.0)
+    for unfit in (
+        {"small": True, "entries": entries},
+        {"entries": []},
+        {"entries": [{"recipe": "baseline", "forms": {}}]},
+    ):
+        file.write_text(json.dumps(result | unfit))
+        with pytest.raises(SystemExit, match="no step of the baseline"):
+            report.main(["--adopt", str(file), "--steps", str(steps)])
 
 
 def test_a_half_written_file_is_never_seen(tmp_path, monkeypatch):

@@ -225,22 +225,6 @@ def test_leading_dimensions(lead, form, device):
     torch.testing.assert_close(gk.fake_quant_linear(x, w, bits=6, form=form, impl="eager"), ours)
 
 
-@pytest.mark.parametrize("kernel", [False, True], ids=["eager", "triton"])
-def test_opcheck(kernel, device):
-    w, x = hard_rows(24, device=device), randn(5, 24, seed=1, device=device)
-    for weight in (w, w.T, w[None]):
-        options = dict(DEFAULTS, bits=6, codes_dtype=torch.int8, by_kernel=kernel, clip="quantile", group_size=4)
-        torch.library.opcheck(torch.ops.golfgpt.quantize_rows, (weight,), options)
-    outs = [torch.empty_like(w, dtype=torch.bfloat16), torch.empty(24, 8, device=device).T]
-    torch.library.opcheck(
-        torch.ops.golfgpt.fake_quantize_, ([w, w], outs, [6, 5], None), dict(DEFAULTS, by_kernel=kernel)
-    )
-    if kernel:
-        codes, scale = torch.ops.golfgpt.quantize_rows(w, **DEFAULTS, bits=6, codes_dtype=torch.float32, by_kernel=True)
-        args = x.requires_grad_(), w.clone().requires_grad_(), codes, scale
-        torch.library.opcheck(torch.ops.golfgpt.codes_linear, args)
-
-
 @pytest.mark.parametrize("form", ["shadow", "codes"])
 def test_compiles_as_one_graph(form, device):
     torch.compiler.reset()

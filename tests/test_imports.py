@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,17 @@ def test_golfgpt_uses_public_kernel_names_and_tyro_only_in_cli(path):
     if path.parent.name != "cli":
         assert not [n for n in names if n.split(".")[0] == "tyro"]
     assert not [n for n in names if n.split(".")[0] in ("bench", "tests", "pickle")]
+
+
+@pytest.mark.parametrize("path", sorted([*KERNELS.glob("*.py"), *GOLFGPT.rglob("*.py")]), ids=lambda p: p.name)
+def test_no_message_names_a_command_of_the_checkout(path):
+    """Docstrings of files and functions aside, for only a checkout shows them."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    functions = [n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.FunctionDef) and ast.get_docstring(n)]
+    unseen = {id(node.body[0].value) for node in functions}
+    strings = [n for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    shown = [n.value for n in strings if id(n) not in unseen]
+    assert not [text for text in shown if re.search(r"`make |\bbench\.\w|python -m (?!golfgpt)", text)]
 
 
 def run_python(code: str) -> str:

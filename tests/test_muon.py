@@ -208,21 +208,6 @@ def test_auto_asks_about_the_first_dtype(device, monkeypatch):
     assert len(launches) == 2, "kernels do not compute in float64"
 
 
-def test_opcheck(device):
-    grads, buffers, outs = tensors(0, device=device), tensors(10, device=device), tensors(20, device=device)
-    ok = torch.tensor(True, device=device)
-    momentum = torch.ops.golfgpt.muon_momentum_
-    torch.library.opcheck(momentum, (grads, buffers, outs, [], scalar(0.9, device), True, ok))
-    sums = [torch.empty(*g.shape[:-2], 1, device=device) for g in grads]
-    torch.library.opcheck(momentum, (grads, buffers, outs, sums, scalar(0.9, device), True, None))
-    shadows = [t.bfloat16() for t in outs]
-    update = buffers, grads, scalar(0.9, device), [1.0] * 5, 0.1, shadows
-    torch.library.opcheck(torch.ops.golfgpt.muon_update_, (*update, None))
-    options = dict(clip="quantile", code_range="full", scale_dtype=torch.float16, scale_floor=0.0)
-    options |= dict(codes_from="stored_scale", group_size=None)
-    torch.library.opcheck(torch.ops.golfgpt.muon_update_rows_, (*update, ok, [6] * 5, ok), options)
-
-
 G = [randn(3, 4)]
 REFUSED = {
     "shapes": (lambda: gk.muon_momentum_(G, [randn(4, 3)], G, scalar(0.9, "cpu")), r"buffers \[\(4, 3\)\]; possible"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import platform
@@ -173,7 +172,9 @@ def all_reduce(device: str, processes: int) -> tuple[int, str, float]:
 
 
 STEP_TOKENS = 65_536  # one of eight ranks' share of the baseline's step, as in bench/step.py
-RESULTS = Path(golfgpt.__file__).parent.parent / "bench" / "results"
+# Of the baseline's step: [{"gpu", "torch", "date", "eager": ms of eager's forward and backward, "golfgpt": ms of the
+# whole step in golfgpt}]; `python -m bench.report --adopt` adds to it.
+STEPS = Path(__file__).parent / "steps.json"
 
 
 def steps(device: torch.device, gpu: str) -> tuple[float | None, dict[str, Any] | None]:
@@ -181,19 +182,10 @@ def steps(device: torch.device, gpu: str) -> tuple[float | None, dict[str, Any] 
     return measure_step(device) if device.type == "cuda" else None, expected_step(gpu)
 
 
-def expected_step(gpu: str, folder: Path = RESULTS) -> dict[str, Any] | None:
-    """The newest committed measurement of the baseline's step on this kind of GPU, from `bench.step`'s files:
-    {"eager": ms of eager's forward and backward, "golfgpt": ms of golfgpt's whole step, "torch", "date"}."""
-    found = []
-    for file in folder.glob("step-*.json"):
-        with contextlib.suppress(KeyError, StopIteration, TypeError, ValueError):  # unfinished, or of another version
-            result = json.loads(file.read_text(encoding="utf-8"))
-            forms = next(entry for entry in result["entries"] if entry["recipe"] == "baseline")["forms"]
-            if result["gpu"] == gpu and not result["small"]:
-                eager, whole = forms["eager"]["ms"], forms["golfgpt"]["ms"]["step"]
-                ms = {"eager": eager["forward"] + eager["backward"], "golfgpt": whole}
-                found.append(ms | {name: result[name] for name in ("torch", "date")})
-    return max(found, key=lambda this: this["date"], default=None)
+def expected_step(gpu: str, file: Path = STEPS) -> dict[str, Any] | None:
+    """The newest measurement of the baseline's step on this kind of GPU."""
+    found = [step for step in json.loads(file.read_text(encoding="utf-8")) if step["gpu"] == gpu]
+    return max(found, key=lambda step: step["date"], default=None)
 
 
 def measure_step(device: torch.device) -> float:
@@ -302,5 +294,8 @@ def tune(device: torch.device, say: Callable[[str], None]) -> tuple[Choices, Cho
     if device.type != "cuda":
         return None
     before = kernel_choices(device)
-    tuning.quick(device, command="golfgpt doctor --tune", say=say)
+    try:
+        tuning.tune(device, command="golfgpt doctor --tune", say=say)
+    except tuning.CannotTune as error:
+        raise Failed(str(error)) from error
     return before, kernel_choices(device), tuning.tuned_file(device)

@@ -4,6 +4,13 @@ One file per family; the file's docstring has the equation, the shapes and where
 rounded.
 """
 
+import torch
+
+from ._versions import too_old
+
+if _reason := too_old("torch", torch.__version__):  # before anything that an older torch lacks
+    raise ImportError(_reason)
+
 from ._dispatch import implementation
 from .fake_quant import (
     dequantize_rows,
@@ -11,6 +18,7 @@ from .fake_quant import (
     fake_quantize_banks,
     fake_quantize_rows,
     quantize_rows,
+    round_to_dtype,
     straight_through,
 )
 from .muon import muon_momentum_, muon_update_, square_parts
@@ -31,6 +39,7 @@ __all__ = [
     "newton_schulz",
     "quantize_rows",
     "relu2_mlp",
+    "round_to_dtype",
     "softcap_cross_entropy",
     "square_parts",
     "straight_through",

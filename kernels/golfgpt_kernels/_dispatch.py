@@ -3,7 +3,7 @@
 `impl` is "auto", "eager" or "triton", the last keyword of every op. A named implementation runs or raises
 its reason; it never falls back. "auto" is "eager" (which torch.compile fuses with the rest of a model)
 unless a measurement says that the kernel wins: an entry of measured.json for this architecture, or of the
-file that `python -m bench.tune --quick` wrote on this machine for this GPU and these versions. It says once
+file that `python -m golfgpt_kernels tune` wrote on this machine for this GPU and these versions. It says once
 per op what it chose on a GPU and why.
 
 Checks of dtype, shape and device always run. Checks of values (NaN, targets outside the vocabulary) would
@@ -67,11 +67,11 @@ def implementation(op: str, device: torch.device, dtype: torch.dtype) -> tuple[s
             return "eager", f"{worst['gpu']}, {worst['date']}: the kernel failed its check"
         ratio = f"at worst {_against_best(worst):.2f} x the faster of eager and torch.compile"
         return ("triton" if _against_best(worst) < 1 else "eager"), f"{worst['gpu']}, {worst['date']}: {ratio}"
-    return "eager", f"the kernel was never measured on {gpu}; `python -m bench.tune --quick` does"
+    return "eager", f"the kernel was never measured on {gpu}; `python -m golfgpt_kernels tune` does"
 
 
 def tuned_file(device: torch.device) -> Path:
-    """Where `python -m bench.tune --quick` keeps what it measured for this GPU, torch and triton."""
+    """Where `python -m golfgpt_kernels tune` keeps what it measured for this GPU, torch and triton."""
     import triton
 
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

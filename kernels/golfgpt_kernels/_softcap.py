@@ -45,6 +45,7 @@ import torch
 from torch import Tensor
 
 from ._jit import descriptor, dot, dot_precision, empty_rows, halves, jit, launch, narrow, tl
+from ._ops import add_op_namespace_prefix
 from ._tiles import TileTable, gemm_tile
 from ._weight_grad import split_weight_grad
 
@@ -280,14 +281,14 @@ def _bounded(softcap: float | None, dtype: torch.dtype) -> bool:
 # ---- custom ops and the gradient
 
 
-@torch.library.custom_op("golfgpt::softcap_logprobs", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("softcap_logprobs"), mutates_args=())
 def softcap_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     return softcap_logprobs_fwd(hidden, weight.to(hidden.dtype), targets, softcap, ignore_index)
 
 
-@torch.library.custom_op("golfgpt::softcap_logprobs_backward", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("softcap_logprobs_backward"), mutates_args=())
 def _softcap_logprobs_backward(
     hidden: Tensor,
     weight: Tensor,

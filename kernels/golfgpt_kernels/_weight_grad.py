@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ._jit import descriptor, dot, dot_precision, jit, launch, num_programs, tl
+from ._ops import add_op_namespace_prefix
 from ._tiles import INTERPRETED_GEMM, TileTable, gemm_tile
 
 _DW_TILES = TileTable(
@@ -72,7 +73,7 @@ def split_weight_grad(dy: Tensor, x: Tensor, dtype: torch.dtype, tile: dict | No
     return partial.sum(0).to(dtype)
 
 
-@torch.library.custom_op("golfgpt::weight_grad", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("weight_grad"), mutates_args=())
 def weight_grad(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     return split_weight_grad(dy, x, dtype)
 

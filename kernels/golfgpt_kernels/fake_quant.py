@@ -72,6 +72,7 @@ from ._dispatch import (
     values_readable,
 )
 from ._jit import descriptor, dot, dot_precision, empty_rows, halves, jit, launch, narrow, num_programs, tl
+from ._ops import add_op_namespace_prefix
 from ._rows import (
     CLIP_QUANTILE,
     RowBlocks,
@@ -101,6 +102,7 @@ __all__ = [
     "quantize_rows",
     "quantize_rows_cost",
     "quantize_rows_ref",
+    "round_to_dtype",
     "straight_through",
 ]
 
@@ -360,7 +362,7 @@ def _empty_codes(w: Tensor, codes_dtype: torch.dtype, scale_dtype: torch.dtype, 
 
 _OPTIONS = "str clip, str code_range, ScalarType scale_dtype, float scale_floor, str codes_from, int? group_size"
 _quantize = torch.library.custom_op(
-    "golfgpt::quantize_rows",
+    add_op_namespace_prefix("quantize_rows"),
     _quantize_op,
     mutates_args=(),
     schema=f"(Tensor w, *, int bits, ScalarType codes_dtype, bool by_kernel, {_OPTIONS}) -> (Tensor, Tensor)",
@@ -389,7 +391,7 @@ def _fake_quantize_op(
 
 
 _fake_quantize = torch.library.custom_op(
-    "golfgpt::fake_quantize_",
+    add_op_namespace_prefix("fake_quantize_"),
     _fake_quantize_op,
     mutates_args=("outs",),
     schema=f"(Tensor[] ws, Tensor(a!)[] outs, int[] bits, Tensor? enabled, *, bool by_kernel, {_OPTIONS}) -> ()",
@@ -401,7 +403,7 @@ def _(ws, outs, bits, enabled, **_options):
     return None
 
 
-@torch.library.custom_op("golfgpt::codes_linear", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("codes_linear"), mutates_args=())
 def _codes_linear(x: Tensor, w: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """w is not read; the gradient of ŵ goes to it."""
     return codes_linear(x, codes, scale)
@@ -430,6 +432,16 @@ def _codes_linear_backward(ctx, dy):
 
 
 _codes_linear.register_autograd(_codes_linear_backward, setup_context=_save_codes_linear)
+
+
+@torch.library.custom_op(add_op_namespace_prefix("round_to_dtype"), mutates_args=())
+def _round_to_dtype(w: Tensor, dtype: torch.dtype) -> Tensor:
+    return w.to(dtype, copy=True).to(w.dtype)
+
+
+@_round_to_dtype.register_fake
+def _(w, dtype):
+    return torch.empty_like(w)
 
 
 # ---- public
@@ -470,6 +482,11 @@ def dequantize_rows(
             f"possible: int8 codes and a float scale of shape {tuple(shape)}"
         )
     return decode_rows(codes, scale, dtype, group_size)
+
+
+def round_to_dtype(w: Tensor, dtype: torch.dtype) -> Tensor:
+    """w after a round trip through `dtype`, without gradient, and one opaque op: Inductor removes such round trips."""
+    return _round_to_dtype(w, dtype)
 
 
 def fake_quantize_rows(

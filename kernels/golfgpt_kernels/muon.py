@@ -51,6 +51,7 @@ from torch import Tensor
 
 from ._dispatch import KERNEL_DTYPES, Impl, accumulate_dtype, check_floats, runs_triton
 from ._jit import jit, launch, narrow, tl
+from ._ops import add_op_namespace_prefix
 from ._rows import (
     RowBlocks,
     check_row_options,
@@ -329,21 +330,21 @@ def _starts(counts) -> tuple[int, ...]:
 
 
 _momentum_op = torch.library.custom_op(
-    "golfgpt::muon_momentum_",
+    add_op_namespace_prefix("muon_momentum_"),
     momentum_launch,
     mutates_args=("buffers", "outs", "square_sums"),
     schema="(Tensor[] grads, Tensor(a!)[] buffers, Tensor(b!)[] outs, Tensor(c!)[] square_sums, Tensor momentum, "
     "bool nesterov, Tensor? ok) -> ()",
 )
 _update_op = torch.library.custom_op(
-    "golfgpt::muon_update_",
+    add_op_namespace_prefix("muon_update_"),
     update_launch,
     mutates_args=("params", "shadows"),
     schema="(Tensor(a!)[] params, Tensor[] updates, Tensor lr, float[] scales, float weight_decay, "
     "Tensor(b!)[] shadows, Tensor? ok) -> ()",
 )
 _update_rows_op = torch.library.custom_op(
-    "golfgpt::muon_update_rows_",
+    add_op_namespace_prefix("muon_update_rows_"),
     update_rows_launch,
     mutates_args=("params", "shadows"),
     schema="(Tensor(a!)[] params, Tensor[] updates, Tensor lr, float[] scales, float weight_decay, "

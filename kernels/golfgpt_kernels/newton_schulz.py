@@ -56,6 +56,7 @@ from torch.autograd.function import once_differentiable
 
 from ._dispatch import FLOAT_DTYPES, KERNEL_DTYPES, Impl, accumulate_dtype, check_floats, runs_triton
 from ._jit import descriptor, dot, dot_precision, empty_rows, jit, launch, narrow, tl
+from ._ops import add_op_namespace_prefix
 from ._tiles import Tile, TileTable
 
 __all__ = [
@@ -352,7 +353,7 @@ def iterate(u: Tensor, triples: Sequence[Triple], dtype: torch.dtype) -> Tensor:
 # ---- custom op and its gradient
 
 
-@torch.library.custom_op("golfgpt::newton_schulz", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("newton_schulz"), mutates_args=())
 def _newton_schulz(
     x: Tensor, coefficients: list[float], dtype: torch.dtype, eps: float, square_sums: Tensor | None = None
 ) -> Tensor:

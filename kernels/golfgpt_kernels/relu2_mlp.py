@@ -48,6 +48,7 @@ from torch import Tensor
 
 from ._dispatch import Impl, autocast, check_floats, check_linear, runs_triton
 from ._jit import descriptor, dot, dot_precision, empty_rows, halves, jit, launch, narrow, num_programs, tl
+from ._ops import add_op_namespace_prefix
 from ._tiles import INTERPRETED_GEMM, TileTable, gemm_tile
 from ._weight_grad import weight_grad
 
@@ -248,23 +249,23 @@ def relu2_dz(dh: Tensor, h: Tensor, slope: float) -> Tensor:
 # ---- custom ops and their gradients
 
 
-@torch.library.custom_op("golfgpt::linear_relu2", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("linear_relu2"), mutates_args=())
 def _linear_relu2(x: Tensor, w: Tensor, slope: float) -> Tensor:
     return linear_relu2_fwd(x, w.to(x.dtype), slope)
 
 
-@torch.library.custom_op("golfgpt::relu2_dz", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("relu2_dz"), mutates_args=())
 def _relu2_dz(dh: Tensor, h: Tensor, slope: float) -> Tensor:
     return relu2_dz(dh, h, slope)
 
 
-@torch.library.custom_op("golfgpt::relu2_mlp", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("relu2_mlp"), mutates_args=())
 def _relu2_mlp(x: Tensor, w_fc: Tensor, w_proj: Tensor, slope: float) -> tuple[Tensor, Tensor]:
     h = linear_relu2_fwd(x, w_fc.to(x.dtype), slope)
     return F.linear(h, w_proj.to(x.dtype)), h
 
 
-@torch.library.custom_op("golfgpt::relu2_mlp_dz", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("relu2_mlp_dz"), mutates_args=())
 def _relu2_mlp_dz(dy: Tensor, w_proj: Tensor, h: Tensor, slope: float) -> Tensor:
     return relu2_mlp_dz(dy, w_proj.to(dy.dtype), h, slope)
 

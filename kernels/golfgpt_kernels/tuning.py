@@ -1,13 +1,13 @@
-"""Is a kernel right and fast here? Cases at the trainer's shapes, their check, their timing, and the quick run.
+"""Is a kernel right and fast here? Cases at the trainer's shapes, their check, their timing, and `tune`.
 
     from golfgpt_kernels import tuning
-    tuning.quick(torch.device("cuda"))     # at most 60 s; `python -m bench.tune --quick` prints its table
+    tuning.tune(torch.device("cuda"))     # at most 60 s; `python -m golfgpt_kernels tune` does it
 
 A case is one op at one shape and direction with random inputs. Its check holds the kernel to the error budget
 of testing.py against a float64 oracle on fewer rows, and compares it with eager at full size. Its columns are
 "eager", "compile" (torch.compile of eager) and "triton" (the kernel, called as it is).
 
-An entry is what impl="auto" reads, from measured.json or from the file that `quick` writes:
+An entry is what impl="auto" reads, from measured.json or from the file that `tune` writes:
 
     op, sm, gpu, dtype, rows    what it speaks for; dtype and rows as the op's dispatch sees them
     shape, direction            "forward" or "forward+backward"
@@ -41,13 +41,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _dispatch
+from . import _dispatch, _jit
 from ._cases import CASES, COLUMNS, QUICK, SMALL, Case, Inputs
 from ._dispatch import tuned_file
 from ._tiles import compute_capability
 from .testing import budget_violation, poisoned
 
-__all__ = ["CASES", "COLUMNS", "QUICK", "SMALL", "Case", "cases", "check", "measure", "quick", "time_us", "tuned_file"]
+__all__ = [
+    "CASES", "COLUMNS", "QUICK", "SMALL", "CannotTune", "Case", "cases", "check", "measure", "time_us", "tune",
+    "tuned_file",
+]  # fmt: skip
+
+COMMAND = "python -m golfgpt_kernels tune"
+NEEDS_GPU = "tuning needs a CUDA device that this torch can use: interpreted kernels are never timed"
 
 
 def cases(*ops: str) -> tuple[Case, ...]:
@@ -338,7 +344,7 @@ def write_json(file: str | os.PathLike, value: object) -> None:
     os.replace(temporary, file)
 
 
-# ---- the quick run
+# ---- tune
 
 
 @contextlib.contextmanager
@@ -374,11 +380,15 @@ def within(
         yield case, entry if time.monotonic() < stop else None
 
 
-def quick(
+class CannotTune(RuntimeError):
+    """There is nothing here to time: no CUDA device, or no triton."""
+
+
+def tune(
     device: torch.device,
     *,
     seconds: float = 50.0,
-    command: str = "python -m bench.tune --quick",
+    command: str = COMMAND,
     cases: Sequence[Case] = QUICK,
     say: Callable[[str], None] = print,
 ) -> list[dict]:
@@ -386,8 +396,10 @@ def quick(
 
     With the default `seconds` a process that does nothing else ends within 60 s.
     """
-    if device.type != "cuda":
-        raise RuntimeError(f"quick: device is {device}; possible: a CUDA device, interpreted kernels are never timed")
+    if device.type != "cuda" or not torch.cuda.is_available():
+        raise CannotTune(NEEDS_GPU)
+    if _jit.MISSING:
+        raise CannotTune(f"tuning needs triton: {_jit.MISSING}")
     file = tuned_file(device)
     entries = []
     say(table_head())

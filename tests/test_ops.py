@@ -1,0 +1,175 @@
+"""Every op that the package registers, under `torch.library.opcheck`: schema, mutation, fake tensors, autograd."""
+
+from __future__ import annotations
+
+import itertools
+
+import golfgpt_kernels as gk
+import pytest
+import torch
+from golfgpt_kernels import tuning  # noqa: F401  so that all of the package is imported
+from golfgpt_kernels._jit import MISSING
+from golfgpt_kernels._ops import add_op_namespace_prefix, ops
+from golfgpt_kernels._softcap import softcap_logprobs
+from golfgpt_kernels.testing import randn
+
+import golfgpt.model  # noqa: F401  the trainer registers no op of its own
+
+NAMESPACE = add_op_namespace_prefix("")
+REGISTERED = sorted(
+    name.removeprefix(NAMESPACE) for name in torch._C._dispatch_get_all_op_names() if name.startswith(NAMESPACE)
+)
+ROW_OPTIONS = dict(
+    clip="quantile", code_range="full", scale_dtype=torch.float16, scale_floor=0.0, codes_from="stored_scale",
+    group_size=None,
+)  # fmt: skip
+QUINTIC = [3.4445, -4.7750, 2.0315]
+triton = pytest.mark.skipif(MISSING is not None, reason="without triton no kernel runs")
+
+
+def leaf(*shape: int, seed: int, device: str) -> torch.Tensor:
+    return randn(*shape, seed=seed, device=device).requires_grad_()
+
+
+# Each yields the op's (arguments, keyword arguments).
+
+
+def linear_relu2(device):
+    yield (leaf(9, 16, seed=0, device=device), leaf(24, 16, seed=1, device=device), 0.0), {}
+
+
+def relu2_mlp(device):
+    x, w_fc, w_proj = (
+        leaf(*shape, seed=seed, device=device) for seed, shape in enumerate([(9, 16), (24, 16), (8, 24)])
+    )
+    yield (x, w_fc, w_proj, 0.5), {}
+
+
+def relu2_dz(device):
+    h = randn(9, 24, device=device).square()
+    yield (h, h, 0.0), {}
+
+
+def relu2_mlp_dz(device):
+    yield (
+        (randn(9, 8, device=device), randn(8, 24, seed=1, device=device), randn(9, 24, device=device).square(), 0.0),
+        {},
+    )
+
+
+def weight_grad(device):
+    yield (randn(9, 24, device=device), randn(9, 16, seed=1, device=device), torch.float32), {}
+
+
+def newton_schulz(device):
+    for shape in ((1, 6, 8), (1, 10, 5), (0, 3, 4)):  # wide, tall and ragged, empty
+        x = leaf(*shape, seed=0, device=device)
+        for sums in (None, x.detach().square().sum(-1)):
+            yield (x, QUINTIC, torch.bfloat16, 1e-7, sums), {}
+
+
+def muon_banks(seed: int, device: str) -> list[torch.Tensor]:
+    shapes = [(2, 3, 5), (4, 6), (7, 4)]
+    return [randn(*shape, seed=seed + i, device=device) for i, shape in enumerate(shapes)]
+
+
+def muon_momentum_(device):
+    grads, buffers, outs = (muon_banks(seed, device) for seed in (0, 10, 20))
+    momentum, ok = torch.tensor(0.9, device=device), torch.tensor(True, device=device)
+    yield (grads, buffers, outs, [], momentum, True, ok), {}
+    sums = [torch.empty(*grad.shape[:-2], 1, device=device) for grad in grads]
+    yield (grads, buffers, outs, sums, momentum, True, None), {}
+
+
+def muon_update_args(device):
+    params, updates = muon_banks(10, device), muon_banks(0, device)
+    return params, updates, torch.tensor(0.9, device=device), [1.0] * 3, 0.1, [p.bfloat16() for p in params]
+
+
+def muon_update_(device):
+    yield (*muon_update_args(device), None), {}
+
+
+def muon_update_rows_(device):
+    yes = torch.tensor(True, device=device)
+    yield (*muon_update_args(device), yes, [6] * 3, yes), ROW_OPTIONS
+
+
+def softcap_logprobs_args(softcap, device):
+    hidden, weight = leaf(9, 16, seed=0, device=device), leaf(40, 16, seed=1, device=device)
+    return hidden, weight, torch.arange(9, device=device) % 40, softcap, -100
+
+
+def softcap_logprobs_(device):
+    for softcap in (30.0, None):
+        yield softcap_logprobs_args(softcap, device), {}
+
+
+def softcap_logprobs_backward(device):
+    for softcap, *needs in itertools.product((30.0, None), (False, True), (False, True)):
+        args = softcap_logprobs_args(softcap, device)
+        logprob, lse, low = (t.detach() for t in softcap_logprobs(*args))
+        hidden, weight = (t.detach() for t in args[:2])
+        yield (hidden, weight, args[2], lse, low, logprob, lse, softcap, -100, *needs), {}
+
+
+def quantize_rows(device, by_kernel=True):
+    w = randn(9, 24, device=device)
+    for weight in (w, w.T.contiguous().T, w[None]):
+        yield (weight,), dict(ROW_OPTIONS, bits=6, codes_dtype=torch.int8, by_kernel=by_kernel, group_size=4)
+
+
+def fake_quantize_(device, by_kernel=True):
+    w = randn(9, 24, device=device)
+    outs = [torch.empty_like(w, dtype=torch.bfloat16), torch.empty(24, 9, device=device).T]
+    yield ([w, w], outs, [6, 5], None), dict(ROW_OPTIONS, by_kernel=by_kernel)
+
+
+def codes_linear(device):
+    x, w = leaf(5, 24, seed=1, device=device), leaf(9, 24, seed=0, device=device)
+    codes, scale = gk.quantize_rows(w, bits=6, impl="eager")
+    yield (x, w, codes.to(x.dtype), scale), {}
+
+
+def round_to_dtype(device):
+    w = randn(2, 9, 24, device=device)
+    yield (w, torch.float16), {}
+    yield (w.mT, torch.float32), {}
+
+
+CASES = {
+    "codes_linear": codes_linear,
+    "fake_quantize_": fake_quantize_,
+    "linear_relu2": linear_relu2,
+    "muon_momentum_": muon_momentum_,
+    "muon_update_": muon_update_,
+    "muon_update_rows_": muon_update_rows_,
+    "newton_schulz": newton_schulz,
+    "quantize_rows": quantize_rows,
+    "relu2_dz": relu2_dz,
+    "relu2_mlp": relu2_mlp,
+    "relu2_mlp_dz": relu2_mlp_dz,
+    "round_to_dtype": round_to_dtype,
+    "softcap_logprobs": softcap_logprobs_,
+    "softcap_logprobs_backward": softcap_logprobs_backward,
+    "weight_grad": weight_grad,
+}
+
+
+def test_every_op_has_a_case_and_the_package_s_namespace():
+    assert sorted(CASES) == REGISTERED
+    elsewhere = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("golfgpt")]
+    assert [name for name in elsewhere if not name.startswith(NAMESPACE)] == []
+
+
+@triton
+@pytest.mark.parametrize("name", CASES)
+def test_opcheck(name, device):
+    for args, options in CASES[name](device):
+        torch.library.opcheck(getattr(ops, name), args, options)
+
+
+@pytest.mark.parametrize("case", [quantize_rows, fake_quantize_], ids=["quantize_rows", "fake_quantize_"])
+def test_opcheck_of_the_reference_behind_the_op(case, device):
+    for args, options in case(device, by_kernel=False):
+        torch.library.opcheck(getattr(ops, case.__name__), args, options)
