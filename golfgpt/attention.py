@@ -8,8 +8,6 @@ there is one fused kernel, the first that agrees is taken.
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -23,8 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from golfgpt.config import ModelConfig
 from golfgpt.distributed import Ranks
 from golfgpt.errors import InputError
-from golfgpt.files import write_json
-from golfgpt.kept import kept_file
+from golfgpt.kept import kept_times
 
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -178,18 +175,13 @@ def _measure(
         "backward": backward,
         "backends": names,
     }
-    file = kept_file("attention", device, question, ".json")
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        kept = {name: float(ms) for name, ms in json.loads(file.read_text(encoding="utf-8"))["ms"].items()}
-        if kept.keys() == set(names) and all(0 < ms < math.inf for ms in kept.values()):
-            return kept, True
-    inputs, ms = _inputs(config, shape, device, dtype), {}
-    call = _with_gradients if backward else _without
-    for name in names:
-        with _only(name):
-            ms[name] = time_us(lambda each: call(**each), [inputs], device).us / 1e3
-    ms = dict(sorted(ms.items(), key=lambda item: item[1]))
-    with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, question | {"ms": ms})
-    return ms, False
+
+    def measure() -> dict[str, float]:
+        inputs, ms = _inputs(config, shape, device, dtype), {}
+        call = _with_gradients if backward else _without
+        for name in names:
+            with _only(name):
+                ms[name] = time_us(lambda each: call(**each), [inputs], device).us / 1e3
+        return ms
+
+    return kept_times("attention", device, question, names, measure)

@@ -2,26 +2,63 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import math
 import os
+import platform
+import re
+from collections.abc import Callable, Collection
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from golfgpt.files import write_json
+
 
 def kept_file(folder: str, device: torch.device, facts: dict[str, Any], suffix: str) -> Path:
-    """Where the answer for `facts` on this GPU, under the versions installed, is kept."""
+    """Where the answer for `facts` on this GPU or CPU, under the versions installed, is kept."""
     packages = ("torch", "triton", "golfgpt", "flash_attn_3")
     everything = facts | {
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
         "versions": [torch.version.cuda, torch.backends.cudnn.version(), *map(_version, packages)],
     }
     digest = hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:32]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "golfgpt" / folder / (digest + suffix)
+
+
+def kept_times(
+    folder: str,
+    device: torch.device,
+    facts: dict[str, Any],
+    names: Collection[str],
+    measure: Callable[[], dict[str, float]],
+) -> tuple[dict[str, float], bool]:
+    """What `measure` finds, fastest first, and whether an earlier run found it for the same `facts`; what is not a time
+    for each of `names` is not kept."""
+    file = kept_file(folder, device, facts, ".json")
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        times = {name: float(time) for name, time in json.loads(file.read_text(encoding="utf-8"))["times"].items()}
+        if times.keys() == set(names) and all(0 < time < math.inf for time in times.values()):
+            return times, True
+    times = dict(sorted(measure().items(), key=lambda item: item[1]))
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, facts | {"times": times})
+    return times, False
+
+
+def _cpu() -> list[str]:
+    """Model and instruction sets; virtual machines often hide the model's generation."""
+    lines: set[str] = set()
+    with contextlib.suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        lines = set(re.findall(r"^(?:model name|flags|Features)\s*:.*", text, re.MULTILINE))
+    return [platform.machine(), torch.backends.cpu.get_cpu_capability(), *sorted(lines)]
 
 
 def _version(package: str) -> str | None:

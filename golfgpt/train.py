@@ -17,6 +17,7 @@ from torch import Tensor
 
 from golfgpt import artifact, checkpoint, compile_cache, distributed
 from golfgpt.attention import select_backend
+from golfgpt.bpb import bits_per_byte
 from golfgpt.clock import Ledger
 from golfgpt.config import EvalConfig, RunConfig, differences, from_dict, to_dict
 from golfgpt.data.shards import Dataset
@@ -31,7 +32,7 @@ from golfgpt.report import budget_lines, score_lines, table, tensor_table
 from golfgpt.run import Reporter, RunFolder, read_config
 from golfgpt.schedule import crosses_cap
 from golfgpt.signals import Signals
-from golfgpt.trainer import Pending, StepResult, Trainer, compute_dtype
+from golfgpt.trainer import Pending, StepResult, Trainer
 
 
 def open_dataset(config: RunConfig, ranks: Ranks) -> Dataset:
@@ -58,6 +59,9 @@ def open_dataset(config: RunConfig, ranks: Ranks) -> Dataset:
     return dataset
 
 
+DECAY = 0.96
+"""Of the running mean of the losses, a step: its noise is that of the mean over the last 49 losses."""
+
 RESUMABLE = ("runtime.", "eval.", "budget.", "data.path")
 """Fields that may change when a run is resumed: none of them changes what is trained."""
 
@@ -80,12 +84,17 @@ def train(config: RunConfig, path: Path, *, resume: bool = False, quiet: bool = 
         folder, failed = None, None
         try:
             with ledger.phase("setup"):
-                config = replace(config, runtime=replace(config.runtime, dtype=dtype_name(config, ranks)))
                 artifact.require_compressor(config.quant.compressor)
                 dataset = open_dataset(config, ranks)
                 config = config if resume else fitted(config)  # a run keeps the width that it was started with
                 artifact.check_payload_bytes(Quantizer(config.model, config.quant).formats)
+        except GolfError as error:
+            failed = error
+        ranks.settle(failed)  # before the ranks agree on a dtype
+        try:
+            with ledger.phase("setup"):
                 trainer = Trainer(config, dataset, ranks)
+                config = replace(config, runtime=replace(config.runtime, dtype=trainer.dtype_choice.name))
                 if ranks.main:
                     tokenizer = dataset.need_tokenizer().model_bytes
                     folder = RunFolder.open(path) if resume else RunFolder.create(path, config, tokenizer)
@@ -113,11 +122,6 @@ def train(config: RunConfig, path: Path, *, resume: bool = False, quiet: bool = 
             raise
 
 
-def dtype_name(config: RunConfig, ranks: Ranks) -> str:
-    """The name of `compute_dtype`: a run keeps the dtype it was started with."""
-    return str(compute_dtype(config, ranks)).removeprefix("torch.")
-
-
 @dataclass
 class _Run:
     """One execution of `train` on one rank: the loop and what surrounds it."""
@@ -141,6 +145,10 @@ class _Run:
     """Seconds of the last steps."""
     loss: float = 0.0
     """Of the last step."""
+    losses: float = 0.0
+    """Decayed sum of the losses of this execution: a resumed run starts its mean anew."""
+    weight: float = 0.0
+    """What `losses` is divided by."""
     first: bool = True
     """Whether no step but the first of this execution is over."""
     attention: str = ""
@@ -224,7 +232,7 @@ class _Run:
             lr = f", learning rate at most {c.quant.qat_below_lr:g} of its base" if c.quant.qat_below_lr < 1 else ""
             say(f"qat:{c.quant.qat} {quantizer.label} {when}{lr}")
         say(f"world_size:{self.ranks.world} spans:{c.data.spans} microbatch_tokens:{micro}")
-        say(f"device:{self.ranks.device} dtype:{t.dtype} compile:{t.compiled} threads:{torch.get_num_threads()}")
+        say(f"device:{self.ranks.device} dtype:{t.dtype_choice} compile:{t.compiled} threads:{torch.get_num_threads()}")
         say(f"attention:{attention}")
         compute = dict.fromkeys(("relu2_mlp", "softcap_cross_entropy", "token_logprobs"), t.dtype)
         update = {"newton_schulz": torch.bfloat16, "muon_momentum_": torch.float32, "muon_update_": torch.float32}
@@ -354,6 +362,7 @@ class _Run:
             raise
         self.step += 1
         self.loss = result.loss
+        self.losses, self.weight = DECAY * self.losses + result.loss, DECAY * self.weight + 1
         self.stopping = self.stopping or result.stop
         seconds = self.ledger.elapsed("train")
         duration, self.ended = seconds - self.ended, seconds
@@ -392,20 +401,26 @@ class _Run:
         left = (c.schedule.max_steps - self.step) * mean
         if c.schedule.max_seconds is not None:
             left = min(left, c.schedule.max_seconds - seconds)
+        smooth, bpb = self.losses / self.weight, None
+        if manifest := self.dataset.manifest:
+            bpb = bits_per_byte(smooth * manifest.train.tokens, manifest.train.decoded_bytes)
         self.reporter.status(
-            f"step {self.step}  loss {result.loss:.4f}  {mean * 1000:.1f} ms/step  "
+            f"step {self.step}  loss {smooth:.4f}  {f'{bpb:.4f} bits/byte  ' if bpb else ''}{mean * 1000:.1f} ms/step  "
             f"{c.data.batch_tokens / mean:,.0f} tokens/s  {max(left, 0):.0f} s left  {self.projection}"
         )
         last = not self.pending and (self.stopping or self.step == c.schedule.max_steps)
         if self.step <= 10 or self.step % c.runtime.log_every == 0 or last:
             self.reporter.line(
                 f"step:{self.step}/{c.schedule.max_steps} train_loss:{result.loss:.4f} "
-                f"train_time:{seconds * 1000:.0f}ms step_avg:{seconds / self.step * 1000:.2f}ms"
+                f"train_time:{seconds * 1000:.0f}ms step_avg:{seconds / self.step * 1000:.2f}ms "
+                f"train_loss_ema:{smooth:.4f}"
             )
             self.reporter.metric(
                 "train",
                 step=self.step,
                 loss=result.loss,
+                loss_ema=smooth,
+                bpb_ema=bpb,
                 grad_norm=result.grad_norm,
                 lr_multiplier=multiplier,
                 train_seconds=round(seconds, 4),

@@ -70,8 +70,8 @@ def test_the_fastest_is_found_and_remembered(monkeypatch, tmp_path, backward):
     (file,) = (tmp_path / "golfgpt" / "attention").iterdir()
     assert json.loads(file.read_text())["shape"] == [2, 64]
     monkeypatch.setattr(attention, "time_us", lambda *_: Timing(1.0, 0.0))
-    for damaged in ("[]", "", '{"ms": []}', '{"ms": {"flash": 1.0}}', '{"ms": {"flash": null, "math": 1}}',
-                    '{"ms": {"flash": NaN, "math": 1}}'):  # fmt: skip
+    for damaged in ("[]", "", '{"times": []}', '{"times": {"flash": 1.0}}', '{"times": {"flash": null, "math": 1}}',
+                    '{"times": {"flash": NaN, "math": 1}}'):  # fmt: skip
         file.write_text(damaged)
         assert attention._measure(["flash", "math"], *facts) == ({"flash": 0.001, "math": 0.001}, False)
 

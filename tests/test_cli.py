@@ -34,6 +34,7 @@ TINY = [
         "eval.window": 64,
         "eval.stride": 64,
         "runtime.checkpoint-seconds": 0,
+        "runtime.dtype": "float32",
     }.items()
     for word in (f"--{field}", str(value))
 ]

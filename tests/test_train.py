@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +29,7 @@ from golfgpt.flat import FlatGradients
 from golfgpt.quant import Quantizer
 from golfgpt.recipes import RECIPES
 from golfgpt.run import Reporter, RunFolder, read_config
-from golfgpt.train import train
+from golfgpt.train import DECAY, train
 from golfgpt.trainer import Trainer
 
 CPU = Ranks(0, 1, torch.device("cpu"))
@@ -167,6 +170,45 @@ def test_resume_is_bit_identical(tiny, tmp_path, monkeypatch, capfd):
     a, b = final_weights(tmp_path / "unbroken"), final_weights(path)
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert (path / "model.golf").read_bytes() == (tmp_path / "unbroken" / "model.golf").read_bytes()
+
+
+def test_running_mean_of_the_losses(tiny, tmp_path, monkeypatch):
+    """Each loss weighs DECAY of the next one; a resumed run starts the mean anew."""
+    told, wait = [], Trainer.wait
+    monkeypatch.setattr(Reporter, "status", lambda self, text: told.append(text))
+
+    def stop(self, pending):
+        if pending.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return wait(self, pending)
+
+    monkeypatch.setattr(Trainer, "wait", stop)
+    with pytest.raises(Interrupted, match="state saved at step 6"):
+        train(tiny, tmp_path / "run")
+    monkeypatch.setattr(Trainer, "wait", wait)
+    train(tiny, tmp_path / "run", resume=True)
+    rows, text = metrics(tmp_path / "run", "train"), Dataset.open(tiny.data.path).manifest.train
+    for part in (rows[:6], rows[6:]):
+        for n, row in enumerate(part, 1):
+            weights = [DECAY ** (n - i) for i in range(1, n + 1)]
+            mean = sum(w * each["loss"] for w, each in zip(weights, part, strict=False)) / sum(weights)
+            assert row["loss_ema"] == pytest.approx(mean)
+            assert row["bpb_ema"] == pytest.approx(mean * text.tokens / math.log(2) / text.decoded_bytes)
+    live = [line for line in told if re.match(r"step \d+  loss", line)]
+    for row, line in zip(rows, live, strict=True):
+        assert line.startswith(f"step {row['step']}  loss {row['loss_ema']:.4f}  {row['bpb_ema']:.4f} bits/byte  ")
+    last = rf"train_loss:{rows[7]['loss']:.4f} train_time:\d+ms step_avg:[\d.]+ms train_loss_ema:{mean:.4f}"
+    assert re.search(rf"^step:8/8 {last}$", (tmp_path / "run" / "train.log").read_text(), re.MULTILINE)
+
+
+def test_no_bits_per_byte_of_shards_without_a_manifest(tiny, tmp_path, corpus, monkeypatch):
+    told = []
+    monkeypatch.setattr(Reporter, "status", lambda self, text: told.append(text))
+    shutil.copytree(corpus, tmp_path / "data", ignore=shutil.ignore_patterns("manifest.json", "*.bytes"))
+    config = replace(tiny, data=replace(tiny.data, path=str(tmp_path / "data")), schedule=ScheduleConfig(max_steps=2))
+    train(config, tmp_path / "run")
+    assert [row["bpb_ema"] for row in metrics(tmp_path / "run", "train")] == [None, None]
+    assert [line for line in told if line.startswith("step 2  loss ")] and "bits/byte" not in "".join(told)
 
 
 @pytest.mark.numeric
@@ -416,8 +458,6 @@ def test_more_ranks_than_spans(tiny, corpus):
 
 
 def test_a_changed_data_set_is_refused_on_resume(tiny, tmp_path, corpus):
-    import shutil
-
     shutil.copytree(corpus, tmp_path / "data")
     config = replace(tiny, data=DataConfig(path=str(tmp_path / "data"), batch_tokens=1024, seq_len=64))
     train(config, tmp_path / "run")
@@ -513,8 +553,6 @@ def test_a_diverged_last_update_is_not_exported(tiny, tmp_path, monkeypatch):
 
 
 def test_a_run_may_move_and_its_evaluation_change(tiny, tmp_path, corpus):
-    import shutil
-
     train(replace(tiny, eval=replace(tiny.eval, max_tokens=500)), tmp_path / "run")
     shutil.copytree(corpus, tmp_path / "moved")
     moved = replace(tiny, data=replace(tiny.data, path=str(tmp_path / "moved")))

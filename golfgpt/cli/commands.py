@@ -80,6 +80,7 @@ def evaluate(args: Eval) -> int:
 
     from golfgpt import distributed
     from golfgpt.attention import select_backend
+    from golfgpt.compute_dtype import select_dtype
     from golfgpt.data.yardsticks import yardsticks
     from golfgpt.evaluate import PartialSums, batch_windows, evaluate
     from golfgpt.files import sha256_file
@@ -87,7 +88,6 @@ def evaluate(args: Eval) -> int:
     from golfgpt.run import Reporter, artifact_file, load
     from golfgpt.signals import Signals
     from golfgpt.train import open_dataset
-    from golfgpt.trainer import compute_dtype
 
     started = stored_config(args.run)
     data = replace(started.data, path=args.data.path)
@@ -107,10 +107,11 @@ def evaluate(args: Eval) -> int:
         dataset = open_dataset(config, ranks)
         if dataset.need_tokenizer().digest != tokenizer.digest:
             raise InputError(f"{config.data.path} was made with another tokenizer than {args.run}")
-        dtype = compute_dtype(config, ranks)
+        choice = select_dtype(config.runtime.dtype, model, config.data, ranks)
+        dtype = choice.dtype
         shape = (batch_windows(config, ranks), config.window)
         attention = select_backend(config.runtime.attention, config.model, [shape], ranks, dtype, backward=False)
-        reporter.line(f"device:{ranks.device} dtype:{dtype} attention:{attention} data:{config.data.path}")
+        reporter.line(f"device:{ranks.device} dtype:{choice} attention:{attention} data:{config.data.path}")
         with Signals(folder):
             score = evaluate(
                 model.to(ranks.device), dataset, config, ranks, dtype=dtype, progress=reporter.status, keep=keep

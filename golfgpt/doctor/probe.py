@@ -271,10 +271,9 @@ def versions() -> dict[str, str | None]:
 
 
 def attention_backend(device: torch.device) -> tuple[str, attention.Selection]:
-    """A run's dtype, and what a run of the baseline would choose in it."""
+    """A dtype, and what a run of the baseline would choose in it: bfloat16 on a GPU that has it, else float32."""
     config, cuda = recipes.get("baseline").config, device.type == "cuda"
-    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-    dtype = torch.bfloat16 if (torch.cuda.is_bf16_supported() if cuda else amx) else torch.float32
+    dtype = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float32
     with sdpa_kernel(list(attention.BACKENDS.values())):  # which puts back what the process had enabled
         try:
             return str(dtype).removeprefix("torch."), select_attention(config, device, dtype)

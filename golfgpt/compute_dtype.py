@@ -1,0 +1,103 @@
+"""The dtype of activations and matmuls: on a GPU bfloat16, on a CPU whichever of bfloat16 and float32 is faster there.
+
+CPUs differ by more than their instruction sets say: bfloat16 has taken 0.6 of float32's time on one with AVX-512 BF16
+and 10 times as long on one without (LOG.md). So "auto" times both, on the model of the run, and the times are kept.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from golfgpt.config import DataConfig
+from golfgpt.distributed import Ranks
+from golfgpt.errors import InputError
+from golfgpt.kept import kept_times
+from golfgpt.model import GPT, MATRIX_BANKS
+
+SECONDS, LIMIT = 0.5, 2.0
+"""What the measurement should take, and when it is given up: where 16 tokens take as long, the CPU is slow or busy."""
+ROUNDS = 3
+CANDIDATES = ("bfloat16", "float32")
+"""In the order of timing."""
+CLEARLY = 0.9
+"""bfloat16 must take less than this part of float32's time to be worth its rounding."""
+
+
+@dataclass(frozen=True)
+class DtypeChoice:
+    """The dtype of a run, and why."""
+
+    dtype: torch.dtype
+    why: str = ""
+
+    @property
+    def name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.why})" if self.why else self.name
+
+
+def select_dtype(choice: str, model: GPT, data: DataConfig, ranks: Ranks) -> DtypeChoice:
+    """`choice`, or with "auto" the best for `model` on batches as `data` has them; the same on all ranks.
+
+    On a CPU all ranks measure at once, for they share its cores in training too, and rank 0's times count. Raises
+    InputError for bfloat16 on a GPU that lacks it.
+    """
+    cuda = ranks.device.type == "cuda"
+    if cuda and choice != "float32" and not torch.cuda.is_bf16_supported():
+        raise InputError(f"{torch.cuda.get_device_name()} has no bfloat16; use --runtime.dtype float32")
+    if choice != "auto" or cuda:
+        return DtypeChoice(torch.bfloat16 if choice == "auto" else getattr(torch, choice))
+    tokens = data.microbatch_tokens or data.span_tokens
+    facts = {
+        "model": asdict(model.config),
+        "tokens": tokens,
+        "seq_len": data.seq_len,
+        "threads": torch.get_num_threads(),
+        "world": ranks.world,
+    }
+    measured = kept_times("dtype", ranks.device, facts, CANDIDATES, lambda: _measure(model, tokens, data.seq_len))
+    us, kept = ranks.share(measured)
+    if not us:
+        return DtypeChoice(torch.float32, f"no measurement within {LIMIT:g} s: the CPU is slow or busy")
+    wins = us["bfloat16"] < CLEARLY * us["float32"]
+    times = ", ".join(f"{name} {time:.1f} us" for name, time in us.items())
+    when = "in an earlier run" if kept else "now"
+    return DtypeChoice(torch.bfloat16 if wins else torch.float32, f"{times} a token, measured {when}")
+
+
+def _measure(model: GPT, tokens: int, seq_len: int) -> dict[str, float]:
+    """Microseconds a token of forward and backward by dtype, the least of ROUNDS taken in turn.
+
+    On 16 tokens first, then on 4 times as many while SECONDS last, up to `tokens`. Empty if 16 were too many for LIMIT.
+    """
+    size, used, us = min(16, tokens), 0.0, {}
+    while True:
+        shape = (max(size // seq_len, 1), min(size, seq_len))
+        ids = torch.arange(shape[0] * shape[1]).remainder(model.config.vocab_size).view(shape)
+        best = dict.fromkeys(CANDIDATES, float("inf"))
+        for name in CANDIDATES * ROUNDS:
+            seconds = _seconds(model, ids, getattr(torch, name))
+            best[name], used = min(best[name], seconds), used + seconds
+            if used > LIMIT:
+                return us
+        us = {name: 1e6 * seconds / ids.numel() for name, seconds in best.items()}
+        if size == tokens or used + 4 * ROUNDS * sum(best.values()) > SECONDS:
+            return us
+        size = min(4 * size, tokens)
+
+
+def _seconds(model: GPT, ids: Tensor, dtype: torch.dtype) -> float:
+    """Of one forward and backward of `ids` (B, T), not compiled, with the matrices in `dtype` as in training."""
+    parameters = dict(model.named_parameters())
+    banks = [name for name in parameters if name in MATRIX_BANKS and parameters[name].dtype != dtype]
+    shadows = {name: parameters[name].detach().to(dtype) for name in banks}
+    begun = time.perf_counter()
+    loss = model.loss(ids, ids, dtype=dtype, shadows=shadows)
+    torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    return time.perf_counter() - begun

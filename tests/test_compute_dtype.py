@@ -1,0 +1,170 @@
+"""The choice of a run's dtype: by given times, except for one measurement in truth."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from models import SMALL, lively
+
+from golfgpt import compute_dtype
+from golfgpt.compute_dtype import DtypeChoice, select_dtype
+from golfgpt.config import DataConfig
+from golfgpt.distributed import Ranks
+from golfgpt.run import read_config
+from golfgpt.train import train
+
+CPU = Ranks(0, 1, torch.device("cpu"))
+DATA = DataConfig(batch_tokens=2048, seq_len=128, spans=2, microbatch_tokens=512)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Give every forward and backward a time: seconds a token by dtype, times noise(its number in that dtype)."""
+
+    def give(noise=lambda call: 1.0, **per_token: float) -> list[tuple[str, tuple[int, int]]]:
+        calls: list[tuple[str, tuple[int, int]]] = []
+
+        def seconds(model, ids, dtype) -> float:
+            name = str(dtype).removeprefix("torch.")
+            calls.append((name, tuple(ids.shape)))
+            return per_token[name] * ids.numel() * noise(sum(called == name for called, _ in calls))
+
+        monkeypatch.setattr(compute_dtype, "_seconds", seconds)
+        return calls
+
+    return give
+
+
+def choose(choice: str = "auto", ranks: Ranks = CPU) -> DtypeChoice:
+    return select_dtype(choice, lively(), DATA, ranks)
+
+
+def kept(choice: DtypeChoice) -> bool:
+    return choice.why.endswith("measured in an earlier run")
+
+
+@pytest.mark.parametrize(
+    "bfloat16, float32, expected",
+    [(3e-6, 5e-6, "bfloat16"), (50e-6, 5e-6, "float32"), (5e-6, 5e-6, "float32"), (4.7e-6, 5e-6, "float32")],
+    ids=["faster", "slower", "tie", "not clearly"],
+)
+def test_bfloat16_has_to_win_clearly(clock, bfloat16, float32, expected):
+    clock(bfloat16=bfloat16, float32=float32)
+    assert choose().name == expected
+
+
+def test_what_the_log_says(clock, monkeypatch):
+    clock(bfloat16=3e-6, float32=5e-6)
+    assert str(choose()) == "bfloat16 (bfloat16 3.0 us, float32 5.0 us a token, measured now)"
+    monkeypatch.setattr(compute_dtype, "_seconds", None)  # nothing is timed again
+    assert str(choose()) == "bfloat16 (bfloat16 3.0 us, float32 5.0 us a token, measured in an earlier run)"
+    assert str(choose("float32")) == "float32" and choose("bfloat16").dtype == torch.bfloat16
+
+
+def test_a_slow_moment_decides_nothing(clock):
+    """bfloat16's first call at each size takes ten times as long; the least of the rounds counts."""
+    clock(bfloat16=3e-6, float32=5e-6, noise=lambda call: 10.0 if call % compute_dtype.ROUNDS == 1 else 1.0)
+    assert choose().why == "bfloat16 3.0 us, float32 5.0 us a token, measured now"
+
+
+def test_a_fast_machine_measures_a_microbatch_in_turn(clock):
+    calls = clock(bfloat16=3e-6, float32=5e-6)
+    choose()
+    assert dict.fromkeys(shape for _, shape in calls) == dict.fromkeys([(1, 16), (1, 64), (2, 128), (4, 128)])
+    assert [name for name, _ in calls] == ["bfloat16", "float32"] * (len(calls) // 2)
+    assert set(Counter(calls).values()) == {compute_dtype.ROUNDS}
+
+
+@pytest.mark.parametrize("us, largest", [(20, 256), (100, 64), (500, 16), (3000, 16)])
+def test_a_slow_machine_measures_less(clock, us, largest):
+    calls = clock(bfloat16=10e-6 * us, float32=1e-6 * us)
+    assert f"float32 {us:.1f} us" in choose().why and choose().name == "float32"
+    assert max(math.prod(shape) for _, shape in calls) == largest
+
+
+def test_a_machine_too_slow_or_busy_to_measure(clock, tmp_path):
+    """One call is all it gets; nothing is kept, so that the next run tries again."""
+    calls = clock(bfloat16=1.0, float32=50.0)
+    assert str(choose()) == "float32 (no measurement within 2 s: the CPU is slow or busy)"
+    assert len(calls) == 1
+    clock(bfloat16=3e-6, float32=5e-6)
+    assert choose().why.endswith("measured now") and choose().why.endswith("measured in an earlier run")
+
+
+def test_interrupted_by_a_busy_neighbour(clock):
+    """What fewer tokens took, all rounds of it, still counts."""
+    calls = clock(bfloat16=3e-6, float32=5e-6, noise=lambda call: 1e6 if call == 8 else 1.0)
+    assert choose().why == "bfloat16 3.0 us, float32 5.0 us a token, measured now"
+    assert calls[-1] == ("bfloat16", (2, 128))
+
+
+def test_other_questions_are_measured_anew(clock):
+    clock(bfloat16=3e-6, float32=5e-6)
+    choose()
+    assert kept(choose())
+    assert not kept(select_dtype("auto", lively(replace(SMALL, mlp_hidden=96)), DATA, CPU))
+    assert not kept(select_dtype("auto", lively(), replace(DATA, microbatch_tokens=256), CPU))
+    torch.set_num_threads(2)
+    assert not kept(choose())
+
+
+def test_a_cache_that_cannot_be_written_or_read(clock, tmp_path):
+    clock(bfloat16=3e-6, float32=5e-6)
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    assert [kept(choose()) for _ in range(2)] == [False, False]
+    (tmp_path / "cache").unlink()
+    choose()
+    (file,) = (tmp_path / "cache" / "golfgpt" / "dtype").iterdir()
+    assert json.loads(file.read_text())["times"] == pytest.approx({"bfloat16": 3.0, "float32": 5.0})
+    file.write_text('{"times": {"bfloat16": 0, "float32": 1}}')
+    assert not kept(choose())
+
+
+def test_rank_0_decides(clock, monkeypatch):
+    """This rank measures float32 as the faster, rank 0 found the opposite in an earlier run."""
+    clock(bfloat16=9e-6, float32=5e-6)
+    monkeypatch.setattr(Ranks, "share", lambda self, value: ({"bfloat16": 3.0, "float32": 5.0}, True))
+    choice = choose(ranks=Ranks(1, 2, CPU.device))
+    assert choice.dtype == torch.bfloat16 and kept(choice)
+
+
+def test_a_gpu_takes_bfloat16_and_measures_nothing(monkeypatch):
+    monkeypatch.setattr(compute_dtype, "_seconds", None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    assert str(choose(ranks=Ranks(0, 1, torch.device("cuda")))) == "bfloat16"
+
+
+def test_measured_in_truth():
+    """Which wins is no matter of a test. The model keeps its weights and gets no gradients."""
+    model = lively()
+    before = {name: w.clone() for name, w in model.state_dict().items()}
+    random = torch.get_rng_state()
+    us = compute_dtype._measure(model, 16, 128)
+    assert set(us) <= {"bfloat16", "float32"} and all(time > 0 for time in us.values())
+    assert select_dtype("auto", model, DATA, CPU).dtype in (torch.bfloat16, torch.float32)
+    assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters()) and torch.equal(torch.get_rng_state(), random)
+
+
+def test_a_run_keeps_the_dtype_that_it_was_started_with(clock, tiny, tmp_path):
+    """Also where a measurement would now say the opposite."""
+    auto = replace(tiny, runtime=replace(tiny.runtime, dtype="auto"), schedule=replace(tiny.schedule, max_steps=2))
+    calls = clock(bfloat16=3e-6, float32=5e-6)
+    train(auto, tmp_path / "run")
+    assert calls and read_config(tmp_path / "run").runtime.dtype == "bfloat16"
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert " dtype:bfloat16 (bfloat16 3.0 us, float32 5.0 us a token, measured now) compile:" in log
+    calls = clock(bfloat16=9e-6, float32=5e-6)
+    result = train(read_config(tmp_path / "run"), tmp_path / "run", resume=True)
+    assert not calls and result["score"]["dtype"] == "bfloat16"
+    assert " dtype:bfloat16 compile:" in (tmp_path / "run" / "train.log").read_text()
