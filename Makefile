@@ -1,6 +1,9 @@
 # make demo   train, compress, prove and sample a small model (three minutes after installation)
 # make test   lint and test, in JOBS processes (2; each test takes one thread and up to 2 GB)
 # make test-full   every published recipe at full size, one step each, from data to score (10 GB, minutes)
+# make test-cpus   tests that compare numbers, as on other CPUs: half an hour, then call it again to go on;
+#                 AGAIN=1 starts over
+# make test-install   the wheel in fresh environments, also with what your index resolves its dependencies to (gigabytes)
 # PYTHON names the interpreter that makes .venv; PIP_ARGS goes to pip.
 #
 # On a machine with a GPU, from a bare checkout, without network and without installing anything (torch, triton, pytest,
@@ -23,7 +26,7 @@ OUT ?= bench/results
 LIMIT ?= 400
 GPU = PYTHONPATH=kernels:.$(if $(PYTHONPATH),:$(PYTHONPATH)) PYTHONUNBUFFERED=1 timeout --kill-after=10
 
-.PHONY: demo test test-full lint clean gpu-check gpu-test gpu-bench gpu-tune gpu-step
+.PHONY: demo test test-full test-cpus test-install lint clean gpu-check gpu-test gpu-bench gpu-tune gpu-step
 
 demo: $(VENV)/installed
 	$(BIN)/golfgpt demo
@@ -33,6 +36,12 @@ test: lint
 
 test-full: $(VENV)/installed
 	$(BIN)/python -m pytest -m long
+
+test-cpus: $(VENV)/installed
+	$(BIN)/python tests/cpus.py --jobs $(JOBS) $(if $(AGAIN),--again)
+
+test-install: $(VENV)/installed
+	PIP_ARGS="$(PIP_ARGS)" $(BIN)/python -m pytest tests/test_install.py -m "slow or download"
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

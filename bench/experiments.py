@@ -63,7 +63,7 @@ BASE = vary(
     average=dict(kind="swa", swa_start_lr=0.4, swa_every=2),
     quant=dict(bits=6, rules=(TOK8,), keep_numel=4096, qat="export", compressor="zstd"),
     eval=dict(max_tokens=51_200, batch_tokens=4096),
-    runtime=dict(device="cpu", threads=1),
+    runtime=dict(device="cpu", dtype="bfloat16", threads=1),
 )  # fmt: skip
 """1.2 M parameters, 164 k tokens. Every part that is a candidate for recipe golf is on."""
 
@@ -236,8 +236,9 @@ def trained(config: RunConfig) -> RunConfig:
 
 
 def key(config: RunConfig) -> str:
-    """What a config is called in the results: a hash of its fields that are not at their defaults."""
-    fields = differences(RunConfig(), vary(config, data={"path": None}))
+    """What a config is called in the results: a hash of its fields that are not at their defaults; the dtype, which a
+    result states, is none of them."""
+    fields = differences(RunConfig(), vary(config, data={"path": None}, runtime={"dtype": "auto"}))
     return hashlib.sha256("\n".join(fields).encode()).hexdigest()[:16]
 
 
@@ -258,8 +259,7 @@ def run_job(configs: list[RunConfig], data: str) -> list[dict]:
     torch.set_num_threads(1)
     dataset, ranks = Dataset.open(Path(data)), Ranks(0, 1, torch.device("cpu"))
     first, begun = configs[0], time.process_time()
-    runtime = replace(first.runtime, dtype="bfloat16")  # of every configuration, however fast; as the committed results
-    trainer = TrainStep(replace(trained(first), runtime=runtime), dataset, ranks)
+    trainer = TrainStep(replace(trained(first), runtime=first.runtime), dataset, ranks)
     parameters = dict(trainer.model.named_parameters())
     averages = {config.average: Average(parameters, config.average) for config in configs}
     failed = None

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from golfgpt.errors import missing_package
+
 __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
 
 
 def __getattr__(name: str):
     if name == "load":  # torch is imported only when it is needed
-        from golfgpt.run import load
-
+        try:
+            from golfgpt.run import load
+        except ImportError as error:
+            raise ImportError(missing_package(error) or str(error)) from error
         return load
     raise AttributeError(f"module 'golfgpt' has no attribute {name!r}")

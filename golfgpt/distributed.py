@@ -117,9 +117,9 @@ def start(device: str) -> Ranks:
         torch.cuda.set_device(local)
     place = torch.device(device, local) if device == "cuda" else torch.device("cpu")
     if world > 1 and not dist.is_initialized():
-        # Its functions have defaults group=group.WORLD. Imported later (AdamW imports torch._dynamo, and that this),
+        # First: its functions have defaults group=group.WORLD. Imported later (AdamW imports torch._dynamo, that this),
         # they hold the process group past its end, and a gloo thread that wants the GIL while the interpreter ends
-        # aborts the process (-6, "terminate called without an active exception"). 6 ms; figures in LOG.md.
+        # aborts a process whose work is done. Figures in tests/exit_race.py; the import takes 6 ms.
         importlib.import_module("torch.distributed.nn.functional")
         backend = "nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=TIMEOUT, device_id=place if device == "cuda" else None)

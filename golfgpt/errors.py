@@ -10,6 +10,13 @@ Every message names what was received and what to do about it.
 """
 
 
+def missing_package(error: ImportError) -> str | None:
+    """What to install, where `error` means that something outside this distribution is missing or too old."""
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("golfgpt"):
+        return f'{error.name} is not installed: pip install "golfgpt[train]"'
+    return str(error) if error.name is None else None  # golfgpt_kernels' own sentence about torch
+
+
 class GolfError(Exception):
     """Base of all expected failures; the command line prints the message without a traceback."""
 

@@ -64,4 +64,7 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 def sha256_file(path: str | os.PathLike) -> str:
     """SHA-256 of a file's content in hexadecimal, read in pieces."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+        return digest.hexdigest()

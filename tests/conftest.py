@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from blas import other_blas
 
 from golfgpt.config import RunConfig
 
@@ -30,9 +31,16 @@ def device() -> str:
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    """Sums depend on the number of threads and tests compare runs bit for bit; tiny models gain nothing."""
-    torch.set_num_threads(1)
+def _threads():
+    """Sums depend on the number of threads and tests compare runs bit for bit; tiny models gain nothing by two."""
+    torch.set_num_threads(int(os.environ.get("GOLFGPT_TEST_THREADS", 1)))
+
+
+@pytest.fixture(autouse=True)
+def _blas():
+    """tests/cpus.py has a row of a BLAS that nobody has."""
+    with other_blas() if os.environ.get("GOLFGPT_TEST_BLAS") == "other" else contextlib.nullcontext():
+        yield
 
 
 def pytest_collection_modifyitems(items):

@@ -44,7 +44,10 @@ from golfgpt.upstream import from_upstream, infer_config, read_export, to_upstre
 FOLDER = os.environ.get("GOLFGPT_CONFORMANCE")
 FILES = sorted(p for p in Path(FOLDER).iterdir() if p.suffix in (".safetensors", ".ptz")) if FOLDER else []
 
-pytestmark = pytest.mark.skipif(not FOLDER, reason="GOLFGPT_CONFORMANCE names no folder of vectors")
+pytestmark = [
+    pytest.mark.numeric,
+    pytest.mark.skipif(not FOLDER, reason="GOLFGPT_CONFORMANCE names no folder of vectors"),
+]
 
 
 class Vectors(dict):
@@ -356,7 +359,12 @@ def test_gpt(path: Path, impl: str):
     check_gpt(v, impl)
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path not in GPT_FILES], ids=lambda p: p.name)
+def marked(path: Path):
+    """A trajectory is twenty steps or more of training."""
+    return pytest.param(path, id=path.name, marks=[pytest.mark.slow] if path.name.startswith("trajectory") else [])
+
+
+@pytest.mark.parametrize("path", [marked(path) for path in FILES if path not in GPT_FILES])
 def test_conformance(path: Path):
     if path.suffix == ".ptz":
         return check_ptz(path)

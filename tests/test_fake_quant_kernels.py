@@ -1,4 +1,5 @@
-"""The quantizer's kernels: codes and decoded weights equal eager's, the scaled matmul keeps the error budget."""
+"""The quantizer's kernels: codes and decoded weights equal eager's bit for bit, as is promised: divisions and roundings
+make them. The scaled matmul keeps the error budget."""
 
 from __future__ import annotations
 
@@ -14,6 +15,8 @@ from golfgpt_kernels.fake_quant import codes_linear, fake_quant_linear_ref, fake
 from golfgpt_kernels.testing import assert_within_budget, gradients, poisoned, randn, strided
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+pytestmark = pytest.mark.numeric
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 INT6 = RowQuant(bits=6)

@@ -18,6 +18,8 @@ from golfgpt.model.plan import layer_plan
 from golfgpt.optim import Optimizers
 from golfgpt.upstream import from_upstream, to_upstream
 
+pytestmark = pytest.mark.numeric
+
 R5 = ModelConfig(
     num_layers=10,
     mlp_hidden=1536,
@@ -167,7 +169,7 @@ def test_a_later_token_changes_no_earlier_hidden_state(layers, config):
     changed = ids.clone()
     changed[0, 25] = (changed[0, 25] + 1) % 97
     a, b = model(ids), model(changed)
-    assert torch.equal(a[:, :25], b[:, :25])
+    assert torch.equal(a[:, :25], b[:, :25])  # to the bit, on which the scorer's checks rely
     assert not torch.allclose(a[:, 25:], b[:, 25:])
 
 
@@ -195,6 +197,7 @@ def test_cache_gives_the_same_hidden_states(config):
 
 @pytest.mark.parametrize("name", sorted(VARIANTS.keys() - {"ntk"}))  # whose base depends on the window, not on the text
 def test_generation_equals_the_forward_of_the_whole_text(name):
+    """Rounded otherwise, but the two largest logits are 0.1 apart at least."""
     model, ids = lively(VARIANTS[name]), tokens(6).tolist()
     for _ in range(20):
         ids.append(model.logits(model(torch.tensor([ids])))[0, -1].argmax().item())
@@ -256,11 +259,11 @@ def test_fake_quantization_is_live_under_compile_and_switches_without_recompilin
 
     compiled = torch.compile(loss, dynamic=False, fullgraph=True, backend="aot_eager")
     plain = compiled().item()
-    assert plain == pytest.approx(model.loss(ids, ids).item(), abs=1e-6)
+    assert plain == pytest.approx(model.loss(ids, ids).item(), abs=1e-5)
     enabled.fill_(True)
     with torch.compiler.set_stance("fail_on_recompile"):
         quantized = compiled().item()
-        assert quantized == pytest.approx(loss().item(), abs=1e-6)
+        assert quantized == pytest.approx(loss().item(), abs=1e-5)
         assert abs(quantized - plain) > 1e-4
         with torch.no_grad():
             model.mlp_fc.mul_(1.5)

@@ -23,6 +23,8 @@ from golfgpt.flat import FlatGradients
 from golfgpt.model.gpt import GPT
 from golfgpt.optim import Muon, Optimizers
 
+pytestmark = pytest.mark.numeric
+
 SHAPES = [(2, 24, 40), (3, 40, 24), (0, 8, 8), (24, 40), (5, 1, 7)]
 INT6 = RowQuant(bits=6)
 SMALL = ModelConfig(vocab_size=64, num_layers=3, model_dim=24, num_heads=3, num_kv_heads=1, mlp_hidden=40)

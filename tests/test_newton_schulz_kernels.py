@@ -13,6 +13,8 @@ from golfgpt_kernels.testing import assert_within_budget, poisoned, randn, strid
 
 ns = importlib.import_module("golfgpt_kernels.newton_schulz")  # the package's attribute is the function
 
+pytestmark = pytest.mark.numeric
+
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 EPS = {F16: 2**-10, BF16: 2**-7, F32: 2**-23}
 A, B, C = ns.QUINTIC_COEFFICIENTS
@@ -42,6 +44,16 @@ def exact(x, **options):
     return gk.newton_schulz(x.double(), impl="eager", dtype=F64, eps=1e-30, **options)
 
 
+def assert_mirrored(a, block=None):
+    """What the kernel promises: a pair of tiles is computed once and stored twice, so that it mirrors bit for bit,
+    whatever a product rounds. Within a tile on the diagonal it is the product's own symmetry: tensor cores sum x y and
+    y x alike, a CPU's BLAS, with which the interpreter multiplies, need not."""
+    block = block or TABLES["newton_schulz"].select(a.device, a.dtype, a.numel())["BLOCK"]
+    tile_of = torch.arange(a.shape[-1], device=a.device) // (1 if a.is_cuda else block)
+    pairs = tile_of[:, None] != tile_of
+    assert torch.equal(a[..., pairs], a.mT[..., pairs])
+
+
 # ---- the launchers, one by one
 
 
@@ -54,16 +66,17 @@ def test_gram(shape, dtype, device):
         a = ns.gram(x)
     rival, oracle = (x.mT @ x, x64.mT @ x64) if tall else (x @ x.mT, x64 @ x64.mT)
     assert_within_budget(a, rival, oracle)
-    assert torch.equal(a, a.mT)
+    assert_mirrored(a)
 
 
 def test_triangle_of_many_tiles(device):
     """Eleven rows of tiles: every pair is computed, and stored once."""
     x = randn(1, 330, 333, dtype=BF16, device=device)
+    tile = {"BLOCK": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 1}
     with poisoned():
-        a = ns.gram(x, tile={"BLOCK": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 1})
+        a = ns.gram(x, tile=tile)
     assert_within_budget(a, x @ x.mT, x.double() @ x.double().mT)
-    assert torch.equal(a, a.mT)
+    assert_mirrored(a, tile["BLOCK"])
 
 
 @each_dtype
@@ -75,7 +88,7 @@ def test_polynomial(shape, dtype, device):
     with poisoned():
         p = ns.polynomial(a, B, C)
     assert_within_budget(p, B * a + (C * a) @ a, B * a.double() + C * a.double() @ a.double())
-    assert torch.equal(p, p.mT)
+    assert_mirrored(p)
 
 
 @each_shape
@@ -133,8 +146,8 @@ def test_given_square_sums(impl, device):
             torch.testing.assert_close(run(x, square_sums=sums), run(x))
             halved = gk.newton_schulz(x / 2, impl="eager", dtype=F32, steps=1, square_sums=sums)
             torch.testing.assert_close(run(x, square_sums=4 * sums), halved)
-        assert torch.equal(run(x, square_sums=sums.repeat_interleave(2, -1)[..., ::2]), run(x, square_sums=sums))
-        assert torch.equal(run(x, square_sums=sums.double()), run(x, square_sums=sums))
+        for same in (sums.repeat_interleave(2, -1)[..., ::2], sums.double()):
+            torch.testing.assert_close(run(x, square_sums=same), run(x, square_sums=sums))
 
 
 @pytest.mark.parametrize("sums", [torch.ones(()), torch.ones(2, 0), torch.ones(1, 3), torch.ones(2, 1, dtype=BF16)])
@@ -205,7 +218,8 @@ def test_any_strides(device):
 
 
 def test_matrices_of_a_batch_do_not_touch(device):
-    """Not beyond ragged edges either: a matrix comes out the same alone, and next to one of NaN."""
+    """Not beyond ragged edges either: a matrix comes out the same alone, and next to one of NaN. Bit for bit, since
+    every tile is multiplied as a tile of the same size whatever the batch; eager does not promise it."""
     run = functools.partial(triton, steps=1)
     x = randn(3, 37, 41, device=device)
     y = run(x)
@@ -254,6 +268,7 @@ def test_launches(device, monkeypatch):
 
 @pytest.mark.parametrize("shape", [(2, 5, 9), (1, 9, 5)], ids=["wide", "tall"])
 def test_gradient_is_eager(shape, device):
+    """Bit for bit: backward is the same operations, run again."""
     x, dy = randn(*shape, device=device), randn(*shape, seed=1, device=device)
     options = dict(steps=2, coefficients="polar_express")
     grads = []
@@ -284,7 +299,7 @@ def test_compiles_as_one_graph(device):
     run = functools.partial(gk.newton_schulz, steps=2, impl="triton")
     leaves = [randn(2, 6, 11, device=device).requires_grad_() for _ in range(2)]
     outs = [torch.compile(run, fullgraph=True, backend="aot_eager")(leaves[0]), run(leaves[1])]
-    assert torch.equal(*outs)
+    assert torch.equal(*outs)  # the same kernels
     for out in outs:
         out.square().sum().backward()
     torch.testing.assert_close(leaves[0].grad, leaves[1].grad)

@@ -15,6 +15,8 @@ from golfgpt.model.parameters import parameter_shapes, parameter_table
 from golfgpt.quant import Quantizer, TensorFormat, payload_bytes, plan_formats
 from golfgpt.upstream import from_upstream, to_upstream
 
+pytestmark = pytest.mark.numeric
+
 SMALL = ModelConfig(vocab_size=24, num_layers=3, model_dim=16, num_heads=4, num_kv_heads=2, mlp_hidden=20)
 ROWS = QuantConfig(keep_numel=0)
 

@@ -21,6 +21,8 @@ from golfgpt.recipes import RECIPES
 from golfgpt.schedule import lr_multiplier, quantization_aware
 from golfgpt.train.step import TrainStep
 
+pytestmark = pytest.mark.numeric
+
 MODEL = ModelConfig(
     vocab_size=61,
     num_layers=4,
@@ -137,7 +139,7 @@ def test_late_quantization_begins_on_its_step_without_recompiling(start, below, 
         unquantized = plain.wait(plain.launch(step)).loss
         aware = step >= expected
         assert trainer.quantization_aware(step) == aware
-        assert (abs(result.loss - unquantized) > 1e-5) == aware, (step, result.loss, unquantized)
+        assert (abs(result.loss - unquantized) > 1e-4) == aware, (step, result.loss, unquantized)
         trainer.update(pending)
 
 

@@ -11,6 +11,8 @@ from golfgpt_kernels._weight_grad import split_weight_grad
 from golfgpt_kernels.relu2_mlp import linear_relu2_fwd, linear_relu2_ref, relu2_mlp_dz, relu2_mlp_ref
 from golfgpt_kernels.testing import assert_within_budget, gradients, poisoned, randn, strided
 
+pytestmark = pytest.mark.numeric
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SLOPES = [0.0, 0.5]
 
@@ -127,7 +129,7 @@ def test_no_inputs_to_sum(device):
 
 @pytest.mark.parametrize("layout", ["strided", "transposed", "offset"])
 def test_any_strides(layout, device):
-    """Operands that TMA cannot address are copied; gaps of the buffers are NaN."""
+    """Operands that TMA cannot address are copied, and the kernels get the same bits; gaps of the buffers are NaN."""
     inputs = mlp_inputs((33, 40, 24, 16), torch.float32, device)
     change = {
         "strided": strided,

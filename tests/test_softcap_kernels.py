@@ -19,9 +19,12 @@ from golfgpt_kernels.testing import assert_within_budget, gradients, poisoned, r
 from bench import bench_heads
 
 # Programs of a GPU hide what overflows to infinity and is not selected; numpy says so.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:overflow encountered", "ignore:invalid value encountered", "ignore:All-NaN slice"
-)
+pytestmark = [
+    pytest.mark.numeric,
+    pytest.mark.filterwarnings(
+        "ignore:overflow encountered", "ignore:invalid value encountered", "ignore:All-NaN slice"
+    ),
+]
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SOFTCAPS = [30, 5.0, 100.0, None]  # bounded, bounded and saturated, running maximum with and without a cap
@@ -55,7 +58,7 @@ def check_against_eager(op, inputs, grad):
     exact = {name: value.to(inputs["hidden"].dtype).double() for name, value in inputs.items()}
     oracle = gradients(partial(op, impl="eager"), exact, grad.double())
     for name in oracle:
-        assert_within_budget(ours[name], eager[name], oracle[name], name)
+        assert_within_budget(ours[name], eager[name], oracle[name], name, independent=len(inputs["hidden"]))
     return ours
 
 
@@ -346,7 +349,7 @@ def test_empty_batch_has_zero_gradients(device):
 
 @pytest.mark.parametrize("layout", ["strided", "transposed", "offset"])
 def test_any_strides(layout, device):
-    """Operands that TMA cannot address are copied; gaps of the buffers are NaN."""
+    """Operands that TMA cannot address are copied, and the kernels get the same bits; gaps of the buffers are NaN."""
     inputs, targets = make((33, 40, 130), torch.bfloat16, device)
     change = {
         "strided": strided,

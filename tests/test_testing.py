@@ -7,6 +7,8 @@ import torch
 from golfgpt_kernels.relu2_mlp import linear_relu2_ref
 from golfgpt_kernels.testing import budget_violation, poisoned, randn, strided
 
+pytestmark = pytest.mark.numeric
+
 M, K, N = 48, 640, 64
 X, W = randn(M, K, dtype=torch.bfloat16), randn(N, K, seed=1, scale=K**-0.5, dtype=torch.bfloat16)
 ORACLE = linear_relu2_ref(X.double(), W.double())
@@ -58,6 +60,18 @@ def test_correct_results_pass():
     assert budget_violation(kernel(), EAGER, ORACLE) is None
     assert budget_violation(EAGER, EAGER, ORACLE) is None
     assert budget_violation(EAGER[:0], EAGER[:0], ORACLE[:0]) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_few_elements_do_not_need_the_luck_of_an_exact_rival(dtype):
+    """One that is exact leaves one element two eps, four elements one of them, and thousands a part of one."""
+    eps = torch.finfo(dtype).eps
+    for n, passes, fails in ((1, 2, 3), (4, 1, 2), (4096, 0, 1)):
+        exact = torch.ones(n, dtype=dtype)
+        assert budget_violation(exact * (1 + passes * eps), exact, exact.double()) is None
+        assert budget_violation(exact * (1 + fails * eps), exact, exact.double()) is not None
+    off = torch.full((4096,), 1 + eps, dtype=dtype)
+    assert budget_violation(off, torch.ones_like(off), torch.ones(4096).double(), independent=1) is None
 
 
 def test_a_rival_that_is_not_finite_sets_no_budget():

@@ -84,6 +84,7 @@ def test_end_to_end(tiny, tmp_path):
         train(tiny, path)
 
 
+@pytest.mark.numeric
 def test_gradients_do_not_depend_on_ranks_or_microbatches(tiny, corpus):
     """Three ranks take spans 3/3/2; their sums are the gradient of one rank, and so is a split batch."""
     dataset = Dataset.open(corpus)
@@ -147,6 +148,7 @@ def test_gloo_processes_agree_with_one(tiny, tmp_path, world, optimizer):
     assert f"world_size:{world}" in (tmp_path / "many" / "train.log").read_text()
 
 
+@pytest.mark.numeric
 def test_resume_is_bit_identical(tiny, tmp_path, monkeypatch, capfd):
     train(tiny, tmp_path / "unbroken")
 
@@ -211,6 +213,7 @@ def test_no_bits_per_byte_of_shards_without_a_manifest(tiny, tmp_path, corpus, m
     assert [line for line in told if line.startswith("step 2  loss ")] and "bits/byte" not in "".join(told)
 
 
+@pytest.mark.numeric
 def test_steps_enqueued_ahead_train_the_same(tiny, tmp_path, monkeypatch):
     """As on a GPU, where a result is read after the next step is enqueued: with validations, or a stop and a resume."""
     config = replace(tiny, runtime=replace(tiny.runtime, val_every=3))

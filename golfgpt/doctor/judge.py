@@ -238,9 +238,10 @@ def shared_memory(status: os.statvfs_result, gpus: int) -> Row:
     return grade("/dev/shm", f"{size / 1e9:.2f} GB", (size < 1e9, missing if gpus > 1 else unknown, advice))
 
 
-# The triton that the CUDA wheel of each torch requires: by the wheels' own metadata (2.11.0, 2.12.0), and as an index
-# resolves it (2.13.0: 3.7.1, constraints.txt).
-TORCH_TRITON = {"2.11": "3.6", "2.12": "3.7", "2.13": "3.7"}
+# The triton that the CUDA wheel of each torch requires, by the wheels' own metadata.
+TORCH_TRITON = {
+    "2.9": "3.5", "2.10": "3.6", "2.11": "3.6", "2.12": "3.7", "2.13": "3.7", "2.14": "3.8", "2.15": "3.9",
+}  # fmt: skip
 PACKAGES = {  # the verdict, and what is lost without them
     "brotli": (broken, "artifacts of most runs can be neither written nor read"),
     "zstandard": (broken, "text cannot be prepared and runs cannot be scored"),
@@ -252,18 +253,23 @@ PACKAGES = {  # the verdict, and what is lost without them
 def versions(found: Mapping[str, Any]) -> list[Row]:
     """`found`: of `probe.versions`."""
     parts = [f"{part} {found[part]}" for part in ("golfgpt", "python", "CUDA", "cuDNN", "NCCL") if found.get(part)]
-    old = f"golfgpt declares {', '.join(TORCH_TRITON)}: install one of them"
+    new = f"newer than {[*TORCH_TRITON][-1]}, the last that golfgpt was tried with; nothing to do until something fails"
     rows = [Row("versions", ", ".join(parts)), triton(found["torch"], found.get("triton"), found["CUDA"])]
-    rows.append(grade("torch", found["torch"], (found["torch"][:4] not in TORCH_TRITON, unknown, old)))
+    rows.append(grade("torch", found["torch"], (release(found["torch"]) not in TORCH_TRITON, unknown, new)))
     for name, (verdict, lost) in PACKAGES.items():
         here = found.get(name)
         rows.append(grade(name, here or "not installed", (not here, verdict, f"without it {lost}: pip install {name}")))
     return rows
 
 
+def release(version: str) -> str:
+    """ "2.13.0+cu130" -> "2.13"."""
+    return ".".join(version.split(".")[:2])
+
+
 def triton(torch: str, version: str | None, cuda: str | None) -> Row:
     """Whether torch.compile has the compiler that it was released with. A torch without CUDA compiles without it."""
-    required, wrong = TORCH_TRITON.get(torch[:4]), broken if cuda else unknown
+    required, wrong = TORCH_TRITON.get(release(torch)), broken if cuda else unknown
     pin = f"pip install 'triton{f'=={required}.*' if required else ''}'"
     if version is None:
         return wrong("triton", "not installed", f"torch.compile and the kernels need it on a GPU: {pin}")

@@ -4,6 +4,13 @@ One file per family; the file's docstring has the equation, the shapes and where
 rounded.
 """
 
+import torch
+
+from ._versions import too_old
+
+if _reason := too_old("torch", torch.__version__):  # before anything that an older torch lacks
+    raise ImportError(_reason)
+
 from ._dispatch import implementation
 from .fake_quant import (
     RowQuant,

@@ -1,7 +1,7 @@
 """What kernel files need of Triton, and what its interpreter needs to compute what a GPU computes.
 
-Triton has no wheels for macOS. Where it is missing `jit` returns the function as it is, `MISSING` says why,
-and everything but impl="triton" works. Kernel files postpone annotations, so that `tl.constexpr` is never
+Triton has no wheels for macOS. Where it is missing or too old `jit` returns the function as it is, `MISSING` says
+why, and everything but impl="triton" works. Kernel files postpone annotations, so that `tl.constexpr` is never
 evaluated there.
 
 With TRITON_INTERPRET=1, read once when this file is imported, kernels run on CPU tensors. Three things
@@ -21,12 +21,16 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from ._versions import too_old
+
 try:
     import triton
-    import triton.language as tl
-    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError as error:
-    MISSING = f"triton is not installed ({error})"
+    MISSING = f"triton is not installed ({error}): pip install triton, which has wheels for Linux"
+else:
+    MISSING = too_old("triton", triton.__version__)
+
+if MISSING:
     INTERPRETING = False
     tl = None
 
@@ -34,7 +38,9 @@ except ImportError as error:
         return function
 
 else:
-    MISSING = None
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
     INTERPRETING = bool(triton.knobs.runtime.interpret)
     INTERPRET = tl.constexpr(INTERPRETING)
     jit = triton.jit

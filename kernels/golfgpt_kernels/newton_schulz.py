@@ -27,8 +27,8 @@ Kernels. Two launches for X0, one with `square_sums`; three per step, whatever t
 - X0: sums of squares per tile of X unless they are given, then every program adds its matrix's sums in one order
   and divides: the norm is deterministic. X is read by pointers here, with any strides, and only here.
 - symmetric: A = X Xᵀ, then P = b A + c A Aᵀ. Tiles on and below the diagonal are computed; one below it is
-  stored a second time, transposed. The products x y and y x round alike and every element is summed over k in
-  one order, so that A and P are exactly symmetric.
+  stored a second time, transposed. Within a tile on the diagonal x y and y x round alike on a GPU, which sums every
+  element over k in one order, so that A and P are exactly symmetric; interpreted, that is up to the CPU's BLAS.
 - update: a X + P X.
 A tall X is never transposed: A = Xᵀ X is read from X as it lies (wgmma takes either order of a 16-bit
 operand) and the update is a X + X P, since A and P are symmetric. A, P and a step's X are rounded once each,
