@@ -1,7 +1,7 @@
 """The dtype of activations and matmuls: on a GPU bfloat16, on a CPU whichever of bfloat16 and float32 is faster there.
 
-CPUs differ by more than their instruction sets say: bfloat16 has taken 0.6 of float32's time on one with AVX-512 BF16
-and 10 times as long on one without (LOG.md). So "auto" times both, on the model of the run, and the times are kept.
+bfloat16 has taken 0.6 of float32's time on a CPU with AVX-512 BF16 and 9 times as long on one with AVX2 (LOG.md). So
+"auto" times both on the model of the run, and the times are kept.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def select_dtype(choice: str, model: GPT, data: DataConfig, ranks: Ranks) -> Dty
 def _measure(model: GPT, tokens: int, seq_len: int) -> dict[str, float]:
     """Microseconds a token of forward and backward by dtype, the least of ROUNDS taken in turn.
 
-    On 16 tokens first, then on 4 times as many while SECONDS last, up to `tokens`. Empty if 16 were too many for LIMIT.
+    On 16 tokens first, then on 4 times as many while SECONDS last, up to `tokens`. Empty if 16 take more than LIMIT.
     """
     size, used, us = min(16, tokens), 0.0, {}
     while True:

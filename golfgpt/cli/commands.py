@@ -347,10 +347,10 @@ def demo(args: Demo) -> int:
     if not args.json:
         steps = json.loads((path / "result.json").read_text(encoding="utf-8"))["steps"]
         if steps < 300:
-            print(
-                f"\nonly {steps} steps in the time: this machine is slow or busy (README's figure took 687). On a busy "
-                "one `golfgpt demo --runtime.threads 1` does better."
+            advice = (
+                " On a busy one `golfgpt demo --runtime.threads 1` does better." if config.runtime.threads != 1 else ""
             )
+            print(f"\nonly {steps} steps in the time: this machine is slow or busy (README's figure took 687).{advice}")
         prompt = "    def __init__(self"
         print(f"\n--- a sample: golfgpt sample {path} --prompt {prompt!r} ---")
         sample(Sample(run=path, prompt=prompt, tokens=150))
