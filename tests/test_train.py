@@ -169,7 +169,6 @@ def test_resume_is_bit_identical(tiny, tmp_path, monkeypatch, capfd):
     assert (path / "model.golf").read_bytes() == (tmp_path / "unbroken" / "model.golf").read_bytes()
 
 
-@pytest.mark.numeric
 def test_steps_enqueued_ahead_train_the_same(tiny, tmp_path, monkeypatch):
     """As on a GPU, where a result is read after the next step is enqueued: with validations, or a stop and a resume."""
     config = replace(tiny, runtime=replace(tiny.runtime, val_every=3))
