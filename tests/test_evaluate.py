@@ -29,8 +29,6 @@ from golfgpt.model.gpt import GPT
 from golfgpt.scoring import Scorer, Windows, cut, score_windows
 from golfgpt.signals import Signals
 
-pytestmark = pytest.mark.numeric
-
 CPU = Ranks(0, 1, torch.device("cpu"))
 
 
@@ -133,6 +131,7 @@ def nats_of(model: GPT, tokens: np.ndarray, window: int, stride: int, batch: int
     return out[1:]
 
 
+@pytest.mark.numeric
 def test_a_whole_window_equals_one_forward_and_batches_do_not_matter(monkeypatch):
     model = lively()
     tokens = np.random.default_rng(0).integers(0, 97, 201)
@@ -148,6 +147,7 @@ def test_a_whole_window_equals_one_forward_and_batches_do_not_matter(monkeypatch
         torch.testing.assert_close(nats_of(model, tokens, 32, stride, 2), many, atol=1e-5, rtol=0)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("stride", [1, 5, 16])
 def test_a_suffix_scores_what_the_whole_window_scores(stride, documents, monkeypatch):
@@ -172,6 +172,7 @@ def test_a_suffix_has_limits():
         lively()(torch.zeros(1, 4, dtype=torch.int64), suffix=5)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("stride", [5, 16])
 def test_changing_a_later_token_changes_no_earlier_score(stride):
     model = lively()
@@ -183,6 +184,7 @@ def test_changing_a_later_token_changes_no_earlier_score(stride):
     assert a[69] != b[69]
 
 
+@pytest.mark.numeric
 def test_document_aware_scores_are_those_of_the_documents_alone():
     model = lively(replace(SMALL, smear_gate="after_norm", document_start=1))
     rng = np.random.default_rng(3)
@@ -198,6 +200,7 @@ def test_document_aware_scores_are_those_of_the_documents_alone():
     assert begin == len(tokens)
 
 
+@pytest.mark.numeric
 @pytest.mark.slow
 def test_the_compiled_forward_scores_alike():
     """Two graphs, the first window and the suffix of the others; within documents two more."""
@@ -241,6 +244,7 @@ def test_the_r4_variant_names_what_it_leaves_out(tiny, corpus):
     assert first.label == "val_bpb (first 364 tokens) (R4: first 54 tokens not scored)"
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("stride", [3, 4, 16])
 def test_the_r4b_variant_sums_what_the_published_loop_does(stride, documents, monkeypatch):
@@ -301,6 +305,7 @@ def test_later_tokens_are_checked_in_short_windows_too(monkeypatch):
             check(scorer, windows, reader(tokens), range(len(windows)), 4)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("rule", [{"stride": 48, "max_tokens": 4000}, {"stride": 16, "max_tokens": 320, "rule": "r4b"}])
 def test_ranks_deal_the_windows(tiny, rule):
     """Each of three ranks sums its share; together they are one rank's sums."""
@@ -383,6 +388,7 @@ def test_a_token_outside_the_vocabulary_is_named(tiny, monkeypatch):
 # 4 Checks
 
 
+@pytest.mark.numeric
 def test_checks_of_an_honest_model(tiny):
     model = lively(tiny.model)
     flat = score(tiny, model, window=64, stride=16, max_tokens=4000).checks

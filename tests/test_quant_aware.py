@@ -21,8 +21,6 @@ from golfgpt.recipes import RECIPES
 from golfgpt.schedule import lr_multiplier, quantization_aware
 from golfgpt.train.step import TrainStep
 
-pytestmark = pytest.mark.numeric
-
 MODEL = ModelConfig(
     vocab_size=61,
     num_layers=4,
@@ -61,6 +59,7 @@ def model_with_hard_rows(seed: int = 0) -> GPT:
     return model
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("impl", ["eager", "triton"])
 @pytest.mark.parametrize("clip", ["max", "quantile"])
 @pytest.mark.parametrize(
@@ -79,6 +78,7 @@ def test_the_forward_uses_the_weights_of_the_artifact_bit_for_bit(quant, clip, i
         assert torch.equal(weights, decoded[name]), name
 
 
+@pytest.mark.numeric
 def test_every_tensor_gets_a_straight_through_gradient():
     model, shipped = model_with_hard_rows(), model_with_hard_rows()
     quantizer = Quantizer(MODEL, MIXED)
@@ -330,6 +330,7 @@ def averaged(config: AverageConfig, series: list[torch.Tensor], multipliers: lis
     return average
 
 
+@pytest.mark.numeric
 def test_swa_is_the_mean_of_every_nth_step_below_the_rate():
     series = weights_over_time(12)
     multipliers = [1.0] * 5 + [0.4, 0.39, 0.3, 0.2, 0.1, 0.05, 0.0]
@@ -342,6 +343,7 @@ def test_swa_is_the_mean_of_every_nth_step_below_the_rate():
     assert averaged(once, series[:3], [0.5] * 3).weights() == {}, "the last weights are better than one sample"
 
 
+@pytest.mark.numeric
 def test_ema_divides_out_its_start():
     series, d = weights_over_time(6), 0.9
     average = averaged(AverageConfig(kind="ema", ema_decay=d), series, [1.0] * 6)
@@ -350,6 +352,7 @@ def test_ema_divides_out_its_start():
     torch.testing.assert_close(average.weights()["w"], expected)
 
 
+@pytest.mark.numeric
 def test_sums_in_bfloat16_are_the_published_flaw():
     series = weights_over_time(48, torch.bfloat16)
     exact = torch.stack(series).mean(0)
@@ -361,6 +364,7 @@ def test_sums_in_bfloat16_are_the_published_flaw():
     assert errors["float32"] < 1e-6 < 5e-3 < errors["parameter"] < 0.1
 
 
+@pytest.mark.numeric
 def test_an_average_resumes():
     series, config = weights_over_time(8), AverageConfig(kind="ema")
     whole, first = averaged(config, series, [1.0] * 8), averaged(config, series[:5], [1.0] * 5)

@@ -213,7 +213,6 @@ def test_no_bits_per_byte_of_shards_without_a_manifest(tiny, tmp_path, corpus, m
     assert [line for line in told if line.startswith("step 2  loss ")] and "bits/byte" not in "".join(told)
 
 
-@pytest.mark.numeric
 def test_steps_enqueued_ahead_train_the_same(tiny, tmp_path, monkeypatch):
     """As on a GPU, where a result is read after the next step is enqueued: with validations, or a stop and a resume."""
     config = replace(tiny, runtime=replace(tiny.runtime, val_every=3))
