@@ -9,12 +9,12 @@
 # On a machine with a GPU, from a bare checkout, without network and without installing anything (torch, triton, pytest,
 # pytest-benchmark, numpy and matplotlib are enough):
 # make gpu-check PYTHON=python3 [OUT=folder]   the four below, in order, each within 8 minutes; the report at the end
-# make gpu-test   the tests that are about a GPU; files that have none are not imported, for they want tyro, zstandard
+# make gpu-test   the tests that are about a GPU; files that have none are not imported, because they need tyro, zstandard
 #                 and brotli
 # make gpu-bench  every kernel against eager, torch.compile and the measured roof
 # make gpu-tune   the check and timing that impl="auto" reads, then the search for tiles
 # make gpu-step   one training step: golfgpt against eager and the published form, recipe by recipe; it imports
-#                 golfgpt.trainer, which wants sentencepiece. DATA=folder trains on prepared text, not on made-up tokens
+#                 golfgpt.train.step, which needs sentencepiece too. DATA=folder trains on prepared text, not on made-up tokens
 # Results go to OUT as JSON, written as they come. make gpu-check LIMIT=130 fits all into 10 minutes.
 
 PYTHON ?= python3

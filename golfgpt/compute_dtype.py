@@ -21,7 +21,8 @@ from golfgpt.model.gpt import GPT
 from golfgpt.model.parameters import of_kind
 
 SECONDS, LIMIT = 0.5, 2.0
-"""What the measurement should take, and when it is given up: where 16 tokens take as long, the CPU is slow or busy."""
+"""Target duration of the measurement, and the one at which it is given up: a CPU that needs as long for 16 tokens is
+slow or busy."""
 ROUNDS = 3
 CANDIDATES = ("bfloat16", "float32")
 """In the order of timing."""
@@ -47,7 +48,7 @@ class DtypeChoice:
 def select_dtype(choice: str, model: GPT, data: DataConfig, ranks: Ranks) -> DtypeChoice:
     """`choice`, or with "auto" the best for `model` on batches as `data` has them; the same on all ranks.
 
-    On a CPU all ranks measure at once, for they share its cores in training too, and rank 0's times count. Raises
+    On a CPU all ranks measure at once, because they share its cores in training too, and rank 0's times count. Raises
     InputError for bfloat16 on a GPU that lacks it.
     """
     cuda = ranks.device.type == "cuda"

@@ -27,7 +27,8 @@ def _check(condition: bool, message: str) -> None:
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A GPT with grouped-query attention, relu^2 MLP, U-Net skips and a softcapped head. The defaults are recipe R0;
-    SmearGate and BigramHash mix the previous token into each embedding (`golfgpt.model` has the equations)."""
+    SmearGate and BigramHash mix the previous token into each embedding (`golfgpt.model.smear_gate` and
+    `bigram_hash` have the equations)."""
 
     vocab_size: int = 1024
     """Tokens in the vocabulary; must equal the tokenizer's."""

@@ -38,8 +38,8 @@ def kept_times(
     names: Collection[str],
     measure: Callable[[], dict[str, float]],
 ) -> tuple[dict[str, float], bool]:
-    """What `measure` finds, fastest first, and whether an earlier run found it for the same `facts`; what is not a time
-    for each of `names` is not kept."""
+    """Times by name, fastest first, from `measure` or an earlier run with the same `facts`, and whether they are the
+    latter. A kept file without a valid time for each of `names` is ignored."""
     file = kept_file(folder, device, facts, ".json")
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         times = {name: float(time) for name, time in json.loads(file.read_text(encoding="utf-8"))["times"].items()}

@@ -86,7 +86,7 @@ class RunFolder:
         self._append("train.log", line)
 
     def _append(self, name: str, line: str) -> None:
-        """A full disk must not end a run over a log line: it is said once."""
+        """A full disk must not end a run over a log line: it is reported once."""
         try:
             with open(self.path / name, "a", encoding="utf-8") as file:
                 file.write(line + "\n")

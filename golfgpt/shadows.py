@@ -23,8 +23,8 @@ class Shadows:
     """Shadows of a model's matrix banks, by name; empty where the weights themselves are what the forward needs."""
 
     def __init__(self, model: GPT, fake_quant: FakeQuant, dtype: torch.dtype, enabled: Tensor | None = None):
-        """`fake_quant` is done here for matrices and in each forward for other parameters, while `enabled`, a 0-d bool
-        tensor, is true (None: always)."""
+        """`fake_quant` applies here to matrices, and in each forward to other parameters, whenever `enabled` (a 0-d
+        bool tensor; None: always) is true."""
         self._parameters = parameters = dict(model.named_parameters())
         self._parts = {name: fake_quant.get(name) for name in of_kind(model.table, "matrix")}
         self.enabled = enabled
@@ -70,7 +70,7 @@ class Shadows:
         self.mark()
 
     def mark(self) -> None:
-        """Take the shadows as those of the weights as they are now."""
+        """Record that the shadows match the weights as they are now."""
         self._seen = self._versions()
 
     def stale(self) -> bool:

@@ -1,15 +1,16 @@
 """What twenty steps of every recipe and mechanism compute, to the bit: proof that a change of the code changes nothing.
 
-    python tests/same_bits.py record before.json           on the old checkout; about 15 minutes on two cores
-    python tests/same_bits.py record after.json            on the new one, same machine, same versions
+    export PYTHONPATH=$PWD:$PWD/kernels                    in each checkout
+    python tests/same_bits.py record /elsewhere/before.json     in the old one, with a copy of this file
+    python tests/same_bits.py record /elsewhere/after.json      in the new one, same machine, same versions
     python tests/same_bits.py compare before.json after.json
     python tests/same_bits.py kill                         ten SIGKILLs at random moments resume to the same bits
 
 Everything goes through the command line and the files of a run, so both checkouts run the same script. Recorded are
 the losses, gradient norms and rates of all steps, the SHA-256 of every parameter and optimizer state of the last
 checkpoint, of the artifact's payload before compression (codes, scales, kept tensors) and of every decoded tensor, and
-the score. Eager cases compare equal; compiled ones by their losses, within 1e-5 relative, for Inductor may order sums
-anew. `record` continues a file that a stopped call left; --only NAME records the cases whose name contains it.
+the score. Eager cases must be equal; compiled ones in their losses, within 1e-5 relative, because Inductor may reorder
+sums. `record` continues a file that a stopped call left; --only NAME records the cases whose name contains it.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ COMPILED = ("baseline", "int5-int6-swa", "small + qat of parts")
 
 
 def arguments(case: str, data: Path, compiled: bool = False) -> list[str]:
-    """Command line of a case; later overrides win, but tyro takes each flag once."""
+    """Command line of a case; later overrides win; merged here because tyro accepts each flag once."""
     recipe, extra = CASES[case]
     flags: dict[str, list[str]] = {}
     form = "--runtime.compile on --model.num-layers 2" if compiled else "--runtime.compile off"

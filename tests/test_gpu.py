@@ -31,10 +31,11 @@ def test_compiled_bfloat16_losses_follow_the_cpu(tiny, corpus):
     gpu = TrainStep(config, dataset, Ranks(0, 1, torch.device("cuda", 0)))
     assert gpu.compiled and gpu.dtype == torch.bfloat16
     for step in range(8):
-        a, b = cpu.wait(cpu.launch(step)), gpu.wait(gpu.launch(step))
+        pending = [(each, each.launch(step)) for each in (cpu, gpu)]
+        a, b = (each.wait(launched) for each, launched in pending)
         assert b.loss == pytest.approx(a.loss, abs=0.05)
-        cpu.update(step)
-        gpu.update(step)
+        for each, launched in pending:
+            each.update(launched)
 
 
 def test_end_to_end_on_cuda(tiny, tmp_path):

@@ -276,7 +276,7 @@ def import_file(args: Import) -> int:
         f"{info.file_bytes:,} bytes" + ("" if export.codes else f", quantized here ({args.config.quant.bits} bits)")
     )
     for name, (value, known) in assumed.items():
-        print(f"assumed, for no tensor shows it: model.{name} {value} ({known})")
+        print(f"assumed, because no tensor shows it: model.{name} {value} ({known})")
     print(f"next: golfgpt eval {path} --data.path DIR")
     return 0
 

@@ -1,7 +1,7 @@
 """The model. Where things are:
 
     plan         what each layer does, as data; no torch
-    parameters   the one table of what a model holds: shape, role, start, published name
+    parameters   the one table of what a model holds: shape, kind, initial values, published name
     layers       norm, rotary embedding, attention, MLP, and `linear`, through which every matrix of a layer multiplies
     embedding    what goes into the first layer, with smear_gate and bigram_hash
     gpt          the whole of it: hidden states, loss, logits

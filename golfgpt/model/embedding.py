@@ -20,7 +20,7 @@ from golfgpt.model.smear_gate import smear
 
 
 def one_later(x: Tensor, before: Tensor | None, fill: int) -> Tensor:
-    """x (B, T, ...) moved by one token, behind `before` (B, 1, ...) or, where that is None, `fill`."""
+    """x (B, T, ...) shifted by one token, after `before` (B, 1, ...) or, where that is None, `fill`."""
     return torch.cat((torch.full_like(x[:, :1], fill) if before is None else before, x[:, :-1]), dim=1)
 
 

@@ -10,8 +10,8 @@ Shapes: B sequences, T tokens, D model_dim.
     logits = softcap * tanh(norm(x) headᵀ / softcap)
 
 Same-shaped matrices of all layers are one parameter (layers, out, in), unbound once per forward, so that the optimizer
-orthogonalizes batches without copies and a cast to the compute dtype is one launch per role. Parameters are float32.
-One forward serves training, scoring, generation and test-time training: they differ in the weights that they hand it.
+orthogonalizes batches without copies and a cast to the compute dtype is one launch per bank. Parameters are float32.
+One forward serves training, scoring and generation: they differ in the weights that they hand it.
 
 Sources: the published scripts of openai/parameter-golf; U-Net skips and relu² from modded-nanogpt.
 """
@@ -39,9 +39,10 @@ class Weights:
     """What a forward multiplies with."""
 
     model: dict[str, Tensor]
-    """The parameters of the model's own, by name, float32; cast where they are used."""
+    """Parameters that are not in a bank, by name, float32; cast where they are used."""
     layers: list[dict[str, Weight]]
-    """Those of each bank row, by name, in the compute dtype. A matrix may be wrapped: `layers.LoRA`, `Observed`."""
+    """For each bank row its parameters, by name, in the compute dtype. Matrices may be wrapped: `layers.LoRA`,
+    `Observed`."""
 
 
 class GPT(nn.Module):
@@ -89,12 +90,10 @@ class GPT(nn.Module):
 
         `weights` (None: the parameters) are in `dtype`, as `weights` gives them.
 
-        With `suffix` only those of the last `suffix` tokens, (B, suffix, D): the last layer makes keys and values of
-        all tokens and everything else of these. With `document_start`, a token id, attention ends at the last such
-        token; what SmearGate and BigramHash mix in is the model's own `config.document_start`.
-
-        With `cache` the ids continue the cached tokens (up to a window into an empty cache, then one at a
-        time), and the cache is extended in place; neither of the two goes with it.
+        `suffix`: only the last `suffix` tokens, (B, suffix, D); the last layer computes keys and values of all tokens
+        and everything else of these. `document_start`, a token id: attention stops at the latest such token; what
+        SmearGate and BigramHash mix in is set by `config.document_start`. `cache`: the ids continue the cached tokens
+        (up to a window into an empty cache, then one at a time); it is extended in place and excludes the other two.
         """
         if cache is not None and (suffix is not None or document_start is not None):
             raise ValueError("a cache continues one text: it goes with neither suffix nor document_start")

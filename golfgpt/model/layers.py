@@ -22,7 +22,7 @@ from golfgpt.model.generate import KVCache
 
 
 class LoRA(NamedTuple):
-    """A matrix with a correction of low rank r, w + b a, such as test-time training learns."""
+    """A matrix with a correction of low rank r, w + b a."""
 
     w: Weight
     """(out, in)."""
@@ -33,7 +33,7 @@ class LoRA(NamedTuple):
 
 
 class Observed(NamedTuple):
-    """A matrix whose inputs are looked at, such as for GPTQ's Hessians."""
+    """A matrix whose inputs are looked at."""
 
     w: Weight
     see: Callable[[Tensor], None]
@@ -102,7 +102,7 @@ class Tokens(NamedTuple):
     """Tokens in the cache before these."""
 
     def last(self, count: int, mask: Tensor) -> Tokens:
-        """Only the last `count` of them; is_causal would align few queries with the first keys, so `mask` says more."""
+        """Only the last `count` of them. `mask` is needed: is_causal aligns the queries with the first keys."""
         return Tokens(self.cos[-count:], self.sin[-count:], mask, self.cache, self.past)
 
 
@@ -112,7 +112,7 @@ def heads(x: Tensor, head_dim: int) -> Tensor:
 
 
 def keys_and_values(n: Tensor, w: Mapping[str, Weight], index: int, tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """(B, K, T, h) each of normalized n (B, T, D), behind those that the cache holds of layer `index` of the plan."""
+    """(B, K, T, h) each of normalized n (B, T, D), after those that the cache holds of layer `index` of the plan."""
     head_dim = 2 * tokens.cos.size(-1)
     k, v = (heads(linear(n, w[name]), head_dim) for name in ("c_k", "c_v"))
     k = rotate(rms_norm(k), tokens.cos, tokens.sin)
@@ -132,7 +132,7 @@ def layer(
     x: Tensor, w: Mapping[str, Weight], index: int, tokens: Tokens, last: tuple[int, Tensor] | None = None
 ) -> Tensor:
     """The residual stream (B, T, D) after a layer with the weights w, by parameter name; (B, count, D) with
-    `last` = (count, mask), which keeps the last `count` tokens only: others give keys and values, and no more."""
+    `last` = (count, mask), which keeps only the last `count` tokens; the others contribute keys and values only."""
     n = rms_norm(x)
     k, v = keys_and_values(n, w, index, tokens)
     if last is not None:

@@ -1,9 +1,10 @@
-"""The one table of what a model holds: shape, role, start and published name of every parameter.
+"""The one table of what a model holds: shape, kind, initial values and published name of every parameter.
 
 A golfgpt model keeps the same-shaped matrices of all L layers in one bank of shape (L, out, in); the published scripts
 name one tensor a layer. Whatever depends on which parameters there are derives from this table: initialization, the
 optimizer's groups, storage formats, the order in artifacts, import and export. A new parameter is one line of
-`parameter_table` and its use; those of one-off mechanisms come last, so that models of one seed agree in the others.
+`parameter_table` and its use; parameters of optional mechanisms come last, so that models of one seed start alike in
+all others.
 
     kind        what it does             optimizer (golfgpt.optim)   stored by default (golfgpt.quant)
     matrix      multiplies activations   Muon, matrix_lr             integers, small ones float16

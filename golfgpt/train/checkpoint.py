@@ -69,7 +69,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     path = folder / f"step_{checkpoint.step:08d}.safetensors"
     write_bytes(path, safetensors.torch.save(tensors, {"golfgpt": json.dumps(meta)}))
     for old in sorted(folder.glob("step_*.safetensors"))[:-KEEP]:
-        if old != path:  # newer files that were damaged sort behind it
+        if old != path:  # damaged newer files sort after it
             old.unlink()
     return path
 

@@ -55,8 +55,8 @@ class Pace:
     """Rank 0's training clock as every rank knows it, and how long this rank's steps take.
 
     The learning rate depends on the clock, so all ranks must read the same one: rank 0's, which travels with the
-    gradients (`sync`). Of a step that is enqueued before its predecessor's result is read it is not known yet, and is
-    carried forward at the pace between the last two that are; `ahead` is how many steps may be on their way so.
+    gradients (`sync`). For a step that is enqueued before the previous result is read it is not known yet: it is
+    extrapolated at the pace between the last two known readings. `ahead` is how many steps may be on their way so.
     """
 
     def __init__(self, schedule: ScheduleConfig, ahead: int = 0):
@@ -66,8 +66,8 @@ class Pace:
         self._step_seconds = 0.0
         self._ended = 0.0
         self.settling = True
-        """Whether the first two steps of this execution are not over: the first holds what happens once only, so there
-        is no duration to judge by, and nothing is enqueued ahead."""
+        """True until the first two steps of this execution are over. The first includes work that is done once, so
+        there is no duration to judge by yet, and nothing is enqueued ahead."""
         self._recent: deque[float] = deque(maxlen=32)
 
     def sync(self, step: int, seconds: float) -> None:
@@ -97,7 +97,7 @@ class Pace:
 
     @property
     def taken(self) -> int:
-        """Steps of this execution that durations are known of, the first apart, at most 32."""
+        """Recent durations known, at most 32; that of the first step is dropped when the second is over."""
         return len(self._recent)
 
     @property

@@ -66,9 +66,9 @@ class Exporter:
             say(f"{c.average.kind}:exporting the average of {average.count} steps' weights")
         elif c.average.kind != "none":
             say(
-                f"warning: {c.average.kind}: {average.count} of {steps} steps were taken, too few to average (every "
-                f"{c.average.swa_every} below {c.average.swa_start_lr:g} of the rate: average.swa_every, "
-                "average.swa_start_lr): exporting the last weights"
+                f"warning: {c.average.kind}: {average.count} of {steps} steps were taken, too few to average: "
+                f"exporting the last weights (swa takes every {c.average.swa_every} steps once the learning rate is below "
+                f"{c.average.swa_start_lr:g} of its base: average.swa_every, average.swa_start_lr)"
             )
         self.reporter.status("compressing")
         info = artifact.write(self.folder.artifact, state, **self._options)

@@ -40,7 +40,7 @@ class Loop:
         done: int,
         finished: bool,
     ):
-        """`finished`: training is over, there is nothing to do but to say so."""
+        """`finished`: training is already over; `run` only reports it."""
         self.config, self.step, self.saver, self.progress = config, step, saver, progress
         self.ledger, self.reporter, self.signals = ledger, reporter, signals
         self.scorer, self.exporter = scorer, exporter
@@ -122,8 +122,8 @@ class Loop:
         return result
 
     def _decide_for_all(self, seconds: float, duration: float) -> None:
-        """Whether another step fits, as rank 0 sees it after the first two of an execution: there is no duration to
-        vote by yet."""
+        """Whether another step fits, as rank 0 sees it after each of the first two of an execution, when there is no
+        duration to vote by yet."""
         cap = self.config.schedule.max_seconds
         stop, seconds, duration = self.step.ranks.share((seconds + 1.05 * duration > cap, seconds, duration))
         if seconds > cap and self.done == 1:

@@ -15,7 +15,7 @@ from golfgpt.run import Reporter
 from golfgpt.train.step import StepResult, TrainStep
 
 DECAY = 0.96
-"""Of the running mean of the losses, a step: its noise is that of the mean over the last 49 losses."""
+"""Decay of the running mean of the losses, per step; it is as noisy as a plain mean over the last 49."""
 
 
 def announce(config: RunConfig, dataset: Dataset, step: TrainStep, attention: Selection, reporter: Reporter) -> None:

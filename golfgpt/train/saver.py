@@ -22,8 +22,8 @@ RESUMABLE = ("runtime.", "eval.", "budget.", "data.path")
 
 
 class Saver:
-    """Saves and restores a run: steps taken, parameters, optimizers, average, clocks. All ranks call it together, for
-    shards are gathered; rank 0, which has the folder, writes and reads."""
+    """Saves and restores a run: steps taken, parameters, optimizers, average, clocks. All ranks call it together,
+    because shards are gathered; rank 0, which has the folder, writes and reads."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class Saver:
         self._saved_at = time.monotonic()
 
     def start(self) -> None:
-        """Training begins: from here on it is time that makes a checkpoint due."""
+        """Start the interval between checkpoints, when training begins."""
         self._saved_at = time.monotonic()
 
     def due(self) -> bool:

@@ -44,7 +44,7 @@ _CONTROL = 5  # loss, clock, stop, save, signaled
 
 
 class Votes(NamedTuple):
-    """What a rank says beside its gradients; of the first two rank 0's count."""
+    """What a rank sends along with its gradients. For `stop` and `save` only rank 0's vote counts."""
 
     stop: bool = False
     """Steps beyond those on their way could cross the cap."""

@@ -37,8 +37,9 @@ def train(config: RunConfig, path: Path, *, resume: bool = False, quiet: bool = 
 
     Run under torchrun for several ranks; other ranks than the first return {}. With `resume` the newest
     whole checkpoint in `path` continues. Raises InputError for configurations and data that do not fit,
-    NonFiniteError for a diverged run, Interrupted after a signal (state saved), BudgetError when the clock
-    is too short for one step or, after scoring, when the artifact exceeds its budget (it is kept).
+    BusyError for a folder in use, NonFiniteError for a diverged run, Interrupted after a signal (state saved),
+    VerificationError for a score that cannot be proved, BudgetError when no width fits the budget, when the clock is
+    too short for one step or, after scoring, when the artifact exceeds its budget (it is kept).
     """
     ledger = Ledger()
     with contextlib.ExitStack() as stack:
@@ -83,7 +84,8 @@ def train(config: RunConfig, path: Path, *, resume: bool = False, quiet: bool = 
 
 
 def check(config: RunConfig, ranks: Ranks, resume: bool) -> tuple[RunConfig, Dataset]:
-    """The config with what is decided before training, and its data, checked against each other. Raises InputError."""
+    """The config with what is decided before training, and its data, checked against each other. Raises
+    InputError, and BudgetError where no width fits the budget."""
     artifact.require_compressor(config.quant.compressor)
     dataset = open_dataset(config, ranks)
     config = config if resume else fitted(config)  # a run keeps the width that it was started with
