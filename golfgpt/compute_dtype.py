@@ -64,7 +64,9 @@ def select_dtype(choice: str, model: GPT, data: DataConfig, ranks: Ranks) -> Dty
         "threads": torch.get_num_threads(),
         "world": ranks.world,
     }
-    measured = kept_times("dtype", ranks.device, facts, CANDIDATES, lambda: _measure(model, tokens, data.seq_len))
+    measured = None
+    with ranks.raise_on_any():  # a signal may reach one rank while it measures
+        measured = kept_times("dtype", ranks.device, facts, CANDIDATES, lambda: _measure(model, tokens, data.seq_len))
     us, kept = ranks.share(measured)
     if not us:
         return DtypeChoice(torch.float32, f"no measurement within {LIMIT:g} s: the CPU is slow or busy")

@@ -82,7 +82,8 @@ class Ranks:
 
     @contextlib.contextmanager
     def raise_on_any(self) -> Iterator[None]:
-        """Where the block fails with a GolfError or OSError on some rank, all ranks raise (`settle`)."""
+        """Where the block fails with a GolfError or OSError on some rank, all ranks raise (`settle`). A collective in
+        the block must be reached by every rank, whatever fails before it."""
         failed = None
         try:
             yield

@@ -40,15 +40,17 @@ def kept_times(
 ) -> tuple[dict[str, float], bool]:
     """Times by name, fastest first, from `measure` or an earlier run with the same `facts`, and whether they are the
     latter. A kept file without a valid time for each of `names` is ignored."""
-    file = kept_file(folder, device, facts, ".json")
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+    file = None
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError):
+        file = kept_file(folder, device, facts, ".json")  # RuntimeError: there is no home directory
         times = {name: float(time) for name, time in json.loads(file.read_text(encoding="utf-8"))["times"].items()}
         if times.keys() == set(names) and all(0 < time < math.inf for time in times.values()):
             return times, True
     times = dict(sorted(measure().items(), key=lambda item: item[1]))
-    with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, facts | {"times": times})
+    if file and times:
+        with contextlib.suppress(OSError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, facts | {"times": times})
     return times, False
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from golfgpt.errors import Interrupted
@@ -45,6 +47,15 @@ class Signals:
         self.deferred = False
         if self.caught:
             raise self.interrupted()
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Do not defer in the block: the state is saved, and what it does may take long."""
+        self.release()
+        try:
+            yield
+        finally:
+            self.deferred = True
 
     def interrupted(self) -> Interrupted:
         """The exception that ends the run: says what is saved and how to go on."""

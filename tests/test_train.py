@@ -607,6 +607,32 @@ def test_a_rank_without_windows_and_an_error_on_one_rank(tiny, corpus):
         Peers(1, 2, CPU.device).settle(InputError("mine"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["golfgpt.train.step.TokenStream", "golfgpt.train.train.RunFolder.create"])
+def test_a_rank_that_fails_in_set_up_stops_all_and_leaves_the_name_free(tiny, tmp_path, where):
+    """Rank 1 of two in its own set-up, or rank 0 when it makes the folder."""
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(tiny)))
+    _, name = where.rsplit(".", 1)
+    code = (
+        "import json, os\nfrom pathlib import Path\nfrom unittest import mock\n"
+        "from golfgpt.config import RunConfig, from_dict\nfrom golfgpt.train.train import train\n"
+        f"fails = int(os.environ['RANK']) == {int(name == 'TokenStream')}\n"
+        f"config = from_dict(RunConfig, json.loads(Path({str(tmp_path / 'config.json')!r}).read_text()))\n"
+        "try:\n"
+        f"    with mock.patch({where!r}, side_effect=OSError('bad disk')) if fails else mock.MagicMock():\n"
+        f"        train(config, Path({str(tmp_path / 'run')!r}))\n"
+        "except Exception as error:\n"
+        f"    Path({str(tmp_path)!r}, os.environ['RANK']).write_text(type(error).__name__)\n"
+    )
+    (tmp_path / "main.py").write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*command, tmp_path / "main.py"], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    failed = int(name == "TokenStream")
+    assert [(tmp_path / str(rank)).read_text() for rank in (failed, 1 - failed)] == ["OSError", "PeerError"]
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
 @pytest.mark.parametrize(
     ("micro", "advice"),
     [(None, "--data.microbatch-tokens 64 takes the same steps in about .* GiB"), (64, "one sequence is the least")],

@@ -107,7 +107,9 @@ def evaluate(args: Eval) -> int:
         dataset = open_dataset(config, ranks)
         if dataset.need_tokenizer().digest != tokenizer.digest:
             raise InputError(f"{config.data.path} was made with another tokenizer than {args.run}")
-        choice = select_dtype(config.runtime.dtype, model, config.data, ranks)
+        # A run has stored its dtype. One that was imported has not: its score must not depend on a timing.
+        wanted = "float32" if config.runtime.dtype == "auto" and ranks.device.type == "cpu" else config.runtime.dtype
+        choice = select_dtype(wanted, model, config.data, ranks)
         dtype = choice.dtype
         shape = (batch_windows(config, ranks), config.window)
         attention = select_backend(config.runtime.attention, config.model, [shape], ranks, dtype, backward=False)

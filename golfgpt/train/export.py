@@ -67,8 +67,8 @@ class Exporter:
         elif c.average.kind != "none":
             say(
                 f"warning: {c.average.kind}: {average.count} of {steps} steps were taken, too few to average: "
-                f"exporting the last weights (swa takes every {c.average.swa_every} steps once the learning rate is below "
-                f"{c.average.swa_start_lr:g} of its base: average.swa_every, average.swa_start_lr)"
+                f"exporting the last weights (swa takes one every {c.average.swa_every} steps, once the learning rate "
+                f"is below {c.average.swa_start_lr:g} of its base: average.swa_every, average.swa_start_lr)"
             )
         self.reporter.status("compressing")
         info = artifact.write(self.folder.artifact, state, **self._options)

@@ -19,7 +19,7 @@ from golfgpt.train.clock import Ledger
 from golfgpt.train.export import Exporter
 from golfgpt.train.progress import Progress
 from golfgpt.train.saver import Saver
-from golfgpt.train.score import Scorer
+from golfgpt.train.score import ModelScorer
 from golfgpt.train.step import Pending, StepResult, TrainStep, Votes
 
 
@@ -35,7 +35,7 @@ class Loop:
         ledger: Ledger,
         reporter: Reporter,
         signals: Signals,
-        scorer: Scorer,
+        scorer: ModelScorer,
         exporter: Exporter,
         done: int,
         finished: bool,
@@ -82,9 +82,7 @@ class Loop:
                 if self.finished or validate or save:
                     self.saver.save(self.done, self.finished)
                 if validate:
-                    self.signals.release()
                     self.scorer.validate(self.done, self.exporter)
-                    self.signals.deferred = True
                     self._graphs = compile_cache.graphs()
         self.signals.release()
         self.step.data.close()

@@ -8,16 +8,26 @@ from golfgpt.config import EvalConfig, RunConfig
 from golfgpt.data.shards import Dataset
 from golfgpt.evaluate import PartialSums, Score, evaluate
 from golfgpt.run import Reporter
+from golfgpt.signals import Signals
 from golfgpt.train.clock import Ledger
 from golfgpt.train.export import Exporter
 from golfgpt.train.step import TrainStep
 
 
-class Scorer:
+class ModelScorer:
     """Scores the model of `step` as it is on the validation split of `dataset`."""
 
-    def __init__(self, config: RunConfig, dataset: Dataset, step: TrainStep, ledger: Ledger, reporter: Reporter):
-        self.config, self.dataset, self.step, self.ledger, self.reporter = config, dataset, step, ledger, reporter
+    def __init__(
+        self,
+        config: RunConfig,
+        dataset: Dataset,
+        step: TrainStep,
+        ledger: Ledger,
+        reporter: Reporter,
+        signals: Signals,
+    ):
+        self.config, self.dataset, self.step = config, dataset, step
+        self.ledger, self.reporter, self.signals = ledger, reporter, signals
 
     def score(self, what: str, eval: EvalConfig, keep: PartialSums | None = None) -> Score:
         """`what` says on the live line what is being done."""
@@ -36,7 +46,7 @@ class Scorer:
         weights as an export would leave them, too: averaged, quantized, decoded."""
         chunks = replace(self.config.eval, stride=None)
         probe_bpb = probe_bytes = None
-        with self.ledger.phase("validate"):
+        with self.signals.at_once(), self.ledger.phase("validate"):
             score = self.score("validating", chunks)
             if self.config.runtime.probe:
                 weights = {name: value.clone() for name, value in self.step.model.state_dict().items()}

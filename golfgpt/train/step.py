@@ -109,9 +109,6 @@ class TrainStep:
                 f"raise --data.spans to at least {ranks.world}"
             )
         self.config, self.ranks = config, ranks
-        self.model = GPT(config.model, seed=config.seed).to(ranks.device)
-        self.dtype_choice = select_dtype(config.runtime.dtype, self.model, config.data, ranks)
-        self.dtype = self.dtype_choice.dtype
         self.cuda = ranks.device.type == "cuda"
         self.compiled = config.runtime.compile == "on" or (config.runtime.compile == "auto" and self.cuda)
         if config.runtime.optimizer_graph and not (self.compiled and self.cuda and config.runtime.warmup_steps):
@@ -119,6 +116,9 @@ class TrainStep:
                 f"runtime.optimizer_graph is captured in the warm-up of a compiled run on a GPU; got device "
                 f"{ranks.device}, compile {self.compiled}, warmup_steps {config.runtime.warmup_steps}"
             )
+        self.model = GPT(config.model, seed=config.seed).to(ranks.device)
+        self.dtype_choice = select_dtype(config.runtime.dtype, self.model, config.data, ranks)
+        self.dtype = self.dtype_choice.dtype
         sharded = config.runtime.optimizer == "sharded"
         self.flat = FlatGradients(self.model, ranks, sharded=sharded, control=_CONTROL)
         named, quant = dict(self.model.named_parameters()), config.quant

@@ -28,7 +28,7 @@ from golfgpt.train.export import Exporter
 from golfgpt.train.loop import Loop
 from golfgpt.train.progress import Progress, announce
 from golfgpt.train.saver import Saver
-from golfgpt.train.score import Scorer
+from golfgpt.train.score import ModelScorer
 from golfgpt.train.step import TrainStep
 
 
@@ -51,24 +51,25 @@ def train(config: RunConfig, path: Path, *, resume: bool = False, quiet: bool = 
         with ledger.phase("setup"):
             with ranks.raise_on_any():
                 config, dataset = check(config, ranks, resume)
-            folder = None
             with ranks.raise_on_any():
                 step = TrainStep(config, dataset, ranks)
-                config = replace(config, runtime=replace(config.runtime, dtype=step.dtype_choice.name))
+            config = replace(config, runtime=replace(config.runtime, dtype=step.dtype_choice.name))
+            folder = None
+            with ranks.raise_on_any():
                 if ranks.main:
                     folder = RunFolder.open(path) if resume else create_folder(path, config, dataset)
                     stack.callback(folder.close)
+        try:
             reporter = Reporter(folder, speak=ranks.main, quiet=quiet)
             stack.callback(reporter.close)
-            for p in step.model.parameters():  # an orthogonal start is a QR, whose rounding differs between CPUs
-                ranks.broadcast_(p.data)
-            step.prepare(0)
-        saver = Saver(config, path, dataset, step, ledger, folder, reporter, signals)
-        exporter = Exporter(config, dataset, step, folder, reporter)
-        scorer = Scorer(config, dataset, step, ledger, reporter)
-        progress = Progress(config, dataset, reporter)
-        try:
+            saver = Saver(config, path, dataset, step, ledger, folder, reporter, signals)
+            exporter = Exporter(config, dataset, step, folder, reporter)
+            scorer = ModelScorer(config, dataset, step, ledger, reporter, signals)
+            progress = Progress(config, dataset, reporter)
             with ledger.phase("setup"):
+                for p in step.model.parameters():  # an orthogonal start is a QR, whose rounding differs between CPUs
+                    ranks.broadcast_(p.data)
+                step.prepare(0)
                 done, finished = saver.restore() if resume else (0, False)
                 attention = choose_attention(config, step)
                 announce(config, dataset, step, attention, reporter)
@@ -143,7 +144,7 @@ def warm_up(config: RunConfig, step: TrainStep, attention: str, ledger: Ledger, 
 
 
 def export_and_score(
-    config: RunConfig, path: Path, dataset: Dataset, exporter: Exporter, scorer: Scorer, steps: int
+    config: RunConfig, path: Path, dataset: Dataset, exporter: Exporter, scorer: ModelScorer, steps: int
 ) -> dict:
     """Export, reload, score, report. The artifact is on disk before the scoring starts, the score before the
     yardsticks."""
