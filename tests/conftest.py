@@ -36,7 +36,7 @@ def _threads():
     torch.set_num_threads(int(os.environ.get("GOLFGPT_TEST_THREADS", 1)))
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="session")
 def _blas():
     """tests/cpus.py has a row of a BLAS that nobody has."""
     with other_blas() if os.environ.get("GOLFGPT_TEST_BLAS") == "other" else contextlib.nullcontext():

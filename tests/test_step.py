@@ -40,7 +40,7 @@ def result(tmp_path_factory) -> dict:
     out = tmp_path_factory.mktemp("step")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
-        assert step.main(["--small", "--out", str(out), "--seconds", "600"]) == 0
+        assert step.main(["--small", "--out", str(out), "--seconds", "3600"]) == 0
     (file,) = out.glob("small-step-*.json")
     assert (out / "small-step.png").read_bytes().startswith(b"\x89PNG")
     return json.loads(file.read_text())
