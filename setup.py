@@ -28,7 +28,7 @@ setup(
     package_dir={"golfgpt_kernels": "kernels/golfgpt_kernels"},
     package_data={"golfgpt_kernels": ["measured.json"], "golfgpt.doctor": ["steps.json"]},
     install_requires=[
-        "torch>=2.9",
+        "torch>=2.10",
         "triton; platform_system == 'Linux'",  # the release is torch's to say: each CUDA build pins its own
     ],
     extras_require={

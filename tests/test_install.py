@@ -155,7 +155,7 @@ def test_the_wheel_holds_what_the_packages_read(wheels):
 
 def test_what_it_requires(wheels):
     assert {name: str(each.specifier) for name, each in required(wheels["wheel"], "").items()} == {
-        "torch": ">=2.9",
+        "torch": ">=2.10",
         **({"triton": ""} if sys.platform == "linux" else {}),
     }
     assert "numpy" in required(wheels["wheel"], "train")

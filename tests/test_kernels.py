@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 pytestmark = pytest.mark.numeric
 
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 F64 = torch.float64
 
 
@@ -104,20 +105,27 @@ def test_codes_and_range(bits, code_range):
     assert (in_fp32 != codes).float().mean() <= 0.002  # ties and near-ties
 
 
+def assert_is_torch_quantile(w):
+    spec = gk.RowQuant(bits=2, clip="quantile", scale_dtype=torch.float32)  # qmax = 1: scale = c
+    _, scale = gk.quantize_rows(w, spec)
+    expected = torch.quantile(w.abs(), CLIP_QUANTILE, dim=-1)
+    if TORCH <= (2, 13):
+        assert torch.equal(scale, expected)
+    else:  # it rounds the rank elsewhere; the quantizer stays with what the published exports were made with
+        cols, eps = w.shape[-1], torch.finfo(torch.float32).eps
+        first, second = w.abs().topk(min(2, cols), dim=-1).values[:, [0, -1]].T
+        assert ((scale - expected).abs() <= 4 * cols * eps * (first - second) + 2 * eps * first).all()
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 3000), st.integers(0, 2**31), st.sampled_from([1e-6, 0.02, 1.0, 1e3]))
 def test_quantile_is_torch_quantile(cols, seed, magnitude):
-    w = rand(17, cols, seed=seed, scale=magnitude)
-    spec = gk.RowQuant(bits=2, clip="quantile", scale_dtype=torch.float32)  # qmax = 1: scale = c
-    _, scale = gk.quantize_rows(w, spec)
-    assert torch.equal(scale, torch.quantile(w.abs(), CLIP_QUANTILE, dim=-1))
+    assert_is_torch_quantile(rand(17, cols, seed=seed, scale=magnitude))
 
 
 @pytest.mark.parametrize("cols", [1, 2, 3, 4, 255, 256, 257, 512, 1024, 1536, 4096, 65_537, 500_000])
 def test_quantile_is_torch_quantile_at_named_widths(cols):
-    w = rand(3, cols, seed=cols)
-    _, scale = gk.quantize_rows(w, gk.RowQuant(bits=2, clip="quantile", scale_dtype=torch.float32))
-    assert torch.equal(scale, torch.quantile(w.abs(), CLIP_QUANTILE, dim=-1))
+    assert_is_torch_quantile(rand(3, cols, seed=cols))
 
 
 def test_int8_export_as_published():

@@ -46,30 +46,30 @@ def test_five_ops_run_with_triton_blocked():
 
 @pytest.mark.parametrize(
     ("package", "version", "least"),
-    [("torch", "2.8.0", "2.9"), ("torch", "1.13.1+cu117", "2.9"), ("triton", "3.4.0", "3.5")],
+    [("torch", "2.9.1", "2.10"), ("torch", "1.13.1+cu117", "2.10"), ("triton", "3.5.1", "3.6")],
 )
 def test_older_releases_are_refused_by_version(package, version, least):
     assert too_old(package, version).startswith(f"golfgpt_kernels needs {package} >= {least}, found {version}: pip")
 
 
-@pytest.mark.parametrize("version", ["2.9.0", "2.9.1+cpu", "2.10.0", "2.13.0a0+git1234567", "3.0.0"])
+@pytest.mark.parametrize("version", ["2.10.0", "2.10.0+cpu", "2.13.0a0+git1234567", "3.0.0"])
 def test_others_are_not(version):
     assert too_old("torch", version) is None
 
 
 def test_an_old_torch_is_an_import_error():
     message = _run(
-        "import torch; torch.__version__ = '2.8.0'\n"
+        "import torch; torch.__version__ = '2.9.1'\n"
         "try: import golfgpt_kernels\n"
         "except ImportError as error: print(error)"
     )
-    assert "needs torch >= 2.9, found 2.8.0" in message
+    assert "needs torch >= 2.10, found 2.9.1" in message
 
 
 def test_with_an_old_triton_auto_is_eager_and_triton_names_both_versions():
     pytest.importorskip("triton")
-    message = _run(_BLOCKED.replace('sys.modules["triton"] = None', 'import triton; triton.__version__ = "3.4.0"'))
-    assert "impl='triton' cannot run: golfgpt_kernels needs triton >= 3.5, found 3.4.0" in message
+    message = _run(_BLOCKED.replace('sys.modules["triton"] = None', 'import triton; triton.__version__ = "3.5.1"'))
+    assert "impl='triton' cannot run: golfgpt_kernels needs triton >= 3.6, found 3.5.1" in message
 
 
 def test_import_starts_no_driver():

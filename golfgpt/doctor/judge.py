@@ -240,7 +240,7 @@ def shared_memory(status: os.statvfs_result, gpus: int) -> Row:
 
 # The triton that the CUDA wheel of each torch requires, by the wheels' own metadata.
 TORCH_TRITON = {
-    "2.9": "3.5", "2.10": "3.6", "2.11": "3.6", "2.12": "3.7", "2.13": "3.7", "2.14": "3.8", "2.15": "3.9",
+    "2.10": "3.6", "2.11": "3.6", "2.12": "3.7", "2.13": "3.7", "2.14": "3.8", "2.15": "3.9",
 }  # fmt: skip
 PACKAGES = {  # the verdict, and what is lost without them
     "brotli": (broken, "artifacts of most runs can be neither written nor read"),

@@ -7,7 +7,8 @@ Shapes: w (..., rows, cols), banks with leading dimensions included; codes as w,
 scale (..., rows), or (..., rows, cols / group_size) where groups of `group_size` neighbouring columns
 have their own scale. All options are fields of `RowQuant`.
 
-clip "max": c = max |w|. clip "quantile": c = torch.quantile(|w|, 0.9999984, dim=-1), bit for bit in fp32.
+clip "max": c = max |w|. clip "quantile": c = torch.quantile(|w|, 0.9999984, dim=-1), bit for bit in fp32 as torch up
+to 2.13 computes it, which made the published exports; 2.14 rounds the rank elsewhere (1e-5 of c at 1,000 columns).
 Its rank 0.9999984 (cols - 1), computed in fp32, falls between the two largest magnitudes, which a top-2
 finds without a sort.
 
