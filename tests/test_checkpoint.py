@@ -8,7 +8,8 @@ import os
 import pytest
 import torch
 
-from golfgpt.train import checkpoint, files
+from golfgpt import files
+from golfgpt.train import checkpoint
 from golfgpt.train.checkpoint import Checkpoint
 
 

@@ -10,6 +10,7 @@ import torch
 from golfgpt_kernels import RowQuant, fake_quantize_rows
 from models import SMALL, fake_quantized, lively
 
+from golfgpt import shadows
 from golfgpt.config import ModelConfig, OptimConfig
 from golfgpt.model.generate import KVCache
 from golfgpt.model.gpt import GPT
@@ -255,7 +256,9 @@ def test_fake_quantization_is_live_under_compile_and_switches_without_recompilin
     fake_quant = {name: [(1, INT5)] for name in ("mlp_fc", "mlp_proj", "c_q")}
 
     def loss():
-        return model.loss(ids, ids, stand_ins=fake_quantized(model, fake_quant, enabled))
+        parts = fake_quant.items()
+        stand_ins = {name: shadows.fake_quantized(model.get_parameter(name), each, enabled) for name, each in parts}
+        return model.loss(ids, ids, stand_ins=stand_ins)
 
     compiled = torch.compile(loss, dynamic=False, fullgraph=True, backend="aot_eager")
     plain = compiled().item()
