@@ -243,7 +243,7 @@ def kill(count: int, seed: int) -> None:
         while kills < count:
             process = subprocess.Popen([*golfgpt, *command], **run)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(rng.uniform(0.3, 1.0) * seconds)
+                process.wait(rng.uniform(0.2, 0.55) * seconds)  # before the first step, or some way on
             if process.poll() is None:
                 process.kill()
                 process.wait()
