@@ -7,14 +7,14 @@
 # PYTHON names the interpreter that makes .venv; PIP_ARGS goes to pip.
 #
 # On a machine with a GPU, from a bare checkout, without network and without installing anything (torch, triton, pytest,
-# pytest-benchmark, numpy and matplotlib are enough):
+# pytest-benchmark, numpy and matplotlib are enough; gpu-step also needs sentencepiece):
 # make gpu-check PYTHON=python3 [OUT=folder]   the four below, in order, each within 8 minutes; the report at the end
 # make gpu-test   the tests that are about a GPU; files that have none are not imported, because they need tyro, zstandard
 #                 and brotli
 # make gpu-bench  every kernel against eager, torch.compile and the measured roof
 # make gpu-tune   the check and timing that impl="auto" reads, then the search for tiles
-# make gpu-step   one training step: golfgpt against eager and the published form, recipe by recipe; it imports
-#                 golfgpt.train.step, which needs sentencepiece too. DATA=folder trains on prepared text, not on made-up tokens
+# make gpu-step   one training step: golfgpt against eager and the published form, recipe by recipe. DATA=folder
+#                 trains on prepared text, not on made-up tokens
 # Results go to OUT as JSON, written as they come. make gpu-check LIMIT=130 fits all into 10 minutes.
 
 PYTHON ?= python3

@@ -247,7 +247,6 @@ class Golfgpt:
         dataset = SimpleNamespace(train=[setup.tokens])
         self.trainer = TrainStep(replace(setup.config, runtime=runtime), dataset, Ranks(0, 1, setup.device))
         self.trainer.model.load_state_dict(setup.weights())
-        self.trainer.optimizers.muon.dtype = setup.dtype  # in float32 all forms agree to the last digits
         self.trainer.warm_up(WARM_UP)
         self.loss, self.graph = self.trainer._loss, graph
         self.last: Pending | None = None

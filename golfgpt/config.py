@@ -471,8 +471,8 @@ class RuntimeConfig:
     device: Device = "auto"
     """auto: cuda where available, else cpu."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Dtype of activations and matmuls; auto: bfloat16 on cuda; on a CPU bfloat16 where it is clearly faster than
-    float32, timed at the start and remembered. Parameters are float32."""
+    """Dtype of activations and of all matmuls, Newton-Schulz's too; auto: bfloat16 on cuda; on a CPU bfloat16 where it
+    is clearly faster than float32, timed at the start and remembered. Parameters are float32."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the forward and backward; auto: on cuda only."""
     optimizer: Literal["replicated", "sharded"] = "replicated"

@@ -14,7 +14,8 @@ def missing_package(error: ImportError) -> str | None:
     """What to install, where `error` means that something outside this distribution is missing or too old."""
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("golfgpt"):
         return f'{error.name} is not installed: pip install "golfgpt[train]"'
-    return str(error) if error.name is None else None  # golfgpt_kernels' own sentence about torch
+    # golfgpt_kernels' own sentence about torch has its name and no path, unlike an import that failed inside it.
+    return str(error) if error.name == "golfgpt_kernels" and error.path is None else None
 
 
 class GolfError(Exception):

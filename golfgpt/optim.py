@@ -185,8 +185,8 @@ class Optimizers:
     """All optimizer groups of a model, each kind with its base learning rate.
 
     With `flat` the matrices are stepped as it says, replicated or sharded, and gathered afterwards. `shadows` are kept
-    up to date, by Muon's own launch where it can. While `ok`, a 0-d bool tensor on the device, is false, a step changes
-    nothing.
+    up to date, by Muon's own launch where it can. `dtype` is that of Newton-Schulz. While `ok`, a 0-d bool tensor on
+    the device, is false, a step changes nothing.
     """
 
     def __init__(
@@ -195,6 +195,7 @@ class Optimizers:
         config: OptimConfig,
         flat: FlatGradients | None = None,
         shadows: Shadows | None = None,
+        dtype: torch.dtype = torch.bfloat16,
     ):
         named = dict(model.named_parameters())
         embed_lr = config.tied_embed_lr if model.config.tie_embeddings else config.embed_lr
@@ -228,6 +229,7 @@ class Optimizers:
             weight_decay=config.weight_decay,
             row_norm=config.muon_row_norm,
             variance_beta=config.muon_variance_beta,
+            dtype=dtype,
             shadows={named[name]: shadows.banks[name] for name in written},
             quantizers={named[name]: spec for name, spec in written.items() if spec is not None},
             enabled=None if shadows is None else shadows.enabled,

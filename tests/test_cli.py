@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from golfgpt import evaluate as evaluation
 from golfgpt.cli import main
+from golfgpt.errors import missing_package
 from golfgpt.model.gpt import GPT
 
 TINY = [
@@ -125,6 +126,27 @@ def test_eval_continues_after_sigterm(trained, capsys, monkeypatch):
     assert "continuing an interrupted evaluation: 576 tokens are scored already" in out
     assert f"val_loss {whole['val_loss']:.4f}" in out
     assert not kept.exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (
+            ModuleNotFoundError("No module named 'tyro'", name="tyro"),
+            'tyro is not installed: pip install "golfgpt[train]"',
+        ),
+        (
+            ImportError("golfgpt_kernels needs torch >= 2.10", name="golfgpt_kernels"),
+            "golfgpt_kernels needs torch >= 2.10",
+        ),
+        (ImportError("cannot import name 'f'", name="golfgpt_kernels", path="golfgpt_kernels/__init__.py"), None),
+        (ModuleNotFoundError("No module named 'golfgpt.nothing'", name="golfgpt.nothing"), None),
+        (ImportError("numpy must be built anew"), None),
+    ],
+)
+def test_only_a_missing_or_old_package_is_worth_advice(error, advice):
+    """Any other ImportError is a bug and keeps its traceback."""
+    assert missing_package(error) == advice
 
 
 def test_the_r4_variant_is_labelled(trained, capsys):

@@ -316,6 +316,7 @@ def check_trajectory(v: Vectors) -> None:
         runtime=RuntimeConfig(dtype="float32"),
     )
     trainer = TrainStep(run, ShardOnly(v.path.with_name(v.meta["shard"])), Ranks(0, 1, torch.device("cpu")))
+    trainer.optimizers.muon.dtype = torch.bfloat16  # as published, whatever the forward's
     init = v.part("init.")
     trainer.model.load_state_dict(from_upstream(init, config))
     for step in range(hyper["iterations"]):

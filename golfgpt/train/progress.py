@@ -38,8 +38,8 @@ def announce(config: RunConfig, dataset: Dataset, step: TrainStep, attention: Se
     say(f"world_size:{ranks.world} spans:{c.data.spans} microbatch_tokens:{c.data.microbatch}")
     say(f"device:{ranks.device} dtype:{step.dtype_choice} compile:{step.compiled} threads:{torch.get_num_threads()}")
     say(f"attention:{attention}")
-    compute = dict.fromkeys(("relu2_mlp", "softcap_cross_entropy", "token_logprobs"), step.dtype)
-    update = {"newton_schulz": torch.bfloat16, "muon_momentum_": torch.float32, "muon_update_": torch.float32}
+    compute = dict.fromkeys(("relu2_mlp", "softcap_cross_entropy", "token_logprobs", "newton_schulz"), step.dtype)
+    update = {"muon_momentum_": torch.float32, "muon_update_": torch.float32}
     chosen: dict[tuple[str, str], list[str]] = {}
     for op, dtype in (compute | update).items():
         chosen.setdefault(implementation(op, ranks.device, dtype), []).append(op)

@@ -126,7 +126,7 @@ class TrainStep:
         self._enabled = torch.zeros((), dtype=torch.bool, device=ranks.device) if scheduled else None
         fake_quant = Quantizer(config.model, quant).fake_quant()
         self.shadows = Shadows(self.model, fake_quant, self.dtype, self._enabled)
-        self.optimizers = Optimizers(self.model, config.optim, self.flat, self.shadows)
+        self.optimizers = Optimizers(self.model, config.optim, self.flat, self.shadows, self.dtype)
         self.average = Average(named, config.average, self.optimizers.narrow)
         deal = spans_of_rank(ranks.rank, ranks.world, config.data.spans)
         stream = TokenStream(dataset.train)

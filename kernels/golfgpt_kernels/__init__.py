@@ -9,7 +9,7 @@ import torch
 from ._versions import too_old
 
 if _reason := too_old("torch", torch.__version__):  # before anything that an older torch lacks
-    raise ImportError(_reason)
+    raise ImportError(_reason, name=__name__)
 
 from ._dispatch import implementation
 from .fake_quant import (
