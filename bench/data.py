@@ -23,7 +23,7 @@ import sentencepiece
 
 from golfgpt.data.prepare import prepare, read_documents
 from golfgpt.data.shards import Dataset
-from golfgpt.data.streams import TokenStream, step_spans
+from golfgpt.data.stream import TokenStream, step_spans
 from golfgpt.data.tokenizer import Tokenizer, train_tokenizer
 
 

@@ -32,15 +32,15 @@ import golfgpt_kernels
 import torch
 
 import golfgpt
-from golfgpt import artifact
-from golfgpt.averaging import Average
 from golfgpt.config import AverageConfig, QuantConfig, RunConfig, differences
 from golfgpt.data.shards import Dataset
 from golfgpt.distributed import Ranks
 from golfgpt.errors import NonFiniteError
-from golfgpt.evaluate import evaluate
 from golfgpt.files import write_bytes
 from golfgpt.model.gpt import GPT
+from golfgpt.optim.averaging import Average
+from golfgpt.quant import artifact
+from golfgpt.score.evaluate import evaluate
 from golfgpt.train.step import TrainStep
 
 RESULTS = "experiments-cpu.jsonl"

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from golfgpt.config import ModelConfig, OptimConfig, RunConfig
-from golfgpt.data.streams import TokenStream, step_spans
-from golfgpt.schedule import lr_multiplier, muon_momentum
-from golfgpt.upstream import to_upstream
+from golfgpt.data.stream import TokenStream, step_spans
+from golfgpt.optim.schedule import lr_multiplier, muon_momentum
+from golfgpt.published import to_published
 
 Grid = Literal["off", "r4", "r5"]  # quant.qat of a recipe
 
@@ -257,7 +257,7 @@ class Loop:
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Start over from golfgpt's banks."""
-        self.model.load_state_dict(to_upstream(weights))
+        self.model.load_state_dict(to_published(weights))
         optim, named = self.config.optim, dict(self.model.named_parameters())
         tables = [module.weight for module in self.model.modules() if isinstance(module, nn.Embedding)]
         matrices = [p for name, p in named.items() if name.startswith("blocks.") and name.endswith(".weight")]

@@ -70,7 +70,6 @@ from torch import Tensor
 
 from bench import conftest, published, report
 from bench.roofs import roofs
-from golfgpt.attention import select_backend, use_flash3
 from golfgpt.config import DataConfig, ModelConfig, RunConfig, RuntimeConfig, ScheduleConfig
 from golfgpt.data.shards import open_shard
 from golfgpt.distributed import Ranks
@@ -78,6 +77,7 @@ from golfgpt.errors import InputError
 from golfgpt.model.gpt import GPT
 from golfgpt.model.parameters import of_kind, parameter_shapes, parameter_table
 from golfgpt.recipes import get
+from golfgpt.train.attention_backend import select_backend, use_flash3
 from golfgpt.train.step import Pending, TrainStep
 
 RECIPES = ("baseline", "mixed-qat", "int5-int6-swa")

@@ -11,7 +11,7 @@ __all__ = ["__version__", "load"]
 def __getattr__(name: str):
     if name == "load":  # torch is imported only when it is needed
         try:
-            from golfgpt.run import load
+            from golfgpt.train.run_folder import load
         except ImportError as error:
             raise ImportError(missing_package(error) or str(error)) from error
         return load

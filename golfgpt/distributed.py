@@ -33,7 +33,7 @@ class Ranks:
     device: torch.device
 
     @property
-    def main(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
     def sum_(self, tensor: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class Ranks:
             dist.broadcast(tensor, 0)
         return tensor
 
-    def share(self, value: Any = None) -> Any:
+    def broadcast_object(self, value: Any = None) -> Any:
         """Rank 0's `value` on every rank."""
         if self.world > 1:
             box = [value]
@@ -72,7 +72,7 @@ class Ranks:
             return box[0]
         return value
 
-    def settle(self, error: Exception | None) -> None:
+    def raise_on_any_rank(self, error: Exception | None) -> None:
         """Raise `error`; where another rank has one instead, raise PeerError, so that no rank waits in vain."""
         failed = self.sum_(torch.tensor(float(error is not None), device=self.device)).item()
         if error is not None:
@@ -82,14 +82,14 @@ class Ranks:
 
     @contextlib.contextmanager
     def raise_on_any(self) -> Iterator[None]:
-        """Where the block fails with a GolfError or OSError on some rank, all ranks raise (`settle`). A collective in
-        the block must be reached by every rank, whatever fails before it."""
+        """Where the block fails with a GolfError or OSError on some rank, all ranks raise. A collective in the block
+        must be reached by every rank, whatever fails before it."""
         failed = None
         try:
             yield
         except (GolfError, OSError) as error:
             failed = error
-        self.settle(failed)
+        self.raise_on_any_rank(failed)
 
     def barrier(self) -> None:
         if self.world > 1:

@@ -15,21 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from golfgpt import artifact
 from golfgpt.config import ModelConfig, RunConfig, to_dict
 from golfgpt.data.tokenizer import Tokenizer
 from golfgpt.errors import InputError
 from golfgpt.files import write_bytes
 from golfgpt.model.parameters import parameter_table
-from golfgpt.quant import DTYPES, QuantizedTensor, Quantizer, TensorFormat, part_name
-from golfgpt.run import RunFolder
-from golfgpt.train import checkpoint
-from golfgpt.upstream import (
+from golfgpt.published import (
     Export,
     canonical_name,
-    from_upstream,
+    from_published,
     infer_config,
 )
+from golfgpt.quant import artifact
+from golfgpt.quant.quantizer import DTYPES, QuantizedTensor, Quantizer, TensorFormat, part_name
+from golfgpt.train import checkpoint
+from golfgpt.train.run_folder import RunFolder
 
 
 def import_model(export: Export, tokenizer: Tokenizer, config: RunConfig, path: Path) -> artifact.ArtifactInfo:
@@ -43,7 +43,7 @@ def import_model(export: Export, tokenizer: Tokenizer, config: RunConfig, path: 
     if tokenizer.vocab_size != model.vocab_size:
         raise InputError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.vocab_size}")
     config = replace(config, model=model)
-    state = from_upstream(export.state, model)
+    state = from_published(export.state, model)
     encoded = parts_of(export, model) if export.codes else Quantizer(model, config.quant).encode(state)
     blob = artifact.seal(
         encoded, model=model, quant=config.quant, tokenizer_sha256=tokenizer.digest, seq_len=config.data.seq_len

@@ -9,7 +9,6 @@ from unittest import mock
 import torch
 from golfgpt_kernels import fake_quantize_rows
 
-from golfgpt import shadows
 from golfgpt.config import (
     DataConfig,
     EvalConfig,
@@ -21,7 +20,8 @@ from golfgpt.config import (
     ScheduleConfig,
 )
 from golfgpt.model.gpt import GPT
-from golfgpt.quant import FakeQuant
+from golfgpt.quant import shadows
+from golfgpt.quant.quantizer import FakeQuant
 
 SMALL = ModelConfig(vocab_size=97, num_layers=5, model_dim=48, num_heads=4, num_kv_heads=2, mlp_hidden=80)
 

@@ -19,8 +19,11 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from golfgpt import artifact
-from golfgpt.artifact import (
+from golfgpt.config import BudgetConfig, ModelConfig, QuantConfig, to_dict
+from golfgpt.errors import BudgetError, InputError
+from golfgpt.model.parameters import parameter_shapes
+from golfgpt.quant import artifact
+from golfgpt.quant.artifact import (
     CODECS,
     budget_report,
     check_budget,
@@ -31,10 +34,7 @@ from golfgpt.artifact import (
     unpack,
     write,
 )
-from golfgpt.config import BudgetConfig, ModelConfig, QuantConfig, to_dict
-from golfgpt.errors import BudgetError, InputError
-from golfgpt.model.parameters import parameter_shapes
-from golfgpt.quant import Quantizer
+from golfgpt.quant.quantizer import Quantizer
 
 MODEL = ModelConfig(vocab_size=16, num_layers=2, model_dim=8, num_heads=2, num_kv_heads=1, mlp_hidden=8)
 QUANT = QuantConfig(bits=6, keep_numel=63, compressor="zlib")  # keeps c_k and c_v in float16

@@ -5,11 +5,11 @@ import torch
 from golfgpt_kernels.tuning import Timing
 from torch.nn import attention as torch_attention
 
-from golfgpt import attention
-from golfgpt.attention import BACKENDS, select_backend
 from golfgpt.config import ModelConfig
 from golfgpt.distributed import Ranks
 from golfgpt.errors import InputError
+from golfgpt.train import attention_backend as attention
+from golfgpt.train.attention_backend import BACKENDS, select_backend
 
 SMALL = ModelConfig(vocab_size=97, num_layers=2, model_dim=32, num_heads=4, num_kv_heads=2, mlp_hidden=48)
 CPU = Ranks(0, 1, torch.device("cpu"))
@@ -82,13 +82,13 @@ def test_what_auto_takes_on_a_gpu(monkeypatch):
     times = {"flash": 0.7, "efficient": 0.4}
     monkeypatch.setattr(attention, "_probe", lambda name, *_: answers[name])
     monkeypatch.setattr(attention, "_measure", lambda names, *_: ({name: times[name] for name in names}, True))
-    monkeypatch.setattr(Ranks, "settle", lambda self, error: None)  # a tensor on the device
+    monkeypatch.setattr(Ranks, "raise_on_any_rank", lambda self, error: None)  # a tensor on the device
     gpu = Ranks(0, 1, torch.device("cuda"))
     selection = select_backend("auto", SMALL, [(2, 64)], gpu, torch.bfloat16)
     expected = "efficient (flash 0.700 ms, efficient 0.400 ms in an earlier run; cudnn: NaN; flash3: not installed)"
     assert str(selection) == expected
     assert enabled() == dict(zip(ENABLED, (False, False, True, True), strict=True))
-    monkeypatch.setattr(Ranks, "share", lambda self, value: "flash" if self.world > 1 else value)
+    monkeypatch.setattr(Ranks, "broadcast_object", lambda self, value: "flash" if self.world > 1 else value)
     other = select_backend("auto", SMALL, [(2, 64)], Ranks(1, 2, torch.device("cuda")), torch.bfloat16)
     assert other.backend == "flash", "rank 0 measured something else"
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from golfgpt import evaluate as evaluation
 from golfgpt.cli import main
 from golfgpt.errors import missing_package
 from golfgpt.model.gpt import GPT
+from golfgpt.score import evaluate as evaluation
 
 TINY = [
     word

@@ -11,11 +11,11 @@ import pytest
 import torch
 from models import SMALL, lively
 
-from golfgpt import compute_dtype
-from golfgpt.compute_dtype import DtypeChoice, select_dtype
 from golfgpt.config import DataConfig
 from golfgpt.distributed import Ranks
-from golfgpt.run import read_config
+from golfgpt.train import compute_dtype
+from golfgpt.train.compute_dtype import DtypeChoice, select_dtype
+from golfgpt.train.run_folder import read_config
 from golfgpt.train.train import train
 
 CPU = Ranks(0, 1, torch.device("cpu"))
@@ -133,7 +133,7 @@ def test_a_cache_that_cannot_be_written_or_read(clock, tmp_path):
 def test_rank_0_decides(clock, monkeypatch):
     """This rank measures float32 as the faster, rank 0 found the opposite in an earlier run."""
     clock(bfloat16=9e-6, float32=5e-6)
-    monkeypatch.setattr(Ranks, "share", lambda self, value: ({"bfloat16": 3.0, "float32": 5.0}, True))
+    monkeypatch.setattr(Ranks, "broadcast_object", lambda self, value: ({"bfloat16": 3.0, "float32": 5.0}, True))
     monkeypatch.setattr(Ranks, "sum_", lambda self, tensor: tensor)
     choice = choose(ranks=Ranks(1, 2, CPU.device))
     assert choice.dtype == torch.bfloat16 and kept(choice)

@@ -23,7 +23,7 @@ from golfgpt.config import (
     from_dict,
     to_dict,
 )
-from golfgpt.schedule import crosses_cap, lr_multiplier, muon_momentum
+from golfgpt.optim.schedule import crosses_cap, lr_multiplier, muon_momentum
 
 
 @pytest.mark.parametrize("recipe", recipes.RECIPES.values(), ids=lambda r: r.name)

@@ -34,12 +34,12 @@ from golfgpt.distributed import Ranks
 from golfgpt.model.gpt import GPT
 from golfgpt.model.layers import rope_table
 from golfgpt.model.parameters import parameter_shapes, parameter_table
-from golfgpt.optim import Muon
-from golfgpt.quant import Quantizer, parse_part, prune_threshold, pruned
+from golfgpt.optim.optimizers import Muon
+from golfgpt.published import from_published, infer_config, read_export, to_published
+from golfgpt.quant.quantizer import Quantizer, parse_part, prune_threshold, pruned
 from golfgpt.recipes import RECIPES
-from golfgpt.scoring import Scorer, Windows, score_windows
+from golfgpt.score.windows import Scorer, Windows, score_windows
 from golfgpt.train.step import TrainStep
-from golfgpt.upstream import from_upstream, infer_config, read_export, to_upstream
 
 FOLDER = os.environ.get("GOLFGPT_CONFORMANCE")
 FILES = sorted(p for p in Path(FOLDER).iterdir() if p.suffix in (".safetensors", ".ptz")) if FOLDER else []
@@ -97,7 +97,7 @@ def quantization(v: Vectors) -> QuantConfig:
 
 def build(config: ModelConfig, state: dict[str, torch.Tensor]) -> GPT:
     model = GPT(config)
-    model.load_state_dict(from_upstream(state, config))
+    model.load_state_dict(from_published(state, config))
     return model
 
 
@@ -107,7 +107,7 @@ def relative(x: torch.Tensor, reference: torch.Tensor) -> float:
 
 def check_gpt(v: Vectors, impl: str) -> None:
     config = model_config(v)
-    initial = to_upstream({name: p.detach() for name, p in GPT(config).named_parameters()})
+    initial = to_published({name: p.detach() for name, p in GPT(config).named_parameters()})
     for name, expected in v.part("init.").items():
         assert (initial[name] - expected).abs().max() <= 1e-6, name
     model = build(config, v.part("param."))
@@ -115,7 +115,7 @@ def check_gpt(v: Vectors, impl: str) -> None:
     loss = model.loss(v["input_ids"], v["target_ids"], stand_ins=stand_ins)
     loss.backward()
     assert abs(loss.item() - v["loss"].item()) <= 1e-5
-    grads = to_upstream({name: p.grad for name, p in model.named_parameters()})
+    grads = to_published({name: p.grad for name, p in model.named_parameters()})
     expected = v.part("grad.")
     assert grads.keys() == expected.keys()
     for name, grad in expected.items():
@@ -165,7 +165,7 @@ def check_quant(v: Vectors) -> None:
     if "payload_bytes" in v.meta:
         assert quantizer.payload_bytes == v.meta["payload_bytes"]
     values, scales = {}, {}
-    for part, tensor in quantizer.encode(from_upstream({k: t.float() for k, t in source.items()}, config)).items():
+    for part, tensor in quantizer.encode(from_published({k: t.float() for k, t in source.items()}, config)).items():
         bank, layers = parse_part(part)
         names = parameter_table(config)[bank].published_names[layers]
         layered = names[0].startswith("blocks.")
@@ -210,10 +210,10 @@ def export_config(recipe: str, source: Vectors) -> QuantConfig:
 def check_prune(v: Vectors) -> None:
     source = Vectors(v.path.with_name(v.meta["state"] + ".safetensors"))
     config = model_config(source)
-    for bank, w in from_upstream({k: t.float() for k, t in source.items()}, config).items():
-        names = to_upstream({bank: w})
+    for bank, w in from_published({k: t.float() for k, t in source.items()}, config).items():
+        names = to_published({bank: w})
         after = pruned(parameter_table(config)[bank], w, v.meta["prune_fraction"])
-        for name, result in to_upstream({bank: after}).items():
+        for name, result in to_published({bank: after}).items():
             if f"threshold.{name}" not in v:
                 assert torch.equal(result, names[name]), name
                 continue
@@ -318,7 +318,7 @@ def check_trajectory(v: Vectors) -> None:
     trainer = TrainStep(run, ShardOnly(v.path.with_name(v.meta["shard"])), Ranks(0, 1, torch.device("cpu")))
     trainer.optimizers.muon.dtype = torch.bfloat16  # as published, whatever the forward's
     init = v.part("init.")
-    trainer.model.load_state_dict(from_upstream(init, config))
+    trainer.model.load_state_dict(from_published(init, config))
     for step in range(hyper["iterations"]):
         pending = trainer.launch(step)
         result = trainer.wait(pending)
@@ -326,8 +326,8 @@ def check_trajectory(v: Vectors) -> None:
         assert abs(result.loss - v["losses"][step].item()) <= tolerance, step
         multiplier = trainer.update(pending)
         assert abs(multiplier - v["lr_multiplier"][step].item()) <= 1e-9, step
-    final = to_upstream({k: p.detach() for k, p in trainer.model.named_parameters()})
-    averaged = to_upstream(trainer.average.weights())
+    final = to_published({k: p.detach() for k, p in trainer.model.named_parameters()})
+    averaged = to_published(trainer.average.weights())
     assert trainer.average.count == v.meta["averaged_checkpoints"]
     for result, prefix in ((final, "final."), (averaged, "averaged.")):
         for name, expected in v.part(prefix).items():

@@ -14,12 +14,12 @@ from models import tiny_config
 
 import golfgpt
 from golfgpt import doctor
-from golfgpt.attention import Selection
 from golfgpt.cli import main
 from golfgpt.doctor import Row, judge, probe
 from golfgpt.doctor.probe import Failed
 from golfgpt.errors import InputError
 from golfgpt.model.gpt import GPT
+from golfgpt.train.attention_backend import Selection
 
 # name, driver, SM clock, its maximum, power limit, its default, reasons
 H100 = "NVIDIA H100 80GB HBM3, 550.54.15, 1410, 1980, 700.00, 700.00, 0x4\n"

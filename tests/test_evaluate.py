@@ -17,17 +17,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import SMALL, lively
 
-from golfgpt import evaluate as evaluation
-from golfgpt import scoring
-from golfgpt.compliance import check
 from golfgpt.config import EvalConfig, RunConfig, to_dict
 from golfgpt.data.shards import Dataset
 from golfgpt.distributed import Ranks
 from golfgpt.errors import InputError, Interrupted, NonFiniteError, VerificationError
-from golfgpt.evaluate import PartialSums, Score, evaluate
 from golfgpt.model.gpt import GPT
-from golfgpt.scoring import Scorer, Windows, cut, score_windows
-from golfgpt.signals import Signals
+from golfgpt.score import evaluate as evaluation
+from golfgpt.score import windows as scoring
+from golfgpt.score.checks import check
+from golfgpt.score.evaluate import PartialSums, Score, evaluate
+from golfgpt.score.windows import Scorer, Windows, cut, score_windows
+from golfgpt.train.signals import Signals
 
 CPU = Ranks(0, 1, torch.device("cpu"))
 
@@ -314,13 +314,13 @@ def test_ranks_deal_the_windows(tiny, rule):
 
     class Silent:
         def __init__(self, rank):
-            self.rank, self.world, self.device, self.main = rank, 3, CPU.device, False
+            self.rank, self.world, self.device, self.is_main = rank, 3, CPU.device, False
 
         def sum_(self, tensor):
             total.add_(tensor)
             return torch.tensor([alone.nats, alone.tokens, alone.bytes])
 
-        def settle(self, error):
+        def raise_on_any_rank(self, error):
             assert error is None
 
         def all_gather(self, tensor):
@@ -476,7 +476,7 @@ def test_attention_across_documents_has_no_document_aware_score(tiny, monkeypatc
 
 def test_a_window_that_reads_what_lies_in_front_of_it_is_found(monkeypatch):
     """The cut is wrong by one token: it is the context check that says so."""
-    from golfgpt import compliance
+    from golfgpt.score import checks as compliance
 
     tokens = np.random.default_rng(0).integers(0, 97, 300)
     windows = Windows(299, 32, 8)
@@ -642,11 +642,11 @@ sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
 from golfgpt import distributed
-from golfgpt import evaluate as evaluation
+from golfgpt.score import evaluate as evaluation
 from golfgpt.config import EvalConfig, RunConfig, from_dict
 from golfgpt.data.shards import Dataset
 from golfgpt.errors import Interrupted
-from golfgpt.evaluate import PartialSums, evaluate
+from golfgpt.score.evaluate import PartialSums, evaluate
 from golfgpt.model.gpt import GPT
 from models import lively
 

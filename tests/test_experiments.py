@@ -28,8 +28,8 @@ from bench.experiments import (
     vary,
 )
 from golfgpt.config import RunConfig
-from golfgpt.fit import forecast_bytes
-from golfgpt.quant import Quantizer
+from golfgpt.quant.budget import forecast_bytes
+from golfgpt.quant.quantizer import Quantizer
 from golfgpt.train.train import train
 
 

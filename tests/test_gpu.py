@@ -11,12 +11,12 @@ from models import lively
 
 pytest.importorskip("zstandard")  # bare GPU machines lack it
 
-from golfgpt.attention import select_backend
 from golfgpt.config import EvalConfig
 from golfgpt.data.shards import Dataset
 from golfgpt.distributed import Ranks
-from golfgpt.evaluate import evaluate
-from golfgpt.scoring import Scorer, Windows, score_windows
+from golfgpt.score.evaluate import evaluate
+from golfgpt.score.windows import Scorer, Windows, score_windows
+from golfgpt.train.attention_backend import select_backend
 from golfgpt.train.step import TrainStep
 from golfgpt.train.train import train
 

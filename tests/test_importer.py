@@ -11,14 +11,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from golfgpt import artifact
 from golfgpt.cli import main
 from golfgpt.config import AverageConfig, QuantConfig
 from golfgpt.importer import import_model, parts_of
-from golfgpt.quant import Quantizer
-from golfgpt.run import trained_weights
+from golfgpt.published import from_published, read_export, to_published
+from golfgpt.quant import artifact
+from golfgpt.quant.quantizer import Quantizer
+from golfgpt.train.run_folder import trained_weights
 from golfgpt.train.train import train
-from golfgpt.upstream import from_upstream, read_export, to_upstream
 
 QUANT = QuantConfig(bits=6, keep_numel=1000, control_dtype="float16", compressor="zlib")
 
@@ -45,12 +45,12 @@ def mixed(state: dict[str, torch.Tensor], model) -> dict:
     """R5's dict: int6 codes with float16 scales, the rest in float16."""
     w, m = {}, {}
     for part, tensor in Quantizer(model, QUANT).encode(state).items():
-        names = to_upstream({part: tensor.values})
+        names = to_published({part: tensor.values})
         for name, values in names.items():
             if tensor.scale is None:
                 w[name], m[name] = values.half(), "passthrough"
             else:
-                scale = to_upstream({part: tensor.scale})[name]
+                scale = to_published({part: tensor.scale})[name]
                 w[f"{name}.q"], w[f"{name}.scale"], m[name] = values, scale, {"type": "int6"}
     return {"w": w, "m": m}
 
@@ -64,7 +64,7 @@ def run_json(capsys, *argv: str) -> dict:
 def test_a_state_dict_becomes_a_run_that_scores_like_the_run_it_is_of(trained, corpus, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     weights = trained_weights(trained)
-    bare = {name: tensor.clone() for name, tensor in to_upstream(weights).items()}
+    bare = {name: tensor.clone() for name, tensor in to_published(weights).items()}
     (tmp_path / "final_model.pt").write_bytes(saved(bare))
     options = ["--quant.bits", "6", "--quant.keep-numel", "1000", "--quant.control-dtype", "float16"]
     options += ["--quant.clip", "max", "--quant.clip-floor", "0", "--quant.codes-from", "stored_scale"]
@@ -105,7 +105,7 @@ def test_codes_are_taken_over_and_not_quantized_twice(trained, corpus, tmp_path,
         assert torch.equal(theirs[name].values, part.values), name
         assert part.scale is None or torch.equal(theirs[name].scale, part.scale), name
     weights = trained_weights(tmp_path / "run")
-    for name, tensor in from_upstream(export.state, config.model).items():
+    for name, tensor in from_published(export.state, config.model).items():
         assert torch.equal(weights[name], tensor), name
 
 
@@ -145,7 +145,7 @@ def test_what_no_reader_would_take_is_not_written(trained, corpus, tmp_path, mon
 
 def test_an_import_that_fails_gives_its_name_back(trained, corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    bare = {name: tensor.clone() for name, tensor in to_upstream(trained_weights(trained)).items()}
+    bare = {name: tensor.clone() for name, tensor in to_published(trained_weights(trained)).items()}
     (tmp_path / "final_model.pt").write_bytes(saved(bare))
     argv = ["import", "final_model.pt", "--tokenizer", str(corpus / "tokenizer.model"), "--name", "a"]
     with monkeypatch.context() as full:
@@ -204,7 +204,7 @@ def test_exports_that_make_no_sense_are_refused(trained, options, message, capsy
 
 def test_a_tokenizer_of_another_size_is_refused(trained, corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    state = to_upstream(trained_weights(trained))
+    state = to_published(trained_weights(trained))
     state["tok_emb.weight"] = state["tok_emb.weight"][:300].clone()
     (tmp_path / "m.pt").write_bytes(saved({name: tensor.clone() for name, tensor in state.items()}))
     assert main(["import", "m.pt", "--tokenizer", str(corpus / "tokenizer.model")]) == 3

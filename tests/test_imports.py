@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -16,9 +17,12 @@ GOLFGPT = ROOT / "golfgpt"
 
 
 def imported(path: Path) -> set[str]:
-    """Dotted names that a file imports, relative imports resolved to '.name'."""
+    """Dotted names that a file imports when it runs, anywhere in it, relative imports resolved to '.name'."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for_types = [n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+    tree.body = [node for node in tree.body if node not in for_types]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -56,13 +60,56 @@ def test_no_message_names_a_command_of_the_checkout(path):
     assert not [text for text in shown if re.search(r"`make |\bbench\.\w|python -m (?!golfgpt)", text)]
 
 
+LAYERS = (
+    {"errors", "files", "distributed"},
+    {"config", "bpb", "data"},
+    {"recipes", "model"},
+    {"published"},
+    {"quant"},
+    {"optim", "score"},
+    {"train"},
+    {"importer", "doctor"},
+    {"cli", "__main__"},
+)
+"""What stands in one of golfgpt's layers imports from its own and from those above it in this list."""
+
+
+def modules() -> dict[str, set[str]]:
+    """golfgpt's files by dotted name, each with those that it imports anywhere in it; of
+    `from package import module` that is the module."""
+    paths = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in GOLFGPT.rglob("*.py")}
+    paths = {name.removesuffix(".__init__"): path for name, path in paths.items()}
+    needs = {name: imported(path) & paths.keys() - {"golfgpt", name} for name, path in paths.items()}
+    return {name: needed - {n.rpartition(".")[0] for n in needed} for name, needed in needs.items()}
+
+
+def test_arrows_point_one_way():
+    rank = {part: i for i, layer in enumerate(LAYERS) for part in layer}
+    found = {name: needs for name, needs in modules().items() if name != "golfgpt"}
+    assert {name.split(".")[1] for name in found} == rank.keys()
+    wrong = [
+        f"{name} imports {needed}"
+        for name, needs in found.items()
+        for needed in needs
+        if rank[needed.split(".")[1]] > rank[name.split(".")[1]]
+    ]
+    assert not wrong
+
+
+def test_no_import_circles():
+    """Imports inside functions count too: a file that is read from top to bottom needs what it names."""
+    list(graphlib.TopologicalSorter(modules()).static_order())  # raises CycleError with the circle
+
+
 def run_python(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-@pytest.mark.parametrize("module", ["golfgpt", "golfgpt.config", "golfgpt.recipes", "golfgpt.schedule", "golfgpt.cli"])
+@pytest.mark.parametrize(
+    "module", ["golfgpt", "golfgpt.config", "golfgpt.recipes", "golfgpt.optim.schedule", "golfgpt.cli"]
+)
 def test_no_torch_at_import(module):
     run_python(f"import sys, {module}; assert 'torch' not in sys.modules")
 
@@ -78,7 +125,7 @@ def test_trains_with_triton_blocked():
         "import torch\n"
         "from golfgpt.config import ModelConfig, OptimConfig\n"
         "from golfgpt.model.gpt import GPT\n"
-        "from golfgpt.optim import Optimizers\n"
+        "from golfgpt.optim.optimizers import Optimizers\n"
         "config = ModelConfig(vocab_size=64, num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, mlp_hidden=32)\n"
         "model = GPT(config)\n"
         "optimizers = Optimizers(model, OptimConfig())\n"

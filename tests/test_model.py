@@ -10,14 +10,14 @@ import torch
 from golfgpt_kernels import RowQuant, fake_quantize_rows
 from models import SMALL, fake_quantized, lively
 
-from golfgpt import shadows
 from golfgpt.config import ModelConfig, OptimConfig
-from golfgpt.model.generate import KVCache
 from golfgpt.model.gpt import GPT
+from golfgpt.model.kv_cache import KVCache
 from golfgpt.model.layers import LoRA, Observed, rms_norm
 from golfgpt.model.plan import layer_plan
-from golfgpt.optim import Optimizers
-from golfgpt.upstream import from_upstream, to_upstream
+from golfgpt.optim.optimizers import Optimizers
+from golfgpt.published import from_published, to_published
+from golfgpt.quant import shadows
 
 pytestmark = pytest.mark.numeric
 
@@ -177,12 +177,12 @@ def test_a_later_token_changes_no_earlier_hidden_state(layers, config):
 def test_upstream_names_round_trip():
     model = lively(replace(VARIANTS["r5"], tie_embeddings=False))
     state = {k: v.detach() for k, v in model.state_dict().items()}
-    upstream = to_upstream(state)
+    upstream = to_published(state)
     assert upstream["blocks.3.attn.c_q.weight"].shape == (48, 48)
     assert upstream["lm_head.weight"].shape == (97, 48)
     assert upstream["bigram.embed.weight"].shape == (60, 12)
     assert upstream["bigram.scale"].shape == ()
-    back = from_upstream(upstream, model.config)
+    back = from_published(upstream, model.config)
     assert back.keys() == state.keys()
     assert all(torch.equal(back[k], state[k]) for k in state)
 

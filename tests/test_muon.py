@@ -19,9 +19,9 @@ from golfgpt_kernels.testing import poisoned, randn
 
 from golfgpt.config import ModelConfig, OptimConfig
 from golfgpt.distributed import Ranks
-from golfgpt.flat import FlatGradients
 from golfgpt.model.gpt import GPT
-from golfgpt.optim import Muon, Optimizers
+from golfgpt.optim.flat import FlatGradients
+from golfgpt.optim.optimizers import Muon, Optimizers
 
 pytestmark = pytest.mark.numeric
 
@@ -532,7 +532,7 @@ from test_muon import train_on
 ranks = start("cpu")
 torch.set_num_threads(1)
 result = train_on(ranks, {sharded})
-if ranks.main:
+if ranks.is_main:
     torch.save(result, {out!r})
 ranks.close()
 """

@@ -10,7 +10,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from golfgpt.data.demo import demo_text
+from golfgpt.data.demo_text import demo_text
 from golfgpt.data.prepare import (
     LEAST_DOCUMENT_BYTES,
     document_hash,

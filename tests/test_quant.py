@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from golfgpt.config import ModelConfig, QuantConfig
 from golfgpt.errors import InputError
 from golfgpt.model.parameters import parameter_shapes, parameter_table
-from golfgpt.quant import Quantizer, TensorFormat, payload_bytes, plan_formats
-from golfgpt.upstream import from_upstream, to_upstream
+from golfgpt.published import from_published, to_published
+from golfgpt.quant.quantizer import Quantizer, TensorFormat, payload_bytes, plan_formats
 
 pytestmark = pytest.mark.numeric
 
@@ -214,13 +214,13 @@ def test_a_state_of_another_model_is_refused(change, message):
 @given(models())
 def test_upstream_names_round_trip(model):
     state = random_state(model)
-    back = from_upstream(to_upstream(state), model)
+    back = from_published(to_published(state), model)
     assert list(back) == list(parameter_shapes(model))
     assert all(torch.equal(back[name], state[name]) for name in state)
 
 
 def test_upstream_names_are_the_published_ones():
-    names = to_upstream(random_state(SMALL)).keys()
+    names = to_published(random_state(SMALL)).keys()
     matrices = ["attn.c_q", "attn.c_k", "attn.c_v", "attn.proj", "mlp.fc", "mlp.proj"]
     layers = [f"{name}.weight" for name in matrices] + ["attn_scale", "mlp_scale", "resid_mix", "attn.q_gain"]
     expected = {f"blocks.{i}.{name}" for i in range(3) for name in layers}
@@ -237,13 +237,13 @@ def test_upstream_names_are_the_published_ones():
     ],
 )
 def test_foreign_states_are_refused_by_name(change, message):
-    state = to_upstream(random_state(SMALL))
+    state = to_published(random_state(SMALL))
     change(state)
     with pytest.raises(InputError, match=message):
-        from_upstream(state, SMALL)
+        from_published(state, SMALL)
 
 
 def test_a_single_layer_drops_upstreams_empty_skip_weights():
     model = ModelConfig(vocab_size=8, num_layers=1, model_dim=8, num_heads=2, num_kv_heads=1, mlp_hidden=4)
-    upstream = to_upstream(random_state(model)) | {"skip_weights": torch.ones(0, 8)}
-    assert "skip_weights" not in from_upstream(upstream, model)
+    upstream = to_published(random_state(model)) | {"skip_weights": torch.ones(0, 8)}
+    assert "skip_weights" not in from_published(upstream, model)

@@ -8,17 +8,17 @@ import pytest
 import torch
 from models import fake_quantized
 
-from golfgpt import artifact, shadows
-from golfgpt.averaging import Average
 from golfgpt.config import AverageConfig, ModelConfig, OptimConfig, QuantConfig, RunConfig, ScheduleConfig
 from golfgpt.distributed import Ranks
 from golfgpt.errors import InputError, NonFiniteError
-from golfgpt.flat import FlatGradients
 from golfgpt.model.gpt import GPT
 from golfgpt.model.parameters import of_kind, parameter_table
-from golfgpt.quant import Quantizer, join, plan_formats, prune_threshold, pruned
+from golfgpt.optim.averaging import Average
+from golfgpt.optim.flat import FlatGradients
+from golfgpt.optim.schedule import lr_multiplier, quantization_aware
+from golfgpt.quant import artifact, shadows
+from golfgpt.quant.quantizer import Quantizer, join, plan_formats, prune_threshold, pruned
 from golfgpt.recipes import RECIPES
-from golfgpt.schedule import lr_multiplier, quantization_aware
 from golfgpt.train.step import TrainStep
 
 MODEL = ModelConfig(

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from golfgpt import artifact
 from golfgpt.cli import main
 from golfgpt.config import BudgetConfig, ModelConfig, QuantConfig, RunConfig, from_dict, to_dict
 from golfgpt.errors import BudgetError
-from golfgpt.fit import fitted, forecast_bytes
-from golfgpt.quant import Quantizer
+from golfgpt.quant import artifact
+from golfgpt.quant.budget import fitted, forecast_bytes
+from golfgpt.quant.quantizer import Quantizer
 from golfgpt.recipes import RECIPES
 from golfgpt.train.train import train
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from golfgpt.data.prepare import prepare
 from golfgpt.data.shards import Dataset, Manifest, ShardFile, gather, open_shard, verify, write_shard
 from golfgpt.data.tokenizer import Tokenizer, train_tokenizer
-from golfgpt.data.yardsticks import Bigram, yardsticks
 from golfgpt.errors import InputError, VerificationError
+from golfgpt.score.baselines import Bigram, yardsticks
 
 DOCUMENTS = [f"Document {i}: the value of {i * i} is é▁🙂\n\n  and {'more ' * (i % 7)}\n" for i in range(120)]
 

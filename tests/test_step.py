@@ -265,7 +265,7 @@ def test_needs_no_package_of_the_command_line():
         "for name in ('tyro', 'zstandard', 'brotli', 'rich', 'filelock'):\n"
         "    sys.modules[name] = None\n"
         "import bench.step\n"
-        "assert not {'golfgpt.cli', 'golfgpt.artifact'} & sys.modules.keys()\n"
+        "assert not {'golfgpt.cli', 'golfgpt.quant.artifact'} & sys.modules.keys()\n"
     )
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=300)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from golfgpt.data.streams import TokenStream, spans_of_rank, step_spans
+from golfgpt.data.stream import TokenStream, spans_of_rank, step_spans
 from golfgpt.errors import InputError
 
 lengths = st.lists(st.integers(0, 9), min_size=1, max_size=5).filter(any)

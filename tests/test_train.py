@@ -18,19 +18,19 @@ import pytest
 import torch
 
 import golfgpt
-from golfgpt import artifact
 from golfgpt.config import AverageConfig, BudgetConfig, DataConfig, RunConfig, ScheduleConfig, to_dict
 from golfgpt.data.shards import Dataset
 from golfgpt.distributed import Ranks
 from golfgpt.errors import BudgetError, BusyError, InputError, Interrupted, NonFiniteError
-from golfgpt.fit import activation_bytes
-from golfgpt.flat import FlatGradients
-from golfgpt.quant import Quantizer
+from golfgpt.optim.flat import FlatGradients
+from golfgpt.quant import artifact
+from golfgpt.quant.quantizer import Quantizer
 from golfgpt.recipes import RECIPES
-from golfgpt.run import Reporter, RunFolder, read_config
 from golfgpt.train import checkpoint
 from golfgpt.train.clock import Ledger
+from golfgpt.train.memory import activation_bytes
 from golfgpt.train.progress import DECAY
+from golfgpt.train.run_folder import Reporter, RunFolder, read_config
 from golfgpt.train.step import TrainStep
 from golfgpt.train.train import train
 
@@ -111,7 +111,7 @@ class _Silent:
     """A rank of several whose sums are done by the test."""
 
     def __init__(self, ranks: Ranks):
-        self.rank, self.world, self.device, self.main = ranks.rank, ranks.world, ranks.device, ranks.main
+        self.rank, self.world, self.device, self.main = ranks.rank, ranks.world, ranks.device, ranks.is_main
 
     def sum_(self, tensor):
         return tensor
@@ -495,7 +495,7 @@ def test_compiled_warm_up_leaves_no_trace(tiny, corpus):
 
 
 def test_run_config_is_what_the_folder_holds(tiny, tmp_path):
-    from golfgpt.run import read_config
+    from golfgpt.train.run_folder import read_config
 
     folder = RunFolder.create(tmp_path / "run", tiny, b"")
     folder.close()
@@ -602,9 +602,9 @@ def test_a_rank_without_windows_and_an_error_on_one_rank(tiny, corpus):
             return tensor.add_(1)
 
     with pytest.raises(PeerError):
-        Peers(1, 2, CPU.device).settle(None)
+        Peers(1, 2, CPU.device).raise_on_any_rank(None)
     with pytest.raises(InputError, match="mine"):
-        Peers(1, 2, CPU.device).settle(InputError("mine"))
+        Peers(1, 2, CPU.device).raise_on_any_rank(InputError("mine"))
 
 
 @pytest.mark.slow

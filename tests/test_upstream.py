@@ -22,7 +22,7 @@ from torch import nn
 from golfgpt.config import ModelConfig
 from golfgpt.errors import InputError
 from golfgpt.model.gpt import GPT
-from golfgpt.upstream import assumed_fields, from_upstream, infer_config, read_export, read_ptz, to_upstream
+from golfgpt.published import assumed_fields, from_published, infer_config, read_export, read_ptz, to_published
 
 SMALL = ModelConfig(vocab_size=24, num_layers=3, model_dim=16, num_heads=4, num_kv_heads=2, mlp_hidden=20)
 XOR = {"bigram_hash": "xor", "bigram_vocab_size": 30, "bigram_dim": 6, "smear_gate": "after_norm"}
@@ -53,7 +53,7 @@ def trained(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:
     banks = {
         name: torch.empty_like(p).normal_(0, 0.5, generator=generator) for name, p in GPT(config).named_parameters()
     }
-    state = {name: tensor.clone() for name, tensor in to_upstream(banks).items()}
+    state = {name: tensor.clone() for name, tensor in to_published(banks).items()}
     if config.num_layers == 1:
         state["skip_weights"] = torch.ones(0, config.model_dim)
     for name in ("tok_emb.weight", "bigram.embed.weight"):
@@ -151,7 +151,7 @@ def test_exports_read_back(tmp_path, recipe, model):
         if is_mixed or recorded:
             assert export.dtypes[name] == str(original.dtype).removeprefix("torch."), name
     assert infer_config(export.state) == MODELS[model]
-    GPT(MODELS[model]).load_state_dict(from_upstream(export.state, MODELS[model]))
+    GPT(MODELS[model]).load_state_dict(from_published(export.state, MODELS[model]))
 
 
 @pytest.mark.parametrize("compressor", COMPRESSORS)
@@ -420,7 +420,7 @@ def streamed_zstd(content: bytes) -> bytes:
 
 @pytest.mark.parametrize("compress", [*COMPRESSORS.values(), streamed_zstd])
 def test_a_file_that_inflates_without_end_is_refused(tmp_path, monkeypatch, compress):
-    monkeypatch.setattr("golfgpt.upstream.reading.MAX_PTZ_BYTES", 10**6)
+    monkeypatch.setattr("golfgpt.published.files.MAX_PTZ_BYTES", 10**6)
     path = tmp_path / "bomb.ptz"
     path.write_bytes(b"PK\x03\x04" + bytes(2 * 10**6) if compress is bytes else compress(bytes(2 * 10**6)))
     with pytest.raises(InputError, match=r"larger than 1000000|did not decompress full frame"):
@@ -476,8 +476,8 @@ def test_names_of_pr65_are_read(name):
     assert renamed.keys() != state.keys()
     config = infer_config(renamed)
     assert config == dataclasses.replace(MODELS[name], smear_gate="before_norm")
-    banks = from_upstream(renamed, config)
-    assert all(torch.equal(bank, banks[key]) for key, bank in from_upstream(state, config).items())
+    banks = from_published(renamed, config)
+    assert all(torch.equal(bank, banks[key]) for key, bank in from_published(state, config).items())
     with pytest.raises(InputError, match=r"tensors under two names: .*smeargate\.gate"):
         infer_config(state | renamed)
 

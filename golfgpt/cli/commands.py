@@ -40,7 +40,7 @@ RUNS = Path("runs")
 
 def stored_config(path: Path) -> RunConfig:
     """The config that a run was started with."""
-    from golfgpt.run import read_config
+    from golfgpt.train.run_folder import read_config
 
     return read_config(path.parent if path.is_file() else path)
 
@@ -79,14 +79,14 @@ def evaluate(args: Eval) -> int:
     import torch
 
     from golfgpt import distributed
-    from golfgpt.attention import select_backend
-    from golfgpt.compute_dtype import select_dtype
-    from golfgpt.data.yardsticks import yardsticks
-    from golfgpt.evaluate import PartialSums, batch_windows, evaluate
     from golfgpt.files import sha256_file
-    from golfgpt.report import score_lines
-    from golfgpt.run import Reporter, artifact_file, load
-    from golfgpt.signals import Signals
+    from golfgpt.score.baselines import yardsticks
+    from golfgpt.score.evaluate import PartialSums, batch_windows, evaluate
+    from golfgpt.train.attention_backend import select_backend
+    from golfgpt.train.compute_dtype import select_dtype
+    from golfgpt.train.reporter import score_lines
+    from golfgpt.train.run_folder import Reporter, artifact_file, load
+    from golfgpt.train.signals import Signals
     from golfgpt.train.train import open_dataset
 
     started = stored_config(args.run)
@@ -99,7 +99,7 @@ def evaluate(args: Eval) -> int:
     ranks = distributed.start(config.runtime.device)
     if config.runtime.threads:
         torch.set_num_threads(config.runtime.threads)
-    reporter = Reporter(None, speak=ranks.main, quiet=args.json)
+    reporter = Reporter(None, speak=ranks.is_main, quiet=args.json)
     try:
         folder = args.run.parent if args.run.is_file() else args.run
         keep = PartialSums(folder, ranks.rank, sha256_file(artifact_file(args.run)), reporter.line)
@@ -118,14 +118,14 @@ def evaluate(args: Eval) -> int:
             score = evaluate(
                 model.to(ranks.device), dataset, config, ranks, dtype=dtype, progress=reporter.status, keep=keep
             )
-        known = yardsticks(dataset) if ranks.main and not score.partial else None
+        known = yardsticks(dataset) if ranks.is_main and not score.partial else None
     except Interrupted as error:
         signum = error.exit_code - 128
         raise Interrupted(f"stopped by {signal.Signals(signum).name}; the same command continues", signum) from None
     finally:
         reporter.close()
         ranks.close()
-    if ranks.main:
+    if ranks.is_main:
         if args.json:
             _print_json({"score": asdict(score), "yardsticks_bpb": known})
         else:
@@ -136,8 +136,8 @@ def evaluate(args: Eval) -> int:
 def sample(args: Sample) -> int:
     import torch
 
-    from golfgpt import artifact
-    from golfgpt.run import artifact_file, load
+    from golfgpt.quant import artifact
+    from golfgpt.train.run_folder import artifact_file, load
 
     for name, value, low, high in (
         ("tokens", args.tokens, 1, 10**6),
@@ -167,10 +167,10 @@ def sample(args: Sample) -> int:
 
 
 def budget(args: Budget) -> int:
-    from golfgpt.fit import fitted, forecast_bytes
     from golfgpt.model.parameters import parameter_shapes
-    from golfgpt.quant import Quantizer
-    from golfgpt.report import tensor_table
+    from golfgpt.quant.budget import fitted, forecast_bytes
+    from golfgpt.quant.quantizer import Quantizer
+    from golfgpt.train.reporter import tensor_table
 
     config = args.config
     if args.run:
@@ -209,9 +209,9 @@ def budget(args: Budget) -> int:
 
 def _budget_of_artifact(path: Path, as_json: bool, config: RunConfig) -> int:
     """Exact bytes of a file; BudgetError over the cap."""
-    from golfgpt import artifact
-    from golfgpt.report import budget_lines, tensor_table
-    from golfgpt.run import artifact_file
+    from golfgpt.quant import artifact
+    from golfgpt.train.reporter import budget_lines, tensor_table
+    from golfgpt.train.run_folder import artifact_file
 
     started = stored_config(path) if path.is_dir() else RunConfig()
     if changed := [d for d in differences(started, config) if not d.startswith("budget.")]:
@@ -227,11 +227,11 @@ def _budget_of_artifact(path: Path, as_json: bool, config: RunConfig) -> int:
 
 
 def inspect(args: Inspect) -> int:
-    from golfgpt import artifact
     from golfgpt.files import sha256_file
     from golfgpt.model.plan import layer_plan
-    from golfgpt.report import table, tensor_table
-    from golfgpt.run import artifact_file
+    from golfgpt.quant import artifact
+    from golfgpt.train.reporter import table, tensor_table
+    from golfgpt.train.run_folder import artifact_file
 
     file = artifact_file(args.artifact)
     info = artifact.inspect(file)
@@ -260,8 +260,8 @@ def inspect(args: Inspect) -> int:
 def import_file(args: Import) -> int:
     from golfgpt.data.tokenizer import Tokenizer
     from golfgpt.importer import import_model
-    from golfgpt.report import tensor_table
-    from golfgpt.upstream import assumed_fields, read_export
+    from golfgpt.published import assumed_fields, read_export
+    from golfgpt.train.reporter import tensor_table
 
     export = read_export(args.file)
     path = RUNS / _run_name(args.name, args.file.name.split(".")[0])
@@ -286,11 +286,11 @@ def import_file(args: Import) -> int:
 def export(args: Export) -> int:
     import safetensors.torch
 
-    from golfgpt import artifact
     from golfgpt.files import write_bytes
-    from golfgpt.report import tensor_table
-    from golfgpt.run import artifact_file, trained_weights
-    from golfgpt.upstream import to_upstream
+    from golfgpt.published import to_published
+    from golfgpt.quant import artifact
+    from golfgpt.train.reporter import tensor_table
+    from golfgpt.train.run_folder import artifact_file, trained_weights
 
     folder = args.run.parent if args.run.is_file() else args.run
     whole = not args.run.is_file() or (args.run.name == "model.golf" and (folder / "config.json").exists())
@@ -318,12 +318,12 @@ def export(args: Export) -> int:
         print(f"compressing ({args.quant.compressor})", file=sys.stderr)
         written = artifact.write(out, state, model=info.model, quant=args.quant, **options)
     else:
-        tensors = {name: tensor.contiguous() for name, tensor in to_upstream(state).items()}
+        tensors = {name: tensor.contiguous() for name, tensor in to_published(state).items()}
         meta = {"config": json.dumps(to_dict(info.model)), "tokenizer_sha256": info.tokenizer_sha256}
         write_bytes(out, safetensors.torch.save(tensors, meta))
     size = out.stat().st_size
     if args.json:
-        _print_json({"file": str(out), "source": source, "tensors": len(to_upstream(state)), "bytes": size})
+        _print_json({"file": str(out), "source": source, "tensors": len(to_published(state)), "bytes": size})
     elif args.to == "golf":
         print(tensor_table(written.table()))
         print(f"\n{out}: {size:,} bytes, {written.compressor} level {written.level}, from the {source}'s weights")
@@ -371,9 +371,9 @@ def data_prepare(args: DataPrepare) -> int:
 
 
 def _prepare(args: DataPrepare) -> Any:
-    from golfgpt.data.demo import demo_text
+    from golfgpt.data.demo_text import demo_text
     from golfgpt.data.prepare import prepare
-    from golfgpt.report import table
+    from golfgpt.train.reporter import table
 
     say = sys.stderr if args.json else sys.stdout
     if args.vocab_size is not None and args.tokenizer is not None:
@@ -443,7 +443,7 @@ def data_download(args: DataDownload) -> int:
 
 def data_verify(args: DataVerify) -> int:
     from golfgpt.data.shards import verify
-    from golfgpt.report import table
+    from golfgpt.train.reporter import table
 
     with _progress(sys.stderr if args.json else sys.stdout) as progress:
         report = asdict(verify(args.path, progress=progress))

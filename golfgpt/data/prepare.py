@@ -36,7 +36,7 @@ import numpy as np
 import zstandard
 
 from golfgpt.bpb import ByteCounts
-from golfgpt.data.demo import demo_text
+from golfgpt.data.demo_text import demo_text
 from golfgpt.data.shards import MANIFEST, TOKENIZER, Manifest, Progress, ShardFile, Split, write_shard
 from golfgpt.data.tokenizer import Tokenizer, train_tokenizer
 from golfgpt.errors import InputError, VerificationError

@@ -17,7 +17,7 @@ import torch
 from golfgpt.doctor import judge, probe
 from golfgpt.doctor.judge import Row
 from golfgpt.errors import InputError
-from golfgpt.report import table
+from golfgpt.train.reporter import table
 
 
 def diagnose(

@@ -19,7 +19,7 @@ if __name__ == "__main__":
             times.append(clocked(partial(ranks.sum_, values), ranks.device))
             if not (values == ranks.world).all():
                 raise ArithmeticError("the all-reduce gave a wrong sum")
-        if ranks.main:  # 2 (n - 1) / n of the bytes over the time: comparable with a link's rate for any n
+        if ranks.is_main:  # 2 (n - 1) / n of the bytes over the time: comparable with a link's rate for any n
             gbps = 2 * (ranks.world - 1) / ranks.world * 4 * count / median(times[3:]) / 1e9
             print("all-reduce", ranks.world, torch.distributed.get_backend(), gbps, flush=True)
     finally:

@@ -18,8 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from golfgpt.attention import Selection
 from golfgpt.doctor.probe import THROTTLE, Choices, Failed, Gpu, why
+from golfgpt.train.attention_backend import Selection
 
 
 @dataclass(frozen=True)

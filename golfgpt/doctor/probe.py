@@ -23,9 +23,10 @@ from golfgpt_kernels import implementation, tuning
 from torch.nn.attention import sdpa_kernel
 
 import golfgpt
-from golfgpt import attention, recipes
+from golfgpt import recipes
 from golfgpt.config import RunConfig
 from golfgpt.distributed import Ranks
+from golfgpt.train import attention_backend as attention
 
 
 class Failed(Exception):

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from golfgpt_kernels import relu2_mlp
 from torch import Tensor
 
-from golfgpt.model.generate import KVCache
+from golfgpt.model.kv_cache import KVCache
 
 
 class LoRA(NamedTuple):

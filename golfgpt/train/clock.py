@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 
 from golfgpt.config import ScheduleConfig
-from golfgpt.schedule import crosses_cap
+from golfgpt.optim.schedule import crosses_cap
 
 PHASES = ("setup", "compile", "train", "checkpoint", "validate", "export", "eval")
 COUNTED = ("train",)

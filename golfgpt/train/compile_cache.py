@@ -14,7 +14,7 @@ import torch
 
 from golfgpt.config import RunConfig, to_dict
 from golfgpt.files import write_bytes
-from golfgpt.kept import kept_file
+from golfgpt.train.machine_cache import kept_file
 
 
 def cache_file(config: RunConfig, dtype: torch.dtype, device: torch.device, attention: str) -> Path:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from golfgpt import artifact
-from golfgpt.artifact import ArtifactInfo
 from golfgpt.config import RunConfig
 from golfgpt.data.shards import Dataset
-from golfgpt.quant import Quantizer
-from golfgpt.report import budget_lines, tensor_table
-from golfgpt.run import Reporter, RunFolder
+from golfgpt.quant import artifact
+from golfgpt.quant.artifact import ArtifactInfo
+from golfgpt.quant.quantizer import Quantizer
+from golfgpt.train.reporter import budget_lines, tensor_table
+from golfgpt.train.run_folder import Reporter, RunFolder
 from golfgpt.train.step import TrainStep
 
 

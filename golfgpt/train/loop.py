@@ -11,15 +11,15 @@ from collections import deque
 
 from golfgpt.config import RunConfig
 from golfgpt.errors import BudgetError, NonFiniteError
-from golfgpt.fit import memory_advice
-from golfgpt.run import Reporter
-from golfgpt.signals import Signals
 from golfgpt.train import compile_cache
 from golfgpt.train.clock import Ledger
 from golfgpt.train.export import Exporter
+from golfgpt.train.memory import memory_advice
 from golfgpt.train.progress import Progress
+from golfgpt.train.run_folder import Reporter
 from golfgpt.train.saver import Saver
 from golfgpt.train.score import ModelScorer
+from golfgpt.train.signals import Signals
 from golfgpt.train.step import Pending, StepResult, TrainStep, Votes
 
 
@@ -123,7 +123,7 @@ class Loop:
         """Whether another step fits, as rank 0 sees it after each of the first two of an execution, when there is no
         duration to vote by yet."""
         cap = self.config.schedule.max_seconds
-        stop, seconds, duration = self.step.ranks.share((seconds + 1.05 * duration > cap, seconds, duration))
+        stop, seconds, duration = self.step.ranks.broadcast_object((seconds + 1.05 * duration > cap, seconds, duration))
         if seconds > cap and self.done == 1:
             raise BudgetError(
                 f"schedule.max_seconds {cap:g} is too short for one step, which took {duration:.1f} s; "

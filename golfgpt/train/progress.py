@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from golfgpt_kernels import implementation
 
-from golfgpt.attention import Selection
 from golfgpt.bpb import bits_per_byte
 from golfgpt.config import RunConfig
 from golfgpt.data.shards import Dataset
-from golfgpt.fit import forecast_bytes
-from golfgpt.quant import Quantizer
-from golfgpt.run import Reporter
+from golfgpt.quant.budget import forecast_bytes
+from golfgpt.quant.quantizer import Quantizer
+from golfgpt.train.attention_backend import Selection
+from golfgpt.train.run_folder import Reporter
 from golfgpt.train.step import StepResult, TrainStep
 
 DECAY = 0.96

@@ -10,11 +10,11 @@ from golfgpt.config import RunConfig, differences, from_dict, to_dict
 from golfgpt.data.shards import Dataset
 from golfgpt.errors import InputError, NonFiniteError
 from golfgpt.files import write_json
-from golfgpt.quant import Quantizer
-from golfgpt.run import Reporter, RunFolder, read_config
-from golfgpt.signals import Signals
+from golfgpt.quant.quantizer import Quantizer
 from golfgpt.train import checkpoint
 from golfgpt.train.clock import Ledger
+from golfgpt.train.run_folder import Reporter, RunFolder, read_config
+from golfgpt.train.signals import Signals
 from golfgpt.train.step import TrainStep
 
 RESUMABLE = ("runtime.", "eval.", "budget.", "data.path")
@@ -91,7 +91,7 @@ class Saver:
         saved = None
         with self.step.ranks.raise_on_any():
             saved = self._newest() if self.folder else None
-        saved = self.step.ranks.share(saved)
+        saved = self.step.ranks.broadcast_object(saved)
         if saved is None:
             self.reporter.line(f"no checkpoint in {self.path}: starting from step 0")
             return 0, False

@@ -6,11 +6,11 @@ from dataclasses import asdict, replace
 
 from golfgpt.config import EvalConfig, RunConfig
 from golfgpt.data.shards import Dataset
-from golfgpt.evaluate import PartialSums, Score, evaluate
-from golfgpt.run import Reporter
-from golfgpt.signals import Signals
+from golfgpt.score.evaluate import PartialSums, Score, evaluate
 from golfgpt.train.clock import Ledger
 from golfgpt.train.export import Exporter
+from golfgpt.train.run_folder import Reporter
+from golfgpt.train.signals import Signals
 from golfgpt.train.step import TrainStep
 
 

@@ -24,21 +24,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from golfgpt.averaging import Average
-from golfgpt.compute_dtype import select_dtype
 from golfgpt.config import RunConfig
 from golfgpt.data.shards import Dataset
-from golfgpt.data.streams import Prefetcher, TokenStream, spans_of_rank
+from golfgpt.data.stream import Prefetcher, TokenStream, spans_of_rank
 from golfgpt.distributed import Ranks
 from golfgpt.errors import InputError, NonFiniteError
-from golfgpt.flat import FlatGradients
 from golfgpt.model.gpt import GPT
-from golfgpt.optim import Optimizers
-from golfgpt.quant import Quantizer
-from golfgpt.schedule import budget_used, lr_multiplier, muon_momentum, quantization_aware
-from golfgpt.shadows import Shadows
+from golfgpt.optim.averaging import Average
+from golfgpt.optim.flat import FlatGradients
+from golfgpt.optim.optimizers import Optimizers
+from golfgpt.optim.schedule import budget_used, lr_multiplier, muon_momentum, quantization_aware
+from golfgpt.published import to_published
+from golfgpt.quant.quantizer import Quantizer
+from golfgpt.quant.shadows import Shadows
 from golfgpt.train.clock import Pace
-from golfgpt.upstream import to_upstream
+from golfgpt.train.compute_dtype import select_dtype
 
 _CONTROL = 5  # loss, clock, stop, save, signaled
 
@@ -187,7 +187,7 @@ class TrainStep:
     def sum(self, step: int, seconds: float = 0.0, votes: Votes = NO_VOTES) -> Pending:
         """Sum over ranks the gradients that `backward` left, with the loss, this rank's training clock `seconds` and
         its `votes`."""
-        clock = (seconds, votes.stop, votes.save) if self.ranks.main else (0.0, False, False)
+        clock = (seconds, votes.stop, votes.save) if self.ranks.is_main else (0.0, False, False)
         control = torch.tensor([0.0, *clock, votes.signaled], pin_memory=self.cuda)
         self.flat.control.copy_(control, non_blocking=True)
         self.flat.control[0] = self._loss_sum
@@ -231,7 +231,7 @@ class TrainStep:
         return result
 
     def _culprit(self, result: StepResult) -> str:
-        grads = to_upstream({name: p.grad for name, p in self.model.named_parameters()})
+        grads = to_published({name: p.grad for name, p in self.model.named_parameters()})
         # Sharded, a rank sees the sum of its own share only: whoever sees a bad one tells the others.
         flags = torch.stack([~torch.isfinite(grad).all() for grad in grads.values()]).float()
         flags = self.ranks.sum_(flags).tolist()

@@ -8,27 +8,29 @@ from pathlib import Path
 
 import torch
 
-from golfgpt import artifact, distributed
-from golfgpt.attention import Selection, select_backend
+from golfgpt import distributed
 from golfgpt.config import RunConfig
 from golfgpt.data.shards import Dataset
-from golfgpt.data.yardsticks import yardsticks
 from golfgpt.distributed import Ranks
 from golfgpt.errors import InputError, Interrupted
-from golfgpt.evaluate import PartialSums, plan_windows
 from golfgpt.files import sha256_file, write_json
-from golfgpt.fit import fitted, memory_advice
-from golfgpt.quant import Quantizer
-from golfgpt.report import score_lines, table
-from golfgpt.run import Reporter, RunFolder
-from golfgpt.signals import Signals
+from golfgpt.quant import artifact
+from golfgpt.quant.budget import fitted
+from golfgpt.quant.quantizer import Quantizer
+from golfgpt.score.baselines import yardsticks
+from golfgpt.score.evaluate import PartialSums, plan_windows
 from golfgpt.train import compile_cache
+from golfgpt.train.attention_backend import Selection, select_backend
 from golfgpt.train.clock import Ledger
 from golfgpt.train.export import Exporter
 from golfgpt.train.loop import Loop
+from golfgpt.train.memory import memory_advice
 from golfgpt.train.progress import Progress, announce
+from golfgpt.train.reporter import score_lines, table
+from golfgpt.train.run_folder import Reporter, RunFolder
 from golfgpt.train.saver import Saver
 from golfgpt.train.score import ModelScorer
+from golfgpt.train.signals import Signals
 from golfgpt.train.step import TrainStep
 
 
@@ -56,11 +58,11 @@ def train(config: RunConfig, path: Path, *, resume: bool = False, quiet: bool = 
             config = replace(config, runtime=replace(config.runtime, dtype=step.dtype_choice.name))
             folder = None
             with ranks.raise_on_any():
-                if ranks.main:
+                if ranks.is_main:
                     folder = RunFolder.open(path) if resume else create_folder(path, config, dataset)
                     stack.callback(folder.close)
         try:
-            reporter = Reporter(folder, speak=ranks.main, quiet=quiet)
+            reporter = Reporter(folder, speak=ranks.is_main, quiet=quiet)
             stack.callback(reporter.close)
             saver = Saver(config, path, dataset, step, ledger, folder, reporter, signals)
             exporter = Exporter(config, dataset, step, folder, reporter)
@@ -137,7 +139,7 @@ def warm_up(config: RunConfig, step: TrainStep, attention: str, ledger: Ledger, 
         file = compile_cache.cache_file(config, step.dtype, step.ranks.device, attention)
         found = compile_cache.load(file)
         step.warm_up(config.runtime.warmup_steps, reporter.status)
-        if step.ranks.main:
+        if step.ranks.is_main:
             compile_cache.save(file)
     cache = "loaded" if found else "new"
     reporter.line(f"compile_time:{ledger.seconds['compile']:.1f}s graphs:{compile_cache.graphs()} cache:{cache} {file}")
@@ -152,10 +154,10 @@ def export_and_score(
     with ledger.phase("export"):
         info = exporter.export(steps)
     with ledger.phase("eval"):
-        digest = ranks.share(sha256_file(path / "model.golf") if ranks.main else None)
+        digest = ranks.broadcast_object(sha256_file(path / "model.golf") if ranks.is_main else None)
         keep = PartialSums(path, ranks.rank, digest, say)
         score = scorer.score("scoring model.golf", config.eval, keep)
-    if not ranks.main:
+    if not ranks.is_main:
         return {}
     stage = f"final_{exporter.quantizer.label.replace('/', '_')}_{info.compressor}_roundtrip"
     ms = score.seconds * 1000

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from golfgpt.distributed import Ranks
 from golfgpt.errors import VerificationError
-from golfgpt.scoring import SLAB_TOKENS, Cut, Read, Scorer, Windows, cut
+from golfgpt.score.windows import SLAB_TOKENS, Cut, Read, Scorer, Windows, cut
 
 SAMPLE = 8
 """Windows per check and rank, where no compiled shape asks for a whole batch."""

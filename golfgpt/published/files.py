@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from golfgpt.errors import InputError
-from golfgpt.upstream.names import listed
+from golfgpt.published.names import listed
 
 MAX_PTZ_BYTES = 256 * 2**20
 """Largest file and largest decompressed content that is read."""

@@ -3,18 +3,18 @@
 `names` maps banks to upstream's tensors and reads a model's shape off them; `reading` reads upstream's files.
 """
 
-from golfgpt.upstream.names import (
+from golfgpt.published.files import MAX_PTZ_BYTES, Export, read_export, read_ptz
+from golfgpt.published.names import (
     assumed_fields,
     canonical_name,
     check_state,
-    from_upstream,
+    from_published,
     infer_config,
     is_layered,
-    to_upstream,
-    upstream_names,
-    upstream_shapes,
+    published_names,
+    published_shapes,
+    to_published,
 )
-from golfgpt.upstream.reading import MAX_PTZ_BYTES, Export, read_export, read_ptz
 
 __all__ = [
     "MAX_PTZ_BYTES",
@@ -22,12 +22,12 @@ __all__ = [
     "assumed_fields",
     "canonical_name",
     "check_state",
-    "from_upstream",
+    "from_published",
     "infer_config",
     "is_layered",
+    "published_names",
+    "published_shapes",
     "read_export",
     "read_ptz",
-    "to_upstream",
-    "upstream_names",
-    "upstream_shapes",
+    "to_published",
 ]

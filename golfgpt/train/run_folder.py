@@ -21,14 +21,14 @@ import filelock
 import torch
 from torch import Tensor, nn
 
-from golfgpt import artifact
-from golfgpt.averaging import Average
 from golfgpt.config import RunConfig, from_dict, to_dict
 from golfgpt.data.tokenizer import Tokenizer
 from golfgpt.errors import BusyError, InputError
 from golfgpt.files import write_bytes, write_json
 from golfgpt.model.gpt import GPT
 from golfgpt.model.parameters import of_kind, parameter_table
+from golfgpt.optim.averaging import Average
+from golfgpt.quant import artifact
 from golfgpt.train import checkpoint
 
 

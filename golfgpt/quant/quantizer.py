@@ -37,7 +37,7 @@ from torch import Tensor
 from golfgpt.config import ModelConfig, QuantConfig, QuantRule
 from golfgpt.errors import InputError
 from golfgpt.model.parameters import Param, parameter_shapes, parameter_table
-from golfgpt.upstream import check_state
+from golfgpt.published import check_state
 
 SCALE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 DTYPES = {"float32": torch.float32, "float16": torch.float16} | {f"int{bits}": torch.int8 for bits in range(2, 9)}

@@ -23,10 +23,10 @@ from golfgpt_kernels import RowQuant, muon_momentum_, muon_update_, newton_schul
 from torch import Tensor, nn
 
 from golfgpt.config import OptimConfig
-from golfgpt.flat import FlatGradients
 from golfgpt.model.gpt import GPT
 from golfgpt.model.parameters import of_kind
-from golfgpt.shadows import Shadows
+from golfgpt.optim.flat import FlatGradients
+from golfgpt.quant.shadows import Shadows
 
 
 class Muon(torch.optim.Optimizer):

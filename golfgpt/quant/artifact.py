@@ -49,7 +49,7 @@ from golfgpt.config import BudgetConfig, ModelConfig, QuantConfig, from_dict, to
 from golfgpt.errors import BudgetError, InputError
 from golfgpt.files import write_bytes
 from golfgpt.model.parameters import parameter_shapes
-from golfgpt.quant import (
+from golfgpt.quant.quantizer import (
     QuantizedTensor,
     Quantizer,
     TensorFormat,

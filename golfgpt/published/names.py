@@ -23,7 +23,7 @@ _PR65_NAMES = {
 }
 
 
-def upstream_names(bank: str, shape: tuple[int, ...]) -> list[str]:
+def published_names(bank: str, shape: tuple[int, ...]) -> list[str]:
     """Published names of the tensors in a bank; raises InputError for an unknown bank."""
     if bank not in PUBLISHED_NAMES:
         raise InputError(f"unexpected tensors: {bank}")
@@ -35,7 +35,7 @@ def is_layered(bank: str) -> bool:
     return "{i}" in PUBLISHED_NAMES[bank]
 
 
-def upstream_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def published_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Published name -> shape of every parameter of the model."""
     table = parameter_table(config).values()
     return {name: param.shape[param.layered :] for param in table for name in param.published_names}
@@ -58,22 +58,22 @@ def listed(names: Iterable[object]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def to_upstream(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Upstream's per-layer tensors, as views of the banks in `state`; InputError for an unknown bank."""
     out = {}
     for bank, tensor in state.items():
-        out |= zip(upstream_names(bank, tensor.shape), tensor if is_layered(bank) else [tensor], strict=True)
+        out |= zip(published_names(bank, tensor.shape), tensor if is_layered(bank) else [tensor], strict=True)
     return out
 
 
-def from_upstream(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+def from_published(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Banks stacked from published per-layer tensors, dtypes kept.
 
     Strict: raises InputError naming missing, unexpected or mis-shaped tensors. A one-layer published model
     holds skip_weights of zero rows, which is dropped.
     """
     state = _one_spelling(state)
-    check_state(state, upstream_shapes(config))
+    check_state(state, published_shapes(config))
     banks = {}
     for bank, param in parameter_table(config).items():
         tensors = [state[name] for name in param.published_names]
@@ -82,7 +82,7 @@ def from_upstream(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str,
 
 
 def canonical_name(name: str) -> str:
-    """The name that `upstream_names` has for a tensor which PR #65 calls otherwise."""
+    """The name that `published_names` has for a tensor which PR #65 calls otherwise."""
     return _PR65_NAMES.get(name, name)
 
 
@@ -155,7 +155,7 @@ def infer_config(
         )
     except ValueError as error:
         raise InputError(f"these tensors are not a model that golfgpt has: {error}") from None
-    check_state(tensors, upstream_shapes(config))
+    check_state(tensors, published_shapes(config))
     return config
 
 

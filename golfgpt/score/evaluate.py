@@ -2,14 +2,14 @@
 
     val_loss = sum of nats / targets          val_bpb = sum of nats / ln 2 / bytes of the decoded text
 
-Windows of L tokens start at 0, S, 2S, … (`golfgpt.scoring`). So a token is predicted from L - S + 1 tokens or more,
+Windows of L tokens start at 0, S, 2S, … (`score.windows`). So a token is predicted from L - S + 1 tokens or more,
 all of them near the start of the text, and stride = window gives the usual chunks. Windows ignore document
 boundaries, as upstream's do; with eval.document_aware tokens attend within their document only. A document's BOS is
 then still a target like any other: predicted from the document before, it says that this one ends. With eval.rule
 windows are those of a published recipe, which leaves tokens out or counts some again; the label says so.
 
 A score is printed only with proof: the scored tokens are counted, their bytes are counted twice, and
-`golfgpt.compliance` checks a sample of the windows first. Sums stay on the device in float64 and are read once a
+`score.checks` checks a sample of the windows first. Sums stay on the device in float64 and are read once a
 second, for the progress line, for the partial sums that an interrupted evaluation continues from, and to see that
 they are finite. Memory depends on eval.batch_tokens, never on the length of the text; running out of it is an error,
 for a silently smaller batch would hide that the one asked for does not fit.
@@ -33,14 +33,14 @@ import torch
 from torch import Tensor
 
 from golfgpt.bpb import bits_per_byte
-from golfgpt.compliance import Checks, check
 from golfgpt.config import RunConfig
 from golfgpt.data.shards import Dataset
 from golfgpt.distributed import Ranks
 from golfgpt.errors import GolfError, InputError, Interrupted, NonFiniteError, VerificationError
 from golfgpt.files import write_json
 from golfgpt.model.gpt import GPT
-from golfgpt.scoring import Cut, Scorer, Windows, score_windows
+from golfgpt.score.checks import Checks, check
+from golfgpt.score.windows import Cut, Scorer, Windows, score_windows
 
 PROGRESS_SECONDS, SAVE_SECONDS = 1.0, 10.0
 BATCH_TOKENS = {"cuda": 65_536, "cpu": 16_384}
@@ -242,7 +242,7 @@ def evaluate(
                     keep.save_at_times(sums)
         if keep and ranks.world > 1:
             keep.save(sums)  # another rank may still be stopped
-        if ranks.main:
+        if ranks.is_main:
             prove = functools.cache(dataset.prove_val_bytes)
             proved = sum((prove(part.stop + 1) - prove(part.start + 1)) * times for part, times in counts)
     except GolfError as error:
@@ -255,13 +255,13 @@ def evaluate(
         if keep:
             keep.save(sums)
         raise
-    ranks.settle(failed)
+    ranks.raise_on_any_rank(failed)
     everything = ranks.sum_(sums.values.clone()).cpu()
     nats, tokens, nbytes = float(everything[0]), int(everything[1]), int(everything[2])
     targets = sum(len(part) * times for part, times in counts)
     if keep:
         keep.clear()
-    if tokens != targets or (ranks.main and nbytes != proved):
+    if tokens != targets or (ranks.is_main and nbytes != proved):
         raise VerificationError(
             f"scored {tokens} of {targets} tokens and {nbytes} of {proved} bytes: no score can be proved"
         )

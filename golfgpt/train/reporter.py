@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from golfgpt.artifact import ArtifactInfo, budget_report
 from golfgpt.config import BudgetConfig
-from golfgpt.evaluate import Score
-from golfgpt.quant import TensorReport
+from golfgpt.quant.artifact import ArtifactInfo, budget_report
+from golfgpt.quant.quantizer import TensorReport
+from golfgpt.score.evaluate import Score
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -17,9 +17,9 @@ from torch import Tensor
 from golfgpt.config import DataConfig
 from golfgpt.distributed import Ranks
 from golfgpt.errors import InputError
-from golfgpt.kept import kept_times
 from golfgpt.model.gpt import GPT
 from golfgpt.model.parameters import of_kind
+from golfgpt.train.machine_cache import kept_times
 
 SECONDS, LIMIT = 0.5, 2.0
 """Target duration of the measurement, and the one at which it is given up: a CPU that needs as long for 16 tokens is
@@ -68,7 +68,7 @@ def select_dtype(choice: str, model: GPT, data: DataConfig, ranks: Ranks) -> Dty
     measured = None
     with ranks.raise_on_any():  # a signal may reach one rank while it measures
         measured = kept_times("dtype", ranks.device, facts, CANDIDATES, lambda: _measure(model, tokens, data.seq_len))
-    us, kept = ranks.share(measured)
+    us, kept = ranks.broadcast_object(measured)
     if not us:
         return DtypeChoice(torch.float32, f"no measurement within {LIMIT:g} s: the CPU is slow or busy")
     wins = us["bfloat16"] < CLEARLY * us["float32"]

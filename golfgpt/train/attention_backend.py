@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from golfgpt.config import ModelConfig
 from golfgpt.distributed import Ranks
 from golfgpt.errors import InputError
-from golfgpt.kept import kept_times
+from golfgpt.train.machine_cache import kept_times
 
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -85,10 +85,10 @@ def select_backend(
         works.append(name)
         if device.type != "cuda":
             break
-    ranks.settle(None if works else InputError(f"runtime.attention {choice} does not work here: {refused}"))
+    ranks.raise_on_any_rank(None if works else InputError(f"runtime.attention {choice} does not work here: {refused}"))
     ms, kept = _measure(works, config, shapes[0], device, dtype, backward) if len(works) > 1 else ({}, False)
     best = min(works, key=ms.get) if ms else works[0]
-    if (agreed := ranks.share(best)) != best:
+    if (agreed := ranks.broadcast_object(best)) != best:
         return select_backend(agreed, config, shapes, replace(ranks, rank=0, world=1), dtype)
     torch.backends.cuda.enable_cudnn_sdp(best == "cudnn")
     torch.backends.cuda.enable_flash_sdp(best in ("flash", "flash3"))

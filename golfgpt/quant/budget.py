@@ -1,11 +1,9 @@
-"""What fits: the size of an artifact before anything is trained, the widest model for it, and a step's memory."""
+"""The size of an artifact before anything is trained, and the widest model that fits a budget."""
 
 from __future__ import annotations
 
-import contextlib
 import math
 from bisect import bisect_right
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 
@@ -13,10 +11,10 @@ import torch
 from golfgpt_kernels import RowQuant, quantize_rows
 from torch import Tensor
 
-from golfgpt import artifact
-from golfgpt.config import ModelConfig, QuantRule, RunConfig
-from golfgpt.errors import BudgetError, InputError
-from golfgpt.quant import Quantizer, code_entropy, matches
+from golfgpt.config import QuantRule, RunConfig
+from golfgpt.errors import BudgetError
+from golfgpt.quant import artifact
+from golfgpt.quant.quantizer import Quantizer, code_entropy, matches
 
 _STEP = 16
 """Multiple that fitted widths are of, beside the groups of columns that share a scale: a tensor core's tile in bf16."""
@@ -56,48 +54,6 @@ def _overhead(bits: int, compressor: str, level: int | None) -> float:
     codes = _gaussian_codes(512, RowQuant(bits=bits))
     compressed = artifact.compress(codes.numpy().tobytes(), compressor, level)[2]
     return max(8 * len(compressed) / (codes.numel() * code_entropy(codes)), 1.0)
-
-
-def activation_bytes(model: ModelConfig, tokens: int, itemsize: int) -> int:
-    """About what a forward over `tokens` keeps for its backward: 14 values of width model_dim, keys and values, and two
-    of the MLP's width, per token and layer. It is 1.05 to 1.08 times the published peaks (8.5 to 18.9 GB)."""
-    per_layer = 14 * model.model_dim + 2 * model.kv_dim + 2 * model.mlp_hidden
-    return tokens * model.num_layers * per_layer * itemsize
-
-
-@contextlib.contextmanager
-def memory_advice(config: RunConfig, itemsize: int, *, first: bool = True) -> Iterator[None]:
-    """Where the block runs out of memory, raise what to do about it if it is the `first` of its kind. Nothing is made
-    smaller unasked."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        # The last is what torch's CPU allocator raises.
-        known = not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError)
-        if first and (known or "can't allocate memory" in str(error)):
-            raise out_of_memory(config, itemsize, error) from None
-        raise
-
-
-def out_of_memory(config: RunConfig, itemsize: int, error: Exception) -> InputError:
-    """What to say when the first step does not fit: about what it needs, and how to take the same step in less."""
-    data = config.data
-    micro = data.microbatch
-    need = activation_bytes(config.model, micro, itemsize)
-    smaller = next(
-        (n for n in (micro // 2, micro // 4, data.seq_len) if n and n % data.seq_len == 0 and n < micro), None
-    )
-    advice = (
-        f"--data.microbatch-tokens {smaller} takes the same steps in about "
-        f"{activation_bytes(config.model, smaller, itemsize) / 2**30:.1f} GiB"
-        if smaller
-        else "one sequence is the least: shorten --data.seq-len or take a smaller model"
-    )
-    reason = str(error).splitlines()[0][:200]
-    return InputError(
-        f"out of memory in the first step: forward and backward of {micro:,} tokens need about {need / 2**30:.1f} GiB "
-        f"beside weights and optimizer; {advice} ({reason})"
-    )
 
 
 def fitted(config: RunConfig) -> RunConfig:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from golfgpt.model.gpt import GPT
 from golfgpt.model.parameters import of_kind
-from golfgpt.quant import FakeQuant, Rounding
+from golfgpt.quant.quantizer import FakeQuant, Rounding
 
 
 class Shadows:
