@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sysconfig
 from pathlib import Path
 
@@ -19,6 +20,9 @@ with contextlib.suppress(ImportError):  # bare GPU machines lack it
 
     settings.register_profile("repeatable", derandomize=True)  # the same examples in every run of one version
     settings.load_profile("repeatable")
+
+# A shell starts what it puts into the background with SIGINT ignored, and programs hand that on to those that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are imported
