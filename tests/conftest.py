@@ -21,7 +21,7 @@ with contextlib.suppress(ImportError):  # bare GPU machines lack it
     settings.register_profile("repeatable", derandomize=True)  # the same examples in every run of one version
     settings.load_profile("repeatable")
 
-# A shell starts what it puts into the background with SIGINT ignored, and programs hand that on to those that they start.
+# A shell starts background jobs with SIGINT ignored, which every process they start inherits.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if not torch.cuda.is_available():
