@@ -211,7 +211,7 @@ def test_mistakes_are_named(here, capsys, argv, code, message):
         (["--model.num-layer", "3"], "--model.num-layers"),
         (["--model.num-layers", "many"], "invalid"),
         (["--model.model-dim", "100", "--model.num-heads", "7"], "not a multiple of model.num_heads 7"),
-        (["--eval.stride", "0"], "eval.stride must be at least 1"),
+        (["--eval.stride", "0"], "eval.stride is 0; expected >= 1"),
     ],
 )
 def test_misspelt_and_invalid_flags(here, capsys, flags, message):

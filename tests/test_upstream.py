@@ -511,13 +511,13 @@ def test_what_the_tensors_do_not_show_is_given_or_assumed():
             "q_gain has shape .4, 1., expected 1 ",
         ),
         (lambda state: state.update({"blocks.0.attn.q_gain": torch.ones(3)}), r"not a multiple of model.num_heads 3"),
-        (lambda state: state.update({"blocks.0.attn.q_gain": torch.ones(0)}), "num_heads must be at least 1"),
+        (lambda state: state.update({"blocks.0.attn.q_gain": torch.ones(0)}), "num_heads is 0; expected >= 1"),
         (
             lambda state: state.update({"blocks.0.attn.c_k.weight": torch.ones(9, 16)}),
             r"has shape .9, 16., expected .8, 16.",
         ),
         (lambda state: state.update({"blocks.1.mlp.fc.weight": torch.ones(21, 16)}), r"fc.weight has shape .21, 16."),
-        (lambda state: state.update({"tok_emb.weight": torch.ones(24, 0)}), "model_dim must be at least 1"),
+        (lambda state: state.update({"tok_emb.weight": torch.ones(24, 0)}), "model_dim is 0; expected >= 1"),
         (lambda state: state.update({"bigram.scale": torch.ones(1)}), r"bigram.scale has shape .1,., expected"),
     ],
 )
