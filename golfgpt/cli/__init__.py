@@ -22,7 +22,8 @@ from typing import Any
 import tyro
 
 from golfgpt import recipes
-from golfgpt.cli import arguments, commands
+from golfgpt.cli import data, info, models, train
+from golfgpt.cli.common import stored_config
 from golfgpt.config import RunConfig
 from golfgpt.errors import GolfError, InputError, Interrupted, PeerError
 
@@ -42,14 +43,14 @@ def _recipe_config(argv: list[str]) -> RunConfig:
 
 def _train_config(argv: list[str]) -> RunConfig:
     resume = _option(argv, "--resume")
-    return commands.stored_config(_alone(Path(resume), argv)) if resume else _recipe_config(argv)
+    return stored_config(_alone(Path(resume), argv)) if resume else _recipe_config(argv)
 
 
 def _run_config(argv: list[str]) -> RunConfig:
     """The config of the run that argv names first."""
     if not argv or argv[0].startswith("-"):
         return RunConfig()
-    return commands.stored_config(Path(argv[0]))
+    return stored_config(Path(argv[0]))
 
 
 def _export_config(argv: list[str]) -> RunConfig:
@@ -71,19 +72,19 @@ def _alone(run: Path, argv: list[str]) -> Path:
 
 
 COMMANDS = {
-    "demo": Command(arguments.Demo, commands.demo, lambda argv: recipes.get("demo").config),
-    "data prepare": Command(arguments.DataPrepare, commands.data_prepare),
-    "data download": Command(arguments.DataDownload, commands.data_download),
-    "data verify": Command(arguments.DataVerify, commands.data_verify),
-    "train": Command(arguments.Train, commands.train, _train_config),
-    "eval": Command(arguments.Eval, commands.evaluate, _run_config),
-    "sample": Command(arguments.Sample, commands.sample),
-    "budget": Command(arguments.Budget, commands.budget, _budget_config),
-    "inspect": Command(arguments.Inspect, commands.inspect),
-    "export": Command(arguments.Export, commands.export, _export_config),
-    "import": Command(arguments.Import, commands.import_file, _recipe_config),
-    "recipes": Command(arguments.Recipes, commands.show_recipes),
-    "doctor": Command(arguments.Doctor, commands.doctor),
+    "demo": Command(train.Demo, train.demo, lambda argv: recipes.get("demo").config),
+    "data prepare": Command(data.DataPrepare, data.data_prepare),
+    "data download": Command(data.DataDownload, data.data_download),
+    "data verify": Command(data.DataVerify, data.data_verify),
+    "train": Command(train.Train, train.train, _train_config),
+    "eval": Command(train.Eval, train.evaluate, _run_config),
+    "sample": Command(train.Sample, train.sample),
+    "budget": Command(models.Budget, models.budget, _budget_config),
+    "inspect": Command(models.Inspect, models.inspect),
+    "export": Command(models.Export, models.export, _export_config),
+    "import": Command(models.Import, models.import_file, _recipe_config),
+    "recipes": Command(info.Recipes, info.show_recipes),
+    "doctor": Command(info.Doctor, info.doctor),
 }
 
 
@@ -153,14 +154,14 @@ def _dispatch(name: str, argv: list[str]) -> int:
 def _parse(cls: type, name: str, argv: list[str], config: RunConfig | None) -> Any:
     if config is None:
         default = tyro.MISSING_NONPROP
-    elif cls is arguments.Import:
+    elif cls is models.Import:
         default = cls(file=tyro.MISSING, tokenizer=tyro.MISSING, config=config)
-    elif cls is arguments.Export:
+    elif cls is models.Export:
         default = cls(run=tyro.MISSING, quant=config.quant)
-    elif cls is arguments.Eval:
-        path = arguments.DataPath(path=config.data.path)
-        read = {field.name: getattr(config.runtime, field.name) for field in fields(arguments.EvalRuntime)}
-        default = cls(run=tyro.MISSING, data=path, eval=config.eval, runtime=arguments.EvalRuntime(**read))
+    elif cls is train.Eval:
+        path = train.DataPath(path=config.data.path)
+        read = {field.name: getattr(config.runtime, field.name) for field in fields(train.EvalRuntime)}
+        default = cls(run=tyro.MISSING, data=path, eval=config.eval, runtime=train.EvalRuntime(**read))
     else:
         default = cls(config=config)
     try:

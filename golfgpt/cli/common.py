@@ -1,0 +1,57 @@
+"""What several commands share."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, TextIO
+
+import tyro
+
+from golfgpt.config import RunConfig
+from golfgpt.errors import InputError
+
+RUNS = Path("runs")
+Config = Annotated[RunConfig, tyro.conf.arg(name="")]
+
+
+def stored_config(path: Path) -> RunConfig:
+    """The config that a run was started with."""
+    from golfgpt.train.run_folder import read_config
+
+    return read_config(path.parent if path.is_file() else path)
+
+
+def run_name(name: str | None, recipe: str) -> str:
+    """A folder name under runs/. Raises InputError for one that would leave it."""
+    name = name or f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if name in (".", "..") or any(c in name for c in "/\\\0"):
+        raise InputError(f"--name {name!r} is not a folder name; runs are kept in {RUNS}/NAME")
+    return name
+
+
+@contextlib.contextmanager
+def progress_bars(file: TextIO) -> Iterator[Callable[[str, int, int], None]]:
+    """progress(stage, done, total): a bar per stage on a terminal, a line per stage elsewhere."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(file=file)
+    stages: dict[str, Any] = {}
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in stages:
+                stages[stage] = bars.add_task(stage, total=total or None)
+                if not console.is_terminal:
+                    print(f"{stage} …", file=file, flush=True)
+            bars.update(stages[stage], completed=done)
+
+        yield report
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))

@@ -1,0 +1,163 @@
+"""`golfgpt data prepare`, `data download` and `data verify`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+from tyro.conf import Positional
+
+from golfgpt.cli.common import print_json, progress_bars
+from golfgpt.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataPrepare:
+    """Turn text into token shards with byte counts and a manifest."""
+
+    inputs: Positional[tuple[str, ...]] = ()
+    """Files (.txt, .jsonl, .jsonl.zst), folders of them, or globs; none: the Python standard library's source."""
+    out: Path
+    """Folder to write."""
+    vocab_size: int | None = None
+    """Tokens of the tokenizer to train; default 1024."""
+    tokenizer: Path | None = None
+    """Use this SentencePiece model instead of training one."""
+    val: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Separate input for validation; give the flag once for each."""
+    val_fraction: float | None = None
+    """Share of the documents that goes to validation when --val is not given."""
+    document_separator: str | None = None
+    """Text between documents in .txt files; default: blank lines, packed to at least 2 kB a document."""
+    workers: int | None = None
+    """Processes; default: one a core."""
+    overwrite: bool = False
+    """Replace a folder that was prepared before."""
+    json: bool = False
+    """Print the manifest as JSON."""
+
+
+def data_prepare(args: DataPrepare) -> int:
+    manifest = prepare_folder(args)
+    if args.json:
+        print_json(manifest.to_json())
+    else:
+        vocabulary = "" if manifest.vocab_size == 1024 else f" --model.vocab-size {manifest.vocab_size}"
+        print(f"next: golfgpt train --recipe small --data.path {args.out}{vocabulary}")
+    return 0
+
+
+def prepare_folder(args: DataPrepare) -> Any:
+    from golfgpt.data.demo_text import demo_text
+    from golfgpt.data.prepare import prepare
+    from golfgpt.train.reporter import table
+
+    say = sys.stderr if args.json else sys.stdout
+    if args.vocab_size is not None and args.tokenizer is not None:
+        raise InputError("--vocab-size trains a tokenizer and --tokenizer takes one; give one of them")
+    if not args.inputs and (args.val or args.document_separator):
+        raise InputError("--val and --document-separator need inputs to train on: name them first")
+    if not args.inputs:
+        text = demo_text()
+        skipped = ", ".join(f"{count} {reason}" for reason, count in text.skipped.items())
+        print(f"corpus: {text.name}; skipped: {skipped or 'none'}", file=say)
+    with progress_bars(say) as progress:
+        manifest = prepare(
+            args.inputs or None,
+            args.out,
+            vocab_size=1024 if args.vocab_size is None else args.vocab_size,
+            tokenizer=args.tokenizer,
+            val=args.val or None,
+            val_fraction=args.val_fraction,
+            separator=args.document_separator,
+            workers=args.workers,
+            overwrite=args.overwrite,
+            progress=progress,
+        )
+    splits = (("train", manifest.train), ("val", manifest.val))
+    rows = [(name, s.documents, s.raw_bytes, s.tokens, round(s.decoded_bytes / s.tokens, 3)) for name, s in splits]
+    print(table(("split", "documents", "bytes", "tokens", "bytes/token"), rows), file=say)
+    if not manifest.lossless:
+        for name, s in splits:
+            print(
+                f"the tokenizer changes {s.changed_documents:,} of {s.documents:,} {name} documents "
+                f"({s.raw_bytes - s.decoded_bytes:,} bytes fewer): scores are of the normalized text",
+                file=say,
+            )
+    print(f"{args.out}: digest {manifest.digest[:16]}", file=say)
+    return manifest
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataDownload:
+    """Fetch upstream's published token shards, or continue and check what was fetched before."""
+
+    out: Path | None = None
+    """Folder to write; default: data/fineweb10B_VARIANT."""
+    variant: str = "sp1024"
+    """Tokenizer family: sp and its number of tokens."""
+    train_shards: int = 80
+    """Train shards to fetch, of 100 million tokens and 200 MB each; validation is always fetched whole."""
+    revision: str | None = None
+    """Commit, branch or tag of the dataset; default: the folder's own commit, in a new folder a pinned one."""
+    workers: int = 4
+    """Files fetched at a time."""
+    json: bool = False
+    """Print the report as JSON."""
+
+
+def data_download(args: DataDownload) -> int:
+    from golfgpt.data.download import download
+
+    out = args.out or Path("data") / f"fineweb10B_{args.variant}"
+    with progress_bars(sys.stderr if args.json else sys.stdout) as progress:
+        report = download(
+            out,
+            variant=args.variant,
+            train_shards=args.train_shards,
+            revision=args.revision,
+            workers=args.workers,
+            progress=progress,
+        )
+    for damaged in report.damaged:
+        print(f"damaged, fetched again: {damaged}", file=sys.stderr if args.json else sys.stdout)
+    if args.json:
+        print_json(asdict(report))
+    else:
+        vocabulary = "" if args.variant == "sp1024" else f" --model.vocab-size {args.variant.removeprefix('sp')}"
+        print(
+            f"{out}: {report.variant} of {report.repo} at {report.revision}\n"
+            f"{report.train_shards} train shards, {report.train_tokens:,} tokens; {report.val_shards} val shards, "
+            f"{report.val_tokens:,} tokens\n"
+            f"fetched {report.fetched_files} of {report.files} files, {report.fetched_bytes:,} of {report.bytes:,} "
+            "bytes; every file has the SHA-256 of the record\n"
+            f"next: golfgpt train --recipe baseline --data.path {out}{vocabulary}"
+        )
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataVerify:
+    """Check digests, token ids, split overlap, and the byte counts against a second count of the decoded text."""
+
+    path: Positional[Path]
+    """Prepared folder."""
+    json: bool = False
+    """Print the report as JSON."""
+
+
+def data_verify(args: DataVerify) -> int:
+    from golfgpt.data.shards import verify
+    from golfgpt.train.reporter import table
+
+    with progress_bars(sys.stderr if args.json else sys.stdout) as progress:
+        report = asdict(verify(args.path, progress=progress))
+    if args.json:
+        print_json(report)
+    else:
+        print(table(("checked", ""), [(key, f"{v:,}" if type(v) is int else str(v)) for key, v in report.items()]))
+        print("verified: every count was made twice, independently")
+    return 0

@@ -1,0 +1,95 @@
+"""`golfgpt recipes` and `doctor`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import textwrap
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Literal
+
+from tyro.conf import Positional
+
+from golfgpt import recipes
+from golfgpt.cli.common import print_json
+from golfgpt.config import to_dict
+from golfgpt.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipes:
+    """List the recipes, or show one with its whole configuration."""
+
+    action: Positional[Literal["list", "show"]] = "list"
+    name: Positional[str | None] = None
+    """Recipe to show."""
+    json: bool = False
+    """Print as JSON."""
+
+
+def show_recipes(args: Recipes) -> int:
+    if args.action == "list" and args.name is not None:
+        raise InputError(f"golfgpt recipes list takes no name; to see one: golfgpt recipes show {args.name}")
+    if args.action == "show":
+        if args.name is None:
+            raise InputError(f"name the recipe to show: {', '.join(recipes.RECIPES)}")
+        recipe = recipes.get(args.name)
+        if args.json:
+            facts = {"name": recipe.name, "summary": recipe.summary, "notes": recipe.notes}
+            print_json(facts | {"config": to_dict(recipe.config)})
+        else:
+            fill = partial(textwrap.fill, width=100, break_on_hyphens=False)
+            print(fill(f"{recipe.name}: {recipe.summary}"))
+            for note in recipe.notes:
+                print(fill(note, initial_indent="- ", subsequent_indent="  "))
+            print(f"\n{json.dumps(to_dict(recipe.config), indent=2)}")
+    elif args.json:
+        print_json({name: recipe.summary for name, recipe in recipes.RECIPES.items()})
+    else:
+        for name, recipe in recipes.RECIPES.items():
+            print(
+                textwrap.fill(f"{name:<18} {recipe.summary}", 110, subsequent_indent=" " * 19, break_on_hyphens=False)
+            )
+        print("\ngolfgpt recipes show NAME explains one; golfgpt train --recipe NAME --data.path DIR trains it")
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doctor:
+    """Check this machine in a minute: GPUs, links, disk, versions, kernels, speed. Below the table stands what is wrong
+    and what to do; exits with 3 where a run could not work."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """As runtime.device of a run: cuda says that a GPU must be there."""
+    processes: int | None = None
+    """Local processes of the all-reduce check, on GPUs where there are as many, else on the CPU; default: one a GPU."""
+    tune: bool = False
+    """Check and time the kernels too, 50 seconds more: what impl="auto" reads on this machine."""
+    json: bool = False
+    """Print the rows as JSON."""
+
+
+def doctor(args: Doctor) -> int:
+    from golfgpt.doctor import diagnose, exit_code, text
+
+    say = sys.stderr if args.json else sys.stdout
+
+    def progress(name: str) -> None:
+        if sys.stderr.isatty():
+            print(f"\r\033[K{name} …", end="", file=sys.stderr, flush=True)
+
+    rows = diagnose(
+        args.device,
+        processes=args.processes,
+        retune=args.tune,
+        say=lambda line: print(line, file=say, flush=True),
+        progress=progress,
+    )
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+    if args.json:
+        print_json({"rows": [asdict(row) for row in rows], "exit_code": exit_code(rows)})
+    else:
+        print(text(rows))
+    return exit_code(rows)

@@ -1,0 +1,246 @@
+"""`golfgpt inspect`, `budget`, `export` and `import`: what an artifact holds, and other forms of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from golfgpt.cli.common import RUNS, Config, print_json, run_name, stored_config
+from golfgpt.config import QuantConfig, RunConfig, differences, to_dict
+from golfgpt.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspect:
+    """What an artifact holds, read from its header; nothing in it is executed."""
+
+    artifact: Positional[Path]
+    """Run folder or .golf file."""
+    json: bool = False
+    """Print the header as JSON."""
+
+
+def inspect(args: Inspect) -> int:
+    from golfgpt.files import sha256_file
+    from golfgpt.model.plan import layer_plan
+    from golfgpt.quant import artifact
+    from golfgpt.train.reporter import table, tensor_table
+    from golfgpt.train.run_folder import artifact_file
+
+    file = artifact_file(args.artifact)
+    info = artifact.inspect(file)
+    facts = {
+        "file": str(file),
+        "bytes": info.file_bytes,
+        "sha256": sha256_file(file),
+        "parameters": info.parameters,
+        "payload_bytes": info.payload_bytes,
+        "compressor": f"{info.compressor} level {info.level}",
+        "tokenizer_sha256": info.tokenizer_sha256,
+        "seq_len": info.seq_len,
+        **{f"model.{key}": value for key, value in to_dict(info.model).items()},
+    }
+    plan = layer_plan(info.model)
+    if args.json:
+        tensors = [report._asdict() for report in info.table()]
+        print_json(facts | {"tensors": tensors, "plan": [asdict(layer) for layer in plan]})
+    else:
+        print(table(("artifact", ""), [(key, f"{v:,}" if type(v) is int else str(v)) for key, v in facts.items()]))
+        print("\n" + tensor_table(info.table()))
+        print("\n" + table(("layer", "does"), [(i, str(layer)) for i, layer in enumerate(plan)]))
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Bytes of a configuration before training, or of an artifact, against the budget."""
+
+    run: Positional[Path | None] = None
+    """Run folder or .golf file to measure, given first; without it, the configuration is measured."""
+    config: Config
+    recipe: str = "baseline"
+    """Configuration to start from."""
+    json: bool = False
+    """Print the sizes as JSON."""
+
+
+def budget(args: Budget) -> int:
+    from golfgpt.model.parameters import parameter_shapes
+    from golfgpt.quant.budget import fitted, forecast_bytes
+    from golfgpt.quant.quantizer import Quantizer
+    from golfgpt.train.reporter import tensor_table
+
+    config = args.config
+    if args.run:
+        return _budget_of_artifact(args.run, args.json, config)
+    config = fitted(config)
+    quantizer = Quantizer(config.model, config.quant)
+    shapes = parameter_shapes(config.model).values()
+    parameters = sum(map(math.prod, shapes))
+    room = config.budget.artifact_bytes - config.budget.code_bytes
+    forecast = forecast_bytes(quantizer)
+    if args.json:
+        sizes = {"payload_bytes": quantizer.payload_bytes, "forecast_bytes": forecast, "model_bytes_limit": room}
+        print_json({"parameters": parameters, "mlp_hidden": config.model.mlp_hidden, **sizes})
+        return 0
+    print(f"recipe {args.recipe}, at most {config.budget.artifact_bytes:,} bytes (--budget.artifact-bytes)\n")
+    print(tensor_table(quantizer.table()))
+    if config.budget.fit == "mlp_hidden":
+        reserve = config.budget.reserve_bytes
+        print(f"\nmodel.mlp_hidden {config.model.mlp_hidden} is the widest that leaves {reserve:,} bytes")
+    print(
+        f"\n{parameters:,} parameters, payload {quantizer.payload_bytes:,} bytes before compression\n"
+        f"room for model.golf: {room:,} bytes = {config.budget.artifact_bytes:,} - code allowance "
+        f"{config.budget.code_bytes:,}"
+    )
+    ratio = room / quantizer.payload_bytes
+    if ratio >= 1:
+        print("fits whatever the weights are")
+    else:
+        print(f"fits if the trained weights compress to {ratio:.3f} of the payload")
+    print(
+        f"forecast for Gaussian weights: {forecast:,} bytes, {forecast / quantizer.payload_bytes:.3f} of the payload; "
+        "published files ended 2 % below to 4 % above theirs"
+    )
+    return 0
+
+
+def _budget_of_artifact(path: Path, as_json: bool, config: RunConfig) -> int:
+    """Exact bytes of a file; BudgetError over the cap."""
+    from golfgpt.quant import artifact
+    from golfgpt.train.reporter import budget_lines, tensor_table
+    from golfgpt.train.run_folder import artifact_file
+
+    started = stored_config(path) if path.is_dir() else RunConfig()
+    if changed := [d for d in differences(started, config) if not d.startswith("budget.")]:
+        raise InputError(f"a file has the bytes it has; not for budget {path}: {'; '.join(changed)}")
+    info = artifact.inspect(artifact_file(path))
+    if as_json:
+        print_json(asdict(artifact.budget_report(info.file_bytes, config.budget)))
+    else:
+        print(tensor_table(info.table()))
+        print("\n" + budget_lines(info, config.budget))
+    artifact.check_budget(info.file_bytes, config.budget)
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write a run's weights in another format: safetensors under upstream's parameter names, or model.golf's container
+    under another quantization. It starts from the run's own quant.*, rules included: --quant.rules replaces them."""
+
+    run: Positional[Path]
+    """Run folder or .golf file."""
+    quant: QuantConfig
+    to: Literal["safetensors", "golf"] = "safetensors"
+    """Format."""
+    source: Literal["artifact", "checkpoint"] | None = None
+    """artifact: the weights decoded from model.golf; checkpoint: the trained ones. Default: artifact for safetensors,
+    checkpoint for golf."""
+    out: Path | None = None
+    """File to write; default: export.golf in the run folder, or .safetensors beside the artifact."""
+    overwrite: bool = False
+    """Write over an earlier export."""
+    json: bool = False
+    """Print file and sizes as JSON."""
+
+
+def export(args: Export) -> int:
+    import safetensors.torch
+
+    from golfgpt.files import write_bytes
+    from golfgpt.published import to_published
+    from golfgpt.quant import artifact
+    from golfgpt.train.reporter import tensor_table
+    from golfgpt.train.run_folder import artifact_file, trained_weights
+
+    folder = args.run.parent if args.run.is_file() else args.run
+    whole = not args.run.is_file() or (args.run.name == "model.golf" and (folder / "config.json").exists())
+    source = args.source or ("checkpoint" if args.to == "golf" and whole else "artifact")
+    file = artifact_file(args.run)
+    info = artifact.inspect(file)
+    started = stored_config(args.run).quant if (folder / "config.json").exists() else args.quant
+    if args.to == "safetensors" and (changed := differences(started, args.quant, "quant.")):
+        raise InputError(f"safetensors holds float32 weights: {changed[0]} changes nothing; --to golf quantizes")
+    if trained := [d for d in differences(started, args.quant, "quant.") if d.startswith("quant.qat")]:
+        raise InputError(f"{trained[0]} changes nothing here: fake quantization is part of training")
+    state = artifact.read(file).state if source == "artifact" else trained_weights(folder)
+    out = args.out or (folder / "export.golf" if args.to == "golf" else file.with_suffix(".safetensors"))
+    suffix, place = ".golf" if args.to == "golf" else ".safetensors", out.resolve().parent
+    if out.suffix != suffix:
+        raise InputError(f"--out {out} must end in {suffix}")
+    if out.resolve() == file.resolve() or (out.name == "model.golf" and (place / "config.json").exists()):
+        raise InputError(f"{out} is what is exported, or a run's own artifact; choose another --out")
+    if out.exists() and not args.overwrite:
+        raise InputError(f"{out} exists: name another --out, or give --overwrite")
+    if place.name == "checkpoints" and (place.parent / "config.json").exists():
+        raise InputError(f"{place} holds the checkpoints of a run; choose another --out")
+    if args.to == "golf":
+        options = {"tokenizer_sha256": info.tokenizer_sha256, "seq_len": info.seq_len}
+        print(f"compressing ({args.quant.compressor})", file=sys.stderr)
+        written = artifact.write(out, state, model=info.model, quant=args.quant, **options)
+    else:
+        tensors = {name: tensor.contiguous() for name, tensor in to_published(state).items()}
+        meta = {"config": json.dumps(to_dict(info.model)), "tokenizer_sha256": info.tokenizer_sha256}
+        write_bytes(out, safetensors.torch.save(tensors, meta))
+    size = out.stat().st_size
+    if args.json:
+        print_json({"file": str(out), "source": source, "tensors": len(to_published(state)), "bytes": size})
+    elif args.to == "golf":
+        print(tensor_table(written.table()))
+        print(f"\n{out}: {size:,} bytes, {written.compressor} level {written.level}, from the {source}'s weights")
+        here = out.resolve().parent == folder.resolve()
+        print(f"next: golfgpt eval {out}" if here else f"golfgpt eval wants it in the run folder, {folder}")
+    else:
+        print(f"{out}: {len(tensors)} float32 tensors, {size:,} bytes, from the {source}'s weights")
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Import:
+    """Make a run of a published final_model.pt or .ptz file, to be scored, sampled and exported. Sizes come from the
+    file, codes are kept as they are; what no tensor shows (rotary reference length, say) comes from the recipe."""
+
+    file: Positional[Path]
+    """File as the published scripts write it: torch.save, bare or in zlib, zstd or xz."""
+    tokenizer: Path
+    """The SentencePiece .model that its tokens are of."""
+    config: Config
+    recipe: str = "baseline"
+    """Recipe that the file is of; `golfgpt recipes` lists them."""
+    name: str | None = None
+    """The run folder is runs/NAME; default: the file's name and the time."""
+    json: bool = False
+    """Print what was found as JSON."""
+
+
+def import_file(args: Import) -> int:
+    from golfgpt.data.tokenizer import Tokenizer
+    from golfgpt.importer import import_model
+    from golfgpt.published import assumed_fields, read_export
+    from golfgpt.train.reporter import tensor_table
+
+    export = read_export(args.file)
+    path = RUNS / run_name(args.name, args.file.name.split(".")[0])
+    info = import_model(export, Tokenizer.from_file(args.tokenizer), args.config, path)
+    assumed = {name: (getattr(info.model, name), known) for name, known in assumed_fields(export.state).items()}
+    if args.json:
+        facts = {"run": str(path), "format": export.format, "compressor": export.compressor, "bytes": info.file_bytes}
+        print_json(facts | {"parameters": info.parameters, "model": to_dict(info.model), "assumed": list(assumed)})
+        return 0
+    print(tensor_table(info.table()))
+    print(
+        f"\n{args.file}: {export.format}, {export.compressor or 'not compressed'}, {args.file.stat().st_size:,} bytes; "
+        f"{info.parameters:,} parameters\n{path}/model.golf: {info.compressor} level {info.level}, "
+        f"{info.file_bytes:,} bytes" + ("" if export.codes else f", quantized here ({args.config.quant.bits} bits)")
+    )
+    for name, (value, known) in assumed.items():
+        print(f"assumed, because no tensor shows it: model.{name} {value} ({known})")
+    print(f"next: golfgpt eval {path} --data.path DIR")
+    return 0

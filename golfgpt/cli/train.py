@@ -1,0 +1,250 @@
+"""`golfgpt train`, `demo`, `eval` and `sample`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from golfgpt.cli.common import RUNS, Config, print_json, run_name, stored_config
+from golfgpt.cli.data import DataPrepare, prepare_folder
+from golfgpt.config import EvalConfig, RunConfig
+from golfgpt.errors import BudgetError, InputError, Interrupted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a model, write model.golf, score it as reloaded from disk. Run under torchrun for several GPUs."""
+
+    config: Config
+    recipe: str | None = None
+    """Configuration that a new run starts from; `golfgpt recipes` lists them."""
+    name: str | None = None
+    """The run folder is runs/NAME; default: the recipe's name and the time."""
+    resume: Path | None = None
+    """Continue the run in this folder from its newest checkpoint, under the config it was started with."""
+    json: bool = False
+    """Print the result as JSON on standard output, the log on standard error."""
+
+
+def train(args: Train) -> int:
+    if args.resume and args.name:
+        raise InputError(f"--name {args.name} and --resume {args.resume} exclude each other: a run keeps its folder")
+    if not (args.resume or args.recipe):
+        raise InputError(
+            "name the recipe to start from: --recipe baseline on GPUs, --recipe small on a CPU (golfgpt recipes lists "
+            "them)"
+        )
+    path = args.resume or RUNS / run_name(args.name, args.recipe)
+    code = _train(args.config, path, resume=args.resume is not None, as_json=args.json)
+    if not args.json and int(os.environ.get("RANK", 0)) == 0:
+        print(f"run folder: {path}    next: golfgpt sample {path}")
+    return code
+
+
+def _train(config: RunConfig, path: Path, *, resume: bool, as_json: bool) -> int:
+    """Train; with `as_json` print result.json, also when the artifact is over its budget."""
+    from golfgpt.train.train import train
+
+    try:
+        result = train(config, path, resume=resume, quiet=as_json)
+    except BudgetError:
+        if as_json and (path / "result.json").exists():
+            print((path / "result.json").read_text(encoding="utf-8"))
+        raise
+    if as_json and result:
+        print_json(result)
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Prepare the embedded corpus, train a small model on it, score it, sample from it: about three minutes."""
+
+    config: Config
+    name: str | None = None
+    """The run folder is runs/NAME; default: demo and the time."""
+    data: Path = Path("data/demo")
+    """Where the prepared corpus is kept."""
+    json: bool = False
+    """Print the result as JSON."""
+
+
+def demo(args: Demo) -> int:
+    from golfgpt.data.shards import MANIFEST
+
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("demo is one process; for several: golfgpt data prepare, then torchrun … -m golfgpt train")
+    if (args.data / MANIFEST).exists():
+        print(f"corpus: {args.data}, as prepared before", file=sys.stderr if args.json else sys.stdout)
+    else:
+        prepare_folder(DataPrepare(out=args.data, vocab_size=args.config.model.vocab_size, json=args.json))
+    path = RUNS / run_name(args.name, "demo")
+    config = replace(args.config, data=replace(args.config.data, path=str(args.data)))
+    code = _train(config, path, resume=False, as_json=args.json)
+    if not args.json:
+        steps = json.loads((path / "result.json").read_text(encoding="utf-8"))["steps"]
+        if steps < 300:
+            advice = (
+                " On a busy one `golfgpt demo --runtime.threads 1` does better." if config.runtime.threads != 1 else ""
+            )
+            print(f"\nonly {steps} steps in the time: this machine is slow or busy (README's figure took 687).{advice}")
+        prompt = "    def __init__(self"
+        print(f"\n--- a sample: golfgpt sample {path} --prompt {prompt!r} ---")
+        sample(Sample(run=path, prompt=prompt, tokens=150))
+        print(f"---\nrun folder: {path}")
+    return code
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataPath:
+    """Text to score."""
+
+    path: str | None = None
+    """Prepared folder; it must have the run's tokenizer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalRuntime:
+    """Where to score; the fields of the run's runtime that scoring reads."""
+
+    device: Literal["auto", "cpu", "cuda"]
+    """auto: cuda where available, else cpu."""
+    dtype: Literal["auto", "bfloat16", "float32"]
+    """Dtype of activations and matmuls."""
+    attention: Literal["auto", "cudnn", "flash", "flash3", "efficient", "math"]
+    """Backend of scaled_dot_product_attention; auto: on a GPU the fastest of those that agree with math."""
+    compile: Literal["auto", "on", "off"]
+    """torch.compile of the forward; auto: on cuda only."""
+    threads: int
+    """CPU threads for torch; 0: torch's default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Score a run's model.golf on validation text; starts from the run's own config."""
+
+    run: Positional[Path]
+    """Run folder, or another .golf file in one."""
+    data: DataPath
+    eval: EvalConfig
+    runtime: EvalRuntime
+    json: bool = False
+    """Print the score as JSON."""
+
+
+def evaluate(args: Eval) -> int:
+    import torch
+
+    from golfgpt import distributed
+    from golfgpt.files import sha256_file
+    from golfgpt.score.baselines import yardsticks
+    from golfgpt.score.evaluate import PartialSums, batch_windows, evaluate
+    from golfgpt.train.attention_backend import select_backend
+    from golfgpt.train.compute_dtype import select_dtype
+    from golfgpt.train.reporter import score_lines
+    from golfgpt.train.run_folder import Reporter, artifact_file, load
+    from golfgpt.train.signals import Signals
+    from golfgpt.train.train import open_dataset
+
+    started = stored_config(args.run)
+    data = replace(started.data, path=args.data.path)
+    runtime = replace(started.runtime, **asdict(args.runtime))
+    try:
+        config = replace(started, data=data, eval=args.eval, runtime=runtime)
+    except ValueError as error:  # fields that are right alone and wrong together
+        raise InputError(str(error)) from error
+    ranks = distributed.start(config.runtime.device)
+    if config.runtime.threads:
+        torch.set_num_threads(config.runtime.threads)
+    reporter = Reporter(None, speak=ranks.is_main, quiet=args.json)
+    try:
+        folder = args.run.parent if args.run.is_file() else args.run
+        keep = PartialSums(folder, ranks.rank, sha256_file(artifact_file(args.run)), reporter.line)
+        model, tokenizer = load(args.run)
+        dataset = open_dataset(config, ranks)
+        if dataset.need_tokenizer().digest != tokenizer.digest:
+            raise InputError(f"{config.data.path} was made with another tokenizer than {args.run}")
+        # A run has stored its dtype. One that was imported has not: its score must not depend on a timing.
+        wanted = "float32" if config.runtime.dtype == "auto" and ranks.device.type == "cpu" else config.runtime.dtype
+        choice = select_dtype(wanted, model, config.data, ranks)
+        dtype = choice.dtype
+        shape = (batch_windows(config, ranks), config.window)
+        attention = select_backend(config.runtime.attention, config.model, [shape], ranks, dtype, backward=False)
+        reporter.line(f"device:{ranks.device} dtype:{choice} attention:{attention} data:{config.data.path}")
+        with Signals(folder):
+            score = evaluate(
+                model.to(ranks.device), dataset, config, ranks, dtype=dtype, progress=reporter.status, keep=keep
+            )
+        known = yardsticks(dataset) if ranks.is_main and not score.partial else None
+    except Interrupted as error:
+        signum = error.exit_code - 128
+        raise Interrupted(f"stopped by {signal.Signals(signum).name}; the same command continues", signum) from None
+    finally:
+        reporter.close()
+        ranks.close()
+    if ranks.is_main:
+        if args.json:
+            print_json({"score": asdict(score), "yardsticks_bpb": known})
+        else:
+            print(score_lines(score, known))
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """Generate text from a run's model.golf."""
+
+    run: Positional[Path]
+    """Run folder, or a .golf file with its tokenizer.model beside it."""
+    prompt: str = ""
+    """Text to continue; empty: a new document."""
+    tokens: int = 200
+    """Tokens to generate at most; generation also ends where the model ends its document."""
+    temperature: float = 0.8
+    """0 takes the likeliest token each time."""
+    top_k: int | None = 50
+    """Choose among this many likeliest tokens; None: all."""
+    seed: int = 0
+    """Seed of the choices."""
+    json: bool = False
+    """Print prompt and text as JSON."""
+
+
+def sample(args: Sample) -> int:
+    import torch
+
+    from golfgpt.quant import artifact
+    from golfgpt.train.run_folder import artifact_file, load
+
+    for name, value, low, high in (
+        ("tokens", args.tokens, 1, 10**6),
+        ("top-k", args.top_k or 1, 1, 65_536),
+        ("temperature", args.temperature, 0, 100),
+        ("seed", args.seed, 0, 2**63 - 1),
+    ):
+        if not low <= value <= high:
+            raise InputError(f"--{name} must lie in {low}..{high}, got {value}")
+    model, tokenizer = load(args.run)
+    ids = torch.tensor([tokenizer.bos_id, *tokenizer.encode(args.prompt)])
+    new = model.generate(
+        ids,
+        args.tokens,
+        window=artifact.inspect(artifact_file(args.run)).seq_len,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        stop_id=tokenizer.bos_id,
+        generator=torch.Generator().manual_seed(args.seed),
+    )
+    text = tokenizer.decode(new)
+    if args.json:
+        print_json({"prompt": args.prompt, "text": text, "tokens": len(new)})
+    else:
+        print(args.prompt + text)
+    return 0
