@@ -98,7 +98,7 @@ def of_kind(table: Mapping[str, Param], *kinds: Kind) -> list[str]:
 
 # fmt: off
 def _rows(c: ModelConfig) -> dict[str, Param]:
-    """Every parameter that some model has."""
+    """Every parameter that any config has."""
     L, D, H, KV, V, F = c.num_layers, c.model_dim, c.num_heads, c.kv_dim, c.vocab_size, c.mlp_hidden
     pairs, pair_dim = c.bigram_vocab_size, c.bigram_dim
     xor = c.bigram_hash == "xor"
@@ -131,4 +131,4 @@ def _rows(c: ModelConfig) -> dict[str, Param]:
 
 
 PUBLISHED_NAMES = {name: param.published_name for name, param in _rows(ModelConfig()).items()}
-"""Of every parameter that some model has, whatever its config."""
+"""The published name of every parameter that any config has."""

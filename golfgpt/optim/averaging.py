@@ -23,12 +23,12 @@ class Average:
     """The running average of named parameters."""
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], config: AverageConfig, narrow: frozenset[str] = frozenset()
+        self, parameters: Mapping[str, nn.Parameter], config: AverageConfig, bf16_params: frozenset[str] = frozenset()
     ):
-        """`narrow` names the parameters whose values are bfloat16 numbers, for average.sums="parameter"."""
+        """`bf16_params` names the parameters whose values are bfloat16 numbers, for average.sums="parameter"."""
         self.config = config
         self._parameters = dict(parameters) if config.kind != "none" else {}
-        self._narrow = narrow if config.sums == "parameter" else frozenset()
+        self._bf16_params = bf16_params if config.sums == "parameter" else frozenset()
         self._sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in self._parameters.items()}
         device = next((p.device for p in self._parameters.values()), None)
         self._count = torch.zeros((), device=device)
@@ -55,21 +55,21 @@ class Average:
             torch._foreach_add_(sums, change)
         else:
             torch._foreach_add_(sums, torch._foreach_mul(weights, taken))
-            for name in self._narrow & self._sums.keys():
+            for name in self._bf16_params & self._sums.keys():
                 self._sums[name].copy_(self._sums[name].bfloat16())
 
     @property
-    def enough(self) -> bool:
+    def ready(self) -> bool:
         """Whether there is something to average: as published, two samples of swa."""
         return self.count >= (2 if self.config.kind == "swa" else 1)
 
     def weights(self) -> dict[str, Tensor]:
         """The averaged parameters; empty where there are not enough."""
-        if not self.enough:
+        if not self.ready:
             return {}
         total = self.count if self.config.kind == "swa" else 1 - self.config.ema_decay**self.count
         means = {name: value / total for name, value in self._sums.items()}
-        return means | {name: means[name].bfloat16().float() for name in self._narrow & means.keys()}
+        return means | {name: means[name].bfloat16().float() for name in self._bf16_params & means.keys()}
 
     def state(self) -> dict[str, Tensor]:
         """Count and sums by name, for a checkpoint; empty without an average."""

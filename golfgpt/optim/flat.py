@@ -63,7 +63,7 @@ class FlatGradients:
 
     def _pad(self, shape: tuple[int, ...], banks: list[Tensor]) -> int:
         count = sum(bank.numel() for bank in banks) // math.prod(shape)
-        return -(-count // self._parts) * self._parts
+        return math.ceil(count / self._parts) * self._parts
 
     def _stack(self, named: dict[str, nn.Parameter], names: list[str], gradients: Tensor) -> Stack:
         counts = [named[name].numel() // gradients[0].numel() for name in names]

@@ -237,11 +237,11 @@ class Optimizers:
         self.ok = torch.ones((), dtype=torch.bool, device=device)
         self._found_inf = self.adam.found_inf = torch.zeros((), device=device)  # torch's name: 1 skips a fused step
         self._parameters, self._names = named, {p: name for name, p in named.items()}
-        narrow = config.embed_dtype == "bfloat16"
-        self.narrow = frozenset(of_kind(model.table, "embedding") if narrow else ())
+        rounded = config.embed_dtype == "bfloat16"
+        self.bf16_params = frozenset(of_kind(model.table, "embedding") if rounded else ())
         """Parameters that are bfloat16 numbers: they, their gradients and moments are rounded around Adam's step, which
         computes in float32 then as the fused kernel does for bfloat16 tensors."""
-        self._round([named[name].data for name in sorted(self.narrow)])
+        self._round([named[name].data for name in sorted(self.bf16_params)])
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def step(self, multiplier: float, momentum: float) -> None:
@@ -266,11 +266,11 @@ class Optimizers:
             self._shadows.mark()
 
     def _step(self) -> None:
-        narrow = [p for name in sorted(self.narrow) if (p := self._parameters[name]).grad is not None]
-        self._round([p.grad for p in narrow])
+        rounded = [p for name in sorted(self.bf16_params) if (p := self._parameters[name]).grad is not None]
+        self._round([p.grad for p in rounded])
         self._found_inf.copy_(~self.ok)
         self.adam.step()
-        self._round([p.data for p in narrow] + [m for p in narrow for m in self._moments(p)])
+        self._round([p.data for p in rounded] + [m for p in rounded for m in self._moments(p)])
         self.muon.step(ok=self.ok)
 
     def _moments(self, p: nn.Parameter) -> list[Tensor]:

@@ -54,9 +54,9 @@ class Ledger:
 class Pace:
     """Rank 0's training clock as every rank knows it, and how long this rank's steps take.
 
-    The learning rate depends on the clock, so all ranks must read the same one: rank 0's, which travels with the
-    gradients (`sync`). For a step that is enqueued before the previous result is read it is not known yet: it is
-    extrapolated at the pace between the last two known readings. `ahead` is how many steps may be on their way so.
+    The learning rate depends on the clock, so all ranks must read the same one: rank 0's, which is summed with the
+    gradients (`sync`). A step that is enqueued before the previous result is read does not know it yet and extrapolates
+    from the last two readings. Up to `ahead` steps may be enqueued like that.
     """
 
     def __init__(self, schedule: ScheduleConfig, ahead: int = 0):
@@ -71,7 +71,7 @@ class Pace:
         self._recent: deque[float] = deque(maxlen=32)
 
     def sync(self, step: int, seconds: float) -> None:
-        """Take `seconds` as rank 0's clock at the start of `step`; all ranks call it alike."""
+        """Take `seconds` as rank 0's clock at the start of `step`; every rank calls it."""
         known, before = self.known
         if step > known:
             self._step_seconds = (seconds - before) / (step - known)
@@ -83,7 +83,7 @@ class Pace:
         return seconds + (step - known) * self._step_seconds
 
     def start(self, seconds: float) -> None:
-        """Steps follow, from `seconds` of this rank's clock on."""
+        """Training begins, or goes on, at `seconds` of this rank's clock."""
         self._ended = seconds
 
     def step_over(self, seconds: float) -> float:

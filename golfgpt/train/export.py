@@ -1,4 +1,4 @@
-"""What remains of a run: trained weights as an artifact, on disk or only tried, and what was decoded from it."""
+"""Trained weights as an artifact, on disk or in memory only, and the weights decoded from it on every rank."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Exporter:
     def _write(self, steps: int) -> ArtifactInfo:
         c, say, average = self.config, self.reporter.line, self.step.average
         state = self.weights()
-        if c.average.kind != "none" and average.enough:
+        if c.average.kind != "none" and average.ready:
             say(f"{c.average.kind}:exporting the average of {average.count} steps' weights")
         elif c.average.kind != "none":
             say(

@@ -1,7 +1,7 @@
-"""The loop: steps until max_steps, or until rank 0 votes that another could cross the cap.
+"""The training loop: steps until max_steps, or until rank 0 votes that another one could cross the cap.
 
-On a GPU the next step is enqueued before the last one's result is read. What a result asks for, a checkpoint or the
-end, happens once the steps on their way are over; all ranks read the same results in the same order.
+On a GPU the next step is enqueued before the last one's result is read. When a result asks for a checkpoint or for the
+end, the steps already enqueued are finished first. All ranks read the same results in the same order.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class Loop:
         self.loss = 0.0
         """Of the last step."""
         self._pending: deque[tuple[Pending, float]] = deque()
-        """Steps on their way, with their learning-rate multipliers."""
+        """Steps enqueued and not yet read, with their learning-rate multipliers."""
         self._stopping = False
-        """Whether the steps on their way are the last."""
+        """Whether the pending steps are the last."""
         self._graphs = 0
         """Graphs that torch.compile is known to have made."""
 

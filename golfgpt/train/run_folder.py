@@ -164,8 +164,8 @@ def trained_weights(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path} stopped at step {saved.step}: finish it with golfgpt train --resume {path}")
     config = read_config(path)
     embeddings = of_kind(parameter_table(config.model), "embedding")
-    narrow = frozenset(embeddings if config.optim.embed_dtype == "bfloat16" else ())
-    average = Average({name: nn.Parameter(w) for name, w in saved.model.items()}, config.average, narrow)
+    bf16_params = frozenset(embeddings if config.optim.embed_dtype == "bfloat16" else ())
+    average = Average({name: nn.Parameter(w) for name, w in saved.model.items()}, config.average, bf16_params)
     average.load_state(saved.average)
     return saved.model | average.weights()
 

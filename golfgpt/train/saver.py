@@ -1,4 +1,4 @@
-"""The state of a run on rank 0's disk, and from there on every rank again."""
+"""Saving a run to rank 0's disk, and restoring it on every rank."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from golfgpt.train.signals import Signals
 from golfgpt.train.step import TrainStep
 
 RESUMABLE = ("runtime.", "eval.", "budget.", "data.path")
-"""Fields that may change when a run is resumed: none of them changes what is trained."""
+"""Fields that may change when a run is resumed; none of them changes what is trained."""
 
 
 class Saver:

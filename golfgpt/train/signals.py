@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT end a run with its state saved and a line that says how to go on."""
+"""SIGTERM and SIGINT end a run with its state saved and a line that says how to continue."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Signals:
             self.deferred = True
 
     def interrupted(self) -> Interrupted:
-        """The exception that ends the run: says what is saved and how to go on."""
+        """The exception that ends the run; its message says what is saved and how to continue."""
         signum = self.caught[0] if self.caught else signal.SIGTERM
         begun = (self._path / "config.json").exists()
         hint = f" Resume with: golfgpt train --resume {self._path}" if begun else ""

@@ -127,7 +127,7 @@ class TrainStep:
         fake_quant = Quantizer(config.model, quant).fake_quant()
         self.shadows = Shadows(self.model, fake_quant, self.dtype, self._enabled)
         self.optimizers = Optimizers(self.model, config.optim, self.flat, self.shadows, self.dtype)
-        self.average = Average(named, config.average, self.optimizers.narrow)
+        self.average = Average(named, config.average, self.optimizers.bf16_params)
         deal = spans_of_rank(ranks.rank, ranks.world, config.data.spans)
         stream = TokenStream(dataset.train)
         self.data = Prefetcher(stream, config.data.batch_tokens, config.data.spans, deal, pin=self.cuda)
