@@ -27,7 +27,7 @@ from golfgpt.published import (
     infer_config,
 )
 from golfgpt.quant import artifact
-from golfgpt.quant.quantizer import DTYPES, QuantizedTensor, Quantizer, TensorFormat, part_name
+from golfgpt.quant.quantizer import DTYPES, QuantizedTensor, Quantizer, TensorFormat, group_name
 from golfgpt.train import checkpoint
 from golfgpt.train.run_folder import RunFolder
 
@@ -94,7 +94,7 @@ def parts_of(export: Export, model: ModelConfig) -> dict[str, QuantizedTensor]:
             stop = start + len(list(run))
             layers = names[start:stop]
             values = [codes[name][0] if scale else kept[name].to(DTYPES[format]) for name in layers]
-            out[part_name(bank, start, stop, len(names))] = QuantizedTensor(
+            out[group_name(bank, start, stop, len(names))] = QuantizedTensor(
                 TensorFormat((stop - start, *param.shape[1:]) if param.layered else param.shape, format, scale),
                 pack(values),
                 pack([_row_scales(*codes[name]) for name in layers]) if scale else None,

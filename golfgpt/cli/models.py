@@ -114,6 +114,7 @@ def budget(args: Budget) -> int:
 def _budget_of_artifact(path: Path, as_json: bool, config: RunConfig) -> int:
     """Exact bytes of a file; BudgetError over the cap."""
     from golfgpt.quant import artifact
+    from golfgpt.quant.budget import budget_report, check_budget
     from golfgpt.train.reporter import budget_lines, tensor_table
     from golfgpt.train.run_folder import artifact_file
 
@@ -122,11 +123,11 @@ def _budget_of_artifact(path: Path, as_json: bool, config: RunConfig) -> int:
         raise InputError(f"a file has the bytes it has; not for budget {path}: {'; '.join(changed)}")
     info = artifact.inspect(artifact_file(path))
     if as_json:
-        print_json(asdict(artifact.budget_report(info.file_bytes, config.budget)))
+        print_json(asdict(budget_report(info.file_bytes, config.budget)))
     else:
         print(tensor_table(info.table()))
         print("\n" + budget_lines(info, config.budget))
-    artifact.check_budget(info.file_bytes, config.budget)
+    check_budget(info.file_bytes, config.budget)
     return 0
 
 

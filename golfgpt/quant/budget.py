@@ -1,19 +1,20 @@
-"""The size of an artifact before anything is trained, and the widest model that fits a budget."""
+"""The byte budget: the size of an artifact before anything is trained, the widest model that fits, and the verdict."""
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 from golfgpt_kernels import RowQuant, quantize_rows
 from torch import Tensor
 
-from golfgpt.config import QuantRule, RunConfig
+from golfgpt.config import BudgetConfig, QuantRule, RunConfig
 from golfgpt.errors import BudgetError
 from golfgpt.quant import artifact
+from golfgpt.quant.codecs import compress
 from golfgpt.quant.quantizer import Quantizer, code_entropy, matches
 
 _STEP = 16
@@ -52,7 +53,7 @@ def _gaussian_codes(columns: int, spec: RowQuant) -> Tensor:
 def _overhead(bits: int, compressor: str, level: int | None) -> float:
     """Compressed bytes over entropy of a sample of Gaussian codes, at least 1."""
     codes = _gaussian_codes(512, RowQuant(bits=bits))
-    compressed = artifact.compress(codes.numpy().tobytes(), compressor, level)[2]
+    compressed = compress(codes.numpy().tobytes(), compressor, level)[2]
     return max(8 * len(compressed) / (codes.numel() * code_entropy(codes)), 1.0)
 
 
@@ -86,3 +87,43 @@ def fitted(config: RunConfig) -> RunConfig:
         f"budget.fit: with model.mlp_hidden {step} the forecast is {size(1):,} bytes, above the {limit:,} that "
         "budget.artifact_bytes, code_bytes and reserve_bytes leave; take fewer layers or bits, or a smaller vocabulary"
     )
+
+
+@dataclass(frozen=True)
+class BudgetReport:
+    """The artifact against its budget, in decimal bytes."""
+
+    file_bytes: int
+    code_bytes: int
+    artifact_bytes: int
+    """The limit."""
+
+    @property
+    def total_bytes(self) -> int:
+        return self.file_bytes + self.code_bytes
+
+    @property
+    def margin_bytes(self) -> int:
+        """Bytes left under the limit; negative when over it."""
+        return self.artifact_bytes - self.total_bytes
+
+    def __str__(self) -> str:
+        return (
+            f"{self.total_bytes:,} bytes = model {self.file_bytes:,} + code allowance {self.code_bytes:,}; "
+            f"limit {self.artifact_bytes:,}, margin {self.margin_bytes:,}"
+        )
+
+
+def budget_report(file_bytes: int, budget: BudgetConfig) -> BudgetReport:
+    return BudgetReport(file_bytes, budget.code_bytes, budget.artifact_bytes)
+
+
+def check_budget(file_bytes: int, budget: BudgetConfig) -> BudgetReport:
+    """The report of an artifact that fits. Raises BudgetError for one that is over by a byte or more."""
+    report = budget_report(file_bytes, budget)
+    if report.margin_bytes < 0:
+        raise BudgetError(
+            f"over budget by {-report.margin_bytes:,} bytes: {report}. Try fewer quant.bits, "
+            "quant.compressor=smallest, or a smaller model (num_layers, model_dim, mlp_hidden, vocab_size)"
+        )
+    return report

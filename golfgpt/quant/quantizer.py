@@ -143,16 +143,16 @@ class TensorReport(NamedTuple):
     """-20 log10 of it; inf where decoding is exact."""
 
 
-def part_name(bank: str, start: int, stop: int, layers: int) -> str:
+def group_name(bank: str, start: int, stop: int, layers: int) -> str:
     return bank if (start, stop) == (0, layers) else f"{bank}[{start}:{stop}]"
 
 
-def parse_part(part: str) -> tuple[str, slice]:
-    """Bank, and its layers that `part` holds. Raises InputError."""
-    match = re.fullmatch(r"(\w+)(?:\[(\d{1,5}):(\d{1,5})\])?", part, re.ASCII)
-    if not match:
-        raise InputError(f"{part!a} is not the name of a bank or of some of its layers, as c_k[0:7]")
-    return match[1], slice(None) if match[2] is None else slice(int(match[2]), int(match[3]))
+def parse_group(name: str) -> tuple[str, slice]:
+    """Bank of the layer group `name`, and the layers that it holds. Raises InputError."""
+    match = re.fullmatch(r"(\w+)(?:\[(\d{1,5}):(\d{1,5})\])?", name, re.ASCII)
+    if not match or (match[2] and int(match[2]) >= int(match[3])):
+        raise InputError(f"{name!a} is not the name of a bank or of some of its layers, as c_k[0:7]")
+    return match[1], slice(int(match[2]), int(match[3])) if match[2] else slice(None)
 
 
 def plan_formats(table: Mapping[str, Param], config: QuantConfig) -> dict[str, TensorFormat]:
@@ -173,7 +173,7 @@ def plan_formats(table: Mapping[str, Param], config: QuantConfig) -> dict[str, T
         start = 0
         for kind, run in itertools.groupby(kinds):
             stop = start + len(list(run))
-            part = part_name(bank, start, stop, len(kinds))
+            part = group_name(bank, start, stop, len(kinds))
             try:
                 formats[part] = TensorFormat((stop - start, *shape[1:]) if param.layered else shape, *kind)
             except InputError as error:
@@ -214,7 +214,7 @@ def join(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Banks of their parts, which are in order."""
     banks: dict[str, list[Tensor]] = {}
     for part, tensor in parts.items():
-        banks.setdefault(parse_part(part)[0], []).append(tensor)
+        banks.setdefault(parse_group(part)[0], []).append(tensor)
     return {bank: tensors[0] if len(tensors) == 1 else torch.cat(tensors) for bank, tensors in banks.items()}
 
 
@@ -291,7 +291,7 @@ class Quantizer:
         banks: dict[str, list[tuple[int, Rounding]]] = {}
         for part, format in self.formats.items():
             layers = format.shape[0] if format.shape else 1
-            banks.setdefault(parse_part(part)[0], []).append((layers, self._rounding(part, format)))
+            banks.setdefault(parse_group(part)[0], []).append((layers, self._rounding(part, format)))
         banks = {bank: parts for bank, parts in banks.items() if any(rounding for _, rounding in parts)}
         if not banks:
             raise InputError(
@@ -301,7 +301,7 @@ class Quantizer:
         return banks
 
     def _rounding(self, part: str, format: TensorFormat) -> Rounding:
-        qat, param = self.config.qat, self.parameters[parse_part(part)[0]]
+        qat, param = self.config.qat, self.parameters[parse_group(part)[0]]
         if qat == "export":
             if format.quantized:
                 return self.spec(part)
@@ -323,7 +323,7 @@ class Quantizer:
     def _encode(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, QuantizedTensor]]:
         check_state(state, parameter_shapes(self.model))
         for part, format in self.formats.items():
-            bank, layers = parse_part(part)
+            bank, layers = parse_group(part)
             w = state[bank].detach().float()
             w = w[layers] if w.ndim else w
             if not w.isfinite().all():
@@ -357,7 +357,7 @@ class Quantizer:
         encoded = self.encode(state) if state is not None else {}
         reports = []
         for part, format in self.formats.items():
-            bank, layers = parse_part(part)
+            bank, layers = parse_group(part)
             error = None
             if encoded:
                 w = state[bank].cpu() if state[bank].ndim == 0 else state[bank][layers].cpu()

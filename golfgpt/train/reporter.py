@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from golfgpt.config import BudgetConfig
-from golfgpt.quant.artifact import ArtifactInfo, budget_report
+from golfgpt.quant.artifact import ArtifactInfo
+from golfgpt.quant.budget import budget_report
 from golfgpt.quant.quantizer import TensorReport
 from golfgpt.score.evaluate import Score
 

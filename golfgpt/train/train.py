@@ -15,7 +15,8 @@ from golfgpt.distributed import Ranks
 from golfgpt.errors import InputError, Interrupted
 from golfgpt.files import sha256_file, write_json
 from golfgpt.quant import artifact
-from golfgpt.quant.budget import fitted
+from golfgpt.quant.budget import budget_report, check_budget, fitted
+from golfgpt.quant.codecs import require_compressor
 from golfgpt.quant.quantizer import Quantizer
 from golfgpt.score.baselines import yardsticks
 from golfgpt.score.evaluate import PartialSums, plan_windows
@@ -89,7 +90,7 @@ def train(config: RunConfig, path: Path, *, resume: bool = False, quiet: bool = 
 def check(config: RunConfig, ranks: Ranks, resume: bool) -> tuple[RunConfig, Dataset]:
     """The config with what is decided before training, and its data, checked against each other. Raises
     InputError, and BudgetError where no width fits the budget."""
-    artifact.require_compressor(config.quant.compressor)
+    require_compressor(config.quant.compressor)
     dataset = open_dataset(config, ranks)
     config = config if resume else fitted(config)  # a run keeps the width that it was started with
     artifact.check_payload_bytes(Quantizer(config.model, config.quant).formats)
@@ -163,7 +164,7 @@ def export_and_score(
     ms = score.seconds * 1000
     say(f"{stage} val_loss:{score.val_loss:.4f} {score.key}:{score.val_bpb:.4f} eval_time:{ms:.0f}ms")
     say(f"{stage}_exact val_loss:{score.val_loss:.8f} {score.key}:{score.val_bpb:.8f}")
-    budget = artifact.budget_report(info.file_bytes, config.budget)
+    budget = budget_report(info.file_bytes, config.budget)
     result = {
         "score": asdict(score),
         "artifact_bytes": info.file_bytes,
@@ -186,5 +187,5 @@ def export_and_score(
     say(score_lines(score, result["yardsticks_bpb"]))
     phases = [(name, round(used, 2), "yes" if counted else "no") for name, used, counted in ledger.report()]
     say(table(("phase", "seconds", "in the budget"), phases))
-    artifact.check_budget(info.file_bytes, config.budget)
+    check_budget(info.file_bytes, config.budget)
     return result
