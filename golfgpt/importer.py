@@ -81,7 +81,7 @@ def parts_of(export: Export, model: ModelConfig) -> dict[str, QuantizedTensor]:
     Decoding gives the file's weights but for upstream's rounding of embeddings to bfloat16, which a forward in bfloat16
     repeats.
     """
-    codes, kept = ({canonical_name(name): v for name, v in part.items()} for part in (export.codes, export.kept))
+    codes, kept = ({canonical_name(name): v for name, v in part.items()} for part in (export.codes, export.passthrough))
     out: dict[str, QuantizedTensor] = {}
     for bank, param in parameter_table(model).items():
         names, pack = param.published_names, torch.stack if param.layered else itemgetter(0)

@@ -234,7 +234,7 @@ def check_ptz(path: Path) -> None:
             expected = vectors[q].float() * vectors[scale].float()[:, None]
         else:
             expected = vectors[f"keep.{name}" if f"keep.{name}" in vectors else name]
-            assert torch.equal(export.kept[name], expected), name
+            assert torch.equal(export.passthrough[name], expected), name
         dtype = torch.bfloat16 if original.dtype == torch.bfloat16 else torch.float32
         assert torch.equal(export.state[name], expected.to(dtype).float()), name
     config = model_config(source)

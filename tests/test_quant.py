@@ -1,4 +1,4 @@
-"""The quantizer against its formulas and against training's fake quantization; upstream's names."""
+"""The quantizer against its formulas and against training's fake quantization."""
 
 import math
 from dataclasses import replace
@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from golfgpt.config import ModelConfig, QuantConfig
 from golfgpt.errors import InputError
 from golfgpt.model.parameters import parameter_shapes, parameter_table
-from golfgpt.published import from_published, to_published
 from golfgpt.quant.quantizer import Quantizer, TensorFormat, payload_bytes, plan_formats
 
 pytestmark = pytest.mark.numeric
@@ -205,45 +204,3 @@ def test_a_state_of_another_model_is_refused(change, message):
     change(state)
     with pytest.raises(InputError, match=message):
         Quantizer(SMALL, ROWS).encode(state)
-
-
-# Upstream's names
-
-
-@settings(max_examples=20, deadline=None)
-@given(models())
-def test_upstream_names_round_trip(model):
-    state = random_state(model)
-    back = from_published(to_published(state), model)
-    assert list(back) == list(parameter_shapes(model))
-    assert all(torch.equal(back[name], state[name]) for name in state)
-
-
-def test_upstream_names_are_the_published_ones():
-    names = to_published(random_state(SMALL)).keys()
-    matrices = ["attn.c_q", "attn.c_k", "attn.c_v", "attn.proj", "mlp.fc", "mlp.proj"]
-    layers = [f"{name}.weight" for name in matrices] + ["attn_scale", "mlp_scale", "resid_mix", "attn.q_gain"]
-    expected = {f"blocks.{i}.{name}" for i in range(3) for name in layers}
-    assert names == expected | {"tok_emb.weight", "skip_weights"}
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda state: state.pop("blocks.1.attn.q_gain"), "missing tensors: blocks.1.attn.q_gain"),
-        (lambda state: state.update({"blocks.3.attn_scale": torch.ones(16)}), "unexpected.*blocks.3.attn_scale"),
-        (lambda state: state.update({"lm_head.weight": torch.ones(24, 16)}), "unexpected.*lm_head.weight"),
-        (lambda state: state.update({"skip_weights": torch.ones(2, 16)}), "skip_weights has shape"),
-    ],
-)
-def test_foreign_states_are_refused_by_name(change, message):
-    state = to_published(random_state(SMALL))
-    change(state)
-    with pytest.raises(InputError, match=message):
-        from_published(state, SMALL)
-
-
-def test_a_single_layer_drops_upstreams_empty_skip_weights():
-    model = ModelConfig(vocab_size=8, num_layers=1, model_dim=8, num_heads=2, num_kv_heads=1, mlp_hidden=4)
-    upstream = to_published(random_state(model)) | {"skip_weights": torch.ones(0, 8)}
-    assert "skip_weights" not in from_published(upstream, model)

@@ -23,18 +23,6 @@ _PR65_NAMES = {
 }
 
 
-def published_names(bank: str, shape: tuple[int, ...]) -> list[str]:
-    """Published names of the tensors in a bank; raises InputError for an unknown bank."""
-    if bank not in PUBLISHED_NAMES:
-        raise InputError(f"unexpected tensors: {bank}")
-    return [PUBLISHED_NAMES[bank].format(i=i) for i in range(shape[0] if is_layered(bank) else 1)]
-
-
-def is_layered(bank: str) -> bool:
-    """Whether a bank holds one published tensor for each layer, or is one itself."""
-    return "{i}" in PUBLISHED_NAMES[bank]
-
-
 def published_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Published name -> shape of every parameter of the model."""
     table = parameter_table(config).values()
@@ -59,10 +47,13 @@ def listed(names: Iterable[object]) -> str:
 
 
 def to_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Upstream's per-layer tensors, as views of the banks in `state`; InputError for an unknown bank."""
+    """The published per-layer tensors, as views of the banks in `state`; InputError for an unknown bank."""
+    if unknown := state.keys() - PUBLISHED_NAMES.keys():
+        raise InputError(f"unexpected tensors: {listed(unknown)}")
     out = {}
     for bank, tensor in state.items():
-        out |= zip(published_names(bank, tensor.shape), tensor if is_layered(bank) else [tensor], strict=True)
+        name = PUBLISHED_NAMES[bank]
+        out |= {name.format(i=i): w for i, w in enumerate(tensor)} if "{i}" in name else {name: tensor}
     return out
 
 
@@ -82,7 +73,7 @@ def from_published(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str
 
 
 def canonical_name(name: str) -> str:
-    """The name that `published_names` has for a tensor which PR #65 calls otherwise."""
+    """The name in `golfgpt.model.parameters` of a tensor that PR #65 calls otherwise."""
     return _PR65_NAMES.get(name, name)
 
 
@@ -106,7 +97,7 @@ def infer_config(
     smear_gate: Literal["after_norm", "before_norm"] | None = None,
     document_start: int | None = None,
 ) -> ModelConfig:
-    """The configuration of the model that upstream's per-layer tensors `state` belong to.
+    """The configuration of the model that the published per-layer tensors `state` belong to.
 
     The tensors show every size; the keywords are what they do not show (`assumed_fields` says which, and what
     was published). `smear_gate` None takes after_norm, or before_norm beside tensors of PR #65: its names, or
