@@ -428,7 +428,7 @@ def fake_quant_ms(trainer: TrainStep) -> float:
     """Quantizing all matrices once, alone; the step does it inside the launch that updates them."""
 
     def quantize(_inputs: object) -> None:
-        trainer.shadows.refresh(trainer.shadows.quantized)
+        trainer.compute_copies.refresh(trainer.compute_copies.quantized)
 
     return tuning.time_us(quantize, [{}], trainer.ranks.device).us / 1e3
 
@@ -558,7 +558,7 @@ def add_ratios(entry: dict) -> None:
 def add_details(timed: Timed, entry: dict) -> None:
     """What is asked of golfgpt's step alone."""
     entry["optimizer_graph"] = timed.form.graph
-    if timed.form.trainer.shadows.quantized:
+    if timed.form.trainer.compute_copies.quantized:
         entry["fake_quant_ms"] = round(fake_quant_ms(timed.form.trainer), 4)
         entry["fake_quant_share"] = round(entry["fake_quant_ms"] / entry["forms"]["golfgpt"]["ms"]["step"], 4)
     if timed.setup.device.type == "cuda":

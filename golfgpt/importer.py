@@ -1,16 +1,14 @@
 """Published model files as runs: evaluated, sampled and exported like models trained here.
 
 A quantized file keeps its codes and scales; nothing is quantized twice. The run's checkpoint holds the weights as
-upstream's model has them, so that `golfgpt export --to golf` can store them in another format.
+the published model has them, so that `golfgpt export --to golf` can store them in another format.
 """
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,20 +18,15 @@ from golfgpt.data.tokenizer import Tokenizer
 from golfgpt.errors import InputError
 from golfgpt.files import write_bytes
 from golfgpt.model.parameters import parameter_table
-from golfgpt.published import (
-    Export,
-    canonical_name,
-    from_published,
-    infer_config,
-)
+from golfgpt.published import Export, canonical_name, from_published, infer_config
 from golfgpt.quant import artifact
-from golfgpt.quant.quantizer import DTYPES, QuantizedTensor, Quantizer, TensorFormat, group_name
+from golfgpt.quant.quantizer import DTYPES, QuantizedTensor, Quantizer, TensorFormat, layer_groups
 from golfgpt.train import checkpoint
 from golfgpt.train.run_folder import RunFolder
 
 
 def import_model(export: Export, tokenizer: Tokenizer, config: RunConfig, path: Path) -> artifact.ArtifactInfo:
-    """Write the run folder `path` of an upstream file: checkpoint, tokenizer, and model.golf.
+    """Write the run folder `path` of a published file: checkpoint, tokenizer, and model.golf.
 
     `config.model` gives what no tensor shows (see `model_of`), the rest of `config` goes into the run as it is; a file
     that is not quantized is exported under config.quant. Raises InputError for a tokenizer of another vocabulary and
@@ -44,7 +37,7 @@ def import_model(export: Export, tokenizer: Tokenizer, config: RunConfig, path: 
         raise InputError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.vocab_size}")
     config = replace(config, model=model)
     state = from_published(export.state, model)
-    encoded = parts_of(export, model) if export.codes else Quantizer(model, config.quant).encode(state)
+    encoded = layer_groups_of(export, model) if export.codes else Quantizer(model, config.quant).encode(state)
     blob = artifact.seal(
         encoded, model=model, quant=config.quant, tokenizer_sha256=tokenizer.digest, seq_len=config.data.seq_len
     )
@@ -75,31 +68,33 @@ def model_of(export: Export, like: ModelConfig) -> ModelConfig:
     )
 
 
-def parts_of(export: Export, model: ModelConfig) -> dict[str, QuantizedTensor]:
-    """The file's own codes, scales and kept tensors as parts of an artifact; bfloat16 tensors become float32.
+def layer_groups_of(export: Export, model: ModelConfig) -> dict[str, QuantizedTensor]:
+    """The file's own codes, scales and passthrough tensors as layer groups; bfloat16 tensors become float32.
 
-    Decoding gives the file's weights but for upstream's rounding of embeddings to bfloat16, which a forward in bfloat16
-    repeats.
+    Decoding gives the file's weights except for the published rounding of embeddings to bfloat16, which a forward in
+    bfloat16 repeats.
     """
-    codes, kept = ({canonical_name(name): v for name, v in part.items()} for part in (export.codes, export.passthrough))
+    codes = {canonical_name(name): pair for name, pair in export.codes.items()}
+    passthrough = {canonical_name(name): tensor for name, tensor in export.passthrough.items()}
     out: dict[str, QuantizedTensor] = {}
     for bank, param in parameter_table(model).items():
-        names, pack = param.published_names, torch.stack if param.layered else itemgetter(0)
-        if flat := [name for name in names if name in codes and codes[name][0].ndim != 2]:
-            raise InputError(f"{flat[0]} is quantized and no matrix: artifacts keep such tensors as they are")
-        bits = max((_bits(codes[name][0]) for name in names if name in codes), default=0)
-        kinds = [_kind(name, codes, kept, bits) for name in names]
-        start = 0
-        for (format, scale), run in itertools.groupby(kinds):
-            stop = start + len(list(run))
-            layers = names[start:stop]
-            values = [codes[name][0] if scale else kept[name].to(DTYPES[format]) for name in layers]
-            out[group_name(bank, start, stop, len(names))] = QuantizedTensor(
-                TensorFormat((stop - start, *param.shape[1:]) if param.layered else param.shape, format, scale),
-                pack(values),
-                pack([_row_scales(*codes[name]) for name in layers]) if scale else None,
-            )
-            start = stop
+        quantized = [name for name in param.published_names if name in codes]
+        if flat := [name for name in quantized if codes[name][0].ndim != 2]:
+            raise InputError(f"{flat[0]} is quantized, expected a passthrough tensor: it is not a matrix")
+        bits = max((_bits(codes[name][0]) for name in quantized), default=0)
+        formats = [
+            (f"int{bits}", _number(codes[name][1])) if name in codes else (_number(passthrough[name]), None)
+            for name in param.published_names
+        ]
+        pack = torch.stack if param.layered else itemgetter(0)
+        for group, shape, names, (number, scale) in layer_groups(bank, param, formats):
+            format = TensorFormat(shape, number, scale)
+            if format.quantized:
+                rows = len(codes[names[0]][0])  # the published per-tensor form has one scale for all
+                scales = pack([codes[name][1].to(DTYPES[scale]).expand(rows) for name in names]).contiguous()
+                out[group] = QuantizedTensor(format, pack([codes[name][0] for name in names]), scales)
+            else:
+                out[group] = QuantizedTensor(format, pack([passthrough[name].to(DTYPES[number]) for name in names]))
     return out
 
 
@@ -108,14 +103,5 @@ def _bits(codes: Tensor) -> int:
     return max(2, (max(-low - 1, high)).bit_length() + 1)
 
 
-def _kind(name: str, codes: dict[str, Any], kept: dict[str, Tensor], bits: int) -> tuple[str, str | None]:
-    """(format, scale dtype) of one of upstream's tensors."""
-    stored = (codes[name][1] if name in codes else kept[name]).dtype
-    number = "float16" if stored == torch.float16 else "float32"
-    return (f"int{bits}", number) if name in codes else (number, None)
-
-
-def _row_scales(codes: Tensor, scale: Tensor) -> Tensor:
-    """One scale a row; upstream has one in all for tensors that are not matrices."""
-    scale = scale if scale.dtype == torch.float16 else scale.float()
-    return scale.expand(codes.shape[:1]).contiguous()
+def _number(stored: Tensor) -> str:
+    return "float16" if stored.dtype == torch.float16 else "float32"

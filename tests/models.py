@@ -20,7 +20,7 @@ from golfgpt.config import (
     ScheduleConfig,
 )
 from golfgpt.model.gpt import GPT
-from golfgpt.quant import shadows
+from golfgpt.quant import compute_copies
 from golfgpt.quant.quantizer import FakeQuant
 
 SMALL = ModelConfig(vocab_size=97, num_layers=5, model_dim=48, num_heads=4, num_kv_heads=2, mlp_hidden=80)
@@ -40,9 +40,9 @@ def fake_quantized(
     model: GPT, fake_quant: FakeQuant, enabled: torch.Tensor | None = None, impl: str = "auto"
 ) -> dict[str, torch.Tensor]:
     """`stand_ins` of the model's parameters: as the artifact will hold them, with straight-through gradients."""
-    with mock.patch.object(shadows, "fake_quantize_rows", functools.partial(fake_quantize_rows, impl=impl)):
-        parts = {name: (model.get_parameter(name), parts) for name, parts in fake_quant.items()}
-        return {name: shadows.fake_quantized(w, parts, enabled) for name, (w, parts) in parts.items()}
+    with mock.patch.object(compute_copies, "fake_quantize_rows", functools.partial(fake_quantize_rows, impl=impl)):
+        banks = {name: (model.get_parameter(name), groups) for name, groups in fake_quant.items()}
+        return {name: compute_copies.fake_quantized(w, groups, enabled) for name, (w, groups) in banks.items()}
 
 
 def tiny_config(corpus: Path) -> RunConfig:

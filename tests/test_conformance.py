@@ -36,7 +36,7 @@ from golfgpt.model.layers import rope_table
 from golfgpt.model.parameters import parameter_shapes, parameter_table
 from golfgpt.optim.optimizers import Muon
 from golfgpt.published import from_published, infer_config, read_export, to_published
-from golfgpt.quant.quantizer import Quantizer, parse_group, prune_threshold, pruned
+from golfgpt.quant.quantizer import Quantizer, parse_layer_group, prune_threshold, pruned
 from golfgpt.recipes import RECIPES
 from golfgpt.score.windows import Scorer, Windows, score_windows
 from golfgpt.train.step import TrainStep
@@ -166,7 +166,7 @@ def check_quant(v: Vectors) -> None:
         assert quantizer.payload_bytes == v.meta["payload_bytes"]
     values, scales = {}, {}
     for part, tensor in quantizer.encode(from_published({k: t.float() for k, t in source.items()}, config)).items():
-        bank, layers = parse_group(part)
+        bank, layers = parse_layer_group(part)
         names = parameter_table(config)[bank].published_names[layers]
         layered = names[0].startswith("blocks.")
         values |= zip(names, tensor.values if layered else [tensor.values], strict=True)

@@ -13,7 +13,7 @@ import torch
 
 from golfgpt.cli import main
 from golfgpt.config import AverageConfig, QuantConfig
-from golfgpt.importer import import_model, parts_of
+from golfgpt.importer import import_model, layer_groups_of
 from golfgpt.published import from_published, read_export, to_published
 from golfgpt.quant import artifact
 from golfgpt.quant.quantizer import Quantizer
@@ -44,13 +44,13 @@ def saved(content, compress=lambda data: data) -> bytes:
 def mixed(state: dict[str, torch.Tensor], model) -> dict:
     """R5's dict: int6 codes with float16 scales, the rest in float16."""
     w, m = {}, {}
-    for part, tensor in Quantizer(model, QUANT).encode(state).items():
-        names = to_published({part: tensor.values})
+    for bank, tensor in Quantizer(model, QUANT).encode(state).items():
+        names = to_published({bank: tensor.values})
         for name, values in names.items():
             if tensor.scale is None:
                 w[name], m[name] = values.half(), "passthrough"
             else:
-                scale = to_published({part: tensor.scale})[name]
+                scale = to_published({bank: tensor.scale})[name]
                 w[f"{name}.q"], w[f"{name}.scale"], m[name] = values, scale, {"type": "int6"}
     return {"w": w, "m": m}
 
@@ -99,11 +99,11 @@ def test_codes_are_taken_over_and_not_quantized_twice(trained, corpus, tmp_path,
     tokenizer = Tokenizer.from_file(corpus / "tokenizer.model")
     info = import_model(export, tokenizer, config, tmp_path / "run")
     ours = Quantizer(config.model, QUANT).encode(state)
-    theirs = parts_of(export, config.model)
-    assert theirs.keys() == ours.keys() and info.formats == {name: part.format for name, part in theirs.items()}
-    for name, part in ours.items():
-        assert torch.equal(theirs[name].values, part.values), name
-        assert part.scale is None or torch.equal(theirs[name].scale, part.scale), name
+    theirs = layer_groups_of(export, config.model)
+    assert theirs.keys() == ours.keys() and info.formats == {name: group.format for name, group in theirs.items()}
+    for name, group in ours.items():
+        assert torch.equal(theirs[name].values, group.values), name
+        assert group.scale is None or torch.equal(theirs[name].scale, group.scale), name
     weights = trained_weights(tmp_path / "run")
     for name, tensor in from_published(export.state, config.model).items():
         assert torch.equal(weights[name], tensor), name
@@ -124,7 +124,7 @@ def large_scales(w: dict, m: dict) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (flat_codes, "attn.q_gain is quantized and no matrix"),
+        (flat_codes, "attn.q_gain is quantized, expected a passthrough tensor"),
         (large_scales, "scales whose weights exceed float32"),
     ],
 )

@@ -17,7 +17,7 @@ from golfgpt.model.layers import LoRA, Observed, rms_norm
 from golfgpt.model.plan import layer_plan
 from golfgpt.optim.optimizers import Optimizers
 from golfgpt.published import from_published, to_published
-from golfgpt.quant import shadows
+from golfgpt.quant import compute_copies
 
 pytestmark = pytest.mark.numeric
 
@@ -256,8 +256,10 @@ def test_fake_quantization_is_live_under_compile_and_switches_without_recompilin
     fake_quant = {name: [(1, INT5)] for name in ("mlp_fc", "mlp_proj", "c_q")}
 
     def loss():
-        parts = fake_quant.items()
-        stand_ins = {name: shadows.fake_quantized(model.get_parameter(name), each, enabled) for name, each in parts}
+        stand_ins = {
+            name: compute_copies.fake_quantized(model.get_parameter(name), groups, enabled)
+            for name, groups in fake_quant.items()
+        }
         return model.loss(ids, ids, stand_ins=stand_ins)
 
     compiled = torch.compile(loss, dynamic=False, fullgraph=True, backend="aot_eager")

@@ -357,24 +357,24 @@ def test_options_do_what_they_say():
 
 
 @pytest.mark.parametrize("impl", ["eager", "triton"])
-def test_shadows_follow(impl, device):
+def test_compute_copies_follow(impl, device):
     params = parameters(device)
-    shadows = {p: torch.zeros_like(p, dtype=torch.bfloat16) for p in params}
-    run(params, shadows=shadows, impl=impl)
-    assert all(torch.equal(shadows[p], p.bfloat16()) for p in params)
+    copies = {p: torch.zeros_like(p, dtype=torch.bfloat16) for p in params}
+    run(params, compute_copies=copies, impl=impl)
+    assert all(torch.equal(copies[p], p.bfloat16()) for p in params)
 
 
 @pytest.mark.parametrize("impl", ["eager", "triton"])
-def test_quantized_shadows_follow(impl, device):
+def test_quantized_compute_copies_follow(impl, device):
     """Banks of one quantizer but other bits, and one bank without."""
     params = parameters(device)
-    shadows = {p: torch.zeros_like(p, dtype=torch.bfloat16) for p in params}
+    copies = {p: torch.zeros_like(p, dtype=torch.bfloat16) for p in params}
     quantizers = {params[0]: RowQuant(bits=6, clip="quantile"), params[2]: RowQuant(bits=5, clip="quantile")}
-    run(params, shadows=shadows, quantizers=quantizers, impl=impl)
+    run(params, compute_copies=copies, quantizers=quantizers, impl=impl)
     for p in params:
         spec = quantizers.get(p)
         expected = p.bfloat16() if spec is None else fake_quantize_rows_ref(p, spec, dtype=torch.bfloat16)
-        assert torch.equal(shadows[p], expected)
+        assert torch.equal(copies[p], expected)
 
 
 @pytest.mark.parametrize("impl", ["eager", "triton"])
@@ -447,29 +447,29 @@ def test_large_finite_gradients_and_odd_parameters():
     assert len(optimizer.param_groups) == 1
 
 
-def test_a_quantizer_needs_a_shadow_and_a_shadow_is_one_parameter_s_own():
+def test_a_quantizer_needs_a_compute_copy_and_that_is_one_parameter_s_own():
     p, q = parameters()[:2]
-    with pytest.raises(ValueError, match=r"a quantizer but no shadow for a parameter of shape"):
+    with pytest.raises(ValueError, match=r"a quantizer but no compute copy for a parameter of shape"):
         Muon([p, q], lr=0.1, quantizers={p: INT6})
-    optimizer = Muon([p, q], lr=0.1, shadows={p: torch.zeros_like(p)})
+    optimizer = Muon([p, q], lr=0.1, compute_copies={p: torch.zeros_like(p)})
     for parameter in (p, q):
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
-    assert torch.equal(optimizer.shadows[p], p.detach())
+    assert torch.equal(optimizer.compute_copies[p], p.detach())
 
 
 def test_copies_are_whole():
-    """Shadows of a copy follow the copy's parameters."""
+    """Compute copies of a deep copy follow its parameters."""
     params = parameters()
-    shadows = {p: p.detach().bfloat16() for p in params}
-    optimizer = run(params, shadows=shadows, quantizers={p: INT6 for p in params}, dtype=torch.float32)
+    copies = {p: p.detach().bfloat16() for p in params}
+    optimizer = run(params, compute_copies=copies, quantizers={p: INT6 for p in params}, dtype=torch.float32)
     again = copy.deepcopy(optimizer)
     for o in (optimizer, again):
         for i, p in enumerate(o.param_groups[0]["params"]):
             p.grad = randn(*p.shape, seed=i)
         o.step()
     for p, q in zip(params, again.param_groups[0]["params"], strict=True):
-        assert p is not q and torch.equal(p, q) and torch.equal(shadows[p], again.shadows[q])
+        assert p is not q and torch.equal(p, q) and torch.equal(copies[p], again.compute_copies[q])
 
 
 def test_default_dtype_is_not_asked():

@@ -10,14 +10,14 @@ from models import fake_quantized
 
 from golfgpt.config import AverageConfig, ModelConfig, OptimConfig, QuantConfig, RunConfig, ScheduleConfig
 from golfgpt.distributed import Ranks
-from golfgpt.errors import InputError, NonFiniteError
+from golfgpt.errors import NonFiniteError
 from golfgpt.model.gpt import GPT
 from golfgpt.model.parameters import of_kind, parameter_table
 from golfgpt.optim.averaging import Average
 from golfgpt.optim.flat import FlatGradients
 from golfgpt.optim.schedule import lr_multiplier, quantization_aware
-from golfgpt.quant import artifact, shadows
-from golfgpt.quant.quantizer import Quantizer, join, plan_formats, prune_threshold, pruned
+from golfgpt.quant import artifact, compute_copies
+from golfgpt.quant.quantizer import Quantizer
 from golfgpt.recipes import RECIPES
 from golfgpt.train.step import TrainStep
 
@@ -146,14 +146,14 @@ def test_late_quantization_begins_on_its_step_without_recompiling(start, below, 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("quant", [MIXED, QuantConfig(), QuantConfig(bits=5, keep_numel=0, qat="r5", clip="quantile")])
 @pytest.mark.parametrize("start", [0.0, 0.5])
-def test_shadows_are_what_the_forward_would_make_of_the_weights(quant, dtype, start, monkeypatch):
+def test_compute_copies_are_what_the_forward_would_make_of_the_weights(quant, dtype, start, monkeypatch):
     """After every update, Muon's launch or the refresh has left exactly what casting and quantizing would give."""
     quant = replace(quant, qat_start=start if quant.qat != "off" else 0.0)
     config = run(quant)
     trainer = trainer_of(replace(config, runtime=replace(config.runtime, dtype=dtype)), monkeypatch)
-    shadows = trainer.shadows
+    copies = trainer.compute_copies
     matrices = set(of_kind(parameter_table(MODEL), "matrix"))
-    assert set(shadows.banks) == (matrices if dtype == "bfloat16" or quant.qat != "off" else set())
+    assert set(copies.banks) == (matrices if dtype == "bfloat16" or quant.qat != "off" else set())
     quantized = Quantizer(MODEL, quant).fake_quant()
     for step in range(6):
         pending = trainer.launch(step)
@@ -162,20 +162,20 @@ def test_shadows_are_what_the_forward_would_make_of_the_weights(quant, dtype, st
         trainer.update(pending)
         aware = trainer.quantization_aware(step + 1)
         weights = dict(trainer.model.named_parameters()) | fake_quantized(trainer.model, quantized if aware else {})
-        for name, shadow in shadows.banks.items():
-            assert torch.equal(shadow, weights[name].to(shadow.dtype)), (step, name)
+        for name, copy in copies.banks.items():
+            assert torch.equal(copy, weights[name].to(copy.dtype)), (step, name)
         assert result.finite and (options is None) == (quant.qat == "off" or step < 8 * start)
     trainer.model.load_state_dict(GPT(MODEL, seed=5).state_dict())
     trainer.launch(6)
     weights = dict(trainer.model.named_parameters()) | fake_quantized(trainer.model, quantized)
-    assert all(torch.equal(shadow, weights[name].to(shadow.dtype)) for name, shadow in shadows.banks.items())
+    assert all(torch.equal(copy, weights[name].to(copy.dtype)) for name, copy in copies.banks.items())
 
 
 def test_from_the_first_bad_step_on_nothing_changes(monkeypatch):
     trainer = trainer_of(run(replace(MIXED, qat="export"), optim=OptimConfig(embed_dtype="bfloat16")), monkeypatch)
     trainer.update(trainer.launch(0))
     before = {k: v.clone() for k, v in (trainer.model.state_dict() | trainer.optimizers.state()).items()}
-    shadows = {k: v.clone() for k, v in trainer.shadows.banks.items()}
+    copies = {k: v.clone() for k, v in trainer.compute_copies.banks.items()}
     sum_ = FlatGradients.sum_
     monkeypatch.setattr(FlatGradients, "sum_", lambda flat: (sum_(flat), flat.gradients[7:8].fill_(float("nan"))))
     bad = trainer.launch(1)
@@ -184,7 +184,7 @@ def test_from_the_first_bad_step_on_nothing_changes(monkeypatch):
     trainer.update(trainer.launch(2))  # on its way before the host has read step 1
     after = trainer.model.state_dict() | trainer.optimizers.state()
     assert all(torch.equal(after[name], value) for name, value in before.items())
-    assert all(torch.equal(trainer.shadows.banks[name], value) for name, value in shadows.items())
+    assert all(torch.equal(trainer.compute_copies.banks[name], value) for name, value in copies.items())
     with pytest.raises(NonFiniteError, match=r"step 1: .* is not finite; nothing was updated"):
         trainer.wait(bad)
 
@@ -202,87 +202,20 @@ def test_quantization_aware_by_budget_and_rate():
     assert not quantization_aware(1.0, 0.0, QuantConfig())
 
 
-@pytest.mark.parametrize("name", ["mixed-qat", "int6-qat-4096", "int5-int6-swa"])
-def test_published_quantization_leaves_embeddings_alone_and_has_no_stored_scale(name):
-    c = RECIPES[name].config
-    parts = Quantizer(c.model, c.quant).fake_quant()
-    assert not {"tok_emb", "bigram_table"} & parts.keys() and {"c_q", "mlp_proj"} <= parts.keys()
-    specs = {bank: spec for bank, ((_, spec),) in parts.items()}
-    assert all(spec.scale_dtype == torch.float32 and spec.scale_floor < 1e-8 for spec in specs.values())
-    assert specs["mlp_fc"].bits == (5 if name == "int5-int6-swa" else 6)
-
-
-# Rules
-
-
-def test_the_first_rule_that_matches_decides_and_layers_count_from_both_ends():
-    formats = plan_formats(parameter_table(MODEL), MIXED)
-    assert formats["tok_emb"].format == "int8"
-    assert [(n, f.format) for n, f in formats.items() if n.startswith("c_k")] == [
-        ("c_k[0:3]", "int6"),
-        ("c_k[3:4]", "float16"),
-    ]
-    assert [(n, f.format, f.group, f.shape) for n, f in formats.items() if n.startswith(("mlp_fc", "mlp_proj"))] == [
-        ("mlp_fc[0:2]", "int5", 12, (2, 50, 36)),
-        ("mlp_fc[2:4]", "int5", None, (2, 50, 36)),
-        ("mlp_proj", "int5", None, (4, 36, 50)),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("rules", "message"),
-    [
-        (
-            ("blocks.9.attn.c_k.weight=float16",),
-            "'blocks.9.attn.c_k.weight' matches no tensor of this model; its names",
-        ),
-        (("bigram.scale=int6",), r"bigram.scale .bigram_scale.: format int6 needs rows"),
-        (("*.mlp.fc.*=int6/7",), r"mlp.fc.weight .mlp_fc.: groups of 7 columns do not divide the 36"),
-        (("*.mlp.*=int8", "*.mlp.fc.*=int5"), r"'\*.mlp.fc.\*' decides nothing, .* put it before them"),
-    ],
-)
-def test_rules_that_cannot_be_followed_are_errors(rules, message):
-    with pytest.raises(InputError, match=message):
-        plan_formats(parameter_table(MODEL), QuantConfig(rules=rules))
-
-
-def test_a_pattern_counts_layers_from_the_end_only_where_it_says_so():
-    formats = plan_formats(parameter_table(MODEL), QuantConfig(rules=("blocks.[!0]*.mlp.fc.*=int4",), keep_numel=0))
-    assert {name: f.format for name, f in formats.items() if "mlp_fc" in name} == {
-        "mlp_fc[0:1]": "int8",
-        "mlp_fc[1:4]": "int4",
-    }
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"qat": "r4", "rules": ("*=float16",)}, "quant.qat r4 changes no weight"),
-        ({"qat": "r5", "keep_numel": 10**8}, "quant.qat r5 changes no weight"),
-        ({"qat": "r4", "rules": ("*.attn.*=float16", "*.mlp.*=float16"), "keep_numel": 0}, "changes no weight"),
-        ({"qat": "export", "rules": ("*=float32",)}, "quant.qat export changes no weight"),
-        ({"qat": "export", "prune": 0.05}, "quant.prune 0.05 changes them afterwards"),
-    ],
-)
-def test_quantization_aware_training_that_would_be_none_is_refused(options, message):
-    with pytest.raises(InputError, match=message):
-        Quantizer(MODEL, QuantConfig(**options)).fake_quant()
-
-
 @pytest.mark.slow
 def test_what_inductor_compiles_trains_on_the_weights_that_ship():
-    """It removes a round trip through float16, which is how kept tensors are stored, wherever it sees one."""
+    """It removes a round trip through float16, which is how passthrough tensors are stored, wherever it sees one."""
     torch.compiler.reset()
     model = model_with_hard_rows()
     quantizer = Quantizer(MODEL, replace(MIXED, rules=(*MIXED.rules[1:], "tok_emb.*=float16")))
     shipped = GPT(MODEL)
     shipped.load_state_dict(quantizer.decode(quantizer.encode(model.state_dict())))
     enabled = torch.tensor(True)
-    parts = quantizer.fake_quant()
-    assert parts["tok_emb"][0][1] == parts["resid_mix"][0][1] == torch.float16
+    groups = quantizer.fake_quant()
+    assert groups["tok_emb"][0][1] == groups["resid_mix"][0][1] == torch.float16
 
     def used(weights, on):
-        return {name: shadows.fake_quantized(w, parts.get(name, []), on) + 0 for name, w in weights.items()}
+        return {name: compute_copies.fake_quantized(w, groups.get(name, []), on) + 0 for name, w in weights.items()}
 
     compiled = torch.compile(used, dynamic=False, fullgraph=True)
     weights = dict(model.named_parameters())
@@ -290,27 +223,6 @@ def test_what_inductor_compiles_trains_on_the_weights_that_ship():
         assert torch.equal(w, shipped.get_parameter(name)), name
     for name, w in compiled(weights, torch.tensor(False)).items():
         assert torch.equal(w, weights[name]), name
-
-
-def test_parts_join_to_banks():
-    parts = {"a": torch.zeros(2), "c_k[0:2]": torch.ones(2, 3), "c_k[2:3]": torch.zeros(1, 3)}
-    banks = join(parts)
-    assert list(banks) == ["a", "c_k"] and banks["c_k"].tolist() == [[1] * 3, [1] * 3, [0] * 3]
-
-
-# Pruning
-
-
-def test_pruning_takes_the_smallest_of_each_large_matrix():
-    w = torch.randn(2, 300, 300, generator=torch.Generator().manual_seed(0))
-    w[1] *= 10
-    c_q, attn_scale = (parameter_table(MODEL)[name] for name in ("c_q", "attn_scale"))
-    result = pruned(c_q, w, 0.05)
-    for before, after in zip(w, result, strict=True):
-        assert (after == 0).sum() == 4500
-        assert before[after == 0].abs().max() < prune_threshold(before, 0.05) <= after[after != 0].abs().min()
-    assert torch.equal(pruned(c_q, w[:, :200], 0.05), w[:, :200])  # 60,000 elements a layer
-    assert torch.equal(pruned(attn_scale, w, 0.05), w) and pruned(c_q, w, 0.0) is w
 
 
 # Averages

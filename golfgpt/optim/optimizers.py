@@ -6,7 +6,7 @@ Muon (Keller Jordan, https://kellerjordan.github.io/posts/muon), over banks of m
 Matrices of one shape are orthogonalized as one batch, whichever banks they come from. Learning rates and the
 momentum live on the device, so a schedule moves them without recapturing a CUDA graph of the whole step. As kernels
 that is one launch for all momenta, which sums the squares of u for the norms too, 1 + 3 ns_steps for each shape, and
-one for all updates and shadows (one more for each further set of quantizer options).
+one for all updates and compute copies (one more for each further set of quantizer options).
 
 Options, as torch operations around the orthogonalization: `row_norm` divides each row of u by its norm first
 (MuonEq-R); `variance_beta` divides each row of O by the root of a running mean of its squares and restores the
@@ -26,17 +26,17 @@ from golfgpt.config import OptimConfig
 from golfgpt.model.gpt import GPT
 from golfgpt.model.parameters import of_kind
 from golfgpt.optim.flat import FlatGradients
-from golfgpt.quant.shadows import Shadows
+from golfgpt.quant.compute_copies import ComputeCopies
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum orthogonalized by Newton-Schulz, over parameters (..., rows, cols) with rows = out features.
 
-    `lr` and `momentum` of a group are numbers or 0-d float32 tensors on the parameters' device. `shadows` maps
+    `lr` and `momentum` of a group are numbers or 0-d float32 tensors on the parameters' device. `compute_copies` maps
     parameters to tensors of their shape that get a rounded copy of every update, fake-quantized by the parameter's
     entry in `quantizers` if it has one, while `enabled`, a 0-d bool tensor, is true (None: always).
     `dtype` is the iteration's.
-    Raises ValueError for a parameter with fewer than two dimensions, or without a shadow where it needs one.
+    Raises ValueError for a parameter with fewer than two dimensions, or without a compute copy where it needs one.
     """
 
     def __init__(
@@ -51,13 +51,13 @@ class Muon(torch.optim.Optimizer):
         row_norm: bool = False,
         variance_beta: float = 0.0,
         dtype: torch.dtype = torch.bfloat16,
-        shadows: Mapping[Tensor, Tensor] | None = None,
+        compute_copies: Mapping[Tensor, Tensor] | None = None,
         quantizers: Mapping[Tensor, RowQuant] | None = None,
         enabled: Tensor | None = None,
         impl: str = "auto",
     ):
         self.dtype, self.impl = dtype, impl
-        self.shadows, self.quantizers, self.enabled = shadows or {}, quantizers or {}, enabled
+        self.compute_copies, self.quantizers, self.enabled = compute_copies or {}, quantizers or {}, enabled
         defaults = dict(
             lr=lr, momentum=momentum, nesterov=nesterov, ns_steps=ns_steps, weight_decay=weight_decay,
             row_norm=row_norm, variance_beta=variance_beta,
@@ -70,13 +70,13 @@ class Muon(torch.optim.Optimizer):
         for p in group["params"]:
             if p.ndim < 2:
                 raise ValueError(f"Muon takes matrices or banks of matrices, got shape {tuple(p.shape)}")
-            if p in self.quantizers and p not in self.shadows:
-                raise ValueError(f"Muon: a quantizer but no shadow for a parameter of shape {tuple(p.shape)}")
+            if p in self.quantizers and p not in self.compute_copies:
+                raise ValueError(f"Muon: a quantizer but no compute copy for a parameter of shape {tuple(p.shape)}")
         super().add_param_group(group)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which torch's own would leave without what lies outside the groups."""
-        own = {name: getattr(self, name) for name in ("dtype", "shadows", "quantizers", "enabled", "impl")}
+        own = {name: getattr(self, name) for name in ("dtype", "compute_copies", "quantizers", "enabled", "impl")}
         return {**super().__getstate__(), **own}
 
     @torch.no_grad()
@@ -147,8 +147,8 @@ class Muon(torch.optim.Optimizer):
                     self._equalize(p, part, group["variance_beta"], ok) if group["variance_beta"] else part
                 )
         of = dict(zip(params, orthogonal, strict=True))
-        for shadowed in (True, False):
-            members = [p for p in params if (p in self.shadows) == shadowed]
+        for copied in (True, False):
+            members = [p for p in params if (p in self.compute_copies) == copied]
             if not members:
                 continue
             muon_update_(
@@ -157,7 +157,7 @@ class Muon(torch.optim.Optimizer):
                 _scalar(group["lr"], params[0].device),
                 scales=[max(1.0, p.size(-2) / p.size(-1)) ** 0.5 for p in members],
                 weight_decay=group["weight_decay"],
-                shadows=[self.shadows[p] for p in members] if shadowed else None,
+                shadows=[self.compute_copies[p] for p in members] if copied else None,
                 specs=[self.quantizers.get(p) for p in members],
                 enabled=self.enabled,
                 ok=ok,
@@ -184,9 +184,9 @@ def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
 class Optimizers:
     """All optimizer groups of a model, each kind with its base learning rate.
 
-    With `flat` the matrices are stepped as it says, replicated or sharded, and gathered afterwards. `shadows` are kept
-    up to date, by Muon's own launch where it can. `dtype` is that of Newton-Schulz. While `ok`, a 0-d bool tensor on
-    the device, is false, a step changes nothing.
+    With `flat` the matrices are stepped as it says, replicated or sharded, and gathered afterwards. `compute_copies`
+    are kept up to date, by Muon's own launch where it can. `dtype` is that of Newton-Schulz. While `ok`, a 0-d bool
+    tensor on the device, is false, a step changes nothing.
     """
 
     def __init__(
@@ -194,7 +194,7 @@ class Optimizers:
         model: GPT,
         config: OptimConfig,
         flat: FlatGradients | None = None,
-        shadows: Shadows | None = None,
+        compute_copies: ComputeCopies | None = None,
         dtype: torch.dtype = torch.bfloat16,
     ):
         named = dict(model.named_parameters())
@@ -218,9 +218,9 @@ class Optimizers:
             fused=True,
             capturable=device.type == "cuda",
         )
-        self._shadows = shadows
-        written = shadows.written_by_muon() if shadows is not None and self._flat is None else {}
-        self._refreshed = [] if shadows is None else [name for name in shadows.banks if name not in written]
+        self._copies = copies = compute_copies
+        written = copies.written_by_muon() if copies is not None and self._flat is None else {}
+        self._refreshed = [] if copies is None else [name for name in copies.banks if name not in written]
         self.muon = Muon(
             matrices if self._flat is None else [stack.shard for stack in self._flat.stacks],
             lr=rates_on_device[-1],
@@ -230,9 +230,9 @@ class Optimizers:
             row_norm=config.muon_row_norm,
             variance_beta=config.muon_variance_beta,
             dtype=dtype,
-            shadows={named[name]: shadows.banks[name] for name in written},
+            compute_copies={named[name]: copies.banks[name] for name in written},
             quantizers={named[name]: spec for name, spec in written.items() if spec is not None},
-            enabled=None if shadows is None else shadows.enabled,
+            enabled=None if copies is None else copies.enabled,
         )
         self.ok = torch.ones((), dtype=torch.bool, device=device)
         self._found_inf = self.adam.found_inf = torch.zeros((), device=device)  # torch's name: 1 skips a fused step
@@ -261,9 +261,9 @@ class Optimizers:
         if self._flat is not None:
             self._flat.gather_weights()
         if self._refreshed:
-            self._shadows.refresh(self._refreshed)
-        elif self._shadows is not None:
-            self._shadows.mark()
+            self._copies.refresh(self._refreshed)
+        elif self._copies is not None:
+            self._copies.mark()
 
     def _step(self) -> None:
         rounded = [p for name in sorted(self.bf16_params) if (p := self._parameters[name]).grad is not None]

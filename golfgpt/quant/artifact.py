@@ -51,9 +51,9 @@ from golfgpt.quant.quantizer import (
     Quantizer,
     TensorFormat,
     TensorReport,
-    group_name,
     join,
-    parse_group,
+    layer_group_name,
+    parse_layer_group,
     payload_bytes,
     tensor_report,
 )
@@ -288,7 +288,7 @@ def _parse_formats(entries: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[
     """Formats of the layer groups, in payload order; the groups of each bank hold all its layers, once."""
     banks: dict[str, list[tuple[slice, list]]] = {bank: [] for bank in shapes}
     for name, (_, *format) in entries.items():
-        bank, layers = parse_group(name)
+        bank, layers = parse_layer_group(name)
         if bank not in banks:
             raise InputError(f"its tensors have {bank}, the model config has {sorted(shapes)}")
         banks[bank].append((layers, format))
@@ -301,7 +301,7 @@ def _parse_formats(entries: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[
             raise InputError(f"the layer groups of tensor {bank} do not hold its {num_layers} layers once each")
         for (start, stop), (_, format) in zip(spans, groups, strict=True):
             group_shape = (stop - start, *shape[1:]) if shape else ()
-            formats[group_name(bank, start, stop, num_layers)] = TensorFormat(group_shape, *format)
+            formats[layer_group_name(bank, start, stop, num_layers)] = TensorFormat(group_shape, *format)
     return formats
 
 

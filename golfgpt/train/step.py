@@ -35,8 +35,8 @@ from golfgpt.optim.flat import FlatGradients
 from golfgpt.optim.optimizers import Optimizers
 from golfgpt.optim.schedule import budget_used, lr_multiplier, muon_momentum, quantization_aware
 from golfgpt.published import to_published
+from golfgpt.quant.compute_copies import ComputeCopies
 from golfgpt.quant.quantizer import Quantizer
-from golfgpt.quant.shadows import Shadows
 from golfgpt.train.clock import Pace
 from golfgpt.train.compute_dtype import select_dtype
 
@@ -125,8 +125,8 @@ class TrainStep:
         scheduled = quant.qat_start > 0 or quant.qat_below_lr < 1
         self._enabled = torch.zeros((), dtype=torch.bool, device=ranks.device) if scheduled else None
         fake_quant = Quantizer(config.model, quant).fake_quant()
-        self.shadows = Shadows(self.model, fake_quant, self.dtype, self._enabled)
-        self.optimizers = Optimizers(self.model, config.optim, self.flat, self.shadows, self.dtype)
+        self.compute_copies = ComputeCopies(self.model, fake_quant, self.dtype, self._enabled)
+        self.optimizers = Optimizers(self.model, config.optim, self.flat, self.compute_copies, self.dtype)
         self.average = Average(named, config.average, self.optimizers.bf16_params)
         deal = spans_of_rank(ranks.rank, ranks.world, config.data.spans)
         stream = TokenStream(dataset.train)
@@ -137,7 +137,7 @@ class TrainStep:
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Mean nats of targets (B, T) given ids (B, T), by the weights that training is aware of."""
-        return self.model.loss(ids, targets, dtype=self.dtype, stand_ins=self.shadows.stand_ins())
+        return self.model.loss(ids, targets, dtype=self.dtype, stand_ins=self.compute_copies.stand_ins())
 
     @property
     def ahead(self) -> int:
@@ -158,7 +158,7 @@ class TrainStep:
         Between steps the update does it."""
         if self._enabled is not None:
             self._enabled.fill_(self.quantization_aware(step))
-        self.shadows.refresh()
+        self.compute_copies.refresh()
 
     def launch(self, step: int, seconds: float = 0.0, votes: Votes = NO_VOTES) -> Pending:
         """`backward` of all microbatches and `sum`."""
@@ -170,7 +170,7 @@ class TrainStep:
         """Forward and backward of this rank's spans of step number `step`; before each microbatch yields how many are
         done, of how many."""
         data = self.config.data
-        if self.shadows.stale():
+        if self.compute_copies.stale():
             self.prepare(step)
         self.flat.zero_()
         self._loss_sum.zero_()

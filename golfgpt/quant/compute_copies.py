@@ -1,7 +1,7 @@
 """Matrices as the forward multiplies with them, kept up to date by the optimizer: no forward casts or quantizes them.
 
-A shadow is a bank in the compute dtype, fake-quantized where training is quantization-aware. Muon writes it in the
-launch that writes the weights (`golfgpt_kernels.muon_update_`); `refresh` writes it from the weights where it cannot:
+A compute copy is a bank in the compute dtype, fake-quantized if training is quantization-aware. Muon writes it in the
+launch that writes the weights (`golfgpt_kernels.muon_update_`). `refresh` writes it from the weights when Muon cannot:
 at the start, after weights were loaded, for banks whose layers differ in format, and for sharded weights, which
 arrive from other ranks.
 """
@@ -19,42 +19,42 @@ from golfgpt.model.parameters import of_kind
 from golfgpt.quant.quantizer import FakeQuant, Rounding
 
 
-class Shadows:
-    """Shadows of a model's matrix banks, by name; empty where the weights themselves are what the forward needs."""
+class ComputeCopies:
+    """Compute copies of a model's matrix banks, by name; empty if the weights themselves are what the forward needs."""
 
     def __init__(self, model: GPT, fake_quant: FakeQuant, dtype: torch.dtype, enabled: Tensor | None = None):
         """`fake_quant` applies here to matrices, and in each forward to other parameters, whenever `enabled` (a 0-d
         bool tensor; None: always) is true."""
         self._parameters = parameters = dict(model.named_parameters())
-        self._parts = {name: fake_quant.get(name) for name in of_kind(model.table, "matrix")}
+        self._groups = {name: fake_quant.get(name) for name in of_kind(model.table, "matrix")}
         self.enabled = enabled
         self.banks = {
             name: torch.empty_like(parameters[name], dtype=dtype, requires_grad=False)
-            for name, parts in self._parts.items()
-            if parts is not None or dtype != parameters[name].dtype
+            for name, groups in self._groups.items()
+            if groups is not None or dtype != parameters[name].dtype
         }
-        self._in_forward = {name: parts for name, parts in fake_quant.items() if name not in self.banks}
-        self.quantized = [name for name, parts in self._parts.items() if parts is not None]
-        """Banks whose shadows are fake-quantized."""
+        self._in_forward = {name: groups for name, groups in fake_quant.items() if name not in self.banks}
+        self.quantized = [name for name, groups in self._groups.items() if groups is not None]
+        """Banks whose compute copies are fake-quantized."""
         self._seen: list[int] = []
 
     def stand_ins(self) -> dict[str, Tensor]:
-        """What a forward multiplies with in place of the parameters: shadows, and embeddings and small tensors
+        """What a forward multiplies with in place of the parameters: compute copies, and embeddings and small tensors
         fake-quantized here and now; gradients go to the parameters."""
-        out = {name: straight_through(self._parameters[name], shadow) for name, shadow in self.banks.items()}
-        for name, parts in self._in_forward.items():
-            out[name] = fake_quantized(self._parameters[name], parts, self.enabled)
+        out = {name: straight_through(self._parameters[name], copy) for name, copy in self.banks.items()}
+        for name, groups in self._in_forward.items():
+            out[name] = fake_quantized(self._parameters[name], groups, self.enabled)
         return out
 
     def written_by_muon(self) -> dict[str, RowQuant | None]:
         """Bank -> its quantizer (None: rounded only), of those that Muon can write with the weights."""
-        whole = {name: self._parts[name] or [(1, None)] for name in self.banks}
-        roundings = {name: parts[0][1] for name, parts in whole.items() if len(parts) == 1}
+        groups = {name: self._groups[name] or [(1, None)] for name in self.banks}
+        roundings = {name: group[0][1] for name, group in groups.items() if len(group) == 1}
         return {name: spec for name, spec in roundings.items() if spec is None or isinstance(spec, RowQuant)}
 
     @torch.no_grad()
     def refresh(self, names: Iterable[str] | None = None) -> None:
-        """Write the shadows of `names` (None: all) from the weights."""
+        """Write the compute copies of `names` (None: all) from the weights."""
         names, written = list(self.banks if names is None else names), self.written_by_muon()
         whole = [name for name in names if written.get(name) is not None]
         fake_quantize_banks(
@@ -66,11 +66,11 @@ class Shadows:
         for name in names:
             if name not in whole:
                 w = self._parameters[name].detach()
-                self.banks[name].copy_(fake_quantized(w, self._parts[name] or [], self.enabled))
+                self.banks[name].copy_(fake_quantized(w, self._groups[name] or [], self.enabled))
         self.mark()
 
     def mark(self) -> None:
-        """Record that the shadows match the weights as they are now."""
+        """Record that the compute copies match the weights as they are now."""
         self._seen = self._versions()
 
     def stale(self) -> bool:
@@ -81,13 +81,13 @@ class Shadows:
         return [self._parameters[name]._version for name in self.banks]
 
 
-def fake_quantized(w: Tensor, parts: Sequence[tuple[int, Rounding]], enabled: Tensor | None = None) -> Tensor:
-    """A bank as the artifact will hold it, with straight-through gradient; w while `enabled` is false. `parts` is its
+def fake_quantized(w: Tensor, groups: Sequence[tuple[int, Rounding]], enabled: Tensor | None = None) -> Tensor:
+    """A bank as the artifact will hold it, with straight-through gradient; w while `enabled` is false. `groups` is its
     entry in a FakeQuant, empty for none."""
-    if len(parts) < 2:
-        return _rounded(w, parts[0][1] if parts else None, enabled)
-    pieces = w.split([layers for layers, _ in parts])
-    return torch.cat([_rounded(piece, rounding, enabled) for piece, (_, rounding) in zip(pieces, parts, strict=True)])
+    if len(groups) < 2:
+        return _rounded(w, groups[0][1] if groups else None, enabled)
+    pieces = w.split([num_layers for num_layers, _ in groups])
+    return torch.cat([_rounded(piece, rounding, enabled) for piece, (_, rounding) in zip(pieces, groups, strict=True)])
 
 
 def _rounded(w: Tensor, rounding: Rounding, enabled: Tensor | None) -> Tensor:
@@ -95,7 +95,7 @@ def _rounded(w: Tensor, rounding: Rounding, enabled: Tensor | None) -> Tensor:
         return w
     if isinstance(rounding, RowQuant):
         return fake_quantize_rows(w, rounding, enabled=enabled)
-    kept = round_to_dtype(w.detach(), rounding)
+    rounded = round_to_dtype(w.detach(), rounding)
     if enabled is not None:
-        kept = torch.where(enabled, kept, w.detach())
-    return straight_through(w, kept)
+        rounded = torch.where(enabled, rounded, w.detach())
+    return straight_through(w, rounded)
