@@ -56,7 +56,7 @@ def import_model(export: Export, tokenizer: Tokenizer, config: RunConfig, path: 
 
 def model_of(export: Export, like: ModelConfig) -> ModelConfig:
     """Sizes from the tensors, and from `like` what they do not show: softcap, rotary base and reference length, the
-    place of the smear gate ("none": as published beside such tensors), document_start where the model mixes tokens."""
+    place of the smear gate ("none": as published beside such tensors), document_start if the model mixes tokens."""
     mixes = any(name.startswith(("smear", "bigram")) for name in export.state)
     return infer_config(
         export.state,

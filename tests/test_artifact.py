@@ -215,14 +215,6 @@ def test_values_that_no_encoder_makes_are_neither_written_nor_read(name, edit, m
         unpack(sealed(header, CODECS["zlib"].compress(artifact._join(encoded, set(header["columns"])), 9)))
 
 
-@pytest.mark.parametrize(
-    ("digest", "seq_len"), [("abc", 64), (DIGEST.upper(), 64), (DIGEST, 0), (DIGEST, 2**31), (DIGEST, True)]
-)
-def test_what_no_header_holds_is_refused(digest, seq_len):
-    with pytest.raises(InputError, match=r"tokenizer_sha256 .*expected|seq_len .*expected"):
-        pack(random_state(), model=MODEL, quant=QUANT, tokenizer_sha256=digest, seq_len=seq_len)
-
-
 def test_a_model_beyond_the_payload_limit_is_refused_before_allocation(monkeypatch):
     huge = ModelConfig(vocab_size=65_536, num_layers=1000, model_dim=2**20, mlp_hidden=2**30)
     info = ArtifactInfo(huge, Quantizer(huge, QUANT).formats, 64, DIGEST, "zlib", 9, frozenset())
@@ -231,6 +223,12 @@ def test_a_model_beyond_the_payload_limit_is_refused_before_allocation(monkeypat
     monkeypatch.setattr(artifact, "MAX_PAYLOAD_BYTES", Quantizer(MODEL, QUANT).payload_bytes - 1)
     with pytest.raises(InputError, match="more than"):
         packed()
+
+
+@pytest.mark.parametrize(("wrong", "message"), [({"seq_len": 0}, "seq_len 0"), ({"tokenizer_sha256": "a"}, "'a'")])
+def test_what_no_header_holds_is_not_written(wrong, message):
+    with pytest.raises(InputError, match=f"{message}, expected"):
+        pack(random_state(), model=MODEL, quant=QUANT, **(SOURCE | wrong))
 
 
 # Damage
@@ -262,14 +260,6 @@ def test_forged_damage_is_refused_or_decodes_to_finite_weights(data):
     except InputError:
         return
     assert all(tensor.isfinite().all() for tensor in state.values())
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.binary(max_size=200))
-def test_random_bytes_are_refused(blob):
-    for candidate in (blob, BLOB[:24] + blob, sealed(blob, COMPRESSED), sealed(HEADER, blob)):
-        with pytest.raises(InputError):
-            unpack(candidate)
 
 
 @pytest.mark.parametrize(
@@ -306,13 +296,10 @@ LAYER = [[1, 8, 8], "int6", "float16"]
     [
         ({"extra": 1}, "fields are .*extra"),
         (model(hidden=1), "unknown key model.hidden"),
-        (model(num_heads=3), "not a multiple of model.num_heads"),
         (model(num_layers=3), "canonical form, or a value contradicts its model config"),
         (model(num_layers=2**62, vocab_size=2**16), "do not hold its|more than"),
         (model(logit_softcap=10**400), "bad header"),
-        ({"model": []}, "bad header"),
         (tensors(c_q=None), "groups of tensor c_q do not hold its 2 layers once each"),
-        (tensors(**{"c_q": None, "c_q[1:2]": LAYER}), "groups of tensor c_q do not hold its 2 layers"),
         (tensors(**{"c_q[1:2]": LAYER}), "groups of tensor c_q do not hold its 2 layers"),
         (tensors(**{"c_q": None, "c_q[0:1]": LAYER, "c_q[1:3]": C_Q}), "canonical form"),
         (tensors(**{"c_q[0:0]": [[0, 8, 8], "int6", "float16"]}), "is not the name of a bank"),
@@ -320,20 +307,14 @@ LAYER = [[1, 8, 8], "int6", "float16"]
         (tensors(c_q=[[2, 8, 9], "int6", "float16"]), "canonical form"),
         (tensors(c_q=[[2.0, 8, 8], "int6", "float16"]), "canonical form"),
         (tensors(c_q=[[2, 8, 8], "int9", "float16"]), "unknown tensor format 'int9'"),
-        (tensors(c_q=[[2, 8, 8], "int6"]), "unknown scale dtype None"),
         (tensors(c_q=[[2, 8, 8], "int6", ["float16"]]), "bad header"),
         (tensors(c_q=[[2, 8, 8], "float32"]), "payload_bytes is .*, expected"),
-        ({"tensors": 7}, "bad header"),
         ({"payload_bytes": HEADER["payload_bytes"] + 1}, "payload_bytes is .*, expected"),
-        ({"payload_bytes": float(HEADER["payload_bytes"])}, "canonical form"),
         ({"compressor": ["gzip", 9]}, "compressor 'gzip', expected one of zlib, "),
         ({"compressor": ["zlib", 10]}, r"level 10, expected an integer in 0\.\.9"),
-        ({"compressor": [["zlib"], 9]}, "bad header"),
         ({"compressor": "zlib"}, "bad header"),
-        ({"columns": ["c_x"]}, "canonical form"),
         ({"columns": ["c_k"]}, "canonical form"),
         ({"columns": ["c_q", "c_q"]}, "canonical form"),
-        ({"columns": "c_q"}, "canonical form"),
         ({"columns": 7}, "bad header"),
         ({"seq_len": 0}, r"seq_len 0, expected an integer in 1\.\."),
         ({"seq_len": True}, r"seq_len True, expected an integer in 1\.\."),
@@ -353,7 +334,6 @@ def test_each_field_of_the_header_is_checked(changes, message):
         (json.dumps(HEADER, separators=(",", ":")).encode().replace(b"{", b'{"seq_len":64,', 1), "canonical form"),
         (b'{"a":NaN}', "bad header: its fields are"),
         (b"[" * 10**6, "bad header"),
-        (b"[]", "bad header"),
         (b"\xff", "bad header"),
         (b"", "bad header"),
     ],

@@ -115,11 +115,11 @@ def test_the_first_rule_that_matches_decides_and_layers_count_from_both_ends(rul
     [
         (
             ("blocks.9.attn.c_k.weight=float16",),
-            "c_k.weight' matches no tensor of this model; its names",
+            "c_k.weight' decides nothing: it matches no tensor",
         ),
         (("bigram.scale=int6",), r"bigram.scale .bigram_scale.: format int6 needs rows"),
         (("*.mlp.fc.*=int6/7",), r"mlp.fc.weight .mlp_fc.: groups of 7 columns do not divide the 36"),
-        (("*.mlp.*=int8", "*.mlp.fc.*=int5"), r"'\*.mlp.fc.\*' decides nothing.* before them"),
+        (("*.mlp.*=int8", "*.mlp.fc.*=int5"), r"'\*.mlp.fc.\*' decides nothing.* rules before it"),
     ],
 )
 def test_rules_that_cannot_be_followed_are_errors(rules, message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -92,12 +93,6 @@ def test_every_tensor_gets_a_straight_through_gradient():
         torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=0, msg=name)
 
 
-class Repeated:
-    """What `TrainStep` needs of a data set: the same few tokens for ever."""
-
-    train = (torch.arange(4096, dtype=torch.int32).numpy() * 7 % 61,)
-
-
 def run(quant: QuantConfig, compile: str = "off", **fields) -> RunConfig:
     base = RunConfig()
     return replace(
@@ -111,17 +106,14 @@ def run(quant: QuantConfig, compile: str = "off", **fields) -> RunConfig:
     )
 
 
-def trainer_of(config: RunConfig, monkeypatch) -> TrainStep:
-    class Stream:
-        def __init__(self, shards):
-            self.shards = shards
+class Tokens:
+    """What `TrainStep` needs of a data set."""
 
-        def read(self, position, count):
-            tokens = self.shards[0]
-            return tokens[[(position + i) % len(tokens) for i in range(count)]]
+    train = (torch.arange(4096).numpy().astype("uint16") * 7 % 61,)
 
-    monkeypatch.setattr("golfgpt.train.step.TokenStream", Stream)
-    return TrainStep(config, Repeated, Ranks(0, 1, torch.device("cpu")))
+
+def trainer_of(config: RunConfig) -> TrainStep:
+    return TrainStep(config, Tokens, Ranks(0, 1, torch.device("cpu")))
 
 
 @pytest.mark.parametrize(("start", "below", "expected"), [(0.5, 1.0, 4), (0.0, 0.6, 6), (0.0, 1.0, 0)])
@@ -129,8 +121,8 @@ def test_late_quantization_begins_on_its_step_without_recompiling(start, below, 
     """warmdown_frac 0.5 of 8 steps: multipliers 1 for steps 0 to 4, then .75, .5, .25."""
     quant = QuantConfig(bits=2, keep_numel=0, qat="export", qat_start=start, qat_below_lr=below)
     config = run(quant, compile="on")
-    monkeypatch.setattr(torch, "compile", lambda f, **options: _compiled(f, options))
-    trainer, plain = trainer_of(config, monkeypatch), trainer_of(run(QuantConfig()), monkeypatch)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    trainer, plain = trainer_of(config), trainer_of(run(QuantConfig()))
     for step in range(8):
         plain.model.load_state_dict(trainer.model.state_dict())
         with torch.compiler.set_stance("fail_on_recompile" if step else "default"):
@@ -146,11 +138,11 @@ def test_late_quantization_begins_on_its_step_without_recompiling(start, below, 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("quant", [MIXED, QuantConfig(), QuantConfig(bits=5, keep_numel=0, qat="r5", clip="quantile")])
 @pytest.mark.parametrize("start", [0.0, 0.5])
-def test_compute_copies_are_what_the_forward_would_make_of_the_weights(quant, dtype, start, monkeypatch):
+def test_compute_copies_are_what_the_forward_would_make_of_the_weights(quant, dtype, start):
     """After every update, Muon's launch or the refresh has left exactly what casting and quantizing would give."""
     quant = replace(quant, qat_start=start if quant.qat != "off" else 0.0)
     config = run(quant)
-    trainer = trainer_of(replace(config, runtime=replace(config.runtime, dtype=dtype)), monkeypatch)
+    trainer = trainer_of(replace(config, runtime=replace(config.runtime, dtype=dtype)))
     copies = trainer.compute_copies
     matrices = set(of_kind(parameter_table(MODEL), "matrix"))
     assert set(copies.banks) == (matrices if dtype == "bfloat16" or quant.qat != "off" else set())
@@ -172,7 +164,7 @@ def test_compute_copies_are_what_the_forward_would_make_of_the_weights(quant, dt
 
 
 def test_from_the_first_bad_step_on_nothing_changes(monkeypatch):
-    trainer = trainer_of(run(replace(MIXED, qat="export"), optim=OptimConfig(embed_dtype="bfloat16")), monkeypatch)
+    trainer = trainer_of(run(replace(MIXED, qat="export"), optim=OptimConfig(embed_dtype="bfloat16")))
     trainer.update(trainer.launch(0))
     before = {k: v.clone() for k, v in (trainer.model.state_dict() | trainer.optimizers.state()).items()}
     copies = {k: v.clone() for k, v in trainer.compute_copies.banks.items()}
@@ -187,13 +179,6 @@ def test_from_the_first_bad_step_on_nothing_changes(monkeypatch):
     assert all(torch.equal(trainer.compute_copies.banks[name], value) for name, value in copies.items())
     with pytest.raises(NonFiniteError, match=r"step 1: .* is not finite; nothing was updated"):
         trainer.wait(bad)
-
-
-_real_compile = torch.compile
-
-
-def _compiled(function, options):
-    return _real_compile(function, backend="aot_eager", **options)
 
 
 def test_quantization_aware_by_budget_and_rate():
@@ -233,10 +218,13 @@ def weights_over_time(steps: int, dtype: torch.dtype = torch.float32) -> list[to
     return [(1 + torch.randn(50, generator=generator)).to(dtype).float() for _ in range(steps)]
 
 
-def averaged(config: AverageConfig, series: list[torch.Tensor], multipliers: list[float], narrow=()) -> Average:
+def averaged(config: AverageConfig, series, multipliers, narrow=(), state=None, done: int = 0) -> Average:
+    """The average of a weight that takes the values `series` after `done` steps, which left `state`."""
     p = torch.nn.Parameter(torch.zeros(50))
     average = Average({"w": p}, config, frozenset(narrow))
-    for step, (w, multiplier) in enumerate(zip(series, multipliers, strict=True), 1):
+    if state is not None:
+        average.load_state(state)
+    for step, (w, multiplier) in enumerate(zip(series, multipliers, strict=True), done + 1):
         p.data.copy_(w)
         average.update(step, multiplier)
     return average
@@ -280,14 +268,9 @@ def test_sums_in_bfloat16_are_the_published_flaw():
 def test_an_average_resumes():
     series, config = weights_over_time(8), AverageConfig(kind="ema")
     whole, first = averaged(config, series, [1.0] * 8), averaged(config, series[:5], [1.0] * 5)
-    p = torch.nn.Parameter(torch.zeros(50))
-    second = Average({"w": p}, config)
-    second.load_state(first.state())
-    for step, w in enumerate(series[5:], 6):
-        p.data.copy_(w)
-        second.update(step, 1.0)
+    second = averaged(config, series[5:], [1.0] * 3, state=first.state(), done=5)
     assert torch.equal(whole.weights()["w"], second.weights()["w"])
-    assert Average({"w": p}, AverageConfig()).state() == {}
+    assert averaged(AverageConfig(), series, [1.0] * 8).state() == {}
 
 
 # Schedules

@@ -8,7 +8,7 @@ Three contents, told apart by what they hold:
 
 each a torch.save file, bare or as one zlib, zstd or xz stream, told apart by its first bytes.
 
-This is the only place where golfgpt meets a pickle. torch.load reads it with weights_only=True, which runs no code of
+Only here golfgpt meets a pickle. torch.load reads it with weights_only=True, which runs no code of
 the file.
 """
 
@@ -122,7 +122,7 @@ def _load(content: bytes) -> Any:
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             entries = archive.infolist()
-        # Where bytes precede or follow the archive, torch may find another one in them than zipfile.
+        # In bytes that precede or follow the archive, torch may find another one than zipfile.
         if content[-22:-18] != b"PK\x05\x06" or min((entry.header_offset for entry in entries), default=0):
             raise InputError("bytes precede or follow the archive")
         stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)

@@ -58,7 +58,7 @@ def to_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_published(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Banks stacked from published per-layer tensors, dtypes kept.
+    """Banks stacked from published per-layer tensors, dtypes unchanged.
 
     Strict: raises InputError naming missing, unexpected or mis-shaped tensors. A one-layer published model
     holds skip_weights of zero rows, which is dropped.

@@ -25,17 +25,18 @@ _SAMPLE = 2**20
 
 def forecast_bytes(quantizer: Quantizer) -> int:
     """Bytes of model.golf if its matrices were Gaussian: the order-0 entropy of such rows' codes times what the
-    compressor makes of a sample beyond it, scales and kept values at full size, and the header. Pruning is not seen.
+    compressor makes of a sample beyond it, scales and passthrough values at full size, and the header. It does not see
+    pruning.
 
     Of the published files, whose compressors differ a little from ours, it is 0.96 to 1.02 times the size
     (tests/test_recipes.py).
     """
     total = artifact.header_bytes(quantizer)
-    for part, format in quantizer.formats.items():
+    for name, format in quantizer.formats.items():
         if not format.quantized:
             total += format.value_bytes
             continue
-        spec = replace(quantizer.spec(part), scale_floor=0.0, group_size=None)
+        spec = replace(quantizer.spec(name), scale_floor=0.0, group_size=None)
         codes = _gaussian_codes(format.group or format.shape[-1], spec)
         bits = code_entropy(codes) * _overhead(format.bits, quantizer.config.compressor, quantizer.config.level)
         total += format.elements * bits / 8 + format.scale_bytes
@@ -60,7 +61,7 @@ def _overhead(bits: int, compressor: str, level: int | None) -> float:
 def fitted(config: RunConfig) -> RunConfig:
     """`config` with the MLP width that budget.fit asks for.
 
-    Raises BudgetError where even the narrowest model is forecast to be over the budget.
+    Raises BudgetError if even the narrowest model is forecast to be over the budget.
     """
     if config.budget.fit == "off":
         return config

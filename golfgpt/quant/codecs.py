@@ -39,7 +39,7 @@ class Codec(NamedTuple):
 
 def whole_stream(stream: Any, compressed: bytes | memoryview, limit: int) -> bytes:
     """What `stream`, a decompressor of zlib or lzma, makes of `compressed`. Raises InputError above `limit` bytes, and
-    where the stream and `compressed` do not end together."""
+    unless the stream and `compressed` end together."""
     content = stream.decompress(compressed, limit + 1)
     _check_end(content, limit, stream.eof)
     if stream.unused_data:

@@ -67,11 +67,13 @@ class TensorFormat:
     def __post_init__(self) -> None:
         if self.format not in DTYPES:
             raise InputError(f"unknown tensor format {self.format!r}")
-        if not self.quantized and (self.scale, self.group) != (None, None):
-            raise InputError(f"format {self.format} has no scales, got {self.scale!r} in groups of {self.group!r}")
-        if self.quantized and self.scale not in ("float16", "float32"):
+        if not self.quantized:
+            if (self.scale, self.group) != (None, None):
+                raise InputError(f"format {self.format} has no scales, got {self.scale!r} for {self.group!r} columns")
+            return
+        if self.scale not in ("float16", "float32"):
             raise InputError(f"unknown scale dtype {self.scale!r} of format {self.format}")
-        if self.quantized and len(self.shape) < 2:
+        if len(self.shape) < 2:
             raise InputError(f"format {self.format} needs rows, got a tensor of shape {self.shape}")
         if self.group is not None and (type(self.group) is not int or self.group < 1 or self.shape[-1] % self.group):
             raise InputError(f"groups of {self.group!r} columns do not divide the {self.shape[-1]} of {self.shape}")
@@ -134,7 +136,7 @@ class TensorReport(NamedTuple):
     relative_rms_error: float | None
     """sqrt(sum (decoded - w)² / sum w²)."""
     snr_db: float | None
-    """-20 log10 of it; inf where decoding is exact."""
+    """-20 log10 of it; inf if decoding is exact."""
 
 
 # Layer groups
@@ -185,28 +187,23 @@ def plan_formats(table: Mapping[str, Param], config: QuantConfig) -> dict[str, T
     Raises InputError for a rule that decides nothing, or that asks for what a tensor's shape does not have.
     """
     rules = [QuantRule.parse(text) for text in config.rules]
-    formats, unused, overruled = {}, set(rules), set()
+    formats, deciding = {}, set()
     for bank, param in table.items():
-        names, kinds = param.published_names, []
-        for name in names:
-            matching = [rule for rule in rules if matches(rule.pattern, name, len(names))]
-            unused.difference_update(matching[:1])
-            overruled.update(matching[1:])
-            kinds.append(_kind(param, matching, config))
+        names = param.published_names
+        first = [next((r for r in rules if matches(r.pattern, name, len(names))), None) for name in names]
+        deciding.update(first)
+        kinds = [_kind(param, rule, config) for rule in first]
         for group, shape, members, kind in layer_groups(bank, param, kinds):
             try:
                 formats[group] = TensorFormat(shape, *kind)
             except InputError as error:
                 raise InputError(f"quant.rules: {members[0]} ({group}): {error}") from None
-    if unused:
-        first = next(rule for rule in rules if rule in unused)
-        if first in overruled:
-            raise InputError(
-                f"quant.rules: {first.pattern!r} decides nothing: rules before it match the same tensors. Put it "
-                "before them (the first that matches decides)"
-            )
+    if idle := [rule.pattern for rule in rules if rule not in deciding]:
         some = ", ".join(param.published_names[0] for param in table.values())
-        raise InputError(f"quant.rules: {first.pattern!r} matches no tensor of this model; its names are like {some}")
+        raise InputError(
+            f"quant.rules: {idle[0]!r} decides nothing: it matches no tensor of this model, or rules before it "
+            f"match the same ones (the first that matches decides). Names are like {some}"
+        )
     return formats
 
 
@@ -218,10 +215,10 @@ def matches(pattern: str, name: str, num_layers: int) -> bool:
     return fnmatchcase(name, pattern)
 
 
-def _kind(param: Param, rules: list[QuantRule], config: QuantConfig) -> tuple[str, str | None, int | None]:
+def _kind(param: Param, rule: QuantRule | None, config: QuantConfig) -> tuple[str, str | None, int | None]:
     """(format, scale dtype, columns per scale) of a published tensor."""
-    if rules:
-        return rules[0].format, config.scale_dtype if rules[0].format.startswith("int") else None, rules[0].group
+    if rule is not None:
+        return rule.format, config.scale_dtype if rule.format.startswith("int") else None, rule.group
     if param.kind == "control":
         return config.control_dtype, None, None
     if math.prod(param.shape[param.layered :]) <= config.keep_numel:
