@@ -239,7 +239,7 @@ def test_the_next_call_goes_on_inside_a_file(hub, tmp_path, monkeypatch, ignored
     hub.faults[TRAIN_0] = ["ignore-range"] if ignored else []
     report = get(hub, tmp_path)
     assert (TRAIN_0, "bytes=5000-") in hub.got and same(hub, tmp_path, 3)
-    assert report.fetched_bytes < report.bytes and [text.split(":")[0] for text in report.damaged] == [TRAIN_1]
+    assert report.fetched_bytes < report.bytes and TRAIN_1 in [text.split(":")[0] for text in report.damaged]
 
 
 def test_a_revision_that_moved_is_refused(hub, tmp_path):

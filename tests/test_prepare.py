@@ -11,16 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from golfgpt.data.demo_text import demo_text
-from golfgpt.data.prepare import (
-    LEAST_DOCUMENT_BYTES,
-    document_hash,
-    find_inputs,
-    mix,
-    prepare,
-    read_documents,
-    split_text,
-)
-from golfgpt.data.shards import Dataset, Manifest, verify
+from golfgpt.data.documents import LEAST_DOCUMENT_BYTES, document_hash, find_inputs, read_documents, split_text
+from golfgpt.data.manifest import Manifest
+from golfgpt.data.prepare import mix, prepare
+from golfgpt.data.shards import Dataset, verify
 from golfgpt.data.tokenizer import train_tokenizer
 from golfgpt.errors import InputError, VerificationError
 

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from golfgpt.data.manifest import Manifest, ShardFile
 from golfgpt.data.prepare import prepare
-from golfgpt.data.shards import Dataset, Manifest, ShardFile, gather, open_shard, verify, write_shard
+from golfgpt.data.shards import Dataset, gather, open_shard, verify, write_shard
 from golfgpt.data.tokenizer import Tokenizer, train_tokenizer
 from golfgpt.errors import InputError, VerificationError
 from golfgpt.score.baselines import Bigram, yardsticks
@@ -82,8 +83,8 @@ def test_tokens_that_do_not_fit(tmp_path, tokens):
 @pytest.mark.parametrize(
     ("offset", "data", "message"),
     [
-        (0, b"\x00\x00\x00\x00", "magic 0 is not 20240520"),
-        (4, b"\x02", "shard version 2 is not 1"),
+        (0, b"\x00\x00\x00\x00", "magic 0, version 1; expected a shard's 20240520, 1"),
+        (4, b"\x02", "version 2; expected a shard's 20240520, 1"),
         (8, b"\x04", r"says 4 tokens, so 1032 bytes, but the file has 1030; download or prepare"),
         (8, b"\xff\xff\xff\xff", "says -1 tokens"),
         (8, b"\xff\xff\xff\x7f", "says 2147483647 tokens"),
@@ -133,8 +134,8 @@ def test_manifest_round_trip(folder):
     [
         (lambda m: m.update(extra=1), "unknown key extra"),
         (lambda m: m.pop("val_below"), "missing key val_below"),
-        (lambda m: m["train"].update(tokens="9"), "train: tokens: '9' is not valid"),
-        (lambda m: m["val"]["shards"][0].pop("sha256"), "val: shards: missing key sha256"),
+        (lambda m: m["train"].update(tokens="9"), "train.tokens = '9', expected int"),
+        (lambda m: m["val"]["shards"][0].pop("sha256"), "missing key val.shards.sha256"),
         (lambda m: m.update(format=2), "manifest format 2 is not 1"),
         (lambda m: m.update(val=[]), r"val: expected an object, got \[\]"),
     ],
@@ -222,7 +223,7 @@ def test_token_outside_the_vocabulary(folder):
 def test_sidecar_of_the_wrong_length(folder):
     path = folder / "golf_val_000000.bytes"
     path.write_bytes(path.read_bytes()[:-2])
-    with pytest.raises(InputError, match=r"golf_val_000000\.bytes has 1398 bytes, 1400 are needed for 700 tokens"):
+    with pytest.raises(InputError, match=r"golf_val_000000\.bytes has 1398 bytes, expected 1400 for 700 tokens"):
         Dataset.open(folder)
     path.unlink()
     with pytest.raises(InputError, match=r"golf_val_000000\.bytes is missing"):
@@ -232,7 +233,7 @@ def test_sidecar_of_the_wrong_length(folder):
 @pytest.mark.parametrize("name", ["tokenizer.model", "golf_train_000001.bin"])
 def test_folder_that_contradicts_its_manifest(folder, name):
     (folder / name).unlink()
-    with pytest.raises(VerificationError, match=r"found none|golf_train_000001\.bin .* only in the manifest"):
+    with pytest.raises(VerificationError, match=r"found tokenizer none|golf_train_000001\.bin .* only in the manifest"):
         Dataset.open(folder)
 
 
@@ -244,7 +245,7 @@ def test_foreign_shard_beside_a_manifest(folder):
 
 def test_other_tokenizer_beside_a_manifest(folder):
     (folder / "tokenizer.model").write_bytes(train_tokenizer(DOCUMENTS, 305))
-    with pytest.raises(VerificationError, match="the manifest names the tokenizer"):
+    with pytest.raises(VerificationError, match=r"found tokenizer \w+, the manifest has"):
         Dataset.open(folder)
 
 

@@ -36,7 +36,8 @@ from typing import Any
 import filelock
 
 from golfgpt import __version__
-from golfgpt.data.shards import MANIFEST, Dataset, Progress
+from golfgpt.data.manifest import MANIFEST
+from golfgpt.data.shards import Dataset, Progress
 from golfgpt.errors import BusyError, InputError, Interrupted
 from golfgpt.files import from_json, sha256_file, write_json
 
