@@ -114,7 +114,7 @@ def test_inputs_are_found(tmp_path):
         ("a.jsonl.zst", b"nonsense", r"a\.jsonl\.zst: damaged zstd data"),
         ("a.jsonl.zst", zst(b'{"text": "a"}\n') + zst(b'{"text": "\xff"}'), r"line 2: byte 10 of the line \(0xff\)"),
         ("a.jsonl.zst", zst(b'{"text": "a"}\n') + zst(b"\n" * 9999)[:-3], r"a\.jsonl\.zst: the zstd data are cut off"),
-        ("a.csv", b"x", r"a\.csv: cannot read this kind of file; inputs are \.txt, \.jsonl, \.jsonl\.zst"),
+        ("a.csv", b"x", r"a\.csv: cannot read this kind of file; expected \.txt, \.jsonl, \.jsonl\.zst"),
     ],
 )
 def test_bad_files_are_named(tmp_path, name, content, message):
@@ -126,7 +126,7 @@ def test_bad_files_are_named(tmp_path, name, content, message):
 @pytest.mark.parametrize(
     ("inputs", "separator", "message"),
     [
-        (["none.txt"], None, r"input .*none\.txt is neither a file nor a folder"),
+        (["none.txt"], None, r"input .*none\.txt is no file and no folder, and as a pattern matches no"),
         ([""], None, r"holds no \.txt, \.jsonl, \.jsonl\.zst"),
         ([], None, "no input is named"),
         ([""], "", "separator is empty"),
@@ -226,13 +226,13 @@ def test_round_trip_check_has_teeth(tmp_path, source, monkeypatch):
     [
         ({"val_fraction": 1e-9}, "the val split is empty: a val fraction of 1e-09 gave it none of 100 documents"),
         ({"val_fraction": 1 - 1e-9}, "the train split is empty"),
-        ({"val_fraction": 0.0}, "val fraction 0.0 is not between 0 and 1"),
+        ({"val_fraction": 0.0}, "val fraction 0.0, expected a number between 0 and 1"),
         ({"val": ["x"], "val_fraction": 0.1}, "exclude each other"),
         ({"vocab_size": 100}, "100 is too small for this text: choose at least"),
         ({"vocab_size": 60_000}, "60000 is too large for this text: choose at most"),
         ({"tokenizer": "none.model"}, "cannot read the tokenizer none.model"),
         ({"shard_tokens": 0}, "shard_tokens 0"),
-        ({"workers": 0}, "workers 0 is not positive"),
+        ({"workers": 0}, "workers 0, expected at least 1"),
     ],
 )
 def test_refusals_leave_nothing(tmp_path, source, options, message):

@@ -17,6 +17,8 @@ import zstandard
 from golfgpt.errors import InputError
 
 PathLike = str | os.PathLike
+Advance = Callable[[int], None]
+"""Called with the number of file bytes that have been consumed since the last call."""
 SUFFIXES = (".txt", ".jsonl", ".jsonl.zst")
 LEAST_DOCUMENT_BYTES = 2000
 """A .txt is cut at a separator only once the document has this many bytes."""
@@ -38,26 +40,26 @@ def find_inputs(inputs: Sequence[PathLike]) -> list[Path]:
         else:
             files = sorted(Path(name) for name in glob.glob(item, recursive=True) if Path(name).is_file())
         if not files:
-            what = "holds no" if path.is_dir() else "is neither a file nor a folder, nor a pattern of"
+            what = "holds no" if path.is_dir() else "is no file and no folder, and as a pattern matches no"
             raise InputError(f"input {item} {what} {', '.join(SUFFIXES)}; check the path")
         found += files
     if not found:
         raise InputError("no input is named: give files, folders or globs")
     for file in found:
         if not file.name.endswith(SUFFIXES):
-            raise InputError(f"{file}: cannot read this kind of file; inputs are {', '.join(SUFFIXES)}")
+            raise InputError(f"{file}: cannot read this kind of file; expected {', '.join(SUFFIXES)}")
     return list({file.resolve(): file for file in found}.values())
 
 
 def read_documents(
-    inputs: Sequence[PathLike], separator: str | None = None, advance: Callable[[int], None] | None = None
+    inputs: Sequence[PathLike], separator: str | None = None, advance: Advance = lambda count: None
 ) -> Iterator[str]:
     """Documents of `inputs` (see `find_inputs`) in order; those without any text are left out.
 
     .txt is cut after `separator` (default: blank lines) wherever that leaves at least 2 kB on both sides; the
     pieces, separators included, join to the file's text. .jsonl and .jsonl.zst hold {"text": ...} a line.
-    `advance` is told file bytes as they are consumed. Raises InputError naming file and place for bytes that
-    are not UTF-8, bad JSON, a missing "text", lone surrogates, truncated zstd and files without text.
+    Raises InputError naming file and place for bytes that are not UTF-8, bad JSON, a missing "text", lone
+    surrogates, truncated zstd and files without text.
     """
     if separator == "":
         raise InputError("the document separator is empty; leave it out to cut at blank lines")
@@ -78,7 +80,7 @@ def read_documents(
 def split_text(data: bytes | mmap.mmap, separator: bytes | None = None) -> Iterator[tuple[int, int]]:
     """(start, end) of the documents of `data`; they cover it without gaps."""
     pattern = rb"\n(?:[ \t\r]*\n)+" if separator is None else b"(?:" + re.escape(separator) + b")+"
-    start, cut = 0, 0  # [start, cut) is ready, but kept in case that too little text follows
+    start, cut = 0, 0  # [start, cut) is long enough, but waits: text too short for a document may follow
     for match in re.finditer(pattern, data):
         if match.end() - cut >= LEAST_DOCUMENT_BYTES:
             if cut:
@@ -91,7 +93,7 @@ def split_text(data: bytes | mmap.mmap, separator: bytes | None = None) -> Itera
         yield start, len(data)
 
 
-def _read_txt(path: Path, separator: str | None, advance: Callable[[int], None] | None) -> Iterator[str]:
+def _read_txt(path: Path, separator: str | None, advance: Advance) -> Iterator[str]:
     if not path.stat().st_size:  # mmap refuses an empty file
         return
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -103,11 +105,10 @@ def _read_txt(path: Path, separator: str | None, advance: Callable[[int], None] 
                     f"{path}: byte {start + error.start} (0x{error.object[error.start]:02x}) is not UTF-8 "
                     f"({error.reason}); convert the file to UTF-8"
                 ) from None
-            if advance:
-                advance(end - start)
+            advance(end - start)
 
 
-def _read_jsonl(path: Path, advance: Callable[[int], None] | None) -> Iterator[str]:
+def _read_jsonl(path: Path, advance: Advance) -> Iterator[str]:
     for number, line in enumerate(_lines(path, advance), 1):
         if not line.strip():
             continue
@@ -135,7 +136,7 @@ def _read_jsonl(path: Path, advance: Callable[[int], None] | None) -> Iterator[s
         yield text
 
 
-def _lines(path: Path, advance: Callable[[int], None] | None) -> Iterator[bytes]:
+def _lines(path: Path, advance: Advance) -> Iterator[bytes]:
     """Lines of a file, decompressed if it is .zst; the bytes after the last newline are one too."""
     line = bytearray()
     done = 0
@@ -146,9 +147,8 @@ def _lines(path: Path, advance: Callable[[int], None] | None) -> Iterator[bytes]
                 *lines, rest = line.split(b"\n")
                 yield from map(bytes, lines)
                 line = rest
-            if advance:
-                advance(file.tell() - done)
-                done = file.tell()
+            advance(file.tell() - done)
+            done = file.tell()
     yield bytes(line)
 
 

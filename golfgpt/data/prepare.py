@@ -1,4 +1,4 @@
-"""From text files to a data folder: read, train or take a tokenizer, encode in processes, split, write.
+"""From text files to a data folder: read, train a tokenizer or take a given one, encode in processes, split, write.
 
     inputs -> documents -> mixed -> batches of about 1 MB -> workers: encode, count bytes, check, split by hash
            -> in that order -> shards, sidecars -> manifest -> rename the folder into place
@@ -20,7 +20,7 @@ import os
 import shutil
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ import numpy as np
 from golfgpt import __version__
 from golfgpt.bpb import ByteCounts
 from golfgpt.data.demo_text import demo_text
-from golfgpt.data.documents import PathLike, document_hash, find_inputs, read_documents, split_text
+from golfgpt.data.documents import Advance, PathLike, document_hash, find_inputs, read_documents, split_text
 from golfgpt.data.manifest import MANIFEST, Manifest, ShardFile, Split
 from golfgpt.data.shards import TOKENIZER, Progress, write_shard
 from golfgpt.data.tokenizer import Tokenizer, train_tokenizer
@@ -159,7 +159,7 @@ def _work(batch: tuple[str | None, list[str]]) -> list[_Encoded]:
 
 
 def _map_in_order(batches: Iterable, workers: int, encoder_args: tuple) -> Iterator[list[_Encoded]]:
-    """`_Encoder.encode` of each batch, in order; at most two batches per worker are under way."""
+    """`_Encoder.encode` of each batch, in order; at most two batches per worker are in flight."""
     if workers == 1:
         yield from map(_Encoder(*encoder_args).encode, batches)
         return
@@ -167,13 +167,13 @@ def _map_in_order(batches: Iterable, workers: int, encoder_args: tuple) -> Itera
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, _start_worker, encoder_args)
     try:
-        under_way: deque = deque()
+        in_flight: deque = deque()
         for batch in batches:
-            under_way.append(pool.submit(_work, batch))
-            if len(under_way) > 2 * workers:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
+            in_flight.append(pool.submit(_work, batch))
+            if len(in_flight) > 2 * workers:
+                yield in_flight.popleft().result()
+        while in_flight:
+            yield in_flight.popleft().result()
     except BrokenProcessPool as error:
         raise InputError(
             "a worker process died: too little memory, or prepare() was called from a script without "
@@ -232,7 +232,7 @@ def _staging(out: Path, overwrite: bool) -> Iterator[Path]:
     """A folder beside `out` that takes its place on success and vanishes on failure."""
     old = out.is_dir() and any(out.iterdir())
     if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file; name a folder to write to")
+        raise InputError(f"{out} is a file, expected a folder to write to")
     if old and not overwrite:
         raise InputError(f"{out} is not empty; name another folder, remove it, or replace it with --overwrite")
     if old and not (out / MANIFEST).exists():
@@ -286,11 +286,11 @@ def prepare(
         raise InputError("val inputs and a val fraction exclude each other; give one")
     fraction = VAL_FRACTION if val_fraction is None else val_fraction
     if not 0 < fraction < 1:
-        raise InputError(f"val fraction {fraction} is not between 0 and 1")
+        raise InputError(f"val fraction {fraction}, expected a number between 0 and 1")
     if not 1 <= shard_tokens < 1 << 31:
-        raise InputError(f"shard_tokens {shard_tokens} is not in 1..2^31-1")
+        raise InputError(f"shard_tokens {shard_tokens}, expected 1..2^31-1")
     if workers is not None and workers < 1:
-        raise InputError(f"workers {workers} is not positive")
+        raise InputError(f"workers {workers}, expected at least 1")
     train_source, val_source = _Source(inputs, separator), _Source(val, separator) if val is not None else None
     total = train_source.bytes + (val_source.bytes if val_source else 0)
     workers = workers or max(1, min(_cpus(), total // _BYTES_PER_WORKER))
@@ -348,7 +348,7 @@ def prepare(
 
 
 class _Source:
-    """Documents that can be read again, from files or from the embedded corpus, which is cut as a .txt is."""
+    """Documents that can be read more than once, from files or from the embedded corpus, which is cut like a .txt."""
 
     def __init__(self, inputs: Sequence[PathLike] | None, separator: str | None):
         self._separator = separator
@@ -361,7 +361,7 @@ class _Source:
             self.names = [file.name for file in self._files]
             self.bytes = sum(file.stat().st_size for file in self._files)
 
-    def documents(self, advance: Callable[[int], None]) -> Iterator[str]:
+    def documents(self, advance: Advance) -> Iterator[str]:
         if not self._demo:
             yield from read_documents(self._files, self._separator, advance)
             return
@@ -372,7 +372,7 @@ class _Source:
             advance(len(text))
 
 
-def _meter(progress: Progress, stage: str, total: int) -> Callable[[int], None]:
+def _meter(progress: Progress, stage: str, total: int) -> Advance:
     done = 0
 
     def advance(count: int) -> None:
