@@ -78,31 +78,29 @@ class Handler(BaseHTTPRequestHandler):
             commit = hub.branches.get(found[1], found[1])
             if commit not in hub.branches.values():
                 return self.answer(404, X_Error_Code="RevisionNotFound")
-            body = json.dumps({"id": REPO, "sha": commit, "siblings": [*map(self.sibling, hub.files.items())]})
+            body = json.dumps({"id": REPO, "sha": commit, "siblings": [*map(self.sibling, hub.files)]})
             return self.answer(200, body.encode(), Content_Type="application/json")
         if found := re.fullmatch(rf"/datasets/{REPO}/resolve/(\w+)/(.+)", path):
             return self.answer(302, Location=f"/lfs/{found[2]}", X_Repo_Commit=found[1])
         return self.file(path.removeprefix("/lfs/"))
 
-    def sibling(self, item: tuple[str, bytes]) -> dict:
-        path, body = item
+    def sibling(self, path: str) -> dict:
+        body = self.server.files[path]
         lfs = {"sha256": hashlib.sha256(body).hexdigest(), "size": len(body), "pointerSize": 134}
         blob = hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
-        entry = {"rfilename": path, "size": len(body), "blobId": blob, "lfs": lfs}
-        if path.endswith(self.server.in_git):
-            del entry["lfs"]
-        return entry
+        kept_in = {} if path.endswith(self.server.in_git) else {"lfs": lfs}
+        return {"rfilename": path, "size": len(body), "blobId": blob, **kept_in}
 
     def file(self, path: str) -> None:
         name, body = path.rsplit("/", 1)[-1], self.server.files[path]
         wanted = self.headers.get("Range")
         self.server.got.append((name, wanted))
-        faults = self.server.faults.get(name, [])
+        faults = self.server.faults.get(name)
         fault = faults.pop(0) if faults else None
         if fault == "busy":
             return self.answer(503)
         if fault == "corrupt":
-            body = body[:1500] + bytes([body[1500] ^ 1]) + body[1501:]
+            body = body[:-1] + bytes([body[-1] ^ 1])
         if fault == "truncated":
             body = body[:-100]
         start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1]) if wanted and fault != "ignore-range" else 0

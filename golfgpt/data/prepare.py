@@ -209,7 +209,7 @@ class _SplitWriter:
         write_shard(path, np.frombuffer(self._ids, np.uint16, tokens))
         del self._ids[: 2 * tokens]
         if self._split == "val":
-            write_bytes(sidecar, self._counts[: 2 * tokens])
+            write_bytes(sidecar, np.frombuffer(self._counts, np.uint8, 2 * tokens).data)
             del self._counts[: 2 * tokens]
         self._shards.append(
             ShardFile(
