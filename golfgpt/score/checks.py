@@ -53,8 +53,7 @@ class Checks:
     outside_context_change: float
     """Nats by which tokens outside a window changed a score in it."""
     other_document_change: float | None
-    """Nats by which another document changed a score; None: not document-aware, or no document starts in the
-    sample."""
+    """Nats by which another document changed a score; None: not document-aware, or no document starts in the sample."""
     min_context: int
     """Fewest tokens that a scored token after the first window is predicted from."""
     max_context: int
@@ -66,7 +65,8 @@ class Checks:
         sampled, compared = everyone[:, :2].sum(0).tolist()
         sums, later, outside, documents = everyone[:, 2:].max(0).values.tolist()
         changes = max(later, 0.0), max(outside, 0.0), None if documents < 0 else documents
-        return cls(int(sampled), int(compared), sums, *changes, *windows.context)
+        fewest = windows.first_scored[min(1, len(windows) - 1) :].min() + 1
+        return cls(int(sampled), int(compared), sums, *changes, int(fewest), windows.window)
 
     def __str__(self) -> str:
         what, shorter = "later tokens and tokens outside the window", ""
@@ -91,10 +91,11 @@ def check(scorer: Scorer, windows: Windows, read: Read, indices: range, most: in
     sample = most if scorer.compiled else min(most, SAMPLE)
     for group, num_scored in windows.groups(indices):
         rows = sample if num_scored == windows.stride else 1
-        checker.sample(group, rows, num_scored)
-        if scorer.document_start is not None:
-            checker.documents(group, rows, num_scored)
-    return torch.tensor([checker.sampled, checker.compared, *checker.worst.values()], dtype=torch.float64)
+        checker.check(_spread(group, rows), num_scored)
+        if scorer.document_start is not None and len(found := checker.with_documents(group)):
+            checker.check(_spread(found, rows), num_scored)
+    counts = len(checker.sampled), checker.compared
+    return torch.tensor([*counts, *checker.worst.values()], dtype=torch.float64)
 
 
 class _Checker:
@@ -103,40 +104,37 @@ class _Checker:
     def __init__(self, scorer: Scorer, windows: Windows, read: Read):
         self.scorer, self.windows, self.read = scorer, windows, read
         self.worst = dict.fromkeys(("sums", "later", "outside", "documents"), -1.0)  # -1: nothing was compared
-        self.sampled = self.compared = 0
+        self.sampled, self.compared = set(), 0
         self.random = torch.Generator().manual_seed(0)
 
-    def sample(self, group: range, rows: int, num_scored: int) -> None:
-        """Later tokens, and tokens outside, of `rows` windows spread over `group`."""
-        chosen = _spread(group, rows)
-        self.sampled += len(set(chosen))
+    def check(self, chosen: Sequence[int], num_scored: int) -> None:
+        """All checks of a batch of the windows `chosen`."""
+        self.sampled |= set(map(int, chosen))
         base = self.batch(chosen, num_scored)
         place = torch.arange(self.windows.window, device=base.ids.device)
         first, count = base.scored.int().argmax(1, keepdim=True), base.scored.sum(1, keepdim=True)
-        some = torch.rand(rows, 1, generator=self.random).to(place.device) * (count - 1)
-        last = first + some.long() + self.windows.window - num_scored  # a scored target; of two and more not the last
-        later = base._replace(ids=base.ids.where(place <= last, self.others(base.ids)))
-        same = base.scored & (place <= last)[:, -num_scored:]
+        some = torch.rand(len(chosen), 1, generator=self.random).to(place.device) * (count - 1)
+        until = (
+            place <= first + some.long() + self.windows.window - num_scored
+        )  # of two scored targets and more not all
+        later = base._replace(ids=base.ids.where(until, self.others(base.ids)))
         outside = self.batch(chosen, num_scored, change_outside=True)
-        self.compare(base, {"later": (later, same), "outside": (outside, base.scored)})
+        changes = {"later": (later, base.scored & until[:, -num_scored:]), "outside": (outside, base.scored)}
+        if self.scorer.document_start is not None:
+            starts = (base.ids == self.scorer.document_start) & (place > 0)
+            inside = place >= starts.int().argmax(1, keepdim=True)  # where none starts: everywhere
+            other = base._replace(ids=base.ids.where(inside, self.others(base.ids)))
+            same = base.scored & (inside & starts.any(1, keepdim=True))[:, -num_scored:]
+            changes["documents"] = (other, same)
+        self.compare(base, changes)
 
-    def documents(self, group: range, rows: int, num_scored: int) -> None:
-        """Text before a document's start, in `rows` windows of `group` in which one starts."""
+    def with_documents(self, group: range) -> np.ndarray:
+        """The windows of `group` that score what follows a document's start, in the first SLAB_TOKENS of its text."""
         windows, low = self.windows, int(self.windows.start[group[0]])
-        ids = self.read(low, min(low + SLAB_TOKENS, int(windows.end[group[-1]])))[0].cpu().numpy()
-        starts = low + np.flatnonzero(ids == self.scorer.document_start)
-        index = np.searchsorted(windows.end, starts, side="right")  # the first windows that score what follows
-        offset = starts - windows.start[index]
-        here = (group.start <= index) & (index < group.stop)
-        found = np.flatnonzero(here & (offset > 0) & (offset >= windows.first_scored[index]))
-        if not len(found):
-            return
-        chosen = _spread(found, rows)
-        base = self.batch(index[chosen], num_scored)
-        place = torch.arange(windows.window, device=base.ids.device)
-        inside = place >= torch.from_numpy(offset[chosen, None]).to(place.device)
-        changed = base._replace(ids=base.ids.where(inside, self.others(base.ids)))
-        self.compare(base, {"documents": (changed, base.scored & inside[:, -num_scored:])})
+        ids = self.read(low, min(low + SLAB_TOKENS, int(windows.end[group[-1]])))[0]
+        starts = low + (ids == self.scorer.document_start).nonzero()[:, 0].cpu().numpy()
+        index = np.unique(np.searchsorted(windows.end, starts, side="right"))
+        return index[(group.start <= index) & (index < group.stop)]
 
     def compare(self, base: Batch, changes: dict[str, tuple[Batch, Tensor]]) -> None:
         """Raise VerificationError unless probabilities of `base` sum to 1 and its log probabilities are those of each

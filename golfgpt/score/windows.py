@@ -1,13 +1,12 @@
 """Which targets are scored in which window, and the one path by which they are: evaluation and its checks share it.
 
-The text is one stream of tokens. Target t is the token after position t, so every token but the first is a target.
-A window reads L tokens and scores its targets from `first_scored` to its end: three int64 arrays hold the windows of a
-rule. Hidden states and log probabilities are computed for the last targets of a window only: the last S, or all L in
-a window that scores earlier ones (the first, and the short windows of R4b). So there are at most two shapes.
+Target t of a text is the token after position t, so every token but the first is a target. Three int64 arrays hold the
+windows of a rule: each reads `length` tokens from `start` on and scores its targets from offset `first_scored` to its
+end. Log probabilities are computed for the last S targets of a window only, or for all L if it scores earlier ones (the
+first window, and the short ones of R4b). So there are at most two shapes.
 
-The tokens of many windows, a slab, go to the device at once, and batches are cut out of them there, in the order of the
-windows. A batch is scored before the next one is cut. The last one is filled up with repeats of its last window,
-unscored.
+`score_windows` alone owns the order: the tokens of many windows, a slab, go to the device at once, batches are cut out
+of it there, and each is scored before the next one is cut.
 """
 
 from __future__ import annotations
@@ -92,12 +91,6 @@ class Windows:
     def num_targets(self, indices: range) -> int:
         """Targets that the windows `indices` score, counted as often as they are scored."""
         return int((self.end - self.begin)[indices.start : indices.stop].sum())
-
-    @property
-    def context(self) -> tuple[int, int]:
-        """Fewest and most tokens that a scored token is predicted from; the fewest are those after the first window,
-        whose own targets have 1 and up."""
-        return int(self.first_scored[min(1, len(self) - 1) :].min()) + 1, self.window
 
 
 class Batch(NamedTuple):
