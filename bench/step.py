@@ -61,11 +61,10 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import numpy as np
 import torch
-from golfgpt_kernels import _dispatch, tuning
+from golfgpt_kernels import set_implementation, tuning
 from torch import Tensor
 
 from bench import conftest, published, report
@@ -284,15 +283,11 @@ class Eager(Golfgpt):
     """Without compiler and kernels, whatever was measured to be faster here."""
 
     def __init__(self, setup: Setup):
-        with self.no_kernels():
+        with set_implementation("eager"):
             super().__init__(setup, compile="off", graph=False)
 
-    @staticmethod
-    def no_kernels() -> contextlib.AbstractContextManager:
-        return mock.patch.object(_dispatch, "_least_rows", lambda *_: None)
-
     def step(self, step: int, mark: Mark) -> Pending:
-        with self.no_kernels():
+        with set_implementation("eager"):
             return super().step(step, mark)
 
 

@@ -11,7 +11,7 @@ from ._versions import too_old
 if _reason := too_old("torch", torch.__version__):  # before anything that an older torch lacks
     raise ImportError(_reason, name=__name__)
 
-from ._dispatch import implementation
+from ._dispatch import implementation, set_implementation
 from .fake_quant import (
     RowQuant,
     dequantize_rows,
@@ -42,6 +42,7 @@ __all__ = [
     "quantize_rows",
     "relu2_mlp",
     "round_to_dtype",
+    "set_implementation",
     "softcap_cross_entropy",
     "square_parts",
     "straight_through",

@@ -3,8 +3,8 @@
 `impl` is "auto", "eager" or "triton", the last keyword of every op. A named implementation runs or raises
 its reason; it never falls back. "auto" is "eager" (which torch.compile fuses with the rest of a model)
 unless a measurement says that the kernel wins: an entry of measured.json for this architecture, or of the
-file that `python -m golfgpt_kernels tune` wrote on this machine for this GPU and these versions. It says once
-per op what it chose on a GPU and why.
+file that `python -m golfgpt_kernels tune` wrote on this machine for this GPU and these versions. It logs once
+per op what it chose on a GPU and why. `set_implementation` gives "auto" another meaning for the whole process.
 
 Checks of dtype, shape and device always run. Checks of values (NaN, targets outside the vocabulary) would
 cost a host synchronization on a GPU and a graph break under torch.compile: they run for CPU tensors in
@@ -34,12 +34,38 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 log = logging.getLogger("golfgpt_kernels")
 
+_meaning: Impl = "auto"  # of impl="auto"; torch.compile guards on it, so that a change recompiles
+
+
+class set_implementation:
+    """What impl="auto" means from now on, in the whole process: "eager" or "triton", as if every op were called with
+    that name, or "auto", the choice by measurements. In a `with` statement the former meaning returns at the end."""
+
+    def __init__(self, impl: Impl):
+        global _meaning
+        if impl not in ("auto", "eager", "triton"):
+            raise ValueError(f"set_implementation: {impl!r}; expected 'auto', 'eager' or 'triton'")
+        self.former, _meaning = _meaning, impl
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_error: object) -> None:
+        global _meaning
+        _meaning = self.former
+
+
+def resolve(impl: Impl) -> Impl:
+    """`impl`, or for "auto" what set_implementation made of it."""
+    return _meaning if impl == "auto" else impl
+
 
 def runs_triton(op: str, impl: Impl, tensor: Tensor, rows: int) -> bool:
     """Whether the kernel computes `op` for this tensor's device and dtype and `rows` rows of input, or the reference.
 
     Raises ValueError for an unknown impl, RuntimeError with the reasons where "triton" cannot run.
     """
+    impl = resolve(impl)
     if impl == "eager":
         return False
     if impl == "auto":
@@ -56,6 +82,8 @@ def runs_triton(op: str, impl: Impl, tensor: Tensor, rows: int) -> bool:
 
 def implementation(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """What impl="auto" means for `op` there: ("triton" or "eager", the reason in one sentence)."""
+    if _meaning != "auto":
+        return _meaning, f"set_implementation({_meaning!r})"
     if device.type != "cuda":
         return "eager", "kernels are for GPUs"
     if reason := _cannot_run(device, dtype):

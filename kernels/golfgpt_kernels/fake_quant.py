@@ -68,6 +68,7 @@ from ._dispatch import (
     autocast,
     check_floats,
     check_linear,
+    resolve,
     runs_triton,
     values_readable,
 )
@@ -499,7 +500,7 @@ def fake_quant_linear(
     impl: Impl = "auto",
 ) -> Tensor:
     """x ŵᵀ: x (..., K), w (N, K) -> (..., N) in x's dtype. ŵ is rounded from fp32 to x's dtype, once."""
-    op = "fake_quant_linear"
+    op, impl = "fake_quant_linear", resolve(impl)
     check_floats(op, x=x, w=w)
     check_linear(op, x, w)
     _check(op, w, spec, enabled)
@@ -530,7 +531,7 @@ def _decoded(w: Tensor, spec: RowQuant, dtype: torch.dtype, enabled: Tensor | No
 
 def _runs_triton(op: str, impl: Impl, tensor: Tensor, spec: RowQuant, rows: int = 1 << 62) -> bool:
     """Of quantizing, "auto" knows no least number of rows: it is one launch for any."""
-    return runs_triton(op, impl, tensor, rows) and stores_scale(op, impl, spec)
+    return runs_triton(op, impl, tensor, rows) and stores_scale(op, resolve(impl), spec)
 
 
 def _check(op: str, w: Tensor, spec: RowQuant, enabled: Tensor | None = None) -> None:

@@ -49,7 +49,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._dispatch import KERNEL_DTYPES, Impl, accumulate_dtype, check_floats, runs_triton
+from ._dispatch import KERNEL_DTYPES, Impl, accumulate_dtype, check_floats, resolve, runs_triton
 from ._jit import jit, launch, narrow, tl
 from ._ops import add_op_namespace_prefix
 from ._rows import (
@@ -369,7 +369,7 @@ def muon_momentum_(
 ) -> None:
     """Momentum of all matrices: `buffers` are moved on, `outs` get what is to be orthogonalized, and `square_sums`,
     (..., square_parts(rows, cols)) fp32, what newton_schulz takes by that name."""
-    op = "muon_momentum_"
+    op, impl = "muon_momentum_", resolve(impl)
     _check_lists(op, grads=grads, buffers=buffers, outs=outs)
     _check_square_sums(op, outs, square_sums)
     _check_scalar(op, grads, torch.float32, momentum=momentum)
@@ -398,7 +398,7 @@ def muon_update_(
 ) -> None:
     """Weight decay and update of all matrices, and their low-precision shadows if there are any: fake-quantized by
     the matrix's spec, where that is None rounded. One launch for all whose specs differ in bits only."""
-    op = "muon_update_"
+    op, impl = "muon_update_", resolve(impl)
     _check_lists(op, params=params, updates=updates, **({} if shadows is None else {"shadows": shadows}))
     _check_scalar(op, params, torch.float32, lr=lr)
     _check_scalar(op, params, torch.bool, ok=ok, enabled=enabled)
