@@ -24,7 +24,7 @@ KERNELS = {name: case for name, case in TINY.items() if "triton" in case.columns
 LINEAR = TINY["linear_relu2 64 x 32 x 64 forward"]
 MLP = TINY["relu2_mlp 64 x 32 x 64 forward+backward"]
 QUANTIZE = TINY["quantize_rows 1 x 64 x 32 forward"]
-OPS = ("fake_quant", "muon", "newton_schulz", "relu2_mlp", "softcap_cross_entropy", "token_logprobs")
+OPS = ("fake_quant", "muon", "newton_schulz", "relu2_mlp", "softcap_logprobs")
 interpreted = pytest.mark.skipif(not INTERPRETING, reason="calls kernels on CPU tensors")
 
 # ---- cases and their check

@@ -25,8 +25,7 @@ from .fake_quant import (
 from .muon import muon_momentum_, muon_update_, square_parts
 from .newton_schulz import newton_schulz
 from .relu2_mlp import linear_relu2, relu2_mlp
-from .softcap_cross_entropy import softcap_cross_entropy
-from .token_logprobs import token_logprobs
+from .softcap_logprobs import softcap_cross_entropy, token_logprobs
 
 __all__ = [
     "RowQuant",

@@ -35,8 +35,7 @@ from .muon import (
 )
 from .newton_schulz import newton_schulz, newton_schulz_cost
 from .relu2_mlp import linear_relu2, linear_relu2_cost, relu2_mlp, relu2_mlp_backward_cost, relu2_mlp_cost
-from .softcap_cross_entropy import softcap_cross_entropy, softcap_cross_entropy_cost
-from .token_logprobs import token_logprobs, token_logprobs_cost
+from .softcap_logprobs import softcap_cross_entropy, softcap_logprobs_cost, token_logprobs
 
 COLUMNS = ("eager", "compile", "triton")
 INT6 = RowQuant(bits=6)
@@ -278,9 +277,9 @@ def newton_schulz_case(batch: int, m: int, n: int) -> Case:
 
 def softcap_cross_entropy_case(rows: int, k: int, vocab: int, backward: bool, reduction: str = "mean") -> Case:
     """Timed as the mean that a trainer takes; checked token by token, for errors cancel in a mean."""
-    cost = softcap_cross_entropy_cost(rows, k, vocab)
+    cost = softcap_logprobs_cost(rows, k, vocab)
     # The least: dh = du W and dW = duᵀ h, hidden and W read, both gradients written. The kernel computes the logits
-    # again (_softcap.backward_cost), which a forward that keeps du need not.
+    # again, which a forward that keeps du need not.
     more = 4 * rows * k * vocab, 2 * (2 * rows * k + vocab * k) + 4 * vocab * k
     return Case(
         op="softcap_cross_entropy", rows=rows, shape=(rows, k, vocab),
@@ -301,7 +300,7 @@ def token_logprobs_case(rows: int, k: int, vocab: int) -> Case:
         op="token_logprobs", rows=rows, shape=(rows, k, vocab),
         draw=lambda r, m: {"h": r.normal(m, k), "w": r.weight(vocab, k), "targets": r.below(vocab, m)},
         call=lambda i, impl: token_logprobs(i["h"], i["w"], i["targets"], impl=impl),
-        cost=token_logprobs_cost(rows, k, vocab),
+        cost=softcap_logprobs_cost(rows, k, vocab),
     )  # fmt: skip
 
 

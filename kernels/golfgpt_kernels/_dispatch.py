@@ -185,34 +185,6 @@ def check_linear(op: str, x: Tensor, w: Tensor, x_name: str = "x", w_name: str =
         )
 
 
-def check_targets(op: str, hidden: Tensor, head_weight: Tensor, targets: Tensor, kept: Tensor | None) -> None:
-    """targets: int64, one per row of hidden; those in `kept` (bool, None = all) lie in the vocabulary."""
-    if targets.dtype != torch.int64:
-        raise ValueError(f"{op}: targets have dtype {targets.dtype}; possible: torch.int64")
-    if targets.shape != hidden.shape[:-1]:
-        raise ValueError(
-            f"{op}: targets have shape {tuple(targets.shape)}, hidden {tuple(hidden.shape)}; "
-            f"possible: targets of shape {tuple(hidden.shape[:-1])}"
-        )
-    if targets.device != hidden.device:
-        raise ValueError(f"{op}: targets are on {targets.device}, hidden on {hidden.device}; use one device")
-    if values_readable(targets):
-        vocab_size = head_weight.shape[0]
-        outside = (targets < 0) | (targets >= vocab_size)
-        outside = outside if kept is None else outside & kept
-        if outside.any():
-            index = tuple(outside.nonzero()[0].tolist())
-            raise ValueError(
-                f"{op}: targets[{', '.join(map(str, index))}] = {targets[index].item()}, "
-                f"outside the vocabulary; possible: 0 to {vocab_size - 1}"
-            )
-
-
-def check_softcap(op: str, softcap: float | None) -> None:
-    if softcap is not None and not 0 < softcap < float("inf"):
-        raise ValueError(f"{op}: softcap={softcap}; possible: a positive number, or None for no cap")
-
-
 def values_readable(tensor: Tensor) -> bool:
     """Reading values costs nothing here: no GPU to wait for, no graph to break."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
