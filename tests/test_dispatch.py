@@ -32,15 +32,15 @@ def committed(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(_dispatch, "__file__", str(tmp_path / "_dispatch.py"))
-    _dispatch._least_rows_said.cache_clear()
+    _dispatch.least_rows_cached.cache_clear()
 
     def write(*entries, file=tmp_path / "measured.json"):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(entries))
-        _dispatch._least_rows_said.cache_clear()
+        _dispatch.least_rows_cached.cache_clear()
 
     yield write
-    _dispatch._least_rows_said.cache_clear()
+    _dispatch.least_rows_cached.cache_clear()
 
 
 def entry(triton, *, eager=100.0, compiled=80.0, **fields):
@@ -58,7 +58,7 @@ def auto(op="relu2_mlp", rows=65536, dtype=BF16) -> bool:
 def test_the_choice_is_a_constant_of_a_compiled_graph(monkeypatch, tmp_path):
     """It reads files and logs, which no graph can do."""
     (tmp_path / "rows").write_text("7")
-    monkeypatch.setattr(_dispatch, "_least_rows_said", lambda *_: int((tmp_path / "rows").read_text()))
+    monkeypatch.setattr(_dispatch, "least_rows_cached", lambda *_: int((tmp_path / "rows").read_text()))
 
     def program(x):
         return x + _dispatch._least_rows("relu2_mlp", x.device, x.dtype)

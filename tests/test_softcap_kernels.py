@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
-import sys
 from functools import partial
-from unittest import mock
 
 import golfgpt_kernels as gk
 import pytest
@@ -15,8 +12,6 @@ import torch
 from golfgpt_kernels import softcap_logprobs as module
 from golfgpt_kernels.softcap_logprobs import softcap_logits_grad, softcap_logprobs, softcap_logprobs_fwd
 from golfgpt_kernels.testing import assert_within_budget, gradients, poisoned, randn, strided
-
-from bench import bench_heads
 
 # Programs of a GPU hide what overflows to infinity and is not selected; numpy says so.
 pytestmark = [
@@ -452,40 +447,3 @@ def test_autocast_rounds_like_linear(device):
         assert ours.dtype == eager.dtype == torch.float32
         oracle = op(**{name: value.bfloat16().double() for name, value in inputs.items()}, impl="eager")
         assert_within_budget(ours, eager, oracle)
-
-
-# ---- the libraries that benchmarks compare with
-
-
-def test_peers_are_called_by_their_own_signatures(monkeypatch):
-    case = next(case for case in bench_heads.LOSSES if case.leaves)
-    inputs = case.make(torch.device("cpu"), 0, rows=4)
-    h, w, targets = (inputs[name] for name in ("h", "w", "targets"))
-
-    cce = pytest.importorskip("cut_cross_entropy")
-    signature = inspect.signature(cce.linear_cross_entropy)
-    monkeypatch.setattr(cce, "linear_cross_entropy", mock.create_autospec(cce.linear_cross_entropy))
-    bench_heads.peer_case(case, "cut_cross_entropy").call(inputs, "eager")
-    given = signature.bind(*cce.linear_cross_entropy.call_args.args, **cce.linear_cross_entropy.call_args.kwargs)
-    assert given.arguments.keys() == {"e", "c", "targets", "softcap"} and given.arguments["softcap"] == 30
-    assert given.arguments["e"] is h and given.arguments["targets"] is targets
-    assert torch.equal(given.arguments["c"], w.bfloat16())
-
-    liger = pytest.importorskip("liger_kernel.transformers.fused_linear_cross_entropy")
-    loss = liger.LigerFusedLinearCrossEntropyLoss
-    forward = mock.create_autospec(loss.forward)
-    monkeypatch.setattr(loss, "forward", lambda *args: forward(*args))
-    bench_heads.peer_case(case, "liger_kernel").call(inputs, "eager")
-    module, weight, hidden, target = forward.call_args.args
-    assert list(inspect.signature(forward).parameters)[:4] == ["self", "lin_weight", "_input", "target"]
-    assert module.softcap == 30 and module.reduction == "mean" and hidden is h and target is targets
-    assert torch.equal(weight, w.bfloat16())
-
-
-@pytest.mark.parametrize("module", bench_heads.PEERS)
-def test_a_peer_that_is_not_there_is_named(module, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert bench_heads.missing(module) == f"{module} needs a CUDA device"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setitem(sys.modules, module, None)
-    assert bench_heads.missing(module).startswith(f"{module} cannot be imported: ModuleNotFoundError")

@@ -19,7 +19,7 @@ import logging
 import os
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -75,7 +75,7 @@ def runs_triton(op: str, impl: Impl, tensor: Tensor, rows: int) -> bool:
         return least is not None and rows >= least
     if impl != "triton":
         raise ValueError(f"{op}: impl={impl!r}; possible: 'auto', 'triton', 'eager'")
-    if reason := _cannot_run(tensor.device, tensor.dtype):
+    if reason := cannot_run(tensor.device, tensor.dtype):
         raise RuntimeError(f"impl='triton' cannot run: {reason}; impl='eager' can")
     return True
 
@@ -86,30 +86,43 @@ def implementation(op: str, device: torch.device, dtype: torch.dtype) -> tuple[s
         return _meaning, f"set_implementation({_meaning!r})"
     if device.type != "cuda":
         return "eager", "kernels are for GPUs"
-    if reason := _cannot_run(device, dtype):
+    if reason := cannot_run(device, dtype):
         return "eager", reason
     gpu = f"{torch.cuda.get_device_name(device)} (sm_{compute_capability(device)})"
     if entries := _measurements(op, device, dtype):
-        worst = max(entries, key=_against_best)
+        worst = max(entries, key=against_best)
         if not worst["correct"]:
             return "eager", f"{worst['gpu']}, {worst['date']}: the kernel failed its check"
-        ratio = f"at worst {_against_best(worst):.2f} x the faster of eager and torch.compile"
-        return ("triton" if _against_best(worst) < 1 else "eager"), f"{worst['gpu']}, {worst['date']}: {ratio}"
+        ratio = f"at worst {against_best(worst):.2f} x the faster of eager and torch.compile"
+        return ("triton" if against_best(worst) < 1 else "eager"), f"{worst['gpu']}, {worst['date']}: {ratio}"
     return "eager", f"the kernel was never measured on {gpu}; `python -m golfgpt_kernels tune` does"
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """GPU and versions that a measurement is of."""
+    if device.type != "cuda":
+        return {"gpu": "none", "sm": 0, "torch": torch.__version__, "triton": None}
+    import triton
+
+    gpu = {"gpu": torch.cuda.get_device_name(device), "sm": compute_capability(device)}
+    return gpu | {"torch": torch.__version__, "triton": triton.__version__}
+
+
+def slug(environment: dict[str, Any]) -> str:
+    """GPU and versions as part of a file's name."""
+    name = f"{environment['gpu']}-torch{environment['torch']}-triton{environment['triton']}"
+    return re.sub(r"[^A-Za-z0-9.]+", "-", name)
 
 
 def tuned_file(device: torch.device) -> Path:
     """Where `python -m golfgpt_kernels tune` keeps what it measured for this GPU, torch and triton."""
-    import triton
-
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    name = f"{torch.cuda.get_device_name(device)}-torch{torch.__version__}-triton{triton.__version__}"
-    return cache / "golfgpt" / (re.sub(r"[^A-Za-z0-9.]+", "-", name) + ".json")
+    return cache / "golfgpt" / f"{slug(environment(device))}.json"
 
 
 def _least_rows(op: str, device: torch.device, dtype: torch.dtype) -> int | None:
     """From how many rows on "auto" is the kernel: half of the smallest count it won at; None for never."""
-    return _least_rows_said(op, device, dtype)
+    return least_rows_cached(op, device, dtype)
 
 
 # What torch.compiler.assume_constant_result does, without its import of torch._dynamo: that takes as long as torch's.
@@ -117,7 +130,7 @@ _least_rows._dynamo_marked_constant = True
 
 
 @functools.cache
-def _least_rows_said(op: str, device: torch.device, dtype: torch.dtype) -> int | None:
+def least_rows_cached(op: str, device: torch.device, dtype: torch.dtype) -> int | None:
     chosen, why = implementation(op, device, dtype)
     log.warning("%s on %s in %s: %s (%s)", op, device, str(dtype).removeprefix("torch."), chosen, why)
     if chosen == "eager":
@@ -125,7 +138,7 @@ def _least_rows_said(op: str, device: torch.device, dtype: torch.dtype) -> int |
     return min(entry["rows"] for entry in _measurements(op, device, dtype)) // 2
 
 
-def _against_best(entry: dict) -> float:
+def against_best(entry: dict) -> float:
     """The kernel's time over the best other column (eager, torch.compile, another form); infinite if it is wrong."""
     us = entry["us"]
     return us["triton"] / min(us[column] for column in us if column != "triton") if entry["correct"] else float("inf")
@@ -133,18 +146,20 @@ def _against_best(entry: dict) -> float:
 
 def _measurements(op: str, device: torch.device, dtype: torch.dtype) -> list[dict]:
     """What was timed on this very GPU if anything was, else what was committed for its architecture."""
-    committed = [e for e in _read(Path(__file__).parent / "measured.json") if e["sm"] == compute_capability(device)]
-    for entries in (_read(tuned_file(device)), committed):
+    committed = [
+        e for e in read_entries(Path(__file__).parent / "measured.json") if e["sm"] == compute_capability(device)
+    ]
+    for entries in (read_entries(tuned_file(device)), committed):
         if found := [e for e in entries if e["op"] == op and e["dtype"] == str(dtype).removeprefix("torch.")]:
             return found
     return []
 
 
-def _read(file: Path) -> list[dict]:
+def read_entries(file: Path) -> list[dict]:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
 
 
-def _cannot_run(device: torch.device, dtype: torch.dtype) -> str | None:
+def cannot_run(device: torch.device, dtype: torch.dtype) -> str | None:
     reasons = [MISSING]
     if device.type == "cuda":
         if compute_capability(device) < 80:

@@ -44,7 +44,7 @@ Kernels.
   fused multiply-add, half to even by adding and subtracting 1.5 x 2^23. Only the quantile's interpolation is
   fused, as torch.lerp's is: it is computed in float64 and rounded once.
 - codes x scale: a persistent GEMM over TMA tiles. Quantizing inside a GEMM's loop is left out: every row
-  block repeats it, 402 M element operations per matmul at 65,536 rows; bench/bench_fake_quant.py has its cost.
+  block repeats it, 402 M element operations per matmul at 65,536 rows; bench/in_loop.py does it, to know its cost.
 
 Weights that are NaN or infinite are a ValueError on CPU; on CUDA and under torch.compile they are not
 looked for.
