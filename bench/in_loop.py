@@ -6,6 +6,8 @@ every block of rows does all of it again.
 
 from __future__ import annotations
 
+import math
+
 from golfgpt_kernels._cases import INT6
 from golfgpt_kernels._jit import descriptor, dot, dot_precision, empty_rows, jit, launch, narrow, num_programs, tl
 from golfgpt_kernels._tiles import compute_capability
@@ -47,7 +49,7 @@ def in_loop_linear(x: Tensor, w: Tensor) -> Tensor:
     y = empty_rows((m, n), x.dtype, x.device)
     sm = compute_capability(x.device)
     block_m, block_n, block_k, warps, stages = TILES[max(least for least in TILES if least <= sm)]
-    grid = (min(num_programs(x.device), -(-m // block_m) * -(-n // block_n)),)
+    grid = (min(num_programs(x.device), math.ceil(m / block_m) * math.ceil(n / block_n)),)
     operands = descriptor(x, (block_m, block_k)), descriptor(w, (block_n, block_k)), scale
     launch(
         _in_loop_kernel, grid, x.device, *operands, descriptor(y, (block_m, block_n)),

@@ -432,9 +432,9 @@ def failures(row: dict) -> list[str]:
     if spills := row["STL"] + row["LDL"]:
         found.append(f"{spills} spill instructions")
     if row["shared"] > SHARED_LIMIT[sm]:
-        found.append(f"{row['shared']} bytes of shared memory; possible: {SHARED_LIMIT[sm]}")
+        found.append(f"{row['shared']} bytes of shared memory; expected at most {SHARED_LIMIT[sm]}")
     if row["tensor_memory"] > TENSOR_MEMORY:
-        found.append(f"{row['tensor_memory']} columns of tensor memory; possible: {TENSOR_MEMORY}")
+        found.append(f"{row['tensor_memory']} columns of tensor memory; expected at most {TENSOR_MEMORY}")
     if set(row["dots"]) - {"f32 ieee"} and not row[TENSOR_CORES[sm]]:
         found.append(f"a matmul in {row['dots'][0]} without {TENSOR_CORES[sm]}")
     if sm >= 90 and row["HMMA"]:

@@ -152,7 +152,7 @@ def test_given_square_sums(impl, device):
 
 @pytest.mark.parametrize("sums", [torch.ones(()), torch.ones(2, 0), torch.ones(1, 3), torch.ones(2, 1, dtype=BF16)])
 def test_square_sums_are_refused_by_shape(sums):
-    with pytest.raises(ValueError, match=r"square_sums have shape .*; possible: \(2, 'P'\) with P >= 1 in one of"):
+    with pytest.raises(ValueError, match=r"square_sums have shape .*; expected \(2, 'P'\) with P >= 1 in one of"):
         gk.newton_schulz(randn(2, 3, 4), square_sums=sums)
 
 

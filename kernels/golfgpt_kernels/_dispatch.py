@@ -74,7 +74,7 @@ def runs_triton(op: str, impl: Impl, tensor: Tensor, rows: int) -> bool:
         least = _least_rows(op, tensor.device, tensor.dtype)
         return least is not None and rows >= least
     if impl != "triton":
-        raise ValueError(f"{op}: impl={impl!r}; possible: 'auto', 'triton', 'eager'")
+        raise ValueError(f"{op}: impl={impl!r}; expected 'auto', 'triton' or 'eager'")
     if reason := cannot_run(tensor.device, tensor.dtype):
         raise RuntimeError(f"impl='triton' cannot run: {reason}; impl='eager' can")
     return True
@@ -184,9 +184,9 @@ def check_floats(op: str, **tensors: Tensor) -> None:
     device = None
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
-            raise ValueError(f"{op}: {name} is a {type(tensor).__name__}; possible: a Tensor")
+            raise ValueError(f"{op}: {name} is a {type(tensor).__name__}; expected a Tensor")
         if tensor.dtype not in FLOAT_DTYPES:
-            raise ValueError(f"{op}: {name} has dtype {tensor.dtype}; possible: {FLOAT_DTYPES}")
+            raise ValueError(f"{op}: {name} has dtype {tensor.dtype}; expected one of {FLOAT_DTYPES}")
         if device is not None and tensor.device != device:
             raise ValueError(f"{op}: {name} is on {tensor.device}, the tensor before it on {device}; use one device")
         device = tensor.device
@@ -196,7 +196,7 @@ def check_linear(op: str, x: Tensor, w: Tensor, x_name: str = "x", w_name: str =
     """x (..., K) against w (N, K)."""
     if x.ndim < 1 or w.ndim != 2 or x.shape[-1] != w.shape[-1]:
         raise ValueError(
-            f"{op}: {x_name} has shape {tuple(x.shape)} and {w_name} {tuple(w.shape)}; possible: (..., K) and (N, K)"
+            f"{op}: {x_name} has shape {tuple(x.shape)} and {w_name} {tuple(w.shape)}; expected (..., K) and (N, K)"
         )
 
 

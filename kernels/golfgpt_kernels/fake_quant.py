@@ -72,7 +72,7 @@ from ._dispatch import (
     runs_triton,
     values_readable,
 )
-from ._jit import descriptor, dot, dot_precision, empty_rows, halves, jit, launch, narrow, num_programs, tl
+from ._jit import ceil_div, descriptor, dot, dot_precision, empty_rows, halves, jit, launch, narrow, num_programs, tl
 from ._ops import add_op_namespace_prefix
 from ._rows import (
     CLIP_QUANTILE,
@@ -319,7 +319,7 @@ def codes_linear(x: Tensor, codes: Tensor, scale: Tensor, tile: dict | None = No
         return y.zero_()
     tile = tile or _CODES_TILES.select(x.device, x.dtype, m)
     bm, bn, bk = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
-    grid = (min(num_programs(x.device), -(-m // bm) * -(-n // bn)),)
+    grid = (min(num_programs(x.device), ceil_div(m, bm) * ceil_div(n, bn)),)
     operands = descriptor(x, (bm, bk)), descriptor(codes, (bn, bk)), scale, descriptor(y, (bm, bn // 2))
     launch(_codes_linear_kernel, grid, x.device, *operands, m, n, k, dot_precision(x.dtype), **tile)
     return y
@@ -420,7 +420,7 @@ def dequantize_rows(
         raise ValueError(
             f"dequantize_rows: codes have shape {tuple(codes.shape)} and dtype {codes.dtype}, "
             f"scale {tuple(scale.shape)} and {scale.dtype}; "
-            f"possible: int8 codes and a float scale of shape {tuple(shape)}"
+            f"expected int8 codes and a float scale of shape {tuple(shape)}"
         )
     return decode_rows(codes, scale, dtype, group_size)
 
@@ -445,7 +445,7 @@ def fake_quantize_rows(
     there, rounded once from fp32, without gradient, and `out` is returned.
     """
     if dtype is not None and (out is not None or dtype not in FLOAT_DTYPES):
-        raise ValueError(f"fake_quantize_rows: dtype={dtype}; possible: None where out is given, else {FLOAT_DTYPES}")
+        raise ValueError(f"fake_quantize_rows: dtype={dtype}; expected None where out is given, else {FLOAT_DTYPES}")
     if out is not None:
         fake_quantize_banks([w], [out], spec, enabled=enabled, impl=impl)
         return out
@@ -467,7 +467,7 @@ def fake_quantize_banks(
     One launch for all whose specs differ in bits only, in the order of the first of each.
     """
     if isinstance(ws, Tensor) or isinstance(outs, Tensor):
-        raise ValueError("fake_quantize_banks: ws or outs is one Tensor; possible: sequences of tensors")
+        raise ValueError("fake_quantize_banks: ws or outs is one Tensor; expected sequences of tensors")
     op = "fake_quantize_rows" if len(ws) == 1 else "fake_quantize_banks"
     if len(ws) != len(outs):
         raise ValueError(f"{op}: {len(ws)} weights and {len(outs)} outs; expected one out for each weight")
@@ -476,7 +476,7 @@ def fake_quantize_banks(
         _check(op, w, spec, enabled)
         check_floats(op, w=w, out=out)
         if out.shape != w.shape:
-            raise ValueError(f"{op}: out has shape {tuple(out.shape)}; possible: {tuple(w.shape)}, as w")
+            raise ValueError(f"{op}: out has shape {tuple(out.shape)}; expected {tuple(w.shape)}, as w")
         if w.device != ws[0].device or w.dtype != ws[0].dtype:
             raise ValueError(
                 f"{op}: weights in {ws[0].dtype} on {ws[0].device} and in {w.dtype} on {w.device}; use one of each"
@@ -505,12 +505,10 @@ def fake_quant_linear(
     check_linear(op, x, w)
     _check(op, w, spec, enabled)
     if form not in ("auto", "shadow", "codes"):
-        raise ValueError(f"{op}: form={form!r}; possible: 'auto', 'shadow', 'codes'")
+        raise ValueError(f"{op}: form={form!r}; expected 'auto', 'shadow' or 'codes'")
     per_row = spec.group_size is None and enabled is None
     if form == "codes" and not per_row:
-        raise ValueError(
-            f"{op}: form='codes' with group_size={spec.group_size}, enabled={enabled}; possible: both None"
-        )
+        raise ValueError(f"{op}: form='codes' with group_size={spec.group_size}, enabled={enabled}; expected both None")
     x, lead = autocast(x), x.shape[:-1]
     kernel = _runs_triton("fake_quantize_rows", impl, w, spec)
     codes_kernel = form != "shadow" and per_row and _runs_triton("codes_linear", impl, x, spec, lead.numel())
@@ -539,11 +537,11 @@ def _check(op: str, w: Tensor, spec: RowQuant, enabled: Tensor | None = None) ->
     check_rows(op, "w", w, spec)
     if values_readable(w) and not torch.isfinite(w).all():
         index = (~torch.isfinite(w)).nonzero()[0].tolist()
-        raise ValueError(f"{op}: w{index} = {w[tuple(index)].item()}; possible: finite weights")
+        raise ValueError(f"{op}: w{index} = {w[tuple(index)].item()}; expected finite weights")
     if enabled is not None and not isinstance(enabled, Tensor):
-        raise ValueError(f"{op}: enabled={enabled!r}; possible: None or a 0-d bool tensor, as torch.tensor(True)")
+        raise ValueError(f"{op}: enabled={enabled!r}; expected None or a 0-d bool tensor, as torch.tensor(True)")
     if enabled is not None and (enabled.dtype != torch.bool or enabled.ndim or enabled.device != w.device):
         raise ValueError(
             f"{op}: enabled has dtype {enabled.dtype}, shape {tuple(enabled.shape)}, on {enabled.device}; "
-            f"possible: a 0-d bool tensor on {w.device}"
+            f"expected a 0-d bool tensor on {w.device}"
         )

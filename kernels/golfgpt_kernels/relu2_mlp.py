@@ -47,7 +47,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._dispatch import Impl, autocast, check_floats, check_linear, runs_triton
-from ._jit import descriptor, dot, dot_precision, empty_rows, halves, jit, launch, narrow, num_programs, tl
+from ._jit import ceil_div, descriptor, dot, dot_precision, empty_rows, halves, jit, launch, narrow, num_programs, tl
 from ._ops import add_op_namespace_prefix
 from ._tiles import INTERPRETED_GEMM, TileTable, gemm_tile
 from ._weight_grad import weight_grad
@@ -212,7 +212,7 @@ def linear_relu2_fwd(x: Tensor, w: Tensor, slope: float, tile: dict | None = Non
         return h.zero_()
     tile = tile or _FWD_TILES.select(x.device, x.dtype, m)
     bm, bn, bk = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
-    grid = (min(num_programs(x.device), -(-m // bm) * -(-n // bn)),)
+    grid = (min(num_programs(x.device), ceil_div(m, bm) * ceil_div(n, bn)),)
     operands = descriptor(x, (bm, bk)), descriptor(w, (bn, bk)), descriptor(h, (bm, bn // 2))
     leaky, precision = slope != 0, dot_precision(x.dtype)
     launch(_linear_relu2_fwd_kernel, grid, x.device, *operands, slope, m, n, k, leaky, precision, **tile)
@@ -226,7 +226,7 @@ def relu2_mlp_dz(dy: Tensor, w: Tensor, h: Tensor, slope: float, tile: dict | No
         return dz.zero_()
     tile = tile or _DZ_TILES.select(dy.device, dy.dtype, m)
     bm, bn, bk = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
-    grid = (min(num_programs(dy.device), -(-m // bm) * -(-n // bn)),)
+    grid = (min(num_programs(dy.device), ceil_div(m, bm) * ceil_div(n, bn)),)
     operands = (
         descriptor(dy, (bm, bk)), descriptor(w, (bk, bn)), descriptor(h, (bm, bn // 2)), descriptor(dz, (bm, bn // 2)),
     )  # fmt: skip
@@ -240,7 +240,7 @@ def relu2_dz(dh: Tensor, h: Tensor, slope: float) -> Tensor:
     if dz.numel() == 0:
         return dz
     block = (32, 128)
-    grid = (-(-dh.shape[0] // block[0]), -(-dh.shape[1] // block[1]))
+    grid = (ceil_div(dh.shape[0], block[0]), ceil_div(dh.shape[1], block[1]))
     operands = (descriptor(tensor, block) for tensor in (dh, h, dz))
     launch(_relu2_dz_kernel, grid, dh.device, *operands, slope, slope != 0, *block, num_warps=8)
     return dz
@@ -349,7 +349,7 @@ def relu2_mlp(x: Tensor, w_fc: Tensor, w_proj: Tensor, *, negative_slope: float 
     if w_proj.ndim != 2 or w_proj.shape[1] != w_fc.shape[0]:
         raise ValueError(
             f"relu2_mlp: w_proj has shape {tuple(w_proj.shape)} and w_fc {tuple(w_fc.shape)}; "
-            f"possible: w_proj (N, {w_fc.shape[0]})"
+            f"expected w_proj (N, {w_fc.shape[0]})"
         )
     _check_slope("relu2_mlp", negative_slope)
     x, lead = autocast(x), x.shape[:-1]
@@ -361,4 +361,4 @@ def relu2_mlp(x: Tensor, w_fc: Tensor, w_proj: Tensor, *, negative_slope: float 
 
 def _check_slope(op: str, negative_slope: float) -> None:
     if not (math.isfinite(negative_slope) and negative_slope >= 0):
-        raise ValueError(f"{op}: negative_slope={negative_slope}; possible: a finite number >= 0")
+        raise ValueError(f"{op}: negative_slope={negative_slope}; expected a finite number >= 0")

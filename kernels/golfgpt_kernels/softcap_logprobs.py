@@ -59,7 +59,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._dispatch import Impl, accumulate_dtype, autocast, check_floats, check_linear, runs_triton, values_readable
-from ._jit import descriptor, dot, dot_precision, empty_rows, halves, jit, launch, narrow, tl
+from ._jit import ceil_div, descriptor, dot, dot_precision, empty_rows, halves, jit, launch, narrow, tl
 from ._ops import add_op_namespace_prefix
 from ._tiles import TileTable, gemm_tile
 from ._weight_grad import split_weight_grad
@@ -306,7 +306,7 @@ def softcap_logprobs_fwd(
     bm, bn, bk = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
     operands = descriptor(hidden, (bm, bk)), descriptor(weight, (bn, bk)), targets.contiguous(), *results
     launch(
-        _softcap_logprobs_fwd_kernel, (-(-m // bm),), hidden.device,
+        _softcap_logprobs_fwd_kernel, (ceil_div(m, bm),), hidden.device,
         *operands, softcap or 0.0, m, v, d, ignore_index,
         softcap is not None, _bounded(softcap, hidden.dtype), v % bn != 0, dot_precision(hidden.dtype), **tile,
     )  # fmt: skip
@@ -330,7 +330,7 @@ def softcap_logits_grad(
     (m, d), v = hidden.shape, weight.shape[0]
     tile = tile or _GRAD_TILES.select(hidden.device, hidden.dtype, m)
     bm, bn, bk = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
-    grid = (-(-m // bm) * -(-v // bn),)
+    grid = (ceil_div(m, bm) * ceil_div(v, bn),)
     operands = descriptor(hidden, (bm, bk)), descriptor(weight, (bn, bk)), descriptor(out, (bm, bn // 2))
     launch(
         _softcap_logits_grad_kernel, grid, hidden.device,
@@ -459,7 +459,7 @@ def softcap_cross_entropy(
     op = "softcap_cross_entropy"
     _check(op, hidden, head_weight, targets, targets != ignore_index, softcap)
     if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"{op}: reduction={reduction!r}; expected 'mean', 'sum', 'none'")
+        raise ValueError(f"{op}: reduction={reduction!r}; expected 'mean', 'sum' or 'none'")
     if not 0 <= z_loss < float("inf"):
         raise ValueError(f"{op}: z_loss={z_loss}; expected a finite number >= 0")
     hidden = autocast(hidden)
