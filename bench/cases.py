@@ -16,11 +16,7 @@ import torch
 import torch.nn.functional as F
 from golfgpt_kernels._cases import COLUMNS, INT6, Case, op_cases
 from golfgpt_kernels._dispatch import runs_triton
-from golfgpt_kernels.fake_quant import fake_quant_linear, fake_quant_linear_cost, quantize_rows_cost
-from golfgpt_kernels.muon import muon_momentum_cost, muon_update_cost
-from golfgpt_kernels.newton_schulz import newton_schulz_cost
-from golfgpt_kernels.relu2_mlp import linear_relu2_cost, relu2_mlp_backward_cost, relu2_mlp_cost
-from golfgpt_kernels.softcap_logprobs import softcap_logprobs_cost
+from golfgpt_kernels.fake_quant import fake_quant_linear
 from torch import Tensor
 
 from bench.in_loop import in_loop_linear
@@ -59,48 +55,74 @@ def bench_cases(rows: int, k: int, sizes: Sequence[tuple[int, int]], layers: int
 
 
 def cost(case: Case) -> tuple[int, int]:
-    """(flops, bytes), the least that the op must compute and move."""
+    """(flops, bytes), the least that the op must compute and move: operands are read and results written once, in 16
+    bits; fp32 are masters, their gradients, and what the quantizer and Muon read and write."""
     forward, backward = _COSTS[case.op]
     costs = [forward(*case.shape), *([backward(*case.shape)] if case.backward else [])]
     flops, traffic = zip(*costs, strict=True)
     return sum(flops), sum(traffic)
 
 
-def _linear_backward(rows: int, k: int, n: int) -> tuple[int, int]:
-    """dx = dz w and dw = dzᵀ x: dz read twice, w and x once, dx written in 16 bits, dw in fp32."""
-    return 4 * rows * k * n, 2 * (2 * rows * n + 2 * rows * k + n * k) + 4 * n * k
+def _linear(m: int, k: int, n: int) -> tuple[int, int]:
+    return 2 * m * k * n, 2 * (m * k + n * k + m * n)
 
 
-def _linear_relu2_backward(rows: int, k: int, n: int) -> tuple[int, int]:
+def _linear_backward(m: int, k: int, n: int) -> tuple[int, int]:
+    """dx = dz w and dw = dzᵀ x: dz is read twice."""
+    return 4 * m * k * n, 2 * (2 * m * n + 2 * m * k + n * k) + 4 * n * k
+
+
+def _linear_relu2_backward(m: int, k: int, n: int) -> tuple[int, int]:
     """It first turns dh into dz: dh and h read, dz written."""
-    flops, traffic = _linear_backward(rows, k, n)
-    return flops, traffic + 6 * rows * n
+    flops, traffic = _linear_backward(m, k, n)
+    return flops, traffic + 6 * m * n
 
 
-def _loss_backward(rows: int, k: int, vocab: int) -> tuple[int, int]:
-    """dh = du W and dW = duᵀ h, hidden and W read, both gradients written. The kernel computes the logits again, which
-    a forward that keeps du need not."""
-    return 4 * rows * k * vocab, 2 * (2 * rows * k + vocab * k) + 4 * vocab * k
+def _mlp(m: int, k: int, h: int) -> tuple[int, int]:
+    """h is written by the first product and read by the second."""
+    return 4 * m * k * h, 4 * (m * k + h * k + m * h)
 
 
-_LOSS = softcap_logprobs_cost, _loss_backward
-_QUANTIZED = lambda m, k, n: fake_quant_linear_cost(m, n, k), _linear_backward
+def _mlp_backward(m: int, k: int, h: int) -> tuple[int, int]:
+    """Four products; dz is written once and read twice, h read twice."""
+    return 8 * m * k * h, 2 * m * (4 * k + 5 * h) + 12 * h * k
+
+
+def _quantized_linear(m: int, k: int, n: int) -> tuple[int, int]:
+    """ŵ is written and read once."""
+    return 2 * m * k * n + 5 * n * k, 2 * (m * k + m * n + 2 * n * k) + 4 * n * k
+
+
+def _logprobs(m: int, k: int, vocab: int) -> tuple[int, int]:
+    """Logits stay on chip; int64 targets, fp32 results."""
+    return 2 * m * k * vocab, 2 * k * (m + vocab) + 12 * m
+
+
+def _loss_backward(m: int, k: int, vocab: int) -> tuple[int, int]:
+    """dh = du W and dW = duᵀ h. The kernel computes the logits again, which a forward that keeps du need not."""
+    return 4 * m * k * vocab, 2 * (2 * m * k + vocab * k) + 4 * vocab * k
+
+
+def _newton_schulz(batch: int, rows: int, cols: int, steps: int = 5) -> tuple[int, int]:
+    """X Xᵀ, A A and P X a step, of the first two the half that determines the rest."""
+    m, n = sorted((rows, cols))
+    traffic = 2 * ((m * n + m * m) + 2 * m * m + (2 * m * n + m * m))
+    return batch * steps * (3 * m * m * n + m**3), batch * (steps * traffic + 4 * m * n)
+
+
+_LOSS, _QUANTIZED = (_logprobs, _loss_backward), (_quantized_linear, _linear_backward)
 _COSTS = {
-    "relu2_mlp": (lambda m, k, h: relu2_mlp_cost(m, k, h, k), lambda m, k, h: relu2_mlp_backward_cost(m, k, h, k)),
-    "linear_relu2": (linear_relu2_cost, _linear_relu2_backward),
-    "linear": (lambda m, k, n: (2 * m * k * n, 2 * (m * k + n * k + m * n)), _linear_backward),
-    "fake_quant_linear": _QUANTIZED,
-    "codes_linear": _QUANTIZED,
-    "in_loop_linear": _QUANTIZED,
-    "softcap_cross_entropy": _LOSS,
-    **dict.fromkeys(PEERS, _LOSS),
-    "token_logprobs": (softcap_logprobs_cost, None),
-    "newton_schulz": (partial(newton_schulz_cost, io_itemsize=2, symmetric=True), None),
+    "relu2_mlp": (_mlp, _mlp_backward),
+    "linear_relu2": (_linear, _linear_relu2_backward),
+    "linear": (_linear, _linear_backward),
+    **dict.fromkeys(("fake_quant_linear", "codes_linear", "in_loop_linear"), _QUANTIZED),
+    **dict.fromkeys(("softcap_cross_entropy", *PEERS), _LOSS),
+    "token_logprobs": (_logprobs, None),
+    "newton_schulz": (_newton_schulz, None),
     "fake_quantize_rows": (lambda _, weights: (5 * weights, 6 * weights), None),
-    "quantize_rows": (lambda layers, n, k: quantize_rows_cost(layers * n, k), None),
-    "muon_momentum_": (lambda _, weights: muon_momentum_cost(weights), None),
-    "muon_update_": (lambda _, weights: muon_update_cost(weights), None),
-    "muon_update_rows_": (lambda _, weights: muon_update_cost(weights), None),
+    "quantize_rows": (lambda layers, n, k: (5 * layers * n * k, layers * n * (5 * k + 2)), None),
+    "muon_momentum_": (lambda _, weights: (4 * weights, 14 * weights), None),
+    **dict.fromkeys(("muon_update_", "muon_update_rows_"), (lambda _, weights: (4 * weights, 12 * weights), None)),
 }
 
 # 65,536 rows are one of eight GPUs' part of a step of 524,288 tokens.

@@ -24,7 +24,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from golfgpt_kernels import _dispatch
-from golfgpt_kernels.tuning import QUICK, decides, merged, slug, write_json
+from golfgpt_kernels._dispatch import slug
+from golfgpt_kernels.tuning import QUICK, decides, merged, write_json
 
 from bench.roofs import floor_us
 

@@ -32,6 +32,7 @@ from typing import NamedTuple
 
 import torch
 from golfgpt_kernels import _jit, tuning
+from golfgpt_kernels._dispatch import slug
 from golfgpt_kernels._tiles import TABLES, TileTable
 from golfgpt_kernels.tuning import Case
 from torch import Tensor
@@ -301,7 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = torch.device("cuda", 0)
     command = " ".join(["python -m bench.tune", *options.kernels])
     result = tuning.environment(device) | {"date": time.strftime("%Y-%m-%d"), "command": command}
-    file = options.out / f"tiles-{tuning.slug(result)}.json"
+    file = options.out / f"tiles-{slug(result)}.json"
     search(options.kernels, device, options.seconds, result | {"searches": []}, file)
 
 

@@ -104,7 +104,10 @@ def test_full_size_is_what_the_figures_are_about():
     assert {c.shape for c in cases.CASES if c.op == "relu2_mlp"} == {(65536, 512, 1024), (65536, 512, 1536)}
     (fake,) = (c for c in cases.CASES if c.op == "fake_quantize_rows")
     assert fake.shape == (54, 21_233_664) and cases.cost(fake)[1] == 21_233_664 * 6
-    assert all(cases.cost(case)[1] > 0 for case in cases.CASES)
+    (newton_schulz,) = (c for c in cases.CASES if c.op == "newton_schulz" and c.shape == (9, 1536, 512))
+    assert cases.cost(newton_schulz)[0] == 9 * 5 * (3 * 512**2 * 1536 + 512**3)
+    assert cases.cost(MLP)[0] == 3 * cases.cost(dataclasses.replace(MLP, backward=False))[0] == 12 * 64 * 32 * 64
+    assert all(cases.cost(case)[1] > 0 for case in cases.CASES + cases.PEER_CASES)
 
 
 def test_peers_are_called_by_their_own_signatures(monkeypatch):

@@ -316,13 +316,6 @@ def test_float64_is_refused_by_name(device):
         gk.newton_schulz(**options)
 
 
-def test_symmetric_cost():
-    full, traffic = ns.newton_schulz_cost(1, 512, 1024)
-    half, same = ns.newton_schulz_cost(1, 512, 1024, symmetric=True)
-    assert (full, half) == (pytest.approx(6.71e9, rel=1e-3), pytest.approx(4.70e9, rel=1e-3))
-    assert traffic == same
-
-
 def test_small_results_get_small_tiles(monkeypatch):
     monkeypatch.setattr("golfgpt_kernels._tiles.compute_capability", lambda device: 90)
     select = functools.partial(TABLES["newton_schulz"].select, torch.device("cpu"), BF16)

@@ -73,16 +73,6 @@ from ._rows import (
 )
 from ._tiles import Tile, TileTable
 
-__all__ = [
-    "muon_momentum_",
-    "muon_momentum_cost",
-    "muon_momentum_ref_",
-    "muon_update_",
-    "muon_update_cost",
-    "muon_update_ref_",
-    "square_parts",
-]
-
 PART = 2048  # elements in a sum of squares; blocks of the momentum are multiples of it
 
 
@@ -133,16 +123,6 @@ def muon_update_ref_(
             if specs is not None and specs[i] is not None:
                 shadow = fake_quantize_rows_ref(w, specs[i], dtype=shadow.dtype, enabled=enabled)
             shadows[i].copy_(shadow if ok is None else torch.where(ok, shadow, shadows[i]))
-
-
-def muon_momentum_cost(numel: int, *, itemsize: int = 2) -> tuple[int, int]:
-    """(flops, bytes): gradient and buffer read, buffer and update of `itemsize` bytes written."""
-    return 4 * numel, numel * (12 + itemsize)
-
-
-def muon_update_cost(numel: int, *, itemsize: int = 2, shadow_itemsize: int = 2) -> tuple[int, int]:
-    """(flops, bytes): weight and update read, weight and shadow written."""
-    return 4 * numel, numel * (8 + itemsize + shadow_itemsize)
 
 
 # ---- tiles: BLOCK weights a program

@@ -59,14 +59,6 @@ from ._jit import ceil_div, descriptor, dot, dot_precision, empty_rows, jit, lau
 from ._ops import add_op_namespace_prefix
 from ._tiles import Tile, TileTable
 
-__all__ = [
-    "POLAR_EXPRESS_COEFFICIENTS",
-    "QUINTIC_COEFFICIENTS",
-    "newton_schulz",
-    "newton_schulz_cost",
-    "newton_schulz_ref",
-]
-
 Triple = tuple[float, float, float]
 
 QUINTIC_COEFFICIENTS: Triple = (3.4445, -4.7750, 2.0315)
@@ -130,28 +122,6 @@ def _per_step(coefficients: Coefficients, steps: int) -> list[Triple]:
             f"newton_schulz: coefficients={coefficients!r}; expected one (a, b, c), or steps={steps} of them"
         )
     return list(coefficients)
-
-
-def newton_schulz_cost(
-    batch: int,
-    rows: int,
-    cols: int,
-    *,
-    steps: int = 5,
-    itemsize: int = 2,
-    io_itemsize: int = 4,
-    symmetric: bool = False,
-) -> tuple[int, int]:
-    """(flops, bytes) of X Xᵀ, A A and P X per step; operands read once, results written once.
-
-    symmetric: the half of X Xᵀ and A A that determines the rest, which is what the kernels compute but for tiles on
-    the diagonal.
-    """
-    m, n = sorted((rows, cols))
-    symmetric_flops = 2 * (m * m * n + m * m * m)
-    flops = symmetric_flops // (2 if symmetric else 1) + 2 * m * m * n
-    traffic = itemsize * ((m * n + m * m) + 2 * m * m + (2 * m * n + m * m))
-    return batch * steps * flops, batch * (steps * traffic + 2 * io_itemsize * m * n)
 
 
 # ---- tiles

@@ -52,15 +52,6 @@ from ._ops import add_op_namespace_prefix
 from ._tiles import INTERPRETED_GEMM, TileTable, gemm_tile
 from ._weight_grad import weight_grad
 
-__all__ = [
-    "linear_relu2",
-    "linear_relu2_cost",
-    "linear_relu2_ref",
-    "relu2_mlp",
-    "relu2_mlp_cost",
-    "relu2_mlp_ref",
-]
-
 
 def linear_relu2_ref(x: Tensor, w: Tensor, *, negative_slope: float = 0.0) -> Tensor:
     z = F.linear(x, w.to(x.dtype))
@@ -71,25 +62,6 @@ def linear_relu2_ref(x: Tensor, w: Tensor, *, negative_slope: float = 0.0) -> Te
 def relu2_mlp_ref(x: Tensor, w_fc: Tensor, w_proj: Tensor, *, negative_slope: float = 0.0) -> Tensor:
     h = linear_relu2_ref(x, w_fc, negative_slope=negative_slope)
     return F.linear(h, w_proj.to(x.dtype))
-
-
-def linear_relu2_cost(rows: int, k: int, n: int, *, itemsize: int = 2) -> tuple[int, int]:
-    """(flops, bytes) of the forward: x and w read once, h written once."""
-    return 2 * rows * k * n, itemsize * (rows * k + n * k + rows * n)
-
-
-def relu2_mlp_cost(rows: int, k: int, hidden: int, n: int, *, itemsize: int = 2) -> tuple[int, int]:
-    """(flops, bytes) of the forward: h is written by the first matmul and read by the second."""
-    up = linear_relu2_cost(rows, k, hidden, itemsize=itemsize)
-    down = linear_relu2_cost(rows, hidden, n, itemsize=itemsize)
-    return up[0] + down[0], up[1] + down[1]
-
-
-def relu2_mlp_backward_cost(rows: int, k: int, hidden: int, n: int, *, itemsize: int = 2) -> tuple[int, int]:
-    """(flops, bytes) of the backward: four matmuls; dz written once and read twice, h read twice, dw in fp32."""
-    flops = 2 * relu2_mlp_cost(rows, k, hidden, n)[0]
-    activations = itemsize * rows * (2 * n + 2 * k + 5 * hidden)
-    return flops, activations + (itemsize + 4) * hidden * (k + n)
 
 
 # ---- tiles

@@ -64,14 +64,6 @@ from ._ops import add_op_namespace_prefix
 from ._tiles import TileTable, gemm_tile
 from ._weight_grad import split_weight_grad
 
-__all__ = [
-    "softcap_cross_entropy",
-    "softcap_cross_entropy_ref",
-    "softcap_logprobs_cost",
-    "token_logprobs",
-    "token_logprobs_ref",
-]
-
 Reduction = Literal["mean", "sum", "none"]
 
 # Bytes of G alive at a time. 65,536 rows at V = 1024 in bf16 are one chunk; at V = 8192 a chunk is 8192 rows, whose dh
@@ -124,11 +116,6 @@ def token_logprobs_ref(
     targets = targets if mask is None else targets.where(mask, 0)
     logprobs = torch.log_softmax(z, dim=-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     return logprobs if mask is None else logprobs.where(mask, 0)
-
-
-def softcap_logprobs_cost(tokens: int, dim: int, vocab_size: int, *, itemsize: int = 2) -> tuple[int, int]:
-    """(flops, bytes) of a forward with logits on chip: operands and targets read once, fp32 results written."""
-    return 2 * tokens * dim * vocab_size, itemsize * dim * (tokens + vocab_size) + 12 * tokens
 
 
 # ---- tiles

@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["Timing", "time_us"]
-
 
 class Timing(NamedTuple):
     us: float  # per call, the median

@@ -29,14 +29,9 @@ from torch import Tensor
 
 from . import _dispatch
 from ._cases import COLUMNS, QUICK, Case
-from ._dispatch import environment, slug, tuned_file
+from ._dispatch import environment, tuned_file
 from .testing import budget_violation, poisoned
 from .timing import time_us
-
-__all__ = [
-    "COLUMNS", "QUICK", "CannotTune", "Case", "check", "environment", "measure", "slug", "time_limit", "time_us",
-    "tune", "tuned_file", "within", "write_json",
-]  # fmt: skip
 
 COMMAND = "python -m golfgpt_kernels tune"
 NEEDS_GPU = "tuning needs a CUDA device that this torch can use: interpreted kernels are never timed"
