@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from golfgpt_kernels.tuning import Timing
+from golfgpt_kernels.timing import Timing
 from torch.nn import attention as torch_attention
 
 from golfgpt.config import ModelConfig
