@@ -46,13 +46,13 @@ def test_a_named_backend_that_does_not_work():
 
 
 def test_a_backend_with_wrong_gradients_is_refused(monkeypatch):
-    right = attention._with_gradients
+    right = attention._attend
 
     def wrong(q, k, v, g):
         out, dq, dk, dv = right(q, k, v, g)
         return [out, dq, dk * (1.03 if torch.backends.cuda.flash_sdp_enabled() else 1), dv]
 
-    monkeypatch.setattr(attention, "_with_gradients", wrong)
+    monkeypatch.setattr(attention, "_attend", wrong)
     selection = select_backend("auto", SMALL, [(2, 64)], CPU, torch.float32)
     assert selection.backend == "math"
     assert selection.refused["flash"] == "differs from math by 0.03 relative"
