@@ -24,7 +24,7 @@ def kept_file(folder: str, device: torch.device, facts: dict[str, Any], suffix: 
     packages = ("torch", "triton", "golfgpt", "flash_attn_3")
     everything = facts | {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
-        "versions": [torch.version.cuda, torch.backends.cudnn.version(), *map(_version, packages)],
+        "versions": [torch.version.cuda, torch.backends.cudnn.version(), *map(package_version, packages)],
     }
     digest = hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:32]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -63,7 +63,7 @@ def _cpu() -> list[str]:
     return [platform.machine(), torch.backends.cpu.get_cpu_capability(), *sorted(lines)]
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
