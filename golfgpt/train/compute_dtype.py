@@ -80,7 +80,7 @@ def select_dtype(choice: str, model: GPT, data: DataConfig, ranks: Ranks) -> Dty
 def _measure(model: GPT, data: DataConfig) -> dict[str, float]:
     """Microseconds per token of forward and backward by dtype, the least of ROUNDS taken in turn.
 
-    On 16 tokens first, then on 4 times as many while SECONDS last, up to a microbatch. Empty if 16 take more than LIMIT.
+    On 16 tokens first, then on 4 times as many while SECONDS last, up to a microbatch. Empty if 16 exceed LIMIT.
     """
     size, used, us = min(16, data.microbatch), 0.0, {}
     while True:
