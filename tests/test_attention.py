@@ -11,7 +11,7 @@ from golfgpt.config import ModelConfig
 from golfgpt.distributed import Ranks
 from golfgpt.errors import InputError
 from golfgpt.train import attention_backend as attention
-from golfgpt.train.attention_backend import BACKENDS, choose_backend, select_backend
+from golfgpt.train.attention_backend import BACKENDS, select_backend
 
 SMALL = ModelConfig(vocab_size=97, num_layers=2, model_dim=32, num_heads=4, num_kv_heads=2, mlp_hidden=48)
 CPU = Ranks(0, 1, torch.device("cpu"))
@@ -31,8 +31,8 @@ def enabled() -> list[bool]:
     return [getattr(torch.backends.cuda, f"{name}_enabled")() for name in ENABLED]
 
 
-def select(choice: str = "auto", ranks: Ranks = CPU, shapes=((2, 64), (1, 48))) -> attention.Selection:
-    return select_backend(choice, SMALL, shapes, ranks, torch.float32)
+def select(choice: str = "auto", ranks: Ranks = CPU, **options) -> attention.Selection:
+    return select_backend(choice, SMALL, [(2, 64), (1, 48)], ranks, torch.float32, **options)
 
 
 def test_on_a_cpu_the_first_that_agrees_with_math():
@@ -106,7 +106,7 @@ def test_flash3_replaces_the_kernels_of_flash(monkeypatch):
     monkeypatch.setattr(torch_attention, "current_flash_attention_impl", lambda: (log or [None])[-1])
     assert BACKENDS["flash3"] == BACKENDS["flash"]
     before = enabled()
-    assert choose_backend("flash3", SMALL, [(2, 64)], CPU, torch.float32).backend == "flash3"
-    assert log[0] == "FA3" and log[-1] == "own" and enabled() == before, "a choice changes nothing"
+    assert select("flash3", enable=False).backend == "flash3"
+    assert log[0] == "FA3" and log[-1] == "own" and enabled() == before
     select("flash3")
     assert log[-1] == "FA3" and enabled()[1]

@@ -83,7 +83,7 @@ def test_gpus_that_torch_cannot_use(monkeypatch, asked, devices, listed, error, 
 def test_what_nvidia_smi_lists(smi, monkeypatch, script, listed):
     smi(script)
     monkeypatch.setattr(probe, "usable_gpus", lambda: ([torch.device("cuda")] * len(listed), None))
-    monkeypatch.setattr(probe.run, "__defaults__", (1,))
+    monkeypatch.setattr(probe, "run", partial(probe.run, timeout=1))
     machine = Machine("auto")
     assert machine.listed == listed and not Machine("cpu").listed
     row = only("torch's GPUs", machine)
@@ -181,6 +181,10 @@ def test_what_nvml_says(nvml, monkeypatch):
     everything = H100._replace(links=17)._asdict()
     del everything["name"], everything["tflops"], everything["copy_gbps"]
     assert probe.read_nvml(device) == everything
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (16 * 4096, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: H100.name)
+    gpu = probe.measure_gpu(torch.device("cpu"), size=64, products=2)
+    assert gpu == H100._replace(links=17, tflops=gpu.tflops, copy_gbps=gpu.copy_gbps) and min(gpu[1:3]) > 0
     nvml.nvmlDeviceGetFieldValues = refuse
     assert probe.read_nvml(device) == {name: everything[name] for name in everything if "link" not in name}
     nvml.nvmlInit = refuse
@@ -189,11 +193,13 @@ def test_what_nvml_says(nvml, monkeypatch):
     assert probe.read_nvml(device) == {}
 
 
-def test_a_step_is_timed(corpus):
-    assert probe.expected_step("no such GPU") is None, "the committed file is read"
-    model = GPT(tiny_config(corpus).model)
-    assert probe.time_steps(model, 128, 64, torch.device("cpu")) > 0
+def test_a_step_is_timed(corpus, monkeypatch):
+    model, cpu = GPT(tiny_config(corpus).model), torch.device("cpu")
+    assert probe.time_steps(model, 128, 64, cpu) > 0
     assert all(p.grad is not None for p in model.parameters())
+    monkeypatch.setattr(probe, "time_steps", lambda model, *shape: (model.config.num_layers, *shape))
+    assert probe.baseline_step(cpu) == (9, 65_536, 1024, cpu)
+    assert probe.expected_step("no such GPU") is None, "the committed file is read"
 
 
 # ---- other judgements

@@ -161,7 +161,7 @@ def baseline_step(device: torch.device) -> float:
 def choose_attention(device: torch.device, dtype: torch.dtype) -> attention_backend.Selection:
     config = recipes.get("baseline").config
     shape = STEP_TOKENS // config.data.seq_len, config.data.seq_len
-    return attention_backend.choose_backend("auto", config.model, [shape], Ranks(0, 1, device), dtype)
+    return attention_backend.select_backend("auto", config.model, [shape], Ranks(0, 1, device), dtype, enable=False)
 
 
 def time_steps(model: torch.nn.Module, tokens: int, seq_len: int, device: torch.device) -> float:

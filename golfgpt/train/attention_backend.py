@@ -69,36 +69,15 @@ def select_backend(
     dtype: torch.dtype,
     *,
     backward: bool = True,
+    enable: bool = True,
 ) -> Selection:
-    """`choose_backend`, and enable its choice for the process.
-
-    Math stays enabled too, for tensors on another device and for explicit masks.
-    """
-    selection = choose_backend(choice, config, shapes, ranks, dtype, backward=backward)
-    best = selection.backend
-    torch.backends.cuda.enable_cudnn_sdp(best == "cudnn")
-    torch.backends.cuda.enable_flash_sdp(best in ("flash", "flash3"))
-    torch.backends.cuda.enable_mem_efficient_sdp(best == "efficient")
-    torch.backends.cuda.enable_math_sdp(True)
-    use_flash3(best == "flash3")
-    torch.compiler.config.cache_key_tag = f"attention:{best}"  # torch's caches do not see which backend is enabled
-    return selection
-
-
-def choose_backend(
-    choice: str,
-    config: ModelConfig,
-    shapes: Sequence[Shape],
-    ranks: Ranks,
-    dtype: torch.dtype,
-    *,
-    backward: bool = True,
-) -> Selection:
-    """The backend `choice`, or the best one if it is "auto". All ranks take rank 0's.
+    """Choose the backend `choice`, or the best one if it is "auto", and enable it for the process. All ranks take rank
+    0's.
 
     A backend must run forward and backward on this model's heads at the lengths of all `shapes` and agree with math
     (cuDNN's backward has returned NaN for some lengths). On a GPU one attention on the first of `shapes` is timed, with
-    or without its `backward`. Raises InputError if no candidate passes.
+    or without its `backward`. Math stays enabled too, for tensors on another device and for explicit masks. Raises
+    InputError if no candidate passes.
     """
     works, refused, device = [], {}, ranks.device
     auto = tuple(BACKENDS) if device.type == "cuda" else ("flash", "math")
@@ -115,6 +94,13 @@ def choose_backend(
     best = ranks.broadcast_object(min(works, key=ms.get) if ms else works[0])
     if best in refused:
         raise InputError(f"runtime.attention {best}, which rank 0 chose, does not work on rank {ranks.rank}: {refused}")
+    if enable:
+        torch.backends.cuda.enable_cudnn_sdp(best == "cudnn")
+        torch.backends.cuda.enable_flash_sdp(best in ("flash", "flash3"))
+        torch.backends.cuda.enable_mem_efficient_sdp(best == "efficient")
+        torch.backends.cuda.enable_math_sdp(True)
+        use_flash3(best == "flash3")
+        torch.compiler.config.cache_key_tag = f"attention:{best}"  # torch's caches do not see which backend is enabled
     return Selection(best, ms, kept, refused)
 
 
