@@ -116,19 +116,27 @@ def smi(tmp_path, monkeypatch):
         ({"reasons": 0x24}, "too hot"),
         ({"reasons": 0x4C}, "too hot for full clocks: improve the cooling or change the machine; its heat or power"),
         ({"reasons": 0x2}, "nvidia-smi -rac"),
-        ({"reasons": 0x200}, ""),
+        ({"reasons": 0x200}, "nvidia-smi -q"),
         ({"watts": float("nan"), "default_watts": float("nan")}, ""),
         ({"links": 17}, "fewer active NVLinks"),
     ],
 )
 def test_one_bad_gpu_is_named(changed, word):
     rows = judged("GPU state", given(devices=2, gpus=[H100, H100._replace(**changed)]))
-    assert [row.verdict for row in rows] == ["ok", "slow" if word else "ok"]
+    verdict = "unknown" if "-q" in word else "slow" if word else "ok"
+    assert [row.verdict for row in rows] == ["ok", verdict]
     assert (
         rows[0].value
         == "GPU 0: 1,410 of 1,980 MHz, limited by the power cap; 700 W, default 700; 18 NVLinks of 26.5 GB/s"
     )
     assert rows[1].advice.startswith("GPU 1: " if word else "") and word in rows[1].advice
+
+
+@pytest.mark.parametrize("version, word", [(None, "pip install nvidia-ml-py"), ("13", "run nvidia-smi")])
+def test_without_nvml_one_row_says_so(monkeypatch, version, word):
+    monkeypatch.setattr(checks, "package_version", lambda name: version)
+    row = only("GPU state", given(gpus=[Gpu("NVIDIA A", 1, 1)] * 2))
+    assert row.verdict == "unknown" and word in row.advice
 
 
 def test_gpus_without_nvlink():
@@ -258,8 +266,6 @@ def attention(refused: str, bf16: bool) -> dict:
         ("baseline step", 1, step(100, STEP), "slow", "1.25 x the committed time (torch 2.12.0)"),
         ("baseline step", 1, step(90, None), "unknown", "nothing to compare"),
         ("baseline step", 1, step(torch.OutOfMemoryError("CUDA out of memory"), None), "unknown", "out of memory"),
-        ("nvidia-ml-py", 1, {f"{CHECKS}.package_version": "13.0"}, "ok", ""),
-        ("nvidia-ml-py", 1, {f"{CHECKS}.package_version": None}, "unknown", "pip install nvidia-ml-py"),
         ("attention", 1, attention("cudnn", bf16=True), "ok", ""),
         ("attention", 1, attention("cudnn flash", bf16=True), "slow", "sm_80"),
         ("attention", 1, attention("", bf16=False), "slow", "--runtime.dtype float32"),
@@ -290,10 +296,8 @@ def test_judgements(monkeypatch, tmp_path, check, gpus, answers, verdict, word):
 
 
 def test_without_a_gpu_nothing_is_said_of_it():
-    for check in ("nvidia-ml-py", "GPU speed", "GPU state", "all-reduce", "baseline step", "tuning"):
+    for check in ("GPU speed", "GPU state", "all-reduce", "baseline step", "tuning"):
         assert not judged(check)
-    silent = given(devices=1, gpus=[Gpu("NVIDIA A", 1, 1)])
-    assert not judged("GPU state", silent) and only("nvidia-ml-py", silent).verdict == "unknown"
 
 
 def test_the_tightest_cgroup_counts(tmp_path):

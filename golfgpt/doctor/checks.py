@@ -172,29 +172,16 @@ DATASHEET = {  # TFLOP/s in bf16, dense, accumulated in fp32; GB/s
 @check("GPU speed")
 def speed(machine: Machine) -> Iterator[Answer]:
     for index, gpu in enumerate(machine.gpus):
+        best = DATASHEET.get(gpu.name, (math.nan, math.nan))
+        product, copy = gpu.tflops / best[0], gpu.copy_gbps / best[1]
         value = f"GPU {index}: product {gpu.tflops:,.0f} TFLOP/s, copy {gpu.copy_gbps:,.0f} GB/s"
-        if gpu.name not in DATASHEET:
-            yield value, (True, "unknown", f"no datasheet of {gpu.name} is known here: compare with the vendor's")
-            continue
-        product, copy = gpu.tflops / DATASHEET[gpu.name][0], gpu.copy_gbps / DATASHEET[gpu.name][1]
+        known = gpu.name in DATASHEET
         yield (
-            f"{value}, {product:.0%} and {copy:.0%} of the datasheet",
+            f"{value}, {product:.0%} and {copy:.0%} of the datasheet" if known else value,
+            (not known, "unknown", f"no datasheet of {gpu.name} is known here: compare with the vendor's"),
             # 788 of 989 TFLOP/s and 4.3 of 4.8 TB/s were seen on an H200.
             (product < 0.55, "slow", f"GPU {index}: a slow product: see GPU state, else change the machine"),
             (copy < 0.7, "slow", f"GPU {index}: a slow copy: see GPU state, else change the machine"),
-        )
-
-
-@check("nvidia-ml-py")
-def nvml(machine: Machine) -> Iterator[Answer]:
-    if machine.devices:
-        version = package_version("nvidia-ml-py")
-        silent = all(math.isnan(gpu.clock_mhz) for gpu in machine.gpus)
-        advice = "clocks, power cap, throttling and NVLink are not read without it: pip install nvidia-ml-py"
-        yield (
-            version or "not installed",
-            (not version, "unknown", advice),
-            (silent, "unknown", "NVML says nothing of clocks, power cap, throttling and NVLink: run nvidia-smi"),
         )
 
 
@@ -210,12 +197,16 @@ REASONS = {
 @check("GPU state")
 def state(machine: Machine) -> Iterator[Answer]:
     """Under load."""
+    if any(math.isnan(gpu.clock_mhz) for gpu in machine.gpus):
+        silent, remedy = "nvidia-ml-py is not installed", "pip install nvidia-ml-py"
+        if package_version("nvidia-ml-py"):
+            silent, remedy = "NVML does not answer", "run nvidia-smi to see why"
+        yield silent, (True, "unknown", f"clocks, power cap, throttling and NVLink were not read: {remedy}")
+        return
     several, most = len(machine.gpus) > 1, max((gpu.links for gpu in machine.gpus), default=0)
     for index, gpu in enumerate(machine.gpus):
-        if math.isnan(gpu.clock_mhz):
-            continue
         reasons = [reason for bits, reason in REASONS.items() if gpu.reasons & bits]
-        limits = " and ".join(word for word, _ in reasons) or "nothing"
+        limits = " and ".join(word for word, _ in reasons) or (f"reason {gpu.reasons:#x}" if gpu.reasons else "nothing")
         remedies = "; ".join(remedy for _, remedy in reasons if remedy)
         value = f"GPU {index}: {gpu.clock_mhz:,.0f} of {gpu.max_clock_mhz:,.0f} MHz, limited by {limits}"
         value += f"; {gpu.watts:.0f} W, default {gpu.default_watts:.0f}"
@@ -231,6 +222,7 @@ def state(machine: Machine) -> Iterator[Answer]:
             (gpu.clock_mhz < 0.55 * gpu.max_clock_mhz, "slow", f"GPU {index}: a low clock: change the machine"),
             (several and not most, "slow", "gradients travel over PCIe: choose a machine with NVLink"),
             (gpu.links < most, "slow", f"GPU {index}: fewer active NVLinks than on others: change the machine"),
+            (gpu.reasons > 0x1FF, "unknown", f"GPU {index}: a reason unknown to golfgpt: nvidia-smi -q explains it"),
         )
 
 
