@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from golfgpt_kernels import implementation
 
 import golfgpt
 from golfgpt.config import AverageConfig, BudgetConfig, DataConfig, RunConfig, ScheduleConfig, to_dict
@@ -32,7 +33,7 @@ from golfgpt.train.memory import activation_bytes
 from golfgpt.train.progress import DECAY
 from golfgpt.train.run_folder import Reporter, RunFolder, read_config
 from golfgpt.train.step import TrainStep
-from golfgpt.train.train import train
+from golfgpt.train.train import choose_kernels, train
 
 CPU = Ranks(0, 1, torch.device("cpu"))
 
@@ -501,11 +502,28 @@ def test_run_config_is_what_the_folder_holds(tiny, tmp_path):
     folder.close()
     assert read_config(tmp_path / "run") == tiny
     values = json.loads((tmp_path / "run" / "config.json").read_text())
-    values["model"]["layers"] = 3
-    (tmp_path / "run" / "config.json").write_text(json.dumps(values))
-    with pytest.raises(InputError, match=r"unknown key model\.layers"):
-        read_config(tmp_path / "run")
-    assert isinstance(tiny, RunConfig)
+    older = {key: value for key, value in values.items() if key != "format"}
+    more = values | {"model": values["model"] | {"layers": 3}}
+    for text, message in (
+        (more, r"unknown key model\.layers"),
+        (older, "the run has format 1, expected 2: use the ver"),
+    ):
+        (tmp_path / "run" / "config.json").write_text(json.dumps(text))
+        with pytest.raises(InputError, match=message):
+            read_config(tmp_path / "run")
+
+
+def test_runtime_kernels_is_the_meaning_of_auto_while_a_run_lasts(tiny, monkeypatch):
+    def chosen():
+        return implementation("relu2_mlp", CPU.device, torch.float32)[0]
+
+    config = replace(tiny, runtime=replace(tiny.runtime, kernels="triton"))
+    with choose_kernels(config, CPU):
+        assert chosen() == "triton"
+    assert chosen() == "eager"
+    monkeypatch.setattr("golfgpt.train.train.cannot_run", lambda device, dtype: "no CUDA device")
+    with pytest.raises(InputError, match="runtime.kernels is triton, which cannot run: no CUDA device; use --runtime"):
+        choose_kernels(config, CPU)
 
 
 def test_a_stop_during_validation_loses_nothing(tiny, tmp_path, monkeypatch):

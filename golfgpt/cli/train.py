@@ -118,6 +118,8 @@ class EvalRuntime:
     """auto: cuda where available, else cpu."""
     dtype: Literal["auto", "bfloat16", "float32"]
     """Dtype of activations and matmuls."""
+    kernels: Literal["auto", "eager", "triton"]
+    """Implementation of the ops; auto: Triton kernels where a measurement shows them winning."""
     attention: Literal["auto", "cudnn", "flash", "flash3", "efficient", "math"]
     """Backend of scaled_dot_product_attention; auto: on a GPU the fastest of those that agree with math."""
     compile: Literal["auto", "on", "off"]
@@ -151,7 +153,7 @@ def evaluate(args: Eval) -> int:
     from golfgpt.train.reporter import score_lines
     from golfgpt.train.run_folder import Reporter, artifact_file, load
     from golfgpt.train.signals import Signals
-    from golfgpt.train.train import open_dataset
+    from golfgpt.train.train import choose_kernels, open_dataset
 
     started = stored_config(args.run)
     data = replace(started.data, path=args.data.path)
@@ -178,7 +180,7 @@ def evaluate(args: Eval) -> int:
         shape = (batch_windows(config, ranks), config.window)
         attention = select_backend(config.runtime.attention, config.model, [shape], ranks, dtype, backward=False)
         reporter.line(f"device:{ranks.device} dtype:{choice} attention:{attention} data:{config.data.path}")
-        with Signals(folder):
+        with Signals(folder), choose_kernels(config, ranks):
             score = evaluate(
                 model.to(ranks.device), dataset, config, ranks, dtype=dtype, progress=reporter.status, keep=keep
             )

@@ -25,6 +25,7 @@ def cache_file(config: RunConfig, dtype: torch.dtype, device: torch.device, atte
         "data": {"seq_len": config.data.seq_len, "tokens": config.data.microbatch},
         "dtype": str(dtype),
         "attention": attention,
+        "kernels": config.runtime.kernels,
     }
     return kept_file("compile", device, facts, ".bin")
 

@@ -26,6 +26,9 @@ class RuntimeConfig(Section):
     gradients of its share of the matrices, steps those and hands out the new weights."""
     optimizer_graph: bool = False
     """Replay the whole optimizer step as one CUDA graph, captured in the warm-up; needs a GPU and warmup_steps."""
+    kernels: Literal["auto", "eager", "triton"] = "auto"
+    """Implementation of the ops of golfgpt_kernels; auto: the Triton kernel where a measurement shows it winning;
+    eager: PyTorch; triton: the kernel, or an error if it cannot run."""
     attention: Literal["auto", "cudnn", "flash", "flash3", "efficient", "math"] = "auto"
     """Backend of scaled_dot_product_attention; auto: of those that agree with math the fastest, timed at the start on
     a GPU and remembered; on a CPU the first."""

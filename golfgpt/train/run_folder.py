@@ -31,6 +31,9 @@ from golfgpt.optim.averaging import Average
 from golfgpt.quant import artifact
 from golfgpt.train import checkpoint
 
+FORMAT = 2
+"""Of config.json; runs from before 2026-11-28 have none and count as 1."""
+
 
 class RunFolder:
     """A run folder held by this process until `close`."""
@@ -62,7 +65,7 @@ class RunFolder:
         folder.checkpoints.mkdir(exist_ok=True)
         write_json(path / "env.json", environment())
         write_bytes(path / "tokenizer.model", tokenizer)
-        write_json(path / "config.json", to_dict(config))  # last: it makes the folder a run
+        write_config(path, config)  # last: it makes the folder a run
         return folder
 
     def discard(self) -> None:
@@ -99,13 +102,23 @@ class RunFolder:
         self._lock.release()
 
 
+def write_config(path: Path, config: RunConfig) -> None:
+    write_json(path / "config.json", {"format": FORMAT, **to_dict(config)})
+
+
 def read_config(path: Path) -> RunConfig:
-    """The resolved config of the run in `path`. Raises InputError when it is missing or not valid."""
+    """The resolved config of the run in `path`. Raises InputError if it is missing, of another format or not valid."""
     file = path / "config.json"
     if not file.is_file():
         raise InputError(f"{path} holds no run: there is no {file}")
     try:
-        return from_dict(RunConfig, json.loads(file.read_text(encoding="utf-8")))
+        values = json.loads(file.read_text(encoding="utf-8"))
+        found = values.pop("format", 1) if isinstance(values, dict) else FORMAT
+        if found != FORMAT:
+            raise ValueError(
+                f"the run has format {found!r}, expected {FORMAT}: use the version of golfgpt that wrote it (env.json)"
+            )
+        return from_dict(RunConfig, values)
     except (ValueError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: {error}") from error
 

@@ -9,11 +9,10 @@ from pathlib import Path
 from golfgpt.config import RunConfig, differences, from_dict, to_dict
 from golfgpt.data.shards import Dataset
 from golfgpt.errors import InputError, NonFiniteError
-from golfgpt.files import write_json
 from golfgpt.quant.quantizer import Quantizer
 from golfgpt.train import checkpoint
 from golfgpt.train.clock import Ledger
-from golfgpt.train.run_folder import Reporter, RunFolder, read_config
+from golfgpt.train.run_folder import Reporter, RunFolder, read_config, write_config
 from golfgpt.train.signals import Signals
 from golfgpt.train.step import TrainStep
 
@@ -126,5 +125,5 @@ class Saver:
         for path, reason in refused.items():
             self.reporter.line(f"warning: {reason}")
             path.rename(path.with_suffix(".damaged"))
-        write_json(self.path / "config.json", to_dict(self.config))
+        write_config(self.path, self.config)
         return saved

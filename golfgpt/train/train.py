@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from golfgpt_kernels import cannot_run, set_implementation
 
 from golfgpt import distributed
 from golfgpt.config import RunConfig
@@ -55,6 +56,7 @@ def train(config: RunConfig, path: Path, *, resume: bool = False, quiet: bool = 
             with ranks.raise_on_any():
                 config, dataset = check(config, ranks, resume)
             with ranks.raise_on_any():
+                stack.enter_context(choose_kernels(config, ranks))
                 step = TrainStep(config, dataset, ranks)
             config = replace(config, runtime=replace(config.runtime, dtype=step.dtype_choice.name))
             folder = None
@@ -123,6 +125,14 @@ def open_dataset(config: RunConfig, ranks: Ranks) -> Dataset:
 
 def create_folder(path: Path, config: RunConfig, dataset: Dataset) -> RunFolder:
     return RunFolder.create(path, config, dataset.need_tokenizer().model_bytes)
+
+
+def choose_kernels(config: RunConfig, ranks: Ranks) -> set_implementation:
+    """runtime.kernels for the process, until the block ends. Raises InputError if kernels cannot run here."""
+    choice = config.runtime.kernels
+    if choice == "triton" and (reason := cannot_run(ranks.device, torch.float32)):
+        raise InputError(f"runtime.kernels is triton, which cannot run: {reason}; use --runtime.kernels auto")
+    return set_implementation(choice)
 
 
 def choose_attention(config: RunConfig, step: TrainStep) -> Selection:

@@ -11,7 +11,7 @@ from ._versions import too_old
 if _reason := too_old("torch", torch.__version__):  # before anything that an older torch lacks
     raise ImportError(_reason, name=__name__)
 
-from ._dispatch import implementation, set_implementation
+from ._dispatch import cannot_run, implementation, set_implementation
 from .fake_quant import (
     RowQuant,
     dequantize_rows,
@@ -29,6 +29,7 @@ from .softcap_logprobs import softcap_cross_entropy, token_logprobs
 
 __all__ = [
     "RowQuant",
+    "cannot_run",
     "dequantize_rows",
     "fake_quant_linear",
     "fake_quantize_banks",

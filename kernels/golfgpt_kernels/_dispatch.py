@@ -160,6 +160,7 @@ def read_entries(file: Path) -> list[dict]:
 
 
 def cannot_run(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why impl="triton" would raise for tensors of this device and dtype; None if it would run."""
     reasons = [MISSING]
     if device.type == "cuda":
         if compute_capability(device) < 80:
