@@ -7,7 +7,7 @@
 # PYTHON names the interpreter that makes .venv; PIP_ARGS goes to pip.
 #
 # On a machine with a GPU, from a bare checkout, without network and without installing anything (torch, triton, pytest,
-# pytest-benchmark, numpy and matplotlib are enough; gpu-step also needs sentencepiece):
+# numpy and matplotlib are enough; gpu-step also needs sentencepiece):
 # make gpu-check PYTHON=python3 [OUT=folder]   the four below, in order, each within 8 minutes; the report at the end
 # make gpu-test   the tests that are about a GPU; files that have none are not imported, because they need tyro, zstandard
 #                 and brotli
@@ -59,7 +59,7 @@ gpu-test:
 	$(GPU) 480 $(PYTHON) -m bench.gpu_test --seconds $(LIMIT) --out $(OUT)
 
 gpu-bench:
-	$(GPU) 480 $(PYTHON) -m pytest bench --seconds $(LIMIT) --out $(OUT)
+	$(GPU) 480 $(PYTHON) -m bench.kernels --seconds $(LIMIT) --out $(OUT)
 
 gpu-tune:
 	$(GPU) 70 $(PYTHON) -m golfgpt_kernels tune --out $(OUT)

@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 import torch
 from golfgpt_kernels import tuning
+from golfgpt_kernels._dispatch import slug
 
 ROOT = Path(__file__).parent.parent
 
@@ -73,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "date": time.strftime("%Y-%m-%d"),
         "command": "python -m bench.gpu_test",
     }
-    journal = Journal(options.out / f"tests-{tuning.slug(result)}.json", result | {"tests": []}, options.seconds)
+    journal = Journal(options.out / f"tests-{slug(result)}.json", result | {"tests": []}, options.seconds)
     # Most of the time goes into Triton's compiler, on one core each.
     workers = ["-n", str(min(8, os.cpu_count()))] if importlib.util.find_spec("xdist") else []
     options = ["-p", "bench.gpu_test", "--continue-on-collection-errors", *workers]

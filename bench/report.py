@@ -1,15 +1,15 @@
-"""Benchmark results as one Markdown table and one picture.
+"""Benchmark results as Markdown tables, and a picture of the training steps.
 
-    python -m bench.report               tables to stdout, bench/results/kernels.png and step.png
+    python -m bench.report               tables to stdout, and bench/results/step.png
     python -m bench.report --readme      and into kernels/README.md, between <!-- bench:begin --> and <!-- bench:end -->
     python -m bench.report --adopt FILE  copy a result's entries into measured.json, from which impl="auto" decides, or
                                          the baseline's step into steps.json, with which `golfgpt doctor` compares
 
-A result file, bench/results/gpu-<gpu>-torch<version>-triton<version>.json, is written by `pytest bench/`:
+A result file, bench/results/gpu-<gpu>-torch<version>-triton<version>.json, is written by `python -m bench.kernels`:
 
     gpu, sm, torch, triton, cuda, driver, date, command
     roofs      {"tflops", "gbps"} as bench/roofs.py measured them in that process
-    entries    one per case; the fields are in golfgpt_kernels/tuning.py
+    entries    one per case; the fields are in golfgpt_kernels/tuning.py, and here also flops and bytes
 
 floor = max(flops / roof, bytes / roof) of the case's flops and bytes. TFLOP/s, GB/s and the share of the roof (floor /
 time) are the kernel's. A kernel that failed its check has no figures, and "auto" never picks it. Training steps are
@@ -24,7 +24,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from golfgpt_kernels import _dispatch
-from golfgpt_kernels.tuning import COLUMNS, QUICK, decides, has_no_kernel, merged, slug, write_json
+from golfgpt_kernels._dispatch import slug
+from golfgpt_kernels.tuning import QUICK, decides, merged, write_json
 
 from bench.roofs import floor_us
 
@@ -79,7 +80,7 @@ def _cells(entry: dict, result: dict) -> list[str]:
     us, failed, roofs = entry["us"], entry["failed"].get("triton"), result["roofs"]
     kernel = us.get("triton") if entry["correct"] else None
     floor = floor_us(*_cost(entry), roofs) if roofs else None
-    golfgpt = "-" if failed is None or has_no_kernel(failed) else "failed its check"
+    golfgpt = "-" if failed is None else "failed"
     return [
         entry["op"],
         " x ".join(f"{size:,}" for size in entry["shape"]),
@@ -140,38 +141,7 @@ def choice(op: str, entries: Sequence[dict]) -> str:
     if op not in ASKED:
         return ""
     measured = [entry for entry in entries if entry["op"] == op and decides(entry)]
-    return "triton" if measured and all(_dispatch._against_best(entry) < 1 for entry in measured) else "eager"
-
-
-def picture(results: Sequence[dict], file: Path) -> None:
-    """Time over floor of each case and column, one panel per result; the floor is 1."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = max(len(result["entries"]) for result in results)
-    figure, panels = pyplot.subplots(1, len(results), figsize=(9 * len(results), 1 + 0.4 * rows), squeeze=False)
-    for panel, result in zip(panels[0], results, strict=True):
-        names = [f"{e['op']} {' x '.join(map(str, e['shape']))} {e['direction']}" for e in result["entries"]]
-        for offset, (column, label) in enumerate(zip(COLUMNS, ("eager", "torch.compile", "golfgpt"), strict=True)):
-            times = [
-                None if column == "triton" and not e["correct"] else e["us"].get(column) for e in result["entries"]
-            ]
-            floors = [floor_us(*_cost(e), result["roofs"]) for e in result["entries"]]
-            ratios = [time / floor if time else 0 for time, floor in zip(times, floors, strict=True)]
-            panel.barh([row + 0.27 * (offset - 1) for row in range(len(names))], ratios, height=0.25, label=label)
-        panel.axvline(1, color="black", linewidth=0.8)
-        panel.set(xscale="log", xlabel="time / floor at the measured roofs (1 = no version is faster)")
-        panel.set_xlim(left=0.9)
-        panel.set_yticks(range(len(names)), names)
-        panel.invert_yaxis()
-        panel.set_title(f"{result['gpu']}, torch {result['torch']}, triton {result['triton']}, {result['date']}")
-        panel.legend(loc="lower right")
-    figure.tight_layout()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=100)
-    pyplot.close(figure)
+    return "triton" if measured and all(_dispatch.against_best(entry) < 1 for entry in measured) else "eager"
 
 
 # ---- training steps
@@ -288,7 +258,7 @@ def adopt(file: Path, measured: Path = MEASURED) -> int:
     """Entries that "auto" can decide by; what was measured before for the same is replaced."""
     entries = json.loads(file.read_text(encoding="utf-8"))["entries"]
     entries = [{name: entry[name] for name in ADOPTED} for entry in entries if entry["op"] in ASKED and decides(entry)]
-    write_json(measured, merged(_dispatch._read(measured), entries))
+    write_json(measured, merged(_dispatch.read_entries(measured), entries))
     return len(entries)
 
 
@@ -301,13 +271,13 @@ def adopt_step(file: Path, steps: Path = STEPS) -> None:
     step = {name: result[name] for name in ("gpu", "torch", "date")}
     step["eager"] = forms["eager"]["ms"]["forward"] + forms["eager"]["ms"]["backward"]
     step["golfgpt"] = forms["golfgpt"]["ms"]["step"]
-    others = [e for e in _dispatch._read(steps) if (e["gpu"], e["torch"]) != (step["gpu"], step["torch"])]
+    others = [e for e in _dispatch.read_entries(steps) if (e["gpu"], e["torch"]) != (step["gpu"], step["torch"])]
     write_json(steps, [*others, step])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results and of kernels.png")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results and of step.png")
     parser.add_argument("--readme", nargs="?", type=Path, const=README, help="file with the two markers")
     parser.add_argument("--adopt", type=Path, metavar="FILE", help="a result file, gpu-*.json or step-*.json")
     parser.add_argument("--measured", type=Path, default=MEASURED, help="where --adopt copies kernels to")
@@ -325,8 +295,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(text)
     if options.readme:
         insert(text, options.readme)
-    if results:
-        picture(results, options.results / "kernels.png")
     steps = read_results(options.results, "step-*.json")
     print(*(f"\n{step_table(result)}\n\n{step_figures(result)}" for result in steps), sep="\n")
     if steps := [result for result in steps if any(entry["forms"] for entry in result["entries"])]:

@@ -11,9 +11,11 @@ from __future__ import annotations
 import functools
 import json
 import math
+import shutil
+import subprocess
 
 import torch
-from golfgpt_kernels.tuning import time_us
+from golfgpt_kernels.timing import time_us
 
 
 @functools.cache
@@ -27,6 +29,14 @@ def roofs(device: torch.device) -> dict[str, float]:
     source = torch.randn(count, device=device)
     copy = time_us(lambda i: i["to"].copy_(i["from"]), [{"from": source, "to": torch.empty_like(source)}], device)
     return {"tflops": 2 * size**3 / matmul.us / 1e6, "gbps": 8 * count / copy.us / 1e3}
+
+
+def driver() -> str | None:
+    """The version of NVIDIA's driver."""
+    if not torch.cuda.is_available() or shutil.which("nvidia-smi") is None:
+        return None
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
 
 
 def floor_us(flops: int, traffic: int, measured: dict[str, float]) -> float:

@@ -29,7 +29,7 @@ triton, cuda, driver, date, command, roofs, small, dtype, and
         losses      {form: nats of each checked step}; loss_difference: {form: from golfgpt's, relative, at the worst
                     step}; same_work: whether all are in bounds
         forms       {form: {"ms": {"step", "forward", "backward", "optimizer", "data", "rest"}, "spread", "steps",
-                    "tokens_per_second", "mfu", "of_floor", "peak_bytes"}}; medians, spread as in golfgpt_kernels.tuning
+                    "tokens_per_second", "mfu", "of_floor", "peak_bytes"}}; medians, spread as in golfgpt_kernels.timing
         ratios      {form: {phase: golfgpt / form}}
         optimizer_share     of golfgpt's step
         fake_quant_ms       of quantizing all banks once, alone; fake_quant_share of golfgpt's step
@@ -61,15 +61,14 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import numpy as np
 import torch
-from golfgpt_kernels import _dispatch, tuning
+from golfgpt_kernels import set_implementation, tuning
 from torch import Tensor
 
-from bench import conftest, published, report
-from bench.roofs import roofs
+from bench import published, report
+from bench.roofs import driver, roofs
 from golfgpt.config import DataConfig, ModelConfig, RunConfig, RuntimeConfig, ScheduleConfig
 from golfgpt.data.shards import open_shard
 from golfgpt.distributed import Ranks
@@ -284,15 +283,11 @@ class Eager(Golfgpt):
     """Without compiler and kernels, whatever was measured to be faster here."""
 
     def __init__(self, setup: Setup):
-        with self.no_kernels():
+        with set_implementation("eager"):
             super().__init__(setup, compile="off", graph=False)
 
-    @staticmethod
-    def no_kernels() -> contextlib.AbstractContextManager:
-        return mock.patch.object(_dispatch, "_least_rows", lambda *_: None)
-
     def step(self, step: int, mark: Mark) -> Pending:
-        with self.no_kernels():
+        with set_implementation("eager"):
             return super().step(step, mark)
 
 
@@ -593,7 +588,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.trace and out is None:
         parser.error("--trace needs --out DIR on a CPU")
     result = tuning.environment(device) | {"date": time.strftime("%Y-%m-%d"), "command": "python -m bench.step"}
-    result |= {"cuda": torch.version.cuda, "driver": conftest.driver(), "roofs": None, "small": options.small}
+    result |= {"cuda": torch.version.cuda, "driver": driver(), "roofs": None, "small": options.small}
     result |= {"dtype": _name(dtype), "entries": [], "unfinished": list(options.recipes)}
     stop = time.monotonic() + options.seconds - min(RESERVE, options.seconds / 4)
 

@@ -32,8 +32,12 @@ from typing import NamedTuple
 
 import torch
 from golfgpt_kernels import _jit, tuning
+from golfgpt_kernels._dispatch import slug
 from golfgpt_kernels._tiles import TABLES, TileTable
-from golfgpt_kernels.tuning import Case, Inputs
+from golfgpt_kernels.tuning import Case
+from torch import Tensor
+
+from bench.cases import CASES
 
 RESULTS = Path(__file__).parent / "results"
 Launch = Mapping[str, int]
@@ -99,16 +103,12 @@ def recording(tiles: Mapping[Unit, Launch], run: bool) -> Iterator[list[Recorded
 def units(cases: Sequence[Case], device: torch.device) -> dict[Unit, list[Case]]:
     """The cases that meet each unit; those without backward where there are some, since they compute less."""
     found: dict[Unit, list[Case]] = {}
-    for case in cases:
+    for case in (case for case in cases if "triton" in case.columns):
         with recording({}, run=False) as launches:
-            try:
-                case.run(case.make(device, 0), "triton")
-            except RuntimeError as error:
-                if not tuning.has_no_kernel(str(error)):
-                    raise
+            case.run(case.make(device, 0), "triton")
         for unit in {launch.unit: None for launch in launches if launch.unit}:
             found.setdefault(unit, []).append(case)
-    return {unit: [c for c in met if not c.leaves] or met for unit, met in found.items()}
+    return {unit: [c for c in met if not c.backward] or met for unit, met in found.items()}
 
 
 # ---- candidates
@@ -176,10 +176,10 @@ class Evaluation:
 
     def __init__(self, unit: Unit, cases: Sequence[Case], device: torch.device):
         self.unit, self.device = unit, device
-        self.cases = [case.checked_as or case for case in cases]
-        self.sets = [tuning.input_sets(case, device) for case in self.cases]
-        self.eager = [tuning.outputs(case, device, 0, case.rows, "eager", False) for case in self.cases]
-        self.allowed = [tuning.allowances(case, device) for case in self.cases]
+        self.cases = list(cases)
+        self.sets = [tuning.input_sets(case, device) for case in cases]
+        self.eager = [case.run(case.make(device, 0)) for case in cases]
+        self.allowed = [tuning.allowed_difference(case, device) for case in cases]
 
     def __call__(self, tiles: Sequence[Launch]) -> Iterator[Outcome]:
         self.compile(tiles)
@@ -199,7 +199,7 @@ class Evaluation:
                     for this in self.record(self.cases[0], self.sets[0][0], tile, run=False)[1]:
                         this.kernel.warmup(*this.args, grid=tuple(this.grid), **this.options)
 
-    def record(self, case: Case, inputs: Inputs, tile: Launch, run: bool) -> tuple[dict, list[Recorded]]:
+    def record(self, case: Case, inputs: tuple[Tensor, ...], tile: Launch, run: bool) -> tuple[dict, list[Recorded]]:
         with recording({self.unit: tile}, run) as launches:
             outputs = case.run(inputs, "triton")
         return outputs, [this for this in launches if this.unit == self.unit]
@@ -223,7 +223,7 @@ def time_launches(calls: Sequence[Sequence[Recorded]], device: torch.device) -> 
         for this in launches:
             this.launch()
 
-    timing = tuning.time_calls(tuning.prepare(run, calls, device), seconds=0.1)
+    timing = tuning.time_us(run, calls, device, seconds=0.1)
     if timing.how:
         raise RuntimeError(timing.how)
     return timing.us
@@ -236,7 +236,7 @@ def search(kernels: Sequence[str], device: torch.device, seconds: float, result:
     """Fill result["searches"], and write it after every candidate."""
     stop = time.monotonic() + seconds
     properties = torch.cuda.get_device_properties(device)
-    found = [(u, cases) for u, cases in units(tuning.CASES, device).items() if not kernels or u.kernel in kernels]
+    found = [(u, cases) for u, cases in units(CASES, device).items() if not kernels or u.kernel in kernels]
     for done, (unit, cases) in enumerate(found):
         share = (stop - time.monotonic()) / (len(found) - done)
         if share <= 0:
@@ -296,13 +296,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     options = parser.parse_args(arguments)
     if unknown := set(options.kernels) - TABLES.keys():
-        parser.error(f"no table for {', '.join(sorted(unknown))}; possible: {', '.join(TABLES)}")
+        parser.error(f"no table for {', '.join(sorted(unknown))}; expected {', '.join(TABLES)}")
     if not torch.cuda.is_available():
         parser.exit(1, "bench.tune needs a CUDA device: interpreted kernels are never timed\n")
     device = torch.device("cuda", 0)
     command = " ".join(["python -m bench.tune", *options.kernels])
     result = tuning.environment(device) | {"date": time.strftime("%Y-%m-%d"), "command": command}
-    file = options.out / f"tiles-{tuning.slug(result)}.json"
+    file = options.out / f"tiles-{slug(result)}.json"
     search(options.kernels, device, options.seconds, result | {"searches": []}, file)
 
 

@@ -267,7 +267,7 @@ def check_sliding(v: Vectors) -> None:
     assert keys
     for key in keys:
         kind, stride = key.split(".stride")
-        windows = Windows(len(ids), v.meta["window"], int(stride), r4=kind == "pr65")
+        windows = Windows(len(ids), v.meta["window"], int(stride), "r4" if kind == "pr65" else "every_token")
         nats, means = score(windows)
         if kind == "nll":
             assert (nats - v[key]).abs().max() <= 1e-4, key

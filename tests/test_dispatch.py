@@ -9,9 +9,9 @@ import sys
 
 import pytest
 import torch
-from golfgpt_kernels import _dispatch, implementation
+from golfgpt_kernels import RowQuant, _dispatch, fake_quant_linear, implementation, linear_relu2, set_implementation
 from golfgpt_kernels._dispatch import runs_triton, tuned_file
-from golfgpt_kernels._jit import MISSING
+from golfgpt_kernels._jit import INTERPRETING, MISSING
 
 pytestmark = pytest.mark.skipif(MISSING is not None, reason="without triton auto is eager")
 CUDA, BF16 = torch.device("cuda", 0), torch.bfloat16
@@ -32,15 +32,15 @@ def committed(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(_dispatch, "__file__", str(tmp_path / "_dispatch.py"))
-    _dispatch._least_rows_said.cache_clear()
+    _dispatch.least_rows_cached.cache_clear()
 
     def write(*entries, file=tmp_path / "measured.json"):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(entries))
-        _dispatch._least_rows_said.cache_clear()
+        _dispatch.least_rows_cached.cache_clear()
 
     yield write
-    _dispatch._least_rows_said.cache_clear()
+    _dispatch.least_rows_cached.cache_clear()
 
 
 def entry(triton, *, eager=100.0, compiled=80.0, **fields):
@@ -58,7 +58,7 @@ def auto(op="relu2_mlp", rows=65536, dtype=BF16) -> bool:
 def test_the_choice_is_a_constant_of_a_compiled_graph(monkeypatch, tmp_path):
     """It reads files and logs, which no graph can do."""
     (tmp_path / "rows").write_text("7")
-    monkeypatch.setattr(_dispatch, "_least_rows_said", lambda *_: int((tmp_path / "rows").read_text()))
+    monkeypatch.setattr(_dispatch, "least_rows_cached", lambda *_: int((tmp_path / "rows").read_text()))
 
     def program(x):
         return x + _dispatch._least_rows("relu2_mlp", x.device, x.dtype)
@@ -139,3 +139,45 @@ def test_a_named_implementation_does_not_look_at_measurements(committed):
     assert runs_triton("relu2_mlp", "triton", OnCuda(), 1)
     committed(entry(10.0))
     assert not runs_triton("relu2_mlp", "eager", OnCuda(), 65536)
+
+
+# ---- set_implementation
+
+
+def test_the_meaning_of_auto_is_set_for_the_process_or_for_a_while(committed):
+    committed(entry(10.0))
+    with set_implementation("eager"):
+        assert not auto() and implementation("relu2_mlp", CUDA, BF16) == ("eager", "set_implementation('eager')")
+        assert runs_triton("relu2_mlp", "triton", OnCuda(), 1), "a named implementation is what it says"
+        with set_implementation("triton"):
+            assert auto("linear_relu2", rows=1) and implementation("linear_relu2", CUDA, BF16)[0] == "triton"
+            with pytest.raises(RuntimeError, match=r"impl='triton' cannot run: .*not in torch\.float64"):
+                auto(dtype=torch.float64)
+        with pytest.raises(ValueError, match="'kernels'; expected 'auto', 'eager' or 'triton'"):
+            set_implementation("kernels")
+        assert not auto(), "the former meaning returned"
+        set_implementation("auto")
+        assert auto()
+    assert auto()
+
+
+@pytest.mark.skipif(not INTERPRETING, reason="runs kernels on CPU tensors")
+def test_another_meaning_of_auto_compiles_again():
+    torch.compiler.reset()
+    x, w, graphs = torch.ones(2, 8), torch.ones(4, 8), []
+
+    def keep(graph, _inputs):
+        graphs.append(graph.code)
+        return graph
+
+    def program(x, w):
+        return linear_relu2(x, w) + fake_quant_linear(x, w, RowQuant(bits=6))
+
+    compiled = torch.compile(program, fullgraph=True, backend=keep)
+    results = []
+    for meaning in ("auto", "eager", "triton", "triton", "eager"):
+        with set_implementation(meaning):
+            results.append(compiled(x, w))
+    assert ["golfgpt_kernels.linear_relu2" in code for code in graphs] == [False, False, True]
+    assert ["by_kernel = True" in code for code in graphs] == [False, False, True]
+    assert all(torch.equal(result, results[0]) for result in results)

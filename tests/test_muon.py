@@ -232,7 +232,7 @@ def test_auto_asks_about_the_first_dtype(device, monkeypatch):
 
 G = [randn(3, 4)]
 REFUSED = {
-    "shapes": (lambda: gk.muon_momentum_(G, [randn(4, 3)], G, scalar(0.9, "cpu")), r"buffers \[\(4, 3\)\]; possible"),
+    "shapes": (lambda: gk.muon_momentum_(G, [randn(4, 3)], G, scalar(0.9, "cpu")), r"buffers \[\(4, 3\)\]; expected"),
     "dtypes": (lambda: gk.muon_momentum_(G * 2, [G[0], G[0].half()], G * 2, scalar(0.9, "cpu")), "buffers have dtypes"),
     "integers": (lambda: gk.muon_update_(G, [G[0].int()], scalar(0.9, "cpu"), scales=[1.0]), "dtype torch.int32"),
     "scalar": (lambda: gk.muon_momentum_(G, G, G, torch.ones(1)), r"momentum has dtype torch.float32, shape \(1,\)"),
@@ -240,16 +240,16 @@ REFUSED = {
         lambda: gk.muon_update_(G, G, scalar(0.1, "cpu"), scales=[1.0], ok=torch.ones(())),
         "ok has dtype torch.float32",
     ),
-    "a number": (lambda: gk.muon_momentum_(G, G, G, 0.9), "momentum is a float; possible: a 0-d torch.float32 tensor"),
-    "nothing": (lambda: gk.muon_update_(G, G, None, scales=[1.0]), "lr is a NoneType; possible"),
+    "a number": (lambda: gk.muon_momentum_(G, G, G, 0.9), "momentum is a float; expected a 0-d torch.float32 tensor"),
+    "nothing": (lambda: gk.muon_update_(G, G, None, scales=[1.0]), "lr is a NoneType; expected"),
     "scales": (lambda: gk.muon_update_(G, G, scalar(0.1, "cpu"), scales=[]), "0 scales for 1 params"),
     "shape of sums": (
         lambda: gk.muon_momentum_(G, G, G, scalar(0.9, "cpu"), square_sums=[torch.zeros(2)]),
-        r"square_sums have shapes \[\(2,\)\] .*possible: \[\(1,\)\] in torch.float32",
+        r"square_sums have shapes \[\(2,\)\] .*expected \[\(1,\)\] in torch.float32",
     ),
     "sums of vectors": (
         lambda: gk.muon_momentum_([G[0][0]], [G[0][0]], [G[0][0]], scalar(0.9, "cpu"), square_sums=[torch.zeros(1)]),
-        r"outs have shapes \[\(4,\)\]; possible: \(..., rows, cols\)",
+        r"outs have shapes \[\(4,\)\]; expected \(..., rows, cols\)",
     ),
     "bits": (
         lambda: gk.muon_update_(G, G, scalar(0.1, "cpu"), scales=[1.0], shadows=G, specs=6),

@@ -152,7 +152,7 @@ def test_given_square_sums(impl, device):
 
 @pytest.mark.parametrize("sums", [torch.ones(()), torch.ones(2, 0), torch.ones(1, 3), torch.ones(2, 1, dtype=BF16)])
 def test_square_sums_are_refused_by_shape(sums):
-    with pytest.raises(ValueError, match=r"square_sums have shape .*; possible: \(2, 'P'\) with P >= 1 in one of"):
+    with pytest.raises(ValueError, match=r"square_sums have shape .*; expected \(2, 'P'\) with P >= 1 in one of"):
         gk.newton_schulz(randn(2, 3, 4), square_sums=sums)
 
 
@@ -314,13 +314,6 @@ def test_float64_is_refused_by_name(device):
         with pytest.raises(RuntimeError, match=r"impl='triton' cannot run: .*not in torch.float64; impl='eager' can"):
             gk.newton_schulz(impl="triton", **options)
         gk.newton_schulz(**options)
-
-
-def test_symmetric_cost():
-    full, traffic = ns.newton_schulz_cost(1, 512, 1024)
-    half, same = ns.newton_schulz_cost(1, 512, 1024, symmetric=True)
-    assert (full, half) == (pytest.approx(6.71e9, rel=1e-3), pytest.approx(4.70e9, rel=1e-3))
-    assert traffic == same
 
 
 def test_small_results_get_small_tiles(monkeypatch):

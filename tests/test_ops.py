@@ -11,7 +11,7 @@ from golfgpt_kernels import tuning  # noqa: F401  so that all of the package is 
 from golfgpt_kernels._jit import MISSING
 from golfgpt_kernels._ops import add_op_namespace_prefix, ops
 from golfgpt_kernels._rows import to_fields
-from golfgpt_kernels._softcap import softcap_logprobs
+from golfgpt_kernels.softcap_logprobs import softcap_logprobs
 from golfgpt_kernels.testing import randn
 
 import golfgpt.model  # noqa: F401  the trainer registers no op of its own

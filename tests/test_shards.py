@@ -1,10 +1,10 @@
 """Shards, manifest and data folders: what is right opens and verifies, what is wrong is named."""
 
-import dataclasses
 import functools
 import hashlib
 import json
 import lzma
+import os
 import shutil
 import zlib
 
@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from golfgpt.data.manifest import Manifest, ShardFile
 from golfgpt.data.prepare import prepare
-from golfgpt.data.shards import Dataset, Manifest, ShardFile, gather, open_shard, verify, write_shard
+from golfgpt.data.shards import Dataset, gather, open_shard, verify, write_shard
 from golfgpt.data.tokenizer import Tokenizer, train_tokenizer
 from golfgpt.errors import InputError, VerificationError
 from golfgpt.score.baselines import Bigram, yardsticks
@@ -48,12 +49,6 @@ def bare(folder):
     return folder
 
 
-def patch(path, offset, data):
-    with open(path, "r+b") as file:
-        file.seek(offset)
-        file.write(data)
-
-
 # Shards
 
 
@@ -79,32 +74,29 @@ def test_tokens_that_do_not_fit(tmp_path, tokens):
     assert not list(tmp_path.iterdir())
 
 
+HEADER = np.array([20240520, 1, 3] + [0] * 253, dtype="<i4").tobytes()
+
+
 @pytest.mark.parametrize(
-    ("offset", "data", "message"),
+    ("body", "message"),
     [
-        (0, b"\x00\x00\x00\x00", "magic 0 is not 20240520"),
-        (4, b"\x02", "shard version 2 is not 1"),
-        (8, b"\x04", r"says 4 tokens, so 1032 bytes, but the file has 1030; download or prepare"),
-        (8, b"\xff\xff\xff\xff", "says -1 tokens"),
-        (8, b"\xff\xff\xff\x7f", "says 2147483647 tokens"),
+        (bytes(4) + HEADER[4:] + bytes(6), "magic 0, version 1; expected a shard's 20240520, 1"),
+        (HEADER[:4] + b"\x02" + HEADER[5:] + bytes(6), "version 2; expected a shard's 20240520, 1"),
+        (HEADER + bytes(4), r"says 3 tokens, so 1030 bytes, but the file has 1028; download or prepare"),
+        (HEADER[:8] + b"\xff\xff\xff\xff" + HEADER[12:] + bytes(6), "says -1 tokens"),
+        (HEADER[:8] + b"\xff\xff\xff\x7f" + HEADER[12:] + bytes(6), "says 2147483647 tokens"),
+        (b"short", "5 bytes are less than a shard's header"),
+        (None, r"cannot read the shard .*No such file"),
     ],
-    ids=["magic", "version", "length", "negative", "huge"],
+    ids=["magic", "version", "length", "negative", "huge", "short", "missing"],
 )
-def test_damaged_shard(tmp_path, offset, data, message):
+def test_damaged_shard(tmp_path, body, message):
     path = tmp_path / "a.bin"
-    write_shard(path, np.arange(3))
-    patch(path, offset, data)
+    if body is not None:
+        path.write_bytes(body)
     with pytest.raises(InputError, match=message) as caught:
         open_shard(path)
     assert str(path) in str(caught.value)
-
-
-def test_truncated_and_missing_shards(tmp_path):
-    (tmp_path / "a.bin").write_bytes(b"short")
-    with pytest.raises(InputError, match="5 bytes are less than a shard's header"):
-        open_shard(tmp_path / "a.bin")
-    with pytest.raises(InputError, match=r"cannot read the shard .*No such file"):
-        open_shard(tmp_path / "b.bin")
 
 
 @given(st.lists(st.integers(0, 5), max_size=6), st.data())
@@ -115,140 +107,25 @@ def test_gather_is_a_slice_of_the_concatenation(lengths, data):
     assert gather(np.split(whole, np.cumsum(lengths)), start, stop).tolist() == list(range(start, stop))
 
 
-# Manifest
-
-
-def test_manifest_round_trip(folder):
-    manifest = Manifest.load(folder / "manifest.json")
-    assert manifest.to_json() == Manifest.load(folder / "manifest.json").to_json()
-    assert manifest.lossless and manifest.val.raw_bytes == manifest.val.decoded_bytes
-    assert isinstance(manifest.train.shards[0], ShardFile)
-    assert (
-        manifest.train.shards[0].sha256 == hashlib.sha256((folder / "golf_train_000000.bin").read_bytes()).hexdigest()
-    )
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda m: m.update(extra=1), "unknown key extra"),
-        (lambda m: m.pop("val_below"), "missing key val_below"),
-        (lambda m: m["train"].update(tokens="9"), "train: tokens: '9' is not valid"),
-        (lambda m: m["val"]["shards"][0].pop("sha256"), "val: shards: missing key sha256"),
-        (lambda m: m.update(format=2), "manifest format 2 is not 1"),
-        (lambda m: m.update(val=[]), r"val: expected an object, got \[\]"),
-    ],
-)
-def test_manifest_is_strict(folder, change, message):
-    values = json.loads((folder / "manifest.json").read_text())
-    change(values)
-    (folder / "manifest.json").write_text(json.dumps(values))
-    with pytest.raises(InputError, match=message):
-        Dataset.open(folder)
-
-
-def test_manifest_that_is_no_json(folder):
-    (folder / "manifest.json").write_text("{")
-    with pytest.raises(InputError, match="not a readable manifest"):
-        Dataset.open(folder)
-
-
-# Dataset
+# Folders
 
 
 def test_dataset_contents(folder):
+    manifest = Manifest.load(folder / "manifest.json")
+    assert manifest.lossless and isinstance(manifest.train.shards[0], ShardFile)
+    sha256 = hashlib.sha256((folder / "golf_train_000000.bin").read_bytes()).hexdigest()
+    assert manifest.train.shards[0].sha256 == sha256
     data = Dataset.open(folder)
     assert len(data.train) > 1 and len(data.val) > 1
-    assert data.vocab_size == 310 and data.lossless and len(data.digest) == 64
+    assert data.vocab_size == 310 and data.lossless and data.digest == manifest.digest
     data.check_token_ids()
     text = data.tokenizer.decode(data.val_ids(0, data.val_tokens))
-    assert data.prove_val_bytes() == len(text.encode()) == data.manifest.val.raw_bytes
-    assert data.val_tokens == data.manifest.val.tokens and data.train_tokens == data.manifest.train.tokens
+    assert data.prove_val_bytes() == len(text.encode()) == manifest.val.raw_bytes == manifest.val.decoded_bytes
+    assert (data.train_tokens, data.val_tokens) == (manifest.train.tokens, manifest.val.tokens)
     assert set(text.splitlines()) <= set("".join(DOCUMENTS).splitlines())
-
-
-def test_bare_shards_count_as_the_sidecar_does(folder):
-    data = Dataset.open(folder)
-    sidecar = data.byte_counts(0, data.val_tokens)
-    digest = data.digest
-    data = Dataset.open(bare(folder))
-    assert data.manifest is None and not data.lossless and data.digest != digest
-    assert (data.byte_counts(0, data.val_tokens) == sidecar).all()
-    pieces = [data.byte_counts(start, start + 13) for start in range(0, data.val_tokens, 13)]
-    assert (np.concatenate(pieces) == sidecar).all()
-    assert data.prove_val_bytes() == sidecar.sum()
-    report = verify(folder)
-    assert not report.manifest and report.val_bytes == sidecar.sum()
-
-
-def test_every_prefix_can_be_proved(folder):
-    data = Dataset.open(folder)
     counts = data.byte_counts(0, data.val_tokens)
     for stop in range(1, 120):
         assert data.prove_val_bytes(stop) == counts[:stop].sum()
-
-
-def test_what_a_folder_lacks(folder, tmp_path):
-    with pytest.raises(InputError, match="is not a folder; make one with `golfgpt data prepare"):
-        Dataset.open(tmp_path / "none")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"holds no \*_train_\*\.bin"):
-        Dataset.open(tmp_path / "empty")
-    (bare(folder) / "tokenizer.model").unlink()
-    data = Dataset.open(folder)
-    assert data.tokenizer is None and data.vocab_size is None
-    with pytest.raises(InputError, match="holds no tokenizer"):
-        data.byte_counts(0, 5)
-    data.check_token_ids(310)
-    assert Dataset.open(folder, tokenizer()).vocab_size == 310
-    for name in ("a.model", "b.model"):
-        (folder / name).write_bytes(tokenizer().model_bytes)
-    with pytest.raises(InputError, match=r"2 \*\.model files"):
-        Dataset.open(folder)
-
-
-def test_token_outside_the_vocabulary(folder):
-    patch(folder / "golf_val_000000.bin", 1024 + 2 * 7, (310).to_bytes(2, "little"))
-    data = Dataset.open(folder)
-    with pytest.raises(InputError, match=r"golf_val_000000\.bin: token 7 is 310, the vocabulary has 310"):
-        data.check_token_ids()
-    data.check_token_ids(split="train")
-    with pytest.raises(InputError, match="token 7 is 310"):
-        data.prove_val_bytes()
-    with pytest.raises(InputError, match="token 7 is 310"):
-        verify(bare(folder))
-
-
-def test_sidecar_of_the_wrong_length(folder):
-    path = folder / "golf_val_000000.bytes"
-    path.write_bytes(path.read_bytes()[:-2])
-    with pytest.raises(InputError, match=r"golf_val_000000\.bytes has 1398 bytes, 1400 are needed for 700 tokens"):
-        Dataset.open(folder)
-    path.unlink()
-    with pytest.raises(InputError, match=r"golf_val_000000\.bytes is missing"):
-        Dataset.open(folder)
-
-
-@pytest.mark.parametrize("name", ["tokenizer.model", "golf_train_000001.bin"])
-def test_folder_that_contradicts_its_manifest(folder, name):
-    (folder / name).unlink()
-    with pytest.raises(VerificationError, match=r"found none|golf_train_000001\.bin .* only in the manifest"):
-        Dataset.open(folder)
-
-
-def test_foreign_shard_beside_a_manifest(folder):
-    write_shard(folder / "golf_train_999999.bin", np.arange(3))
-    with pytest.raises(VerificationError, match=r"golf_train_999999\.bin \(3 tokens\) is only in the folder"):
-        Dataset.open(folder)
-
-
-def test_other_tokenizer_beside_a_manifest(folder):
-    (folder / "tokenizer.model").write_bytes(train_tokenizer(DOCUMENTS, 305))
-    with pytest.raises(VerificationError, match="the manifest names the tokenizer"):
-        Dataset.open(folder)
-
-
-# Verification
 
 
 def test_verify_reports_totals(folder):
@@ -262,37 +139,108 @@ def test_verify_reports_totals(folder):
     assert all(ok for _, ok in stages)
 
 
-@pytest.mark.parametrize("name", ["golf_train_000000.bin", "golf_val_000001.bin", "golf_val_000000.bytes"])
-def test_flipped_bit_is_named(folder, name):
-    path = folder / name
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(VerificationError, match=rf"1 of \d+ files are not what was prepared(.|\n)*{name}: SHA-256"):
-        verify(folder)
+def test_bare_shards_count_as_the_sidecar_does(folder):
+    data = Dataset.open(folder)
+    sidecar = data.byte_counts(0, data.val_tokens)
+    digest = data.digest
+    data = Dataset.open(bare(folder))
+    assert data.manifest is None and not data.lossless and data.digest != digest
+    assert (data.byte_counts(0, data.val_tokens) == sidecar).all()
+    pieces = [data.byte_counts(start, start + 13) for start in range(0, data.val_tokens, 13)]
+    assert (np.concatenate(pieces) == sidecar).all()
+    report = verify(folder)
+    assert not report.manifest and report.val_bytes == data.prove_val_bytes() == sidecar.sum()
 
 
-def test_wrong_sidecar_is_caught_by_decoding(folder):
-    """Teeth: a sidecar that counts every leading space twice contradicts the decoder, digests or not."""
+def test_a_folder_without_a_tokenizer(folder):
+    (bare(folder) / "tokenizer.model").unlink()
+    data = Dataset.open(folder)
+    assert data.tokenizer is None and data.vocab_size is None
+    with pytest.raises(InputError, match="holds no tokenizer"):
+        data.byte_counts(0, 5)
+    data.check_token_ids(310)
+    assert Dataset.open(folder, tokenizer()).vocab_size == 310
+
+
+def edit_manifest(change):
+    def edit(folder):
+        values = json.loads((folder / "manifest.json").read_text())
+        change(values)
+        (folder / "manifest.json").write_text(json.dumps(values))
+
+    return edit
+
+
+def remove(*names):
+    return lambda folder: [path.unlink() for name in names for path in folder.glob(name)]
+
+
+def other_tokenizer(folder):
+    (folder / "tokenizer.model").write_bytes(train_tokenizer(DOCUMENTS, 305))
+
+
+def val_is_a_train_shard(folder):
+    shutil.copy(bare(folder) / "golf_train_000000.bin", folder / "golf_val_000000.bin")
+
+
+def another_shard(folder):
+    write_shard(folder / "golf_train_999999.bin", np.arange(3))
+
+
+def two_models(folder):
+    (folder / "tokenizer.model").rename(folder / "a.model")
+    (folder / "b.model").touch()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (shutil.rmtree, InputError, "is not a folder; make one with `golfgpt data prepare"),
+        (remove("*"), InputError, r"holds no \*_train_\*\.bin"),
+        (edit_manifest(lambda m: m.update(extra=1)), InputError, "unknown key extra"),
+        (edit_manifest(lambda m: m.pop("val_below")), InputError, "missing key val_below"),
+        (edit_manifest(lambda m: m["train"].update(tokens="9")), InputError, "train.tokens = '9', expected int"),
+        (edit_manifest(lambda m: m["val"]["shards"][0].pop("sha256")), InputError, "missing key val.shards.sha256"),
+        (edit_manifest(lambda m: m.update(format=2)), InputError, "manifest format 2 is not 1"),
+        (edit_manifest(lambda m: m.update(val=[])), InputError, r"val: expected an object, got \[\]"),
+        (lambda f: (f / "manifest.json").write_text("{"), InputError, "not a readable manifest"),
+        (
+            lambda f: os.truncate(f / "golf_val_000000.bytes", 1398),
+            InputError,
+            r"golf_val_000000\.bytes has 1398 bytes, expected 1400 for 700 tokens",
+        ),
+        (remove("golf_val_000000.bytes"), InputError, r"golf_val_000000\.bytes is missing"),
+        (remove("*.bytes"), VerificationError, r"the manifest's \*\.bytes sidecars are missing"),
+        (two_models, InputError, r"2 \*\.model files"),
+        (remove("tokenizer.model"), VerificationError, "found tokenizer none, the manifest has"),
+        (other_tokenizer, VerificationError, r"found tokenizer \w+, the manifest has"),
+        (remove("golf_train_000001.bin"), VerificationError, r"golf_train_000001\.bin .* only in the manifest"),
+        (another_shard, VerificationError, r"golf_train_999999\.bin \(3 tokens\) is only in the folder"),
+        (val_is_a_train_shard, VerificationError, "the splits overlap: .* begin and end with the same tokens"),
+    ],
+)
+def test_a_folder_that_does_not_open(folder, change, error, message):
+    change(folder)
+    with pytest.raises(error, match=message):
+        Dataset.open(folder)
+
+
+def flip_last_bit(path):
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+
+def spaces_counted_twice(folder):
+    """A sidecar that counts every leading space twice contradicts the decoder, digests or not."""
     data = Dataset.open(folder)
     pieces = tokenizer().pieces
     for path, shard in zip(data.val_files, data.val, strict=True):
         counts = np.array([len(pieces[i]) + pieces[i].startswith(b" ") for i in shard], dtype="<u2")
         path.with_suffix(".bytes").write_bytes(counts.tobytes())
     (folder / "manifest.json").unlink()
-    with pytest.raises(VerificationError, match=r"the sidecar counts \d+ bytes in \d+ val tokens, but they decode to"):
-        verify(folder)
 
 
-def test_manifest_with_other_byte_totals(folder):
-    manifest = Manifest.load(folder / "manifest.json")
-    val = dataclasses.replace(manifest.val, raw_bytes=manifest.val.raw_bytes + 1)
-    (folder / "manifest.json").write_text(json.dumps(dataclasses.replace(manifest, val=val).to_json()))
-    with pytest.raises(VerificationError, match=r"the manifest has \d+ decoded and \d+ raw"):
-        verify(folder)
-
-
-def test_split_overlap_is_found_document_by_document(folder):
+def val_document_inside_train(folder):
     """One val document, copied into the middle of train, at another place in another shard."""
     data = Dataset.open(bare(folder))
     starts = np.flatnonzero(data.val_ids(0, data.val_tokens) == 1)
@@ -302,14 +250,38 @@ def test_split_overlap_is_found_document_by_document(folder):
     for file in data.train_files:
         file.unlink()
     write_shard(folder / "golf_train_000000.bin", np.concatenate([train[:cut], document, train[cut:]]))
-    with pytest.raises(VerificationError, match=r"the splits overlap: 1 of \d+ train documents are also in val"):
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: flip_last_bit(f / "golf_train_000000.bin"), r"1 of \d+ files(.|\n)*golf_train_000000.bin: SHA-256"),
+        (lambda f: flip_last_bit(f / "golf_val_000001.bin"), r"1 of \d+ files(.|\n)*golf_val_000001.bin: SHA-256"),
+        (lambda f: flip_last_bit(f / "golf_val_000000.bytes"), r"1 of \d+ files(.|\n)*golf_val_000000.bytes: SHA-256"),
+        (edit_manifest(lambda m: m["val"].update(raw_bytes=1)), r"the manifest has \d+ decoded and 1 raw"),
+        (
+            edit_manifest(lambda m: m["train"].update(documents=1)),
+            r"documents and tokens are .*, the manifest has \(1,",
+        ),
+        (spaces_counted_twice, r"the sidecar counts \d+ bytes in \d+ val tokens, but they decode to"),
+        (val_document_inside_train, r"the splits overlap: 1 of \d+ train documents are also in val"),
+    ],
+)
+def test_a_folder_that_does_not_verify(folder, change, message):
+    change(folder)
+    with pytest.raises(VerificationError, match=message):
         verify(folder)
 
 
-def test_shard_that_is_in_both_splits(folder):
-    shutil.copy(folder / "golf_train_000000.bin", folder / "golf_val_000000.bin")
-    with pytest.raises(VerificationError, match=r"the splits overlap: .* begin and end with the same tokens"):
-        Dataset.open(bare(folder))
+def test_token_outside_the_vocabulary(folder):
+    with open(folder / "golf_val_000000.bin", "r+b") as file:
+        file.seek(1024 + 2 * 7)
+        file.write((310).to_bytes(2, "little"))
+    data = Dataset.open(folder)
+    data.check_token_ids(split="train")
+    for check in (data.check_token_ids, data.prove_val_bytes, lambda: verify(bare(folder))):
+        with pytest.raises(InputError, match=r"golf_val_000000\.bin: token 7 is 310, the vocabulary has 310"):
+            check()
 
 
 def test_spaces_lost_to_bytes_are_refused(folder, monkeypatch):

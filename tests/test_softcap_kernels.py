@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
-import sys
 from functools import partial
-from unittest import mock
 
 import golfgpt_kernels as gk
 import pytest
 import torch
-from golfgpt_kernels import _softcap
-from golfgpt_kernels._softcap import backward_cost, softcap_logits_grad, softcap_logprobs, softcap_logprobs_fwd
+from golfgpt_kernels import softcap_logprobs as module
+from golfgpt_kernels.softcap_logprobs import softcap_logits_grad, softcap_logprobs, softcap_logprobs_fwd
 from golfgpt_kernels.testing import assert_within_budget, gradients, poisoned, randn, strided
-
-from bench import bench_heads
 
 # Programs of a GPU hide what overflows to infinity and is not selected; numpy says so.
 pytestmark = [
@@ -134,9 +129,9 @@ class Untied(torch.autograd.Function):
 
 def test_the_gradients_of_a_tied_embedding_meet_in_fp32(device, monkeypatch):
     """bf16 activations, fp32 parameters: the gradient is the fp32 sum of the two uses' own."""
-    from golfgpt.model import gpt as module
+    from golfgpt.model import gpt
 
-    config = module.ModelConfig(vocab_size=97, num_layers=2, model_dim=48, num_heads=4, num_kv_heads=2, mlp_hidden=80)
+    config = gpt.ModelConfig(vocab_size=97, num_layers=2, model_dim=48, num_heads=4, num_kv_heads=2, mlp_hidden=80)
     ids, targets = (torch.arange(64, device=device).view(2, 32) * i % 97 for i in (5, 7))
 
     def gradient(dtype, impl, kept=None):
@@ -144,8 +139,8 @@ def test_the_gradients_of_a_tied_embedding_meet_in_fp32(device, monkeypatch):
             head = head_weight if kept is None else Untied.apply(head_weight, kept)
             return gk.softcap_cross_entropy(hidden, head, *args, **options, impl=impl)
 
-        monkeypatch.setattr(module, "softcap_cross_entropy", op)
-        model = module.GPT(config).to(device)
+        monkeypatch.setattr(gpt, "softcap_cross_entropy", op)
+        model = gpt.GPT(config).to(device)
         model.loss(ids, targets, dtype=dtype).backward()
         return model.tok_emb.grad
 
@@ -201,7 +196,7 @@ def test_sum_without_maximum(device, monkeypatch):
     without = error()
     # compiled, ex2 and rcp are off by 2 ulp of their own, and the tensor core's sum truncates
     assert without <= (3e-6 if device == "cpu" else 1e-5)
-    monkeypatch.setattr(_softcap, "_MAX_BOUNDED", 0.0)
+    monkeypatch.setattr(module, "_MAX_BOUNDED", 0.0)
     assert without <= 2 * error()
 
 
@@ -373,14 +368,14 @@ def test_chunks(device, monkeypatch):
     inputs, targets = make((300, 24, 65), torch.float32, device)
     grad = randn(300, seed=3, device=device)
     whole = gradients(partial(loss_of(targets), impl="triton"), inputs, grad)
-    monkeypatch.setattr(_softcap, "_CHUNK_BYTES", 128 * 65 * 4)
+    monkeypatch.setattr(module, "_CHUNK_BYTES", 128 * 65 * 4)
     sizes = []
 
     def spy(hidden, *args):
         sizes.append(len(hidden))
         return softcap_logits_grad(hidden, *args)
 
-    monkeypatch.setattr(_softcap, "softcap_logits_grad", spy)
+    monkeypatch.setattr(module, "softcap_logits_grad", spy)
     chunked = gradients(partial(loss_of(targets), impl="triton"), inputs, grad)
     assert sizes == [128, 128, 44]
     torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-5)
@@ -452,46 +447,3 @@ def test_autocast_rounds_like_linear(device):
         assert ours.dtype == eager.dtype == torch.float32
         oracle = op(**{name: value.bfloat16().double() for name, value in inputs.items()}, impl="eager")
         assert_within_budget(ours, eager, oracle)
-
-
-def test_backward_cost():
-    flops, moved = backward_cost(4, 8, 16)
-    assert flops == 3 * 2 * 4 * 8 * 16
-    assert moved == 2 * (3 * 4 * 16 + 3 * 4 * 8 + 2 * 16 * 8) + 4 * 16 * 8  # G and h three times, W twice, dW in fp32
-
-
-# ---- the libraries that benchmarks compare with
-
-
-def test_peers_are_called_by_their_own_signatures(monkeypatch):
-    case = next(case for case in bench_heads.LOSSES if case.leaves)
-    inputs = case.make(torch.device("cpu"), 0, rows=4)
-    h, w, targets = (inputs[name] for name in ("h", "w", "targets"))
-
-    cce = pytest.importorskip("cut_cross_entropy")
-    signature = inspect.signature(cce.linear_cross_entropy)
-    monkeypatch.setattr(cce, "linear_cross_entropy", mock.create_autospec(cce.linear_cross_entropy))
-    bench_heads.peer_case(case, "cut_cross_entropy").call(inputs, "eager")
-    given = signature.bind(*cce.linear_cross_entropy.call_args.args, **cce.linear_cross_entropy.call_args.kwargs)
-    assert given.arguments.keys() == {"e", "c", "targets", "softcap"} and given.arguments["softcap"] == 30
-    assert given.arguments["e"] is h and given.arguments["targets"] is targets
-    assert torch.equal(given.arguments["c"], w.bfloat16())
-
-    liger = pytest.importorskip("liger_kernel.transformers.fused_linear_cross_entropy")
-    loss = liger.LigerFusedLinearCrossEntropyLoss
-    forward = mock.create_autospec(loss.forward)
-    monkeypatch.setattr(loss, "forward", lambda *args: forward(*args))
-    bench_heads.peer_case(case, "liger_kernel").call(inputs, "eager")
-    module, weight, hidden, target = forward.call_args.args
-    assert list(inspect.signature(forward).parameters)[:4] == ["self", "lin_weight", "_input", "target"]
-    assert module.softcap == 30 and module.reduction == "mean" and hidden is h and target is targets
-    assert torch.equal(weight, w.bfloat16())
-
-
-@pytest.mark.parametrize("module", bench_heads.PEERS)
-def test_a_peer_that_is_not_there_is_named(module, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert bench_heads.missing(module) == f"{module} needs a CUDA device"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setitem(sys.modules, module, None)
-    assert bench_heads.missing(module).startswith(f"{module} cannot be imported: ModuleNotFoundError")

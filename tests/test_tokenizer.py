@@ -59,11 +59,6 @@ def test_any_text_round_trips(text):
     assert tokenizer().decode(tokenizer().encode(text)) == text
 
 
-def test_plain_sentencepiece_loses_u2581():
-    model = sentencepiece.SentencePieceProcessor(model_proto=tokenizer().model_bytes)
-    assert model.decode(model.encode("a▁b")) == "a b"
-
-
 def test_special_ids_and_properties():
     t = tokenizer()
     assert (t.bos_id, t.vocab_size, len(t.digest)) == (1, 330, 64)
@@ -76,21 +71,24 @@ def test_training_is_deterministic():
     assert train_tokenizer(iter(TEXT), 330) == tokenizer().model_bytes
 
 
-@pytest.mark.parametrize("where", ["\ud800", "a\udfffb"])
-def test_lone_surrogate(where):
-    with pytest.raises(InputError, match="lone surrogate at character"):
-        tokenizer().encode(where)
+@pytest.mark.parametrize(("text", "at"), [("\ud800", 0), ("a\udfffb", 1)])
+def test_lone_surrogate(text, at):
+    with pytest.raises(InputError, match=f"lone surrogate at character {at}"):
+        tokenizer().encode(text)
 
 
-def test_vocabulary_bounds_are_named():
-    with pytest.raises(InputError, match=r"262 is too small for this text: choose at least \d+"):
-        train_tokenizer(TEXT, 262)
-    with pytest.raises(InputError, match=r"9000 is too large for this text: choose at most \d+"):
-        train_tokenizer(TEXT, 9000)
-    with pytest.raises(InputError, match=r"65537 is not in 1\.\.65536"):
-        train_tokenizer(TEXT, 65_537)
-    with pytest.raises(InputError, match="no text"):
-        train_tokenizer([], 300)
+@pytest.mark.parametrize(
+    ("texts", "vocab_size", "message"),
+    [
+        (TEXT, 262, r"262 is too small for this text: choose at least \d+"),
+        (TEXT, 9000, r"9000 is too large for this text: choose at most \d+"),
+        (TEXT, 65_537, r"65537 is not in 1\.\.65536"),
+        ([], 300, "no text"),
+    ],
+)
+def test_vocabulary_bounds_are_named(texts, vocab_size, message):
+    with pytest.raises(InputError, match=message):
+        train_tokenizer(texts, vocab_size)
 
 
 def test_no_text_is_dropped_in_training():
@@ -110,15 +108,9 @@ def test_no_text_is_dropped_in_training():
 def test_sample_is_even_and_bounded(texts, max_chars):
     sentences = list(_sentences(texts))
     assert "".join(sentences) == "".join(texts).replace("▁", "").replace("▅", "")
-    kept = _even_sample(sentences, max_chars)
-    assert sum(map(len, kept)) <= max_chars or len(kept) == 1
-    strides = [2**k for k in range(12)]
-    assert any(kept == sentences[::stride] for stride in strides)
-
-
-def test_even_sample_keeps_all_that_fits():
-    assert _even_sample(["ab"] * 8, 16) == ["ab"] * 8
-    assert len(_even_sample((str(i % 10) for i in range(1000)), 100)) == 63
+    samples = [sentences[:: 2**k] for k in range(12)]
+    fits = [sample for sample in samples if sum(map(len, sample)) <= max_chars or len(sample) <= 1]
+    assert _even_sample(sentences, max_chars) == fits[0]
 
 
 def test_unusable_models(tmp_path):

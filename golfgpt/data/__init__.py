@@ -1,1 +1,1 @@
-"""From text to tokens: tokenizer, shards with byte counts, streams, preparation. numpy only, no torch."""
+"""From text to tokens: documents, tokenizer, shards with byte counts, preparation, download. Only stream uses torch."""

@@ -1,4 +1,4 @@
-"""From text files to a data folder: read, train or take a tokenizer, encode in processes, split, write.
+"""From text files to a data folder: read, train a tokenizer or take a given one, encode in processes, split, write.
 
     inputs -> documents -> mixed -> batches of about 1 MB -> workers: encode, count bytes, check, split by hash
            -> in that order -> shards, sidecars -> manifest -> rename the folder into place
@@ -14,199 +14,38 @@ The result does not depend on the number of workers. The folder appears whole or
 from __future__ import annotations
 
 import contextlib
-import glob
-import hashlib
 import itertools
-import json
-import mmap
 import multiprocessing
 import os
-import re
 import shutil
 from array import array
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
-import zstandard
 
+from golfgpt import __version__
 from golfgpt.bpb import ByteCounts
 from golfgpt.data.demo_text import demo_text
-from golfgpt.data.shards import MANIFEST, TOKENIZER, Manifest, Progress, ShardFile, Split, write_shard
+from golfgpt.data.documents import Advance, PathLike, document_hash, find_inputs, read_documents, split_text
+from golfgpt.data.manifest import MANIFEST, Manifest, ShardFile, Split
+from golfgpt.data.shards import TOKENIZER, Progress, write_shard
 from golfgpt.data.tokenizer import Tokenizer, train_tokenizer
 from golfgpt.errors import InputError, VerificationError
 from golfgpt.files import sha256_file, write_bytes, write_json
 
-PathLike = str | os.PathLike
-SUFFIXES = (".txt", ".jsonl", ".jsonl.zst")
 VAL_FRACTION = 0.05
 """Fraction of the documents that go to val when val has no inputs of its own."""
-LEAST_DOCUMENT_BYTES = 2000
-"""A .txt is cut at a separator only once the document has this many bytes."""
 _MIX_CHARS = 64_000_000
 _BATCH_BYTES = 1 << 20
 _BYTES_PER_WORKER = 2_000_000  # of input; starting a process costs as much as encoding about 1 MB
-_ZSTD_WINDOW = 1 << 27  # `zstd --long` up to 27, 128 MiB
 
 
-# 1 Documents
-
-
-def find_inputs(inputs: Sequence[PathLike]) -> list[Path]:
-    """Files named by `inputs`: files, folders (searched below, sorted) and globs; each file once.
-
-    Raises InputError for what is missing, of another kind, or names no file.
-    """
-    found: list[Path] = []
-    for item in map(os.fspath, inputs):
-        path = Path(item)
-        if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file())
-        elif path.exists():
-            files = [path]
-        else:
-            files = sorted(Path(name) for name in glob.glob(item, recursive=True) if Path(name).is_file())
-        if not files:
-            what = "holds no" if path.is_dir() else "is neither a file nor a folder, nor a pattern of"
-            raise InputError(f"input {item} {what} {', '.join(SUFFIXES)}; check the path")
-        found += files
-    if not found:
-        raise InputError("no input is named: give files, folders or globs")
-    for file in found:
-        if not file.name.endswith(SUFFIXES):
-            raise InputError(f"{file}: cannot read this kind of file; inputs are {', '.join(SUFFIXES)}")
-    return list({file.resolve(): file for file in found}.values())
-
-
-def read_documents(
-    inputs: Sequence[PathLike], separator: str | None = None, advance: Callable[[int], None] | None = None
-) -> Iterator[str]:
-    """Documents of `inputs` (see `find_inputs`) in order; those without any text are left out.
-
-    .txt is cut after `separator` (default: blank lines) wherever that leaves at least 2 kB on both sides; the
-    pieces, separators included, join to the file's text. .jsonl and .jsonl.zst hold {"text": ...} a line.
-    `advance` is told file bytes as they are consumed. Raises InputError naming file and place for bytes that
-    are not UTF-8, bad JSON, a missing "text", lone surrogates, truncated zstd and files without text.
-    """
-    if separator == "":
-        raise InputError("the document separator is empty; leave it out to cut at blank lines")
-    for path in find_inputs(inputs):
-        documents = _read_txt(path, separator, advance) if path.suffix == ".txt" else _read_jsonl(path, advance)
-        empty = True
-        try:
-            for text in documents:
-                if text:
-                    empty = False
-                    yield text
-        except OSError as error:
-            raise InputError(f"cannot read {path}: {error.strerror}") from error
-        if empty:
-            raise InputError(f"{path} holds no text; remove it from the inputs")
-
-
-def split_text(data: bytes | mmap.mmap, separator: bytes | None = None) -> Iterator[tuple[int, int]]:
-    """(start, end) of the documents of `data`; they cover it without gaps."""
-    pattern = rb"\n(?:[ \t\r]*\n)+" if separator is None else b"(?:" + re.escape(separator) + b")+"
-    start, cut = 0, 0  # [start, cut) is ready, but kept in case that too little text follows
-    for match in re.finditer(pattern, data):
-        if match.end() - cut >= LEAST_DOCUMENT_BYTES:
-            if cut:
-                yield start, cut
-            start, cut = cut, match.end()
-    if cut and len(data) - cut >= LEAST_DOCUMENT_BYTES:
-        yield start, cut
-        start = cut
-    if start < len(data):
-        yield start, len(data)
-
-
-def _read_txt(path: Path, separator: str | None, advance: Callable[[int], None] | None) -> Iterator[str]:
-    if not path.stat().st_size:  # mmap refuses an empty file
-        return
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        for start, end in split_text(data, separator.encode() if separator else None):
-            try:
-                yield data[start:end].decode()
-            except UnicodeDecodeError as error:
-                raise InputError(
-                    f"{path}: byte {start + error.start} (0x{error.object[error.start]:02x}) is not UTF-8 "
-                    f"({error.reason}); convert the file to UTF-8"
-                ) from None
-            if advance:
-                advance(end - start)
-
-
-def _read_jsonl(path: Path, advance: Callable[[int], None] | None) -> Iterator[str]:
-    for number, line in enumerate(_lines(_chunks(path, advance)), 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            record = json.loads(line.decode())
-        except UnicodeDecodeError as error:
-            raise InputError(
-                f"{where}: byte {error.start} of the line (0x{line[error.start]:02x}) is not UTF-8 ({error.reason}); "
-                "convert the file to UTF-8"
-            ) from None
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{where}: not JSON: {error}") from None
-        text = record.get("text") if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            raise InputError(f'{where}: expected an object with a string "text", got {line[:80]!r}')
-        if b"\\u" in line:  # UTF-8 has no surrogates, an escape may
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise InputError(
-                    f"{where}: a lone surrogate \\u{ord(text[error.start]):04x} is at character {error.start} of the "
-                    "text; remove or replace it"
-                ) from None
-        yield text
-
-
-def _chunks(path: Path, advance: Callable[[int], None] | None) -> Iterator[bytes]:
-    """Content of a file, decompressed if it is .zst, in pieces."""
-    frame = None
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 17):
-            if advance:
-                advance(len(chunk))
-            if path.suffix != ".zst":
-                yield chunk
-                continue
-            while chunk:
-                if frame is None:
-                    frame = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).decompressobj()
-                try:
-                    yield frame.decompress(chunk)
-                except zstandard.ZstdError as error:
-                    raise InputError(f"{path}: damaged zstd data: {error}; fetch the file again") from None
-                chunk = frame.unused_data
-                frame = None if frame.eof else frame
-    if frame is not None:
-        raise InputError(f"{path}: the zstd data are cut off; fetch the file again")
-
-
-def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    parts: list[bytes] = []
-    for chunk in chunks:
-        first, *rest = chunk.split(b"\n")
-        parts.append(first)
-        if rest:
-            yield b"".join(parts)
-            yield from rest[:-1]
-            parts = [rest[-1]]
-    yield b"".join(parts)
-
-
-def document_hash(data: bytes) -> bytes:
-    """8 bytes of BLAKE2b over a document's UTF-8: its place between train and val, and its identity."""
-    return hashlib.blake2b(data, digest_size=8).digest()
+# 1 Order and batches
 
 
 def mix(documents: Iterable[str], val_below: bytes | None, chars: int = _MIX_CHARS) -> Iterator[str]:
@@ -227,20 +66,31 @@ def mix(documents: Iterable[str], val_below: bytes | None, chars: int = _MIX_CHA
     yield from (text for _, text in sorted(stretch))
 
 
+def _batches(split: str | None, documents: Iterable[str]) -> Iterator[tuple[str | None, list[str]]]:
+    batch: list[str] = []
+    size = 0
+    for text in documents:
+        batch.append(text)
+        size += len(text)
+        if size >= _BATCH_BYTES:
+            yield split, batch
+            batch, size = [], 0
+    if batch:
+        yield split, batch
+
+
 # 2 Workers
 
 
 @dataclass(frozen=True)
 class _Encoded:
-    """Documents of one split: their ids and, for val, the byte counts (uint16), and their totals."""
+    """Documents of one split: their ids and the byte counts of these (uint16), and their totals as in `Split`."""
 
     split: str
     ids: np.ndarray
-    counts: np.ndarray | None
+    counts: np.ndarray
     hashes: list[bytes]
-    raw_bytes: int
-    decoded_bytes: int
-    changed_documents: int
+    totals: dict[str, int]
 
 
 class _Encoder:
@@ -251,14 +101,14 @@ class _Encoder:
         self._table = ByteCounts(self._tokenizer)
         self._val_below, self._must_round_trip = val_below, must_round_trip
 
-    def encode(self, batch: tuple[str, list[str]]) -> list[_Encoded]:
-        """`batch`: ("train" | "val" | "hash", documents); "hash" lets the hash of each document decide."""
+    def encode(self, batch: tuple[str | None, list[str]]) -> list[_Encoded]:
+        """`batch`: split and documents; split None lets the hash of each document decide."""
         split, texts = batch
         out: dict[str, list[tuple[bytes, bytes, list[int]]]] = {}
         for text in texts:
             raw = text.encode()
             digest = document_hash(raw)
-            name = split if split != "hash" else "val" if digest < self._val_below else "train"
+            name = split or ("val" if digest < self._val_below else "train")
             out.setdefault(name, []).append((digest, raw, self._tokenizer.encode(text)))
         return [self._pack(name, documents) for name, documents in out.items()]
 
@@ -285,11 +135,14 @@ class _Encoder:
         return _Encoded(
             split=split,
             ids=stream,
-            counts=counts if split == "val" else None,
+            counts=counts,
             hashes=[digest for digest, _, _ in documents],
-            raw_bytes=sum(len(raw) for _, raw, _ in documents),
-            decoded_bytes=int(counts.sum()),
-            changed_documents=changed,
+            totals={
+                "documents": len(documents),
+                "raw_bytes": sum(len(raw) for _, raw, _ in documents),
+                "decoded_bytes": int(counts.sum()),
+                "changed_documents": changed,
+            },
         )
 
 
@@ -301,12 +154,12 @@ def _start_worker(*args) -> None:
     _encoder = _Encoder(*args)
 
 
-def _work(batch: tuple[str, list[str]]) -> list[_Encoded]:
+def _work(batch: tuple[str | None, list[str]]) -> list[_Encoded]:
     return _encoder.encode(batch)
 
 
 def _map_in_order(batches: Iterable, workers: int, encoder_args: tuple) -> Iterator[list[_Encoded]]:
-    """`_Encoder.encode` of each batch, in order; at most two batches per worker are under way."""
+    """`_Encoder.encode` of each batch, in order; at most two batches per worker are in flight."""
     if workers == 1:
         yield from map(_Encoder(*encoder_args).encode, batches)
         return
@@ -314,13 +167,13 @@ def _map_in_order(batches: Iterable, workers: int, encoder_args: tuple) -> Itera
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, _start_worker, encoder_args)
     try:
-        under_way: deque = deque()
+        in_flight: deque = deque()
         for batch in batches:
-            under_way.append(pool.submit(_work, batch))
-            if len(under_way) > 2 * workers:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
+            in_flight.append(pool.submit(_work, batch))
+            if len(in_flight) > 2 * workers:
+                yield in_flight.popleft().result()
+        while in_flight:
+            yield in_flight.popleft().result()
     except BrokenProcessPool as error:
         raise InputError(
             "a worker process died: too little memory, or prepare() was called from a script without "
@@ -330,19 +183,6 @@ def _map_in_order(batches: Iterable, workers: int, encoder_args: tuple) -> Itera
         pool.shutdown(cancel_futures=True)
 
 
-def _batches(split: str, documents: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
-    batch: list[str] = []
-    size = 0
-    for text in documents:
-        batch.append(text)
-        size += len(text)
-        if size >= _BATCH_BYTES:
-            yield split, batch
-            batch, size = [], 0
-    if batch:
-        yield split, batch
-
-
 # 3 Writing
 
 
@@ -350,53 +190,41 @@ class _SplitWriter:
     """Collects the documents of one split and writes full shards; val shards have sidecars."""
 
     def __init__(self, folder: Path, split: str, shard_tokens: int):
-        self._folder, self._split = folder, split
-        self._ids = np.empty(shard_tokens, dtype="<u2")  # the system gives memory as it is filled
-        self._counts = np.empty(shard_tokens, dtype="<u2") if split == "val" else None
-        self._filled = 0
+        self._folder, self._split, self._shard_tokens = folder, split, shard_tokens
+        self._ids, self._counts = bytearray(), bytearray()  # uint16, not written yet
         self._shards: list[ShardFile] = []
-        self.documents = self.raw_bytes = self.decoded_bytes = self.changed_documents = 0
+        self.totals = Counter(documents=0, raw_bytes=0, decoded_bytes=0, changed_documents=0)
 
     def add(self, part: _Encoded) -> None:
-        self.documents += len(part.hashes)
-        self.raw_bytes += part.raw_bytes
-        self.decoded_bytes += part.decoded_bytes
-        self.changed_documents += part.changed_documents
-        done = 0
-        while done < len(part.ids):
-            room = min(len(self._ids) - self._filled, len(part.ids) - done)
-            to, of = slice(self._filled, self._filled + room), slice(done, done + room)
-            self._ids[to] = part.ids[of]
-            if self._counts is not None:
-                self._counts[to] = part.counts[of]
-            self._filled, done = self._filled + room, done + room
-            if self._filled == len(self._ids):
-                self._flush()
+        self.totals.update(part.totals)
+        self._ids += part.ids.tobytes()
+        if self._split == "val":
+            self._counts += part.counts.astype("<u2").tobytes()
+        while len(self._ids) >= 2 * self._shard_tokens:
+            self._flush(self._shard_tokens)
 
-    def _flush(self) -> None:
+    def _flush(self, tokens: int) -> None:
         path = self._folder / f"golf_{self._split}_{len(self._shards):06d}.bin"
-        write_shard(path, self._ids[: self._filled])
-        sidecar = None
-        if self._counts is not None:
-            write_bytes(path.with_suffix(".bytes"), self._counts[: self._filled].data)
-            sidecar = sha256_file(path.with_suffix(".bytes"))
+        sidecar = path.with_suffix(".bytes")
+        write_shard(path, np.frombuffer(self._ids, np.uint16, tokens))
+        del self._ids[: 2 * tokens]
+        if self._split == "val":
+            write_bytes(sidecar, np.frombuffer(self._counts, np.uint8, 2 * tokens).data)
+            del self._counts[: 2 * tokens]
         self._shards.append(
-            ShardFile(file=path.name, tokens=self._filled, sha256=sha256_file(path), sidecar_sha256=sidecar)
+            ShardFile(
+                file=path.name,
+                tokens=tokens,
+                sha256=sha256_file(path),
+                sidecar_sha256=sha256_file(sidecar) if self._split == "val" else None,
+            )
         )
-        self._filled = 0
 
     def finish(self, inputs: Sequence[str]) -> Split:
-        if self._filled:
-            self._flush()
-        return Split(
-            inputs=tuple(inputs),
-            documents=self.documents,
-            tokens=sum(shard.tokens for shard in self._shards),
-            raw_bytes=self.raw_bytes,
-            decoded_bytes=self.decoded_bytes,
-            changed_documents=self.changed_documents,
-            shards=tuple(self._shards),
-        )
+        if self._ids:
+            self._flush(len(self._ids) // 2)
+        tokens = sum(shard.tokens for shard in self._shards)
+        return Split(inputs=tuple(inputs), tokens=tokens, shards=tuple(self._shards), **self.totals)
 
 
 @contextlib.contextmanager
@@ -404,7 +232,7 @@ def _staging(out: Path, overwrite: bool) -> Iterator[Path]:
     """A folder beside `out` that takes its place on success and vanishes on failure."""
     old = out.is_dir() and any(out.iterdir())
     if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file; name a folder to write to")
+        raise InputError(f"{out} is a file, expected a folder to write to")
     if old and not overwrite:
         raise InputError(f"{out} is not empty; name another folder, remove it, or replace it with --overwrite")
     if old and not (out / MANIFEST).exists():
@@ -458,14 +286,13 @@ def prepare(
         raise InputError("val inputs and a val fraction exclude each other; give one")
     fraction = VAL_FRACTION if val_fraction is None else val_fraction
     if not 0 < fraction < 1:
-        raise InputError(f"val fraction {fraction} is not between 0 and 1")
+        raise InputError(f"val fraction {fraction}, expected a number between 0 and 1")
     if not 1 <= shard_tokens < 1 << 31:
-        raise InputError(f"shard_tokens {shard_tokens} is not in 1..2^31-1")
+        raise InputError(f"shard_tokens {shard_tokens}, expected 1..2^31-1")
     if workers is not None and workers < 1:
-        raise InputError(f"workers {workers} is not positive")
+        raise InputError(f"workers {workers}, expected at least 1")
     train_source, val_source = _Source(inputs, separator), _Source(val, separator) if val is not None else None
-    sources = [source for source in (val_source, train_source) if source]
-    total = sum(source.bytes for source in sources)
+    total = train_source.bytes + (val_source.bytes if val_source else 0)
     workers = workers or max(1, min(_cpus(), total // _BYTES_PER_WORKER))
     with _staging(Path(out).resolve(), overwrite) as folder:
         below = None if val_source else min(round(fraction * 2**64), 2**64 - 1).to_bytes(8, "big")
@@ -478,38 +305,35 @@ def prepare(
         elif not isinstance(tokenizer, Tokenizer):
             tokenizer = Tokenizer.from_file(tokenizer)
         advance = _meter(progress, "encoding", total)
-        batches = itertools.chain.from_iterable(
-            _batches("val", source.documents(advance))
-            if source is val_source
-            else _batches("hash" if below else "train", mix(source.documents(advance), below))
-            for source in sources
-        )
+        batches = _batches(None if below else "train", mix(train_source.documents(advance), below))
+        if val_source:
+            batches = itertools.chain(_batches("val", val_source.documents(advance)), batches)
         writers = {name: _SplitWriter(folder, name, shard_tokens) for name in ("train", "val")}
         in_val: set[bytes] = set()
         shared = 0
         encoder_args = (tokenizer.model_bytes, below, must_round_trip)
         with contextlib.closing(_map_in_order(batches, workers, encoder_args)) as results:
             for part in itertools.chain.from_iterable(results):
-                if val_source and part.split == "val":
-                    in_val.update(part.hashes)
-                shared += sum(digest in in_val for digest in part.hashes) if part.split == "train" else 0
                 writers[part.split].add(part)
+                if part.split == "train":
+                    shared += sum(digest in in_val for digest in part.hashes)
+                elif val_source:
+                    in_val.update(part.hashes)
+        documents = {name: writer.totals["documents"] for name, writer in writers.items()}
         if shared:
             raise InputError(
-                f"{shared} of {writers['train'].documents} train documents are also among the "
-                f"{writers['val'].documents} val documents; remove them from one of the inputs, or leave --val out"
+                f"{shared} of {documents['train']} train documents are also among the {documents['val']} val "
+                "documents; remove them from one of the inputs, or leave --val out"
             )
-        for name, writer in writers.items():
-            if not writer.documents:
-                both = sum(writer.documents for writer in writers.values())
-                raise InputError(
-                    f"the {name} split is empty: a val fraction of {fraction:g} gave it none of {both} documents; "
-                    "change the fraction, give more documents, or name val inputs"
-                )
+        if empty := [name for name, count in documents.items() if not count]:
+            raise InputError(
+                f"the {empty[0]} split is empty: a val fraction of {fraction:g} gave it none of "
+                f"{sum(documents.values())} documents; change the fraction, give more documents, or name val inputs"
+            )
         val_split = writers["val"].finish((val_source or train_source).names)
         train_split = writers["train"].finish(train_source.names)
         manifest = Manifest(
-            golfgpt=_version(),
+            golfgpt=__version__,
             tokenizer_sha256=tokenizer.digest,
             vocab_size=tokenizer.vocab_size,
             lossless=not (train_split.changed_documents or val_split.changed_documents),
@@ -524,7 +348,7 @@ def prepare(
 
 
 class _Source:
-    """Documents that can be read again, from files or from the embedded corpus, which is cut as a .txt is."""
+    """Documents that can be read more than once, from files or from the embedded corpus, which is cut like a .txt."""
 
     def __init__(self, inputs: Sequence[PathLike] | None, separator: str | None):
         self._separator = separator
@@ -537,7 +361,7 @@ class _Source:
             self.names = [file.name for file in self._files]
             self.bytes = sum(file.stat().st_size for file in self._files)
 
-    def documents(self, advance: Callable[[int], None]) -> Iterator[str]:
+    def documents(self, advance: Advance) -> Iterator[str]:
         if not self._demo:
             yield from read_documents(self._files, self._separator, advance)
             return
@@ -548,7 +372,7 @@ class _Source:
             advance(len(text))
 
 
-def _meter(progress: Progress, stage: str, total: int) -> Callable[[int], None]:
+def _meter(progress: Progress, stage: str, total: int) -> Advance:
     done = 0
 
     def advance(count: int) -> None:
@@ -561,10 +385,3 @@ def _meter(progress: Progress, stage: str, total: int) -> Callable[[int], None]:
 
 def _cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _version() -> str:
-    try:
-        return metadata.version("golfgpt")
-    except metadata.PackageNotFoundError:
-        return "not installed"

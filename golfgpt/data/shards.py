@@ -12,28 +12,25 @@ sidecar the byte counts come from the tokenizer. Nothing here loads a shard as a
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
-import json
 import os
-import types
-import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from golfgpt.bpb import ByteCounts, decoded_bytes
+from golfgpt.data.manifest import MANIFEST, Manifest
 from golfgpt.data.tokenizer import Tokenizer
 from golfgpt.errors import InputError, VerificationError
 from golfgpt.files import atomic_file, sha256_file
 
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
 HEADER_BYTES = 4 * HEADER_INTS
-MANIFEST, TOKENIZER = "manifest.json", "tokenizer.model"
+TOKENIZER = "tokenizer.model"
 CHUNK_TOKENS = 1 << 20
 """Tokens handled at a time when a split is streamed."""
 
@@ -60,29 +57,29 @@ def write_shard(path: str | os.PathLike, tokens: np.ndarray) -> None:
 
 def open_shard(path: str | os.PathLike) -> np.ndarray:
     """Memory map (T,) uint16 of a shard's tokens. Raises InputError for a wrong magic, version or length."""
-    path = Path(path)
     repair = "download or prepare this shard again"
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            header = np.frombuffer(file.read(HEADER_BYTES), dtype="u1")
+        size, header = os.stat(path).st_size, np.fromfile(path, "<i4", HEADER_INTS)
     except OSError as error:
         raise InputError(f"cannot read the shard {path}: {error.strerror}; {repair}") from error
-    if len(header) < HEADER_BYTES:
+    if len(header) < HEADER_INTS:
         raise InputError(f"{path}: {size} bytes are less than a shard's header of {HEADER_BYTES}; {repair}")
-    magic, version, count = (int(value) for value in header.view("<i4")[:3])
-    if magic != MAGIC:
-        raise InputError(f"{path}: magic {magic} is not {MAGIC}: not a token shard; {repair}")
-    if version != VERSION:
-        raise InputError(f"{path}: shard version {version} is not {VERSION}; {repair}")
+    magic, version, count = map(int, header[:3])
+    if (magic, version) != (MAGIC, VERSION):
+        raise InputError(f"{path}: magic {magic}, version {version}; expected a shard's {MAGIC}, {VERSION}; {repair}")
     if count < 0 or size != HEADER_BYTES + 2 * count:
         raise InputError(
             f"{path}: the header says {count} tokens, so {HEADER_BYTES + 2 * count} bytes, but the file has "
             f"{size}; {repair}"
         )
+    return _map(path, HEADER_BYTES, count)
+
+
+def _map(path: str | os.PathLike, offset: int, count: int) -> np.ndarray:
+    """Memory map (count,) uint16; numpy cannot map nothing."""
     if not count:
         return np.empty(0, dtype="<u2")
-    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
+    return np.memmap(path, dtype="<u2", mode="r", offset=offset, shape=(count,))
 
 
 def gather(shards: Sequence[np.ndarray], start: int, stop: int) -> np.ndarray:
@@ -95,98 +92,7 @@ def gather(shards: Sequence[np.ndarray], start: int, stop: int) -> np.ndarray:
     return np.concatenate(parts)
 
 
-# 2 Manifest
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardFile:
-    """One shard and, for val, its sidecar."""
-
-    file: str
-    tokens: int
-    sha256: str
-    sidecar_sha256: str | None = None
-    """Of the file of the same name that ends in .bytes."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Split:
-    """Totals of one split."""
-
-    inputs: tuple[str, ...]
-    """File names that the documents were read from."""
-    documents: int
-    tokens: int
-    raw_bytes: int
-    """UTF-8 bytes of the documents as they were read."""
-    decoded_bytes: int
-    """UTF-8 bytes of the text that the tokens decode to: the divisor of bits per byte."""
-    changed_documents: int
-    """Documents that do not decode to what was read; 0 for a lossless tokenizer."""
-    shards: tuple[ShardFile, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """What a prepared folder holds; its JSON is read back strictly."""
-
-    format: int = 1
-    golfgpt: str
-    """Version of the program that prepared the folder."""
-    tokenizer_sha256: str
-    vocab_size: int
-    lossless: bool
-    """Every document of both splits decodes to exactly what was read."""
-    val_below: str | None
-    """A document went to val if its hash (`prepare.document_hash`, 16 hex digits) is below this one, to train
-    otherwise. None: val came from inputs of its own, and no document is in both."""
-    separator: str | None
-    """Separator of .txt inputs; None: blank lines."""
-    train: Split
-    val: Split
-
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> Manifest:
-        """Raises InputError naming an unknown or missing key, a wrong type or an unknown format."""
-        try:
-            values = json.loads(Path(path).read_bytes())
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path} is not a readable manifest: {error}; prepare the data again") from error
-        manifest = _from_json(cls, values, str(path))
-        if manifest.format != 1:
-            raise InputError(f"{path}: manifest format {manifest.format} is not 1; use the version that wrote it")
-        return manifest
-
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 over the digests of tokenizer, shards and sidecars: the content, not the names."""
-        shards = [*self.train.shards, None, *self.val.shards]
-        parts = [self.tokenizer_sha256, *(f"{s and s.sha256} {s and s.sidecar_sha256}" for s in shards)]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def _from_json(hint: Any, value: Any, where: str) -> Any:
-    """Rebuild dataclasses, tuples and plain values from JSON; strict."""
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise InputError(f"{where}: expected an object, got {value!r}; prepare the data again")
-        hints = typing.get_type_hints(hint)
-        for kind, keys in (("unknown", value.keys() - hints.keys()), ("missing", hints.keys() - value.keys())):
-            if keys:
-                raise InputError(f"{where}: {kind} key {min(keys)}; prepare the data again")
-        return hint(**{key: _from_json(hints[key], item, f"{where}: {key}") for key, item in value.items()})
-    if typing.get_origin(hint) is tuple and isinstance(value, list):
-        return tuple(_from_json(typing.get_args(hint)[0], item, where) for item in value)
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if type(value) not in kinds:
-        raise InputError(f"{where}: {value!r} is not valid; prepare the data again")
-    return value
-
-
-# 3 Dataset
+# 2 Dataset
 
 
 class Dataset:
@@ -236,18 +142,15 @@ class Dataset:
         paths = [file.with_suffix(".bytes") for file in self.val_files]
         if not any(path.exists() for path in paths):
             return None
-        sidecars = []
         for path, shard in zip(paths, self.val, strict=True):
             size = path.stat().st_size if path.exists() else None
             if size != 2 * len(shard):
                 found = "is missing" if size is None else f"has {size} bytes"
                 raise InputError(
-                    f"{path} {found}, {2 * len(shard)} are needed for {len(shard)} tokens; prepare the data again, or "
+                    f"{path} {found}, expected {2 * len(shard)} for {len(shard)} tokens; prepare the data again, or "
                     "delete all *.bytes to count with the tokenizer"
                 )
-            empty = np.empty(0, dtype="<u2")
-            sidecars.append(np.memmap(path, dtype="<u2", mode="r") if len(shard) else empty)
-        return sidecars
+        return [_map(path, 0, len(shard)) for path, shard in zip(paths, self.val, strict=True)]
 
     def _find_tokenizer(self) -> Tokenizer | None:
         named = self.path / TOKENIZER
@@ -261,28 +164,29 @@ class Dataset:
             return
         repair = f"prepare the data again, or delete {self.path / MANIFEST} to use the shards without proof"
         if self.tokenizer is None or self.tokenizer.digest != self.manifest.tokenizer_sha256:
-            found = "none" if self.tokenizer is None else f"SHA-256 {self.tokenizer.digest}"
+            have = self.tokenizer.digest if self.tokenizer else "none"
             raise VerificationError(
-                f"{self.path}: the manifest names the tokenizer {self.manifest.tokenizer_sha256}, found {found}; "
-                f"{repair}"
+                f"{self.path}: found tokenizer {have}, the manifest has {self.manifest.tokenizer_sha256}; {repair}"
             )
-        for split, files, shards in (
-            (self.manifest.train, self.train_files, self.train),
-            (self.manifest.val, self.val_files, self.val),
-        ):
-            want = [(item.file, item.tokens) for item in split.shards]
-            have = [(file.name, len(shard)) for file, shard in zip(files, shards, strict=True)]
-            if different := sorted(set(want) ^ set(have)):
-                name, tokens = different[0]
-                origin = "the manifest" if different[0] in want else "the folder"
-                raise VerificationError(f"{self.path}: {name} ({tokens} tokens) is only in {origin}; {repair}")
+        splits = (self.manifest.train, self.manifest.val)
+        expected = {(item.file, item.tokens) for split in splits for item in split.shards}
+        found = {(file.name, len(shard)) for _, file, shard in self._shards()}
+        if different := sorted(expected ^ found):
+            name, tokens = different[0]
+            origin = "the manifest" if different[0] in expected else "the folder"
+            raise VerificationError(f"{self.path}: {name} ({tokens} tokens) is only in {origin}; {repair}")
         if self.sidecars is None:
             raise VerificationError(f"{self.path}: the manifest's *.bytes sidecars are missing; {repair}")
 
+    def _shards(self) -> list[tuple[str, Path, np.ndarray]]:
+        """Split, file and tokens of every shard, train before val."""
+        train = [("train", *pair) for pair in zip(self.train_files, self.train, strict=True)]
+        return train + [("val", *pair) for pair in zip(self.val_files, self.val, strict=True)]
+
     def _check_copies(self) -> None:
-        train = {_sample_digest(shard): file for shard, file in zip(self.train, self.train_files, strict=True)}
-        for shard, file in zip(self.val, self.val_files, strict=True):
-            if len(shard) and (copy := train.get(_sample_digest(shard))):
+        train = {_sample_digest(shard): file for split, file, shard in self._shards() if split == "train"}
+        for split, file, shard in self._shards():
+            if split == "val" and len(shard) and (copy := train.get(_sample_digest(shard))):
                 raise VerificationError(
                     f"the splits overlap: {file} and {copy} begin and end with the same tokens; remove one of them"
                 )
@@ -348,9 +252,7 @@ class Dataset:
         """Raises InputError naming the first shard (of one split, or of both) with a token id that is not below
         `vocab_size` (None: the tokenizer's). `deal` = (rank, world) reads only every world-th shard."""
         limit = vocab_size or self.need_tokenizer().vocab_size
-        pairs = [("train", *pair) for pair in zip(self.train_files, self.train, strict=True)]
-        pairs += [("val", *pair) for pair in zip(self.val_files, self.val, strict=True)]
-        for name, file, shard in pairs[deal[0] :: deal[1]]:
+        for name, file, shard in self._shards()[deal[0] :: deal[1]]:
             if split not in (None, name):
                 continue
             for start in range(0, len(shard), CHUNK_TOKENS):
@@ -416,7 +318,7 @@ def _sample_digest(shard: Sequence[int]) -> str:
     return f"{len(shard)} {hashlib.sha256(ends.tobytes()).hexdigest()}"
 
 
-# 4 Verification
+# 3 Verification
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -438,8 +340,8 @@ class Report:
 def verify(path: str | os.PathLike, progress: Progress | None = None, tokenizer: Tokenizer | None = None) -> Report:
     """Read everything in a data folder and check it: digests, token ids, split overlap, byte counts, totals.
 
-    Overlap is judged document by document on the token ids, which needs no manifest: 16 bytes of memory and
-    about 100 more in Python's set per val document. Raises InputError for malformed files and
+    Overlap is judged document by document on the token ids, which needs no manifest, and takes about 120 bytes of
+    memory for each val document. Raises InputError for malformed files and
     VerificationError for contradictions, listing all that differ.
     """
     progress = progress or (lambda stage, done, total: None)
@@ -448,28 +350,25 @@ def verify(path: str | os.PathLike, progress: Progress | None = None, tokenizer:
         _check_digests(data, data.manifest, progress)
     data.check_token_ids()
     bos_id = data.need_tokenizer().bos_id
-    seen: set[bytes] = set()
-    val_documents = 0
-    for digest in _document_digests(data.val, bos_id, "reading val", progress):
-        seen.add(digest)
-        val_documents += 1
+    val_digests = list(_document_digests(data.val, bos_id, "reading val", progress))
+    in_val, val_documents = set(val_digests), len(val_digests)
     train_documents = shared = 0
     for digest in _document_digests(data.train, bos_id, "reading train", progress):
         train_documents += 1
-        shared += digest in seen
+        shared += digest in in_val
     if shared:
         raise VerificationError(
             f"{path}: the splits overlap: {shared} of {train_documents} train documents are also in val; "
             "a score on this val means nothing: prepare the data again from splits that share no document"
         )
     if data.manifest:
-        have = (train_documents, data.train_tokens, val_documents, data.val_tokens)
         train, val = data.manifest.train, data.manifest.val
-        want = (train.documents, train.tokens, val.documents, val.tokens)
-        if have != want:
+        found = (train_documents, data.train_tokens, val_documents, data.val_tokens)
+        expected = (train.documents, train.tokens, val.documents, val.tokens)
+        if found != expected:
             raise VerificationError(
-                f"{path}: train documents and tokens, val documents and tokens are {have}, the manifest has {want}; "
-                "prepare the data again"
+                f"{path}: train documents and tokens, val documents and tokens are {found}, the manifest has "
+                f"{expected}; prepare the data again"
             )
     progress("decoding val", 0, data.val_tokens)
     val_bytes = data.prove_val_bytes()
@@ -513,12 +412,12 @@ def _document_digests(shards: Sequence[np.ndarray], bos_id: int, stage: str, pro
         for start in range(0, len(shard), CHUNK_TOKENS):
             chunk = np.asarray(shard[start : start + CHUNK_TOKENS])
             for part in filter(len, np.split(chunk, np.flatnonzero(chunk == bos_id))):
-                if state is None or part[0] == bos_id:
-                    if state is not None:
-                        yield state.digest()
-                    state = hashlib.blake2b(digest_size=16)
+                if state and part[0] == bos_id:
+                    yield state.digest()
+                    state = None
+                state = state or hashlib.blake2b(digest_size=16)
                 state.update(part.tobytes())
             done += len(chunk)
             progress(stage, done, total)
-    if state is not None:
+    if state:
         yield state.digest()

@@ -1,4 +1,4 @@
-"""Which tokens a training step reads: one endless sequential stream, dealt to the ranks in spans.
+"""Which tokens a training step reads: one endless sequential stream, assigned to the ranks in spans.
 
     step s, span i:  tokens [s (B + S) + i (B/S + 1),  + B/S + 1)      B = batch_tokens, S = spans
 
@@ -21,7 +21,7 @@ from golfgpt.errors import InputError
 
 
 class TokenStream:
-    """Shards in order as one stream of uint16 tokens without end."""
+    """Shards in order, repeated without end, as one stream of uint16 tokens."""
 
     def __init__(self, shards: Sequence[np.ndarray]):
         """`shards`: 1-d uint16 arrays or memory maps. Raises InputError if they hold no token."""
@@ -31,7 +31,7 @@ class TokenStream:
             raise InputError("the training stream is empty: the shards hold no token; prepare the data again")
 
     def read(self, position: int, count: int) -> np.ndarray:
-        """`count` tokens (uint16, a copy) from absolute `position`; wraps, more than once if it must."""
+        """`count` tokens (uint16, a copy) from absolute `position`; wraps, more than once if `count` is that large."""
         out = np.empty(count, dtype=np.uint16)
         done = 0
         while done < count:
@@ -45,9 +45,10 @@ class TokenStream:
 class Prefetcher:
     """The tokens of a rank's spans, step by step, read a step ahead by a thread."""
 
-    def __init__(self, stream: TokenStream, batch_tokens: int, spans: int, deal: range, *, pin: bool):
-        """`deal`: the spans to read (`spans_of_rank`); `pin`: hand out page-locked memory, for copies to a GPU."""
-        self._stream, self._batch_tokens, self._spans, self._deal, self._pin = stream, batch_tokens, spans, deal, pin
+    def __init__(self, stream: TokenStream, batch_tokens: int, spans: int, assigned: range, *, pin: bool):
+        """`assigned`: the spans to read (`spans_of_rank`); `pin`: use page-locked memory, for copies to a GPU."""
+        self._stream, self._batch_tokens, self._spans = stream, batch_tokens, spans
+        self._assigned, self._pin = assigned, pin
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="data")
         self._ahead: tuple[int, Future[Tensor]] | None = None
 
@@ -61,7 +62,7 @@ class Prefetcher:
     def _read(self, step: int) -> Tensor:
         positions = step_spans(step, self._batch_tokens, self._spans)
         count = self._batch_tokens // self._spans + 1
-        tokens = np.stack([self._stream.read(positions[span], count) for span in self._deal]).astype(np.int64)
+        tokens = np.stack([self._stream.read(positions[span], count) for span in self._assigned]).astype(np.int64)
         return torch.from_numpy(tokens).pin_memory() if self._pin else torch.from_numpy(tokens)
 
     def close(self) -> None:

@@ -2,31 +2,24 @@
 
     val_loss = sum of nats / targets          val_bpb = sum of nats / ln 2 / bytes of the decoded text
 
-Windows of L tokens start at 0, S, 2S, … (`score.windows`). So a token is predicted from L - S + 1 tokens or more,
-all of them near the start of the text, and stride = window gives the usual chunks. Windows ignore document
-boundaries, as upstream's do; with eval.document_aware tokens attend within their document only. A document's BOS is
-then still a target like any other: predicted from the document before, it says that this one ends. With eval.rule
-windows are those of a published recipe, which leaves tokens out or counts some again; the label says so.
+Windows of L tokens start at 0, S, 2S, … (`score.windows`), so a token is predicted from L - S + 1 tokens or more,
+except near the start of the text. Windows ignore document boundaries, as upstream's do; with eval.document_aware
+tokens attend within their document only, and a document's BOS is still a target, predicted from the document before.
 
-A score is printed only with proof: the scored tokens are counted, their bytes are counted twice, and
-`score.checks` checks a sample of the windows first. Sums stay on the device in float64 and are read once a
-second, for the progress line, for the partial sums that an interrupted evaluation continues from, and to see that
-they are finite. Memory depends on eval.batch_tokens, never on the length of the text; running out of it is an error,
-for a silently smaller batch would hide that the one asked for does not fit.
+A score is printed only with proof: the windows cover every target once, the scored tokens are counted, their bytes
+are counted twice, and `score.checks` checks a sample of the windows first. Sums stay on the device in float64 and
+are read once a second. Memory depends on eval.batch_tokens and, with 40 bytes, on the number of windows; running out
+of it is an error, because a silently smaller batch would hide that the one asked for does not fit.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import json
 import math
 import re
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -36,11 +29,12 @@ from golfgpt.bpb import bits_per_byte
 from golfgpt.config import RunConfig
 from golfgpt.data.shards import Dataset
 from golfgpt.distributed import Ranks
-from golfgpt.errors import GolfError, InputError, Interrupted, NonFiniteError, VerificationError
-from golfgpt.files import write_json
+from golfgpt.errors import GolfError, Interrupted, VerificationError
 from golfgpt.model.gpt import GPT
+from golfgpt.published.windows import whole_windows
 from golfgpt.score.checks import Checks, check
-from golfgpt.score.windows import Cut, Scorer, Windows, score_windows
+from golfgpt.score.sums import PartialSums, Sums
+from golfgpt.score.windows import Scorer, Windows, score_windows
 
 PROGRESS_SECONDS, SAVE_SECONDS = 1.0, 10.0
 BATCH_TOKENS = {"cuda": 65_536, "cpu": 16_384}
@@ -64,8 +58,8 @@ class Score:
     window: int
     stride: int
     label: str
-    """val_bpb; with a suffix when the text is normalized by a lossy tokenizer, only partly scored, scored within
-    documents, or by a published rule that leaves tokens out or counts some again."""
+    """val_bpb, and what must be known before it is compared with another: a lossy tokenizer, documents, text left out
+    or counted again."""
     seconds: float
     """On the first rank, with those before an interruption."""
     dtype: str
@@ -81,105 +75,12 @@ class Score:
         return re.sub(r"[^a-z0-9]+", "_", self.label.lower().replace(",", "")).strip("_")
 
 
-@dataclass(frozen=True)
-class Sums:
-    """What the windows before `next` gave, on the device."""
-
-    next: int
-    values: Tensor
-    """float64 (3,): nats, tokens, bytes; the last two are exact up to 2^53."""
-    bad: Tensor
-    """Position of the first token without a finite log probability; a huge number if there is none."""
-
-    @classmethod
-    def start(cls, next: int, device: torch.device, values: tuple[float, float, float] = (0, 0, 0)) -> Sums:
-        none = torch.tensor(torch.iinfo(torch.int64).max, device=device)
-        return cls(next, torch.tensor(values, dtype=torch.float64, device=device), none)
-
-    def plus(self, next: int, part: Cut, logprobs: Tensor) -> Sums:
-        """With the batch that ends before window `next`; the order of additions is fixed."""
-        nbytes = part.nbytes.where(part.scored, 0)
-        added = torch.stack((-logprobs.double().sum(), part.scored.sum().double(), nbytes.sum().double()))
-        bad = torch.where(logprobs.isfinite(), self.bad, part.positions).min()
-        return Sums(next, self.values + added, torch.minimum(bad, self.bad))
-
-    def read(self) -> tuple[float, int, int]:
-        """Nats, tokens, bytes. Raises NonFiniteError naming the first bad token."""
-        nats, tokens, nbytes = self.values.tolist()
-        if not math.isfinite(nats):
-            raise NonFiniteError(f"the model gives token {int(self.bad)} of the validation text no finite probability")
-        return nats, int(tokens), int(nbytes)
-
-
-class PartialSums:
-    """One rank's sums of an evaluation under way, in `folder`/eval_partial_RANK.json while it runs.
-
-    `model_digest` tells models apart. The file belongs to one model, text, plan of windows, dtype and number of ranks;
-    for another one it is not used, which is said. `say` gets lines for the user.
-    """
-
-    def __init__(self, folder: Path, rank: int, model_digest: str, say: Callable[[str], None] = lambda line: None):
-        self._file = folder / f"eval_partial_{rank}.json"
-        self._digest, self._say = model_digest, say
-        self._begun = self._saved = time.monotonic()
-        self._warned = False
-        self.earlier = 0.0
-        """Seconds that the evaluation took before it was interrupted."""
-
-    def open(self, key: dict[str, Any], windows: Windows, share: range, ranks: Ranks) -> Sums:
-        """The sums to continue from: those of the file, or none."""
-        self._begun = time.monotonic()
-        self._key = {"model": self._digest, **key, **asdict(windows), "world": ranks.world, "rank": ranks.rank}
-        fresh = Sums.start(share.start, ranks.device)
-        try:
-            stored = json.loads(self._file.read_bytes())
-            sums = Sums.start(int(stored["next"]), ranks.device, tuple(map(float, stored["values"])))
-            changed = [name for name, value in self._key.items() if stored["key"].get(name) != value]
-            earlier = float(stored["seconds"])
-            damaged = not share.start <= sums.next <= share.stop or not bool(sums.values.isfinite().all())
-            damaged |= not 0 <= earlier < math.inf
-        except FileNotFoundError:
-            return fresh
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            changed, damaged = [], True
-        if changed or damaged:
-            why = f"is of another evaluation ({', '.join(changed)} changed)" if changed else "is damaged"
-            self._say(f"{self._file} {why}: starting over")
-            return fresh
-        self.earlier = earlier
-        self._say(f"continuing an interrupted evaluation: {int(sums.values[1]):,} tokens are scored already")
-        return sums
-
-    def save(self, sums: Sums) -> None:
-        """Write the file; a folder that cannot be written is said once, the evaluation goes on."""
-        self._saved = time.monotonic()
-        values = sums.values.tolist()
-        if not math.isfinite(values[0]) or not values[1]:
-            return
-        try:
-            seconds = self.earlier + self._saved - self._begun
-            write_json(self._file, {"key": self._key, "next": sums.next, "values": values, "seconds": seconds})
-        except OSError as error:
-            if not self._warned:
-                self._say(f"warning: {self._file}: {error.strerror}; an interrupted evaluation would start over")
-            self._warned = True
-
-    def save_at_times(self, sums: Sums) -> None:
-        if time.monotonic() - self._saved >= SAVE_SECONDS:
-            self.save(sums)
-
-    def clear(self) -> None:
-        with contextlib.suppress(OSError):
-            self._file.unlink()
-
-
 def plan_windows(dataset: Dataset, config: RunConfig) -> Windows:
     """The windows that `evaluate` scores. Raises InputError when they do not fit the text."""
     targets = min(dataset.val_tokens - 1, config.eval.max_tokens or dataset.val_tokens)
-    r4b = config.eval.rule == "r4b"
-    if r4b:
-        targets = targets // config.window * config.window or targets  # less than a window: Windows says so
-    return Windows(targets, config.window, config.stride, config.eval.rule == "r4", r4b)
+    if config.eval.rule == "r4b" and targets > config.window:
+        targets = whole_windows(targets, config.window)
+    return Windows(targets, config.window, config.stride, config.eval.rule)
 
 
 def batch_windows(config: RunConfig, ranks: Ranks) -> int:
@@ -195,100 +96,86 @@ def evaluate(
     ranks: Ranks,
     *,
     dtype: torch.dtype,
-    progress: Callable[[str], None] | None = None,
+    progress: Callable[[str], None] = lambda line: None,
     keep: PartialSums | None = None,
 ) -> Score:
-    """Score `model` on the validation split, windows dealt to the ranks in contiguous ranges.
+    """Score `model` on the validation split; each rank scores a contiguous range of the windows.
 
-    `progress` gets a line about this rank's share every second: running bits per byte, tokens a second, time left.
-    With `keep` an interrupted evaluation continues where it was saved, every ten seconds and when Interrupted
-    or KeyboardInterrupt ends it. Raises InputError for windows that do not fit and tokens outside the vocabulary,
-    NonFiniteError naming the first bad token, and VerificationError when the sampled windows break a rule, or when
-    the bytes of the text, counted a second time by decoding it, are not those that the score is divided by.
+    `progress` gets a line about this rank's range every second. With `keep` an interrupted evaluation continues where
+    it was saved: every ten seconds, and when Interrupted, KeyboardInterrupt or a lack of memory ends it. Raises
+    InputError for windows that do not fit and tokens outside the vocabulary, NonFiniteError naming the first bad
+    token, and VerificationError when the windows do not cover every target once, when sampled ones fail a check, or
+    when the bytes of the text, counted again by decoding it, are not those that the score is divided by.
     """
-    begun = time.perf_counter()
     windows = plan_windows(dataset, config)
-    counts = windows.counts(range(len(windows)))
-    share = range(*(len(windows) * r // ranks.world for r in (ranks.rank, ranks.rank + 1)))
-    most = batch_windows(config, ranks)
-    batch = max(1, -(-len(share) // max(1, -(-len(share) // most))))  # even batches: little filling at the end
+    runs = windows.coverage()
+    if windows.rule == "every_token" and runs != [(range(windows.targets), 1)]:
+        raise VerificationError(f"the windows do not score each of {windows.targets} targets once: no score")
+    mine = range(*(len(windows) * r // ranks.world for r in (ranks.rank, ranks.rank + 1)))
+    batches = math.ceil(len(mine) / batch_windows(config, ranks))
+    most = max(1, math.ceil(len(mine) / max(1, batches)))  # even batches: little filling at the end
     document_start = dataset.need_tokenizer().bos_id if config.eval.document_aware else None
-    device, vocab_size = ranks.device, model.config.vocab_size
-    compile = config.runtime.compile == "on" or (config.runtime.compile == "auto" and device.type == "cuda")
+    compile = config.runtime.compile == "on" or (config.runtime.compile == "auto" and ranks.device.type == "cuda")
     scorer = Scorer(model, dtype, document_start=document_start, compiled=compile)
+    key = {"text": dataset.digest, "dtype": str(dtype), "document_start": document_start, "world": ranks.world}
+    key |= {name: getattr(windows, name) for name in ("targets", "window", "stride", "rule")}
+    keep = keep or PartialSums(None)
 
     def read(start: int, stop: int) -> Tensor:
-        ids = dataset.val_ids(start, stop)
-        if int(ids.max()) >= vocab_size:
-            at = int((ids >= vocab_size).argmax())
-            raise InputError(
-                f"token {start + at} of the validation text is {ids[at]}, outside the model's vocabulary of "
-                f"{vocab_size}; it was prepared with another tokenizer, or a shard is damaged"
-            )
-        return torch.from_numpy(np.stack((ids, dataset.byte_counts(start, stop))).astype(np.int64)).to(device)
+        text = np.stack((dataset.val_ids(start, stop), dataset.byte_counts(start, stop)))
+        return torch.from_numpy(text.astype(np.int64)).to(ranks.device)
 
-    sums, findings, proved, failed = Sums.start(share.start, device), None, 0, None
-    try:
-        if keep:
-            key = {"text": dataset.digest, "dtype": str(dtype), "document_start": document_start}
-            sums = keep.open(key, windows, share, ranks)
-        findings = check(scorer, windows, read, share, batch)
-        report = _Progress(progress, sum(len(targets) * times for targets, times in windows.counts(share)), sums)
-        for stop, part, logprobs in score_windows(scorer, read, windows, range(sums.next, share.stop), batch):
-            sums = sums.plus(stop, part, logprobs)
-            if report.due() or stop == share.stop:
-                report(sums)
-                if keep:
-                    keep.save_at_times(sums)
-        if keep and ranks.world > 1:
-            keep.save(sums)  # another rank may still be stopped
-        if ranks.is_main:
-            prove = functools.cache(dataset.prove_val_bytes)
-            proved = sum((prove(part.stop + 1) - prove(part.start + 1)) * times for part, times in counts)
-    except GolfError as error:
-        failed = error
-        if keep and isinstance(error, Interrupted):
+    sums = Sums.start(mine.start, ranks.device)
+    with ranks.raise_on_any():
+        try:
+            dataset.check_token_ids(model.config.vocab_size, "val")
+            sums = keep.open(key, sums)
+            findings = check(scorer, windows, read, mine, most)
+            report = _Report(progress, windows.num_targets(mine), sums)
+            for stop, batch, logprobs in score_windows(scorer, read, windows, range(sums.next, mine.stop), most):
+                sums = sums.plus(stop, batch, logprobs)
+                if report.due() or stop == mine.stop:
+                    report(sums)
+                    keep.save(sums, every=SAVE_SECONDS)
+            if ranks.world > 1:
+                keep.save(sums)  # another rank may still be stopped
+            proved = _proved_bytes(dataset, runs) if ranks.is_main else None
+        except (Interrupted, KeyboardInterrupt, MemoryError, torch.OutOfMemoryError):
             keep.save(sums)
-        elif keep:
+            raise
+        except GolfError:
             keep.clear()
-    except (KeyboardInterrupt, MemoryError, torch.OutOfMemoryError):
-        if keep:
-            keep.save(sums)
-        raise
-    ranks.raise_on_any_rank(failed)
-    everything = ranks.sum_(sums.values.clone()).cpu()
-    nats, tokens, nbytes = float(everything[0]), int(everything[1]), int(everything[2])
-    targets = sum(len(part) * times for part, times in counts)
-    if keep:
-        keep.clear()
-    if tokens != targets or (ranks.is_main and nbytes != proved):
+            raise
+    nats, tokens, nbytes = ranks.sum_(sums.values.clone()).tolist()
+    keep.clear()
+    targets = windows.num_targets(range(len(windows)))
+    if tokens != targets or proved not in (None, nbytes):
         raise VerificationError(
-            f"scored {tokens} of {targets} tokens and {nbytes} of {proved} bytes: no score can be proved"
+            f"scored {tokens:.0f} of {targets} tokens and {nbytes:.0f} of {proved} bytes: no score can be proved"
         )
     return Score(
         val_loss=nats / tokens,
-        val_bpb=bits_per_byte(nats, nbytes),
+        val_bpb=bits_per_byte(nats, int(nbytes)),
         nats=nats,
-        tokens=tokens,
-        bytes=nbytes,
+        tokens=int(tokens),
+        bytes=int(nbytes),
         window=windows.window,
         stride=windows.stride,
-        label=_label(dataset, windows, config.eval.document_aware),
-        seconds=time.perf_counter() - begun + (keep.earlier if keep else 0.0),
+        label=_label(dataset, windows, runs, config.eval.document_aware),
+        seconds=keep.seconds,
         dtype=str(dtype).removeprefix("torch."),
-        partial=len(windows.scored(range(len(windows)))) < dataset.val_tokens - 1,
+        partial=sum(len(run) for run, _ in runs) < dataset.val_tokens - 1,
         document_aware=config.eval.document_aware,
         checks=Checks.of(findings, windows, ranks),
     )
 
 
-class _Progress:
-    """Tells `progress` about this rank's share, and raises NonFiniteError when its sums are not finite."""
+class _Report:
+    """Tells `progress` about the sums of `total` targets; raises NonFiniteError when they are not finite."""
 
-    def __init__(self, progress: Callable[[str], None] | None, total: int, sums: Sums):
-        self._progress, self._total = progress, total
+    def __init__(self, progress: Callable[[str], None], total: int, sums: Sums):
+        self._progress, self._total, self._already = progress, total, int(sums.values[1])
         self._begun = self._told = time.perf_counter()
-        self._already = int(sums.values[1])
 
     def due(self) -> bool:
         return time.perf_counter() - self._told >= PROGRESS_SECONDS
@@ -296,26 +183,29 @@ class _Progress:
     def __call__(self, sums: Sums) -> None:
         nats, tokens, nbytes = sums.read()
         self._told = time.perf_counter()
-        if self._progress:
-            rate = (tokens - self._already) / (self._told - self._begun)
-            running = f"{bits_per_byte(nats, nbytes):.4f}" if nbytes else "none"
-            self._progress(
-                f"{tokens:,} of {self._total:,} tokens, {running} bits per byte so far, {rate:,.0f} tokens/s, "
-                f"{(self._total - tokens) / max(rate, 1e-9):.0f} s left"
-            )
+        rate = (tokens - self._already) / (self._told - self._begun)
+        running = f"{bits_per_byte(nats, nbytes):.4f}" if nbytes else "none"
+        self._progress(
+            f"{tokens:,} of {self._total:,} tokens, {running} bits per byte so far, {rate:,.0f} tokens/s, "
+            f"{(self._total - tokens) / max(rate, 1e-9):.0f} s left"
+        )
 
 
-def _label(dataset: Dataset, windows: Windows, document_aware: bool) -> str:
-    """val_bpb, and what is to be known before it is compared with another."""
+def _proved_bytes(dataset: Dataset, runs: list[tuple[range, int]]) -> int:
+    """Bytes of the targets of `runs`, as often as each is scored, proved by decoding them."""
+    prove = functools.cache(dataset.prove_val_bytes)
+    return sum((prove(run.stop + 1) - prove(run.start + 1)) * times for run, times in runs)
+
+
+def _label(dataset: Dataset, windows: Windows, runs: list[tuple[range, int]], document_aware: bool) -> str:
     notes = [] if dataset.lossless else ["normalized text"]
     notes += ["document-aware"] if document_aware else []
     if windows.targets < dataset.val_tokens - 1:
         notes.append(f"first {windows.targets:,} tokens")
-    scored = windows.scored(range(len(windows)))
-    unscored = (("first", scored.start), ("last", windows.targets - scored.stop))
-    rule = "R4b" if windows.r4b else "R4"
-    if parts := [f"{side} {count:,}" for side, count in unscored if count]:
+    rule = windows.rule.capitalize()
+    unscored = {"first": runs[0][0].start, "last": windows.targets - runs[-1][0].stop}
+    if parts := [f"{side} {count:,}" for side, count in unscored.items() if count]:
         notes.append(f"{rule}: {' and '.join(parts)} tokens not scored")
-    if windows.full < len(windows):
+    if any(times > 1 for _, times in runs):
         notes.append(f"{rule}: counts the tail's tokens more than once")
     return " ".join(["val_bpb", *(f"({note})" for note in notes)])

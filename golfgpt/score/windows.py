@@ -1,26 +1,28 @@
-"""Which tokens are scored in which window, and the one path by which they are: evaluation and its checks share it.
+"""Which targets are scored in which window, and the one path by which they are: evaluation and its checks share it.
 
-The text is one stream of N tokens; token 0 has no context and is no target, the other N - 1 are. A window reads L
-tokens and is asked for the log probabilities of its last few targets, so the model gives hidden states of that suffix
-only. All windows have the same suffix, S, but the first, whose L targets nobody else scores, and the short windows of
-R4b, scored in its shape: there are at most two shapes. Batches are filled up with repeats of their last window,
-unscored.
+Target t of a text is the token after position t, so every token but the first is a target. Three int64 arrays hold the
+windows of a rule: each reads `length` tokens from `start` on and scores its targets from offset `first_scored` to its
+end. Log probabilities are computed for the last S targets of a window only, or for all L if it scores earlier ones (the
+first window, and the short ones of R4b). So there are at most two shapes.
 
-The tokens of many windows, a slab, go to the device at once, and a batch is cut out of them there.
+`score_windows` alone owns the order: the tokens of many windows, a slab, go to the device at once, batches are cut out
+of it there, and each is scored before the next one is cut.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from golfgpt_kernels import token_logprobs
 from torch import Tensor
 
 from golfgpt.errors import InputError
 from golfgpt.model.gpt import GPT
+from golfgpt.published.windows import r4, r4b
 
 SLAB_TOKENS = 1 << 20
 """Tokens on the device at a time: 16 MiB with their byte counts."""
@@ -29,96 +31,70 @@ Read = Callable[[int, int], Tensor]
 """read(start, stop) -> int64 (2, stop - start) on the device: tokens of the text, and their bytes."""
 
 
-@dataclass(frozen=True)
-class Windows:
-    """All windows over `targets` targets; window i reads tokens start(i) .. start(i) + window - 1, and target t is the
-    token after position t.
+def every_token(targets: int, window: int, stride: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Start, length and first_scored (as in `golfgpt.published.windows`) of windows that score each target once.
 
     Windows start at 0, S, 2S, …; the last is shifted back to end with the text. The first scores all its targets, each
-    later one those that no earlier window scored. Raises InputError for a window longer than the text, a stride of 0
-    or beyond the window.
+    later one those that no earlier window scored.
+    """
+    start = np.arange(0, targets - window + stride, stride, dtype=np.int64).clip(max=targets - window)
+    end = start + window
+    return start, np.full_like(start, window), np.append(0, end[:-1]) - start
 
-    Variants of published recipes. `r4`: full windows only, and each, the first included, scores its last S targets.
-    `r4b`: windows go on while S targets are left, the last ones shorter than L, and each but the first scores its
-    last S: those of the text are scored again by every short window.
+
+RULES = {"every_token": every_token, "r4": r4, "r4b": r4b}
+
+
+class Windows:
+    """The n windows of `rule` over `targets` targets, L = `window` tokens long and S = `stride` apart.
+
+    Raises InputError for a window longer than the text, a stride of 0 or beyond the window.
     """
 
-    targets: int
-    window: int
-    stride: int
-    r4: bool = False
-    r4b: bool = False
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.stride <= self.window:
-            raise InputError(f"eval.stride must lie in 1..{self.window} (the window), got {self.stride}")
-        if self.window > self.targets:
+    def __init__(self, targets: int, window: int, stride: int, rule: str = "every_token"):
+        if not 1 <= stride <= window:
+            raise InputError(f"eval.stride must lie in 1..{window} (the window), got {stride}")
+        if window > targets:
             raise InputError(
-                f"eval.window {self.window} is longer than the text's {self.targets} target tokens; "
-                "choose a smaller window"
+                f"eval.window {window} is longer than the text's {targets} target tokens; choose a smaller window"
             )
+        self.targets, self.window, self.stride, self.rule = targets, window, stride, rule
+        self.table = np.stack(RULES[rule](targets, window, stride))  # (3, n)
+        self.start, self.length, self.first_scored = self.table
+        self.begin, self.end = self.start + self.first_scored, self.start + self.length  # of the scored targets
 
     def __len__(self) -> int:
-        rest = self.targets - self.window
-        if self.r4b:
-            return self.targets // self.stride
-        return 1 + (rest // self.stride if self.r4 else -(-rest // self.stride))
+        return len(self.start)
 
-    @property
-    def full(self) -> int:
-        """Windows of L tokens; those of r4b behind them are shorter."""
-        return 1 + (self.targets - self.window) // self.stride if self.r4b else len(self)
+    def groups(self, indices: range) -> Iterator[tuple[range, int]]:
+        """Consecutive windows among `indices`, in at most three groups (the first, other full ones, short ones), each
+        with the number of targets, the last of a window, that log probabilities are computed for."""
+        whole_first = int(self.first_scored[0] < self.window - self.stride)
+        edges = (0, whole_first, int((self.length == self.window).sum()), len(self))
+        sizes = (self.window, self.stride, self.window)
+        for (low, high), num_scored in zip(pairwise(edges), sizes, strict=True):
+            if group := range(max(low, indices.start), min(high, indices.stop)):
+                yield group, num_scored
 
-    def start(self, index: Tensor) -> Tensor:
-        """First token of each window."""
-        return (index * self.stride).clamp(max=self.targets - (self.stride if self.r4b else self.window))
+    def coverage(self) -> list[tuple[range, int]]:
+        """Runs of targets and how often each of a run is scored, in order; targets that are not scored are left out.
 
-    def length(self, index: Tensor) -> Tensor:
-        """Tokens of each window: L, or what is left of the text."""
-        return (self.targets - self.start(index)).clamp(max=self.window)
+        A difference array over the targets, +1 where a window's scored targets begin and -1 where they end, summed up;
+        kept only where it is not zero, so it is as long as there are windows, not targets.
+        """
+        edges, where = np.unique(np.concatenate((self.begin, self.end)), return_inverse=True)
+        change = np.bincount(where, np.repeat((1, -1), len(self))).astype(np.int64)
+        edges, change = edges[change != 0], change[change != 0]
+        runs = zip(pairwise(edges.tolist()), np.cumsum(change)[:-1].tolist(), strict=True)
+        return [(range(low, high), times) for (low, high), times in runs if times]
 
-    def first_scored(self, index: Tensor) -> Tensor:
-        """Offset inside each window of the first target that it scores; it scores all from there on."""
-        later = (index - 1) * self.stride + self.window - self.start(index)
-        if self.r4b:
-            later = self.length(index) - self.stride
-        return later if self.r4 else torch.where(index == 0, 0, later)
-
-    def suffix(self, index: int) -> int:
-        """Targets that the log probabilities of window `index` are computed for; those of a short one lie anywhere."""
-        return self.stride if self.r4 or 0 < index < self.full else self.window
-
-    def scored(self, windows: range) -> range:
-        """The targets that consecutive windows score, consecutive too."""
-        if self.full <= windows.start < windows.stop:
-            return range(self.targets - self.stride, self.targets)
-        skipped = self.window - self.stride
-
-        def before(index: int) -> int:
-            return min(index * self.stride + skipped, self.targets) if index or self.r4 else 0
-
-        return range(before(windows.start), before(windows.stop))
-
-    def counts(self, windows: range) -> list[tuple[range, int]]:
-        """The targets that consecutive windows score, and how often."""
-        short = len(range(max(windows.start, self.full), windows.stop))
-        parts = [(self.scored(range(windows.start, windows.stop - short)), 1)]
-        return parts + [(self.scored(windows[-1:]), short)] * (short > 0)
-
-    def scoring(self, target: int) -> int:
-        """The window that scores `target`, which is one that is scored."""
-        return max(0, (target - self.window) // self.stride + 1)
-
-    @property
-    def context(self) -> tuple[int, int]:
-        """Fewest and most tokens that a scored token is predicted from; the fewest are those behind the first window,
-        whose own targets have 1 and up."""
-        fewest = self.first_scored(torch.tensor([min(1, len(self) - 1), len(self) - 1])).min()
-        return int(fewest) + 1, self.window
+    def num_targets(self, indices: range) -> int:
+        """Targets that the windows `indices` score, counted as often as they are scored."""
+        return int((self.end - self.begin)[indices.start : indices.stop].sum())
 
 
-class Cut(NamedTuple):
-    """A batch of b windows of L tokens and their last s targets."""
+class Batch(NamedTuple):
+    """b windows of L tokens and the last s targets of each."""
 
     ids: Tensor
     """(b, L)"""
@@ -127,22 +103,23 @@ class Cut(NamedTuple):
     nbytes: Tensor
     """(b, s): bytes of the targets."""
     scored: Tensor
-    """(b, s): whether this window is the one that scores the target."""
+    """(b, s): whether the target is scored in this window."""
     positions: Tensor
     """(b, s): of the targets among all tokens of the text."""
 
 
-def cut(slab: Tensor, base: int, windows: Windows, index: Tensor, suffix: int) -> Cut:
-    """Windows `index` (b,) out of slab (2, n), which holds the text from token `base` on; one indexing operation.
+def cut(slab: Tensor, base: int, table: Tensor, window: int, num_scored: int) -> Batch:
+    """Windows table (3, b) with their last `num_scored` targets, out of slab (2, n), the text from token `base` on.
 
-    A short window is filled up with the last token of the text: what follows a token does not change its score.
+    A short window is filled up with the last token of the slab: what follows a token does not change its score.
     """
-    offsets = torch.arange(windows.window + 1, device=slab.device)
-    positions = (windows.start(index)[:, None] + offsets).clamp(max=windows.targets)
+    start, length, first_scored = table[..., None]
+    offsets = torch.arange(window + 1, device=slab.device)
+    positions = (start + offsets).clamp(max=base + slab.size(1) - 1)
     ids, nbytes = slab[:, positions - base]
-    offsets = offsets[-suffix - 1 : -1]
-    scored = (offsets >= windows.first_scored(index)[:, None]) & (offsets < windows.length(index)[:, None])
-    return Cut(ids[:, :-1], ids[:, -suffix:], nbytes[:, -suffix:], scored, positions[:, -suffix:])
+    offsets = offsets[-num_scored - 1 : -1]
+    scored = (offsets >= first_scored) & (offsets < length)
+    return Batch(ids[:, :-1], ids[:, -num_scored:], nbytes[:, -num_scored:], scored, positions[:, -num_scored:])
 
 
 class Scorer:
@@ -157,36 +134,33 @@ class Scorer:
         self.softcap = model.config.logit_softcap
         self._model = torch.compile(model, dynamic=False, fullgraph=True) if compiled else model
 
-    def hidden(self, ids: Tensor, suffix: int) -> Tensor:
-        """(b, L) -> (b, suffix, D)."""
-        whole = suffix == ids.size(1)
-        return self._model(ids, dtype=self.dtype, suffix=None if whole else suffix, document_start=self.document_start)
+    def hidden(self, ids: Tensor, num_scored: int) -> Tensor:
+        """(b, L) -> (b, num_scored, D)."""
+        suffix = None if num_scored == ids.size(1) else num_scored
+        return self._model(ids, dtype=self.dtype, suffix=suffix, document_start=self.document_start)
 
     def logprobs(self, hidden: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
         """(b, s, D), (b, s), (b, s) -> (b, s) fp32 in nats, 0 where not mask."""
         return token_logprobs(hidden, self.head_weight, targets, softcap=self.softcap, mask=mask)
 
-    def __call__(self, ids: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-        """(b, L), (b, s), (b, s) -> (b, s)."""
-        return self.logprobs(self.hidden(ids, targets.size(1)), targets, mask)
+    def __call__(self, batch: Batch) -> Tensor:
+        """Log probabilities (b, s) of the scored targets."""
+        return self.logprobs(self.hidden(batch.ids, batch.targets.size(1)), batch.targets, batch.scored)
 
 
 def score_windows(
-    scorer: Scorer, read: Read, windows: Windows, indices: range, batch: int
-) -> Iterator[tuple[int, Cut, Tensor]]:
-    """Score the windows `indices`, `batch` at a time; yields (index of the next window, batch, log probabilities)."""
-    begin = indices.start
-    while begin < indices.stop:
-        suffix = windows.suffix(begin)
-        alone = suffix != windows.stride  # the first window and the short ones
-        rows = 1 if alone else batch
-        many = max(1, (SLAB_TOKENS - windows.window) // (windows.stride * rows)) * rows
-        stop = begin + 1 if alone else min(begin + many, indices.stop, windows.full)
-        edges = windows.start(torch.tensor([begin, stop - 1])).tolist()
-        slab = read(edges[0], min(edges[1] + windows.window, windows.targets) + 1)
-        for low in range(begin, stop, rows):
-            index = torch.arange(low, low + rows, device=slab.device)
-            part = cut(slab, edges[0], windows, index.clamp(max=stop - 1), suffix)
-            part = part._replace(scored=part.scored & (index < stop)[:, None])
-            yield min(low + rows, stop), part, scorer(part.ids, part.targets, part.scored)
-        begin = stop
+    scorer: Scorer, read: Read, windows: Windows, indices: range, most: int
+) -> Iterator[tuple[int, Batch, Tensor]]:
+    """Score the windows `indices`, `most` at a time; yields (index of the next window, batch, log probabilities)."""
+    for group, num_scored in windows.groups(indices):
+        rows = most if num_scored == windows.stride else 1
+        many = rows * max(1, (SLAB_TOKENS - windows.window) // (windows.stride * rows))
+        for chunk in (group[i : i + many] for i in range(0, len(group), many)):
+            base = int(windows.start[chunk[0]])
+            slab = read(base, int(windows.end[chunk[-1]]) + 1)
+            table = torch.from_numpy(windows.table[:, chunk.start : chunk.stop]).to(slab.device)
+            for low in range(0, len(chunk), rows):
+                index = torch.arange(low, low + rows, device=slab.device)
+                batch = cut(slab, base, table[:, index.clamp(max=len(chunk) - 1)], windows.window, num_scored)
+                batch = batch._replace(scored=batch.scored & (index < len(chunk))[:, None])
+                yield min(chunk[0] + low + rows, chunk.stop), batch, scorer(batch)

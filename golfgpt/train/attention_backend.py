@@ -1,19 +1,19 @@
-"""Which backend scaled_dot_product_attention uses: of those that agree with math, the one that is fastest here.
+"""Which backend scaled_dot_product_attention uses: the fastest here of those that agree with the math backend.
 
-On a GPU each is timed at the start of a run on the run's own shapes, because the order differs between chips, lengths
-and versions; what was measured is kept in one file a question under $XDG_CACHE_HOME/golfgpt/attention. On a CPU, where
-there is one fused kernel, the first that agrees is taken.
+On a GPU each one is timed at the start of a run on the run's own shapes, because the order differs between chips,
+lengths and versions. The times are kept under $XDG_CACHE_HOME/golfgpt/attention. A CPU has one fused kernel, so there
+the first backend that agrees is taken.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from golfgpt_kernels.tuning import time_us
+from golfgpt_kernels.timing import time_us
 from torch import Tensor
 from torch.nn import attention as torch_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -30,10 +30,11 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-"""In the order in which "auto" takes them where nothing is timed; math only where nothing else works. At head_dim 64
-and length 1024 the FlashAttention-3 paper measures cuDNN's causal forward ahead of FlashAttention-2 on an H100 (288
-against 229 TFLOP/s). flash3 is the flash backend with FlashAttention-3's kernels, where flash_attn_interface can be
-imported."""
+"""In the order in which "auto" tries them; math is the last resort. flash3 is the flash backend with the kernels of
+FlashAttention-3, if flash_attn_interface can be imported."""
+
+MAX_ERROR = 0.02
+"""Relative difference from math that a backend may have: rounding to bfloat16 gives 0.003."""
 
 Shape = tuple[int, int]
 """Sequences and tokens of a batch."""
@@ -41,20 +42,23 @@ Shape = tuple[int, int]
 
 @dataclass(frozen=True)
 class Selection:
-    """The backend that the process uses from now on, and why."""
+    """The chosen backend, and why."""
 
     backend: str
     ms: dict[str, float]
-    """What was timed, fastest first."""
+    """The times, fastest first."""
     kept: bool
-    """Whether the timing is that of an earlier run."""
+    """Whether an earlier run measured them."""
     refused: dict[str, str]
 
     def __str__(self) -> str:
-        timed = ", ".join(f"{name} {ms:.3f} ms" for name, ms in self.ms.items())
-        notes = [*filter(None, [timed + " in an earlier run" * self.kept])]
-        notes += [f"{name}: {why}" for name, why in self.refused.items()]
-        return self.backend + (f" ({'; '.join(notes)})" if notes else "")
+        times = ", ".join(f"{name} {ms:.3f} ms" for name, ms in self.ms.items())
+        if self.kept:
+            times += " in an earlier run"
+        notes = [f"{name}: {why}" for name, why in self.refused.items()]
+        if times:
+            notes.insert(0, times)
+        return f"{self.backend} ({'; '.join(notes)})" if notes else self.backend
 
 
 def select_backend(
@@ -65,43 +69,44 @@ def select_backend(
     dtype: torch.dtype,
     *,
     backward: bool = True,
+    enable: bool = True,
 ) -> Selection:
-    """Enable one backend for the process, `choice` or with "auto" the best; rank 0's on all ranks.
+    """Choose the backend `choice`, or the best one if it is "auto", and enable it for the process. All ranks take rank
+    0's.
 
-    A candidate must run forward and backward on this model's heads at the lengths of all `shapes` and agree with the
-    math backend (cuDNN's backward has returned NaN for some lengths). On a GPU the time is that of one attention on the
-    first of `shapes`, with its `backward` or without. Math stays enabled behind the chosen one, for tensors on another
-    device and explicit masks. Raises InputError when a named backend does not pass.
+    A backend must run forward and backward on this model's heads at the lengths of all `shapes` and agree with math
+    (cuDNN's backward has returned NaN for some lengths). On a GPU one attention on the first of `shapes` is timed, with
+    or without its `backward`. Math stays enabled too, for tensors on another device and for explicit masks. Raises
+    InputError if no candidate passes.
     """
     works, refused, device = [], {}, ranks.device
-    possible = BACKENDS if device.type == "cuda" else ("flash", "math")
-    for name in possible if choice == "auto" else (choice,):
-        if name == "math" and works:
+    auto = tuple(BACKENDS) if device.type == "cuda" else ("flash", "math")
+    for name in auto if choice == "auto" else (choice,):
+        if works and (name == "math" or device.type != "cuda"):
             break
         reasons = (_probe(name, config, length, device, dtype) for length in sorted({length for _, length in shapes}))
         if reason := next(filter(None, reasons), None):
             refused[name] = reason
-            continue
-        works.append(name)
-        if device.type != "cuda":
-            break
+        else:
+            works.append(name)
     ranks.raise_on_any_rank(None if works else InputError(f"runtime.attention {choice} does not work here: {refused}"))
     ms, kept = _measure(works, config, shapes[0], device, dtype, backward) if len(works) > 1 else ({}, False)
-    best = min(works, key=ms.get) if ms else works[0]
-    if (agreed := ranks.broadcast_object(best)) != best:
-        return select_backend(agreed, config, shapes, replace(ranks, rank=0, world=1), dtype)
-    torch.backends.cuda.enable_cudnn_sdp(best == "cudnn")
-    torch.backends.cuda.enable_flash_sdp(best in ("flash", "flash3"))
-    torch.backends.cuda.enable_mem_efficient_sdp(best == "efficient")
-    torch.backends.cuda.enable_math_sdp(True)
-    use_flash3(best == "flash3")
-    torch.compiler.config.cache_key_tag = f"attention:{best}"  # its caches do not see which backend is enabled
+    best = ranks.broadcast_object(min(works, key=ms.get) if ms else works[0])
+    if best in refused:
+        raise InputError(f"runtime.attention {best}, which rank 0 chose, does not work on rank {ranks.rank}: {refused}")
+    if enable:
+        torch.backends.cuda.enable_cudnn_sdp(best == "cudnn")
+        torch.backends.cuda.enable_flash_sdp(best in ("flash", "flash3"))
+        torch.backends.cuda.enable_mem_efficient_sdp(best == "efficient")
+        torch.backends.cuda.enable_math_sdp(True)
+        use_flash3(best == "flash3")
+        torch.compiler.config.cache_key_tag = f"attention:{best}"  # torch's caches do not see which backend is enabled
     return Selection(best, ms, kept, refused)
 
 
 def use_flash3(on: bool) -> None:
-    """Put FlashAttention-3's kernels behind torch's flash backend, or torch's own back. Raises ImportError where
-    they are not installed, or cannot be taken back in this torch."""
+    """Make torch's flash backend use FlashAttention-3's kernels, or torch's own again. Raises ImportError if they are
+    not installed, or if this torch cannot switch back."""
     restore = getattr(torch_attention, "restore_flash_attention_impl", None)
     if on and restore is None:
         raise ImportError(f"torch {torch.__version__} cannot switch FlashAttention-3 off again")
@@ -112,7 +117,8 @@ def use_flash3(on: bool) -> None:
 
 
 @contextlib.contextmanager
-def _only(name: str) -> Iterator[None]:
+def only(name: str) -> Iterator[None]:
+    """Attention uses this backend and no other."""
     use_flash3(name == "flash3")
     try:
         with sdpa_kernel(BACKENDS[name]):
@@ -131,35 +137,29 @@ def _inputs(config: ModelConfig, shape: Shape, device: torch.device, dtype: torc
     return {"q": q, "k": k, "v": v, "g": made[3]}
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-
-def _with_gradients(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> list[Tensor]:
-    out = _attend(q, k, v)
-    return [out.detach(), *torch.autograd.grad(out, (q, k, v), g)]
-
-
-def _without(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
-    with torch.no_grad():
-        return _attend(q, k, v)
+def _attend(q: Tensor, k: Tensor, v: Tensor, g: Tensor, backward: bool = True) -> list[Tensor]:
+    """The output, and with `backward` the gradients of q, k and v."""
+    with torch.set_grad_enabled(backward):
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    gradients = torch.autograd.grad(out, (q, k, v), g) if backward else ()
+    return [out.detach(), *gradients]
 
 
 def _probe(name: str, config: ModelConfig, length: int, device: torch.device, dtype: torch.dtype) -> str | None:
-    """None if the backend gives math's output and gradients on random input, else the reason."""
+    """Why the backend cannot be used; None if its output and gradients on random input agree with math."""
     if name == "math":
         return None
     inputs = _inputs(config, (1, length), device, dtype)
-    with _only("math"):
-        expected = _with_gradients(**inputs)
+    with only("math"):
+        expected = _attend(**inputs)
     try:
-        with _only(name):
-            ours = _with_gradients(**inputs)
+        with only(name):
+            ours = _attend(**inputs)
     except (RuntimeError, ImportError, ValueError, AttributeError) as error:
         return str(error).split(". ")[0].splitlines()[0]
     for mine, reference in zip(ours, expected, strict=True):
         error = (mine.float() - reference.float()).norm() / reference.float().norm()
-        if not error < 0.02:  # bf16 rounding gives 0.003; NaN fails too
+        if not error < MAX_ERROR:  # NaN fails too
             return f"differs from math by {error.item():.3g} relative"
     return None
 
@@ -178,10 +178,9 @@ def _measure(
 
     def measure() -> dict[str, float]:
         inputs, ms = _inputs(config, shape, device, dtype), {}
-        call = _with_gradients if backward else _without
         for name in names:
-            with _only(name):
-                ms[name] = time_us(lambda each: call(**each), [inputs], device).us / 1e3
+            with only(name):
+                ms[name] = time_us(lambda each: _attend(**each, backward=backward), [inputs], device).us / 1e3
         return ms
 
     return kept_times("attention", device, question, names, measure)

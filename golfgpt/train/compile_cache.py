@@ -1,8 +1,8 @@
-"""What torch.compile made, kept from run to run: one file for each GPU, torch, triton and shape of training.
+"""What torch.compile made, kept from run to run: one file per GPU, torch, triton and shape of training.
 
-Compiling a full-size step takes minutes, which are off the training clock and on the bill. Files are torch's own
-(`torch.compiler.save_cache_artifacts`) under $XDG_CACHE_HOME/golfgpt/compile. Like torch's other caches they hold code:
-carry them between machines of your own, not from strangers.
+Compiling a full-size step takes minutes, which do not count as training time but are paid for. The files are torch's
+own (`torch.compiler.save_cache_artifacts`), under $XDG_CACHE_HOME/golfgpt/compile. Like torch's other caches they hold
+code: carry them between your own machines, and take none from strangers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from golfgpt.train.machine_cache import kept_file
 
 
 def cache_file(config: RunConfig, dtype: torch.dtype, device: torch.device, attention: str) -> Path:
-    """Where the compiled step of `config` is kept. Everything that shapes its graphs is in the name's digest."""
+    """The file of the compiled step of `config`; everything that shapes its graphs is in the name's digest."""
     facts = {
         "model": to_dict(config.model),
         "quant": to_dict(config.quant),
@@ -30,7 +30,7 @@ def cache_file(config: RunConfig, dtype: torch.dtype, device: torch.device, atte
 
 
 def load(file: Path) -> bool:
-    """Hand the file to torch before anything is compiled; False where there is none that torch can read."""
+    """Hand the file to torch before anything is compiled; False if there is none that torch can read."""
     try:
         blob = file.read_bytes()
     except OSError:
@@ -39,7 +39,7 @@ def load(file: Path) -> bool:
 
 
 def save(file: Path) -> int | None:
-    """Write what was compiled so far; returns its bytes, None where there is nothing to keep or no place for it."""
+    """Write what was compiled so far, and return its bytes; None if nothing was, or if it cannot be written."""
     artifacts = torch.compiler.save_cache_artifacts()
     if artifacts is None:
         return None
@@ -52,6 +52,6 @@ def save(file: Path) -> int | None:
 
 
 def graphs() -> int:
-    """Graphs that this process has compiled so far; more of them in the middle of training are a surprise."""
+    """How many graphs this process has compiled so far."""
     utils = sys.modules.get("torch._dynamo.utils")  # not imported before something is compiled: it takes seconds
     return utils.counters["stats"]["unique_graphs"] if utils else 0

@@ -1,8 +1,8 @@
-"""The dtype of activations and matmuls: on a GPU bfloat16, on a CPU whichever of bfloat16 and float32 is faster there.
+"""The dtype of activations and matmuls: bfloat16 on a GPU, and on a CPU bfloat16 or float32, whichever is faster there.
 
-bfloat16 has taken 0.6 of float32's time on a CPU with AVX-512 BF16 and 9 times as long on one with AVX2, where a matmul
-of Newton-Schulz alone runs at 1 GFLOP/s against 64 (LOG.md). So "auto" times both on the model of the run, keeps the
-times, and the choice holds for the optimizer's matmuls too.
+bfloat16 has taken 0.6 of float32's time on a CPU with AVX-512 BF16, and 9 times as long on one with AVX2, where a
+matmul of Newton-Schulz runs at 1 GFLOP/s instead of 64 (LOG.md). So "auto" times both on the run's own model and keeps
+the times. The choice holds for the optimizer's matmuls too.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from golfgpt.model.gpt import GPT
 from golfgpt.model.parameters import of_kind
 from golfgpt.train.machine_cache import kept_times
 
-SECONDS, LIMIT = 0.5, 2.0
-"""Target duration of the measurement, and the one at which it is given up: a CPU that needs as long for 16 tokens is
-slow or busy."""
+SECONDS = 0.5
+"""How long to measure."""
+LIMIT = 2.0
+"""Seconds after which to give up: a CPU that needs as long for 16 tokens is slow or busy."""
 ROUNDS = 3
 CANDIDATES = ("bfloat16", "float32")
 """In the order of timing."""
@@ -47,7 +48,7 @@ class DtypeChoice:
 
 
 def select_dtype(choice: str, model: GPT, data: DataConfig, ranks: Ranks) -> DtypeChoice:
-    """`choice`, or with "auto" the best for `model` on batches as `data` has them; the same on all ranks.
+    """`choice`, or with "auto" the best for `model` on microbatches of `data`; the same on all ranks.
 
     On a CPU all ranks measure at once, because they share its cores in training too, and rank 0's times count. Raises
     InputError for bfloat16 on a GPU that lacks it.
@@ -57,34 +58,33 @@ def select_dtype(choice: str, model: GPT, data: DataConfig, ranks: Ranks) -> Dty
         raise InputError(f"{torch.cuda.get_device_name()} has no bfloat16; use --runtime.dtype float32")
     if choice != "auto" or cuda:
         return DtypeChoice(torch.bfloat16 if choice == "auto" else getattr(torch, choice))
-    tokens = data.microbatch
     facts = {
         "model": asdict(model.config),
-        "tokens": tokens,
+        "tokens": data.microbatch,
         "seq_len": data.seq_len,
         "threads": torch.get_num_threads(),
         "world": ranks.world,
     }
     measured = None
     with ranks.raise_on_any():  # a signal may reach one rank while it measures
-        measured = kept_times("dtype", ranks.device, facts, CANDIDATES, lambda: _measure(model, tokens, data.seq_len))
+        measured = kept_times("dtype", ranks.device, facts, CANDIDATES, lambda: _measure(model, data))
     us, kept = ranks.broadcast_object(measured)
     if not us:
         return DtypeChoice(torch.float32, f"no measurement within {LIMIT:g} s: the CPU is slow or busy")
-    wins = us["bfloat16"] < CLEARLY * us["float32"]
+    best = "bfloat16" if us["bfloat16"] < CLEARLY * us["float32"] else "float32"
     times = ", ".join(f"{name} {time:.1f} us" for name, time in us.items())
     when = "in an earlier run" if kept else "now"
-    return DtypeChoice(torch.bfloat16 if wins else torch.float32, f"{times} a token, measured {when}")
+    return DtypeChoice(getattr(torch, best), f"{times} a token, measured {when}")
 
 
-def _measure(model: GPT, tokens: int, seq_len: int) -> dict[str, float]:
-    """Microseconds a token of forward and backward by dtype, the least of ROUNDS taken in turn.
+def _measure(model: GPT, data: DataConfig) -> dict[str, float]:
+    """Microseconds per token of forward and backward by dtype, the least of ROUNDS taken in turn.
 
-    On 16 tokens first, then on 4 times as many while SECONDS last, up to `tokens`. Empty if 16 take more than LIMIT.
+    On 16 tokens first, then on 4 times as many while SECONDS last, up to a microbatch. Empty if 16 exceed LIMIT.
     """
-    size, used, us = min(16, tokens), 0.0, {}
+    size, used, us = min(16, data.microbatch), 0.0, {}
     while True:
-        shape = (max(size // seq_len, 1), min(size, seq_len))
+        shape = (max(size // data.seq_len, 1), min(size, data.seq_len))
         ids = torch.arange(shape[0] * shape[1]).remainder(model.config.vocab_size).view(shape)
         best = dict.fromkeys(CANDIDATES, float("inf"))
         for name in CANDIDATES * ROUNDS:
@@ -93,13 +93,13 @@ def _measure(model: GPT, tokens: int, seq_len: int) -> dict[str, float]:
             if used > LIMIT:
                 return us
         us = {name: 1e6 * seconds / ids.numel() for name, seconds in best.items()}
-        if size == tokens or used + 4 * ROUNDS * sum(best.values()) > SECONDS:
+        if size == data.microbatch or used + 4 * ROUNDS * sum(best.values()) > SECONDS:
             return us
-        size = min(4 * size, tokens)
+        size = min(4 * size, data.microbatch)
 
 
 def _seconds(model: GPT, ids: Tensor, dtype: torch.dtype) -> float:
-    """Of one forward and backward of `ids` (B, T), not compiled, with the matrices in `dtype` as in training."""
+    """Of one forward and backward on `ids` (B, T), not compiled, with the matrices in `dtype` as in training."""
     matrices = {name: model.get_parameter(name).detach().to(dtype) for name in of_kind(model.table, "matrix")}
     begun = time.perf_counter()
     stand_ins = {name: straight_through(model.get_parameter(name), w) for name, w in matrices.items()}

@@ -1,4 +1,4 @@
-"""What this machine keeps from run to run: files under $XDG_CACHE_HOME/golfgpt, named by all that they depend on."""
+"""What a machine keeps from run to run: files under $XDG_CACHE_HOME/golfgpt, named after all that they depend on."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from golfgpt.files import write_json
 
 
 def kept_file(folder: str, device: torch.device, facts: dict[str, Any], suffix: str) -> Path:
-    """Where the answer for `facts` on this GPU or CPU, under the versions installed, is kept."""
-    packages = ("torch", "triton", "golfgpt", "flash_attn_3")
+    """The file for `facts` on this GPU or CPU under the installed versions."""
+    packages = map(package_version, ("torch", "triton", "golfgpt", "flash_attn_3"))
     everything = facts | {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
-        "versions": [torch.version.cuda, torch.backends.cudnn.version(), *map(_version, packages)],
+        "versions": [torch.version.cuda, torch.backends.cudnn.version(), *packages],
     }
     digest = hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:32]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -38,8 +38,8 @@ def kept_times(
     names: Collection[str],
     measure: Callable[[], dict[str, float]],
 ) -> tuple[dict[str, float], bool]:
-    """Times by name, fastest first, from `measure` or an earlier run with the same `facts`, and whether they are the
-    latter. A kept file without a valid time for each of `names` is ignored."""
+    """Times by name, fastest first, and whether an earlier run with the same `facts` measured them. A kept file without
+    a valid time for each of `names` is ignored."""
     file = None
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError):
         file = kept_file(folder, device, facts, ".json")  # RuntimeError: there is no home directory
@@ -55,15 +55,15 @@ def kept_times(
 
 
 def _cpu() -> list[str]:
-    """Model and instruction sets; virtual machines often hide the model's generation."""
-    lines: set[str] = set()
+    """Model and instruction sets: virtual machines often hide the model's generation."""
+    text = ""
     with contextlib.suppress(OSError):
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-        lines = set(re.findall(r"^(?:model name|flags|Features)\s*:.*", text, re.MULTILINE))
+    lines = set(re.findall(r"^(?:model name|flags|Features)\s*:.*", text, re.MULTILINE))
     return [platform.machine(), torch.backends.cpu.get_cpu_capability(), *sorted(lines)]
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

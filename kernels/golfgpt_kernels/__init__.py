@@ -11,7 +11,7 @@ from ._versions import too_old
 if _reason := too_old("torch", torch.__version__):  # before anything that an older torch lacks
     raise ImportError(_reason, name=__name__)
 
-from ._dispatch import implementation
+from ._dispatch import implementation, set_implementation
 from .fake_quant import (
     RowQuant,
     dequantize_rows,
@@ -25,8 +25,7 @@ from .fake_quant import (
 from .muon import muon_momentum_, muon_update_, square_parts
 from .newton_schulz import newton_schulz
 from .relu2_mlp import linear_relu2, relu2_mlp
-from .softcap_cross_entropy import softcap_cross_entropy
-from .token_logprobs import token_logprobs
+from .softcap_logprobs import softcap_cross_entropy, token_logprobs
 
 __all__ = [
     "RowQuant",
@@ -42,6 +41,7 @@ __all__ = [
     "quantize_rows",
     "relu2_mlp",
     "round_to_dtype",
+    "set_implementation",
     "softcap_cross_entropy",
     "square_parts",
     "straight_through",

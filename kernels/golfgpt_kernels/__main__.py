@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from . import tuning
+from ._dispatch import environment, slug
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -24,8 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except tuning.CannotTune as reason:
         parser.exit(1, f"{reason}\n")
     if options.out:
-        result = tuning.environment(device) | {"date": time.strftime("%Y-%m-%d"), "command": tuning.COMMAND}
-        tuning.write_json(options.out / f"tune-{tuning.slug(result)}.json", result | {"entries": entries})
+        result = environment(device) | {"date": time.strftime("%Y-%m-%d"), "command": tuning.COMMAND}
+        tuning.write_json(options.out / f"tune-{slug(result)}.json", result | {"entries": entries})
 
 
 if __name__ == "__main__":

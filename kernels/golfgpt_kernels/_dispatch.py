@@ -3,8 +3,8 @@
 `impl` is "auto", "eager" or "triton", the last keyword of every op. A named implementation runs or raises
 its reason; it never falls back. "auto" is "eager" (which torch.compile fuses with the rest of a model)
 unless a measurement says that the kernel wins: an entry of measured.json for this architecture, or of the
-file that `python -m golfgpt_kernels tune` wrote on this machine for this GPU and these versions. It says once
-per op what it chose on a GPU and why.
+file that `python -m golfgpt_kernels tune` wrote on this machine for this GPU and these versions. It logs once
+per op what it chose on a GPU and why. `set_implementation` gives "auto" another meaning for the whole process.
 
 Checks of dtype, shape and device always run. Checks of values (NaN, targets outside the vocabulary) would
 cost a host synchronization on a GPU and a graph break under torch.compile: they run for CPU tensors in
@@ -19,7 +19,7 @@ import logging
 import os
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -34,12 +34,38 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 log = logging.getLogger("golfgpt_kernels")
 
+_meaning: Impl = "auto"  # of impl="auto"; torch.compile guards on it, so that a change recompiles
+
+
+class set_implementation:
+    """What impl="auto" means from now on, in the whole process: "eager" or "triton", as if every op were called with
+    that name, or "auto", the choice by measurements. In a `with` statement the former meaning returns at the end."""
+
+    def __init__(self, impl: Impl):
+        global _meaning
+        if impl not in ("auto", "eager", "triton"):
+            raise ValueError(f"set_implementation: {impl!r}; expected 'auto', 'eager' or 'triton'")
+        self.former, _meaning = _meaning, impl
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_error: object) -> None:
+        global _meaning
+        _meaning = self.former
+
+
+def resolve(impl: Impl) -> Impl:
+    """`impl`, or for "auto" what set_implementation made of it."""
+    return _meaning if impl == "auto" else impl
+
 
 def runs_triton(op: str, impl: Impl, tensor: Tensor, rows: int) -> bool:
     """Whether the kernel computes `op` for this tensor's device and dtype and `rows` rows of input, or the reference.
 
     Raises ValueError for an unknown impl, RuntimeError with the reasons where "triton" cannot run.
     """
+    impl = resolve(impl)
     if impl == "eager":
         return False
     if impl == "auto":
@@ -48,40 +74,55 @@ def runs_triton(op: str, impl: Impl, tensor: Tensor, rows: int) -> bool:
         least = _least_rows(op, tensor.device, tensor.dtype)
         return least is not None and rows >= least
     if impl != "triton":
-        raise ValueError(f"{op}: impl={impl!r}; possible: 'auto', 'triton', 'eager'")
-    if reason := _cannot_run(tensor.device, tensor.dtype):
+        raise ValueError(f"{op}: impl={impl!r}; expected 'auto', 'triton' or 'eager'")
+    if reason := cannot_run(tensor.device, tensor.dtype):
         raise RuntimeError(f"impl='triton' cannot run: {reason}; impl='eager' can")
     return True
 
 
 def implementation(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """What impl="auto" means for `op` there: ("triton" or "eager", the reason in one sentence)."""
+    if _meaning != "auto":
+        return _meaning, f"set_implementation({_meaning!r})"
     if device.type != "cuda":
         return "eager", "kernels are for GPUs"
-    if reason := _cannot_run(device, dtype):
+    if reason := cannot_run(device, dtype):
         return "eager", reason
     gpu = f"{torch.cuda.get_device_name(device)} (sm_{compute_capability(device)})"
     if entries := _measurements(op, device, dtype):
-        worst = max(entries, key=_against_best)
+        worst = max(entries, key=against_best)
         if not worst["correct"]:
             return "eager", f"{worst['gpu']}, {worst['date']}: the kernel failed its check"
-        ratio = f"at worst {_against_best(worst):.2f} x the faster of eager and torch.compile"
-        return ("triton" if _against_best(worst) < 1 else "eager"), f"{worst['gpu']}, {worst['date']}: {ratio}"
+        ratio = f"at worst {against_best(worst):.2f} x the faster of eager and torch.compile"
+        return ("triton" if against_best(worst) < 1 else "eager"), f"{worst['gpu']}, {worst['date']}: {ratio}"
     return "eager", f"the kernel was never measured on {gpu}; `python -m golfgpt_kernels tune` does"
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """GPU and versions that a measurement is of."""
+    if device.type != "cuda":
+        return {"gpu": "none", "sm": 0, "torch": torch.__version__, "triton": None}
+    import triton
+
+    gpu = {"gpu": torch.cuda.get_device_name(device), "sm": compute_capability(device)}
+    return gpu | {"torch": torch.__version__, "triton": triton.__version__}
+
+
+def slug(environment: dict[str, Any]) -> str:
+    """GPU and versions as part of a file's name."""
+    name = f"{environment['gpu']}-torch{environment['torch']}-triton{environment['triton']}"
+    return re.sub(r"[^A-Za-z0-9.]+", "-", name)
 
 
 def tuned_file(device: torch.device) -> Path:
     """Where `python -m golfgpt_kernels tune` keeps what it measured for this GPU, torch and triton."""
-    import triton
-
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    name = f"{torch.cuda.get_device_name(device)}-torch{torch.__version__}-triton{triton.__version__}"
-    return cache / "golfgpt" / (re.sub(r"[^A-Za-z0-9.]+", "-", name) + ".json")
+    return cache / "golfgpt" / f"{slug(environment(device))}.json"
 
 
 def _least_rows(op: str, device: torch.device, dtype: torch.dtype) -> int | None:
     """From how many rows on "auto" is the kernel: half of the smallest count it won at; None for never."""
-    return _least_rows_said(op, device, dtype)
+    return least_rows_cached(op, device, dtype)
 
 
 # What torch.compiler.assume_constant_result does, without its import of torch._dynamo: that takes as long as torch's.
@@ -89,7 +130,7 @@ _least_rows._dynamo_marked_constant = True
 
 
 @functools.cache
-def _least_rows_said(op: str, device: torch.device, dtype: torch.dtype) -> int | None:
+def least_rows_cached(op: str, device: torch.device, dtype: torch.dtype) -> int | None:
     chosen, why = implementation(op, device, dtype)
     log.warning("%s on %s in %s: %s (%s)", op, device, str(dtype).removeprefix("torch."), chosen, why)
     if chosen == "eager":
@@ -97,7 +138,7 @@ def _least_rows_said(op: str, device: torch.device, dtype: torch.dtype) -> int |
     return min(entry["rows"] for entry in _measurements(op, device, dtype)) // 2
 
 
-def _against_best(entry: dict) -> float:
+def against_best(entry: dict) -> float:
     """The kernel's time over the best other column (eager, torch.compile, another form); infinite if it is wrong."""
     us = entry["us"]
     return us["triton"] / min(us[column] for column in us if column != "triton") if entry["correct"] else float("inf")
@@ -105,18 +146,20 @@ def _against_best(entry: dict) -> float:
 
 def _measurements(op: str, device: torch.device, dtype: torch.dtype) -> list[dict]:
     """What was timed on this very GPU if anything was, else what was committed for its architecture."""
-    committed = [e for e in _read(Path(__file__).parent / "measured.json") if e["sm"] == compute_capability(device)]
-    for entries in (_read(tuned_file(device)), committed):
+    committed = [
+        e for e in read_entries(Path(__file__).parent / "measured.json") if e["sm"] == compute_capability(device)
+    ]
+    for entries in (read_entries(tuned_file(device)), committed):
         if found := [e for e in entries if e["op"] == op and e["dtype"] == str(dtype).removeprefix("torch.")]:
             return found
     return []
 
 
-def _read(file: Path) -> list[dict]:
+def read_entries(file: Path) -> list[dict]:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
 
 
-def _cannot_run(device: torch.device, dtype: torch.dtype) -> str | None:
+def cannot_run(device: torch.device, dtype: torch.dtype) -> str | None:
     reasons = [MISSING]
     if device.type == "cuda":
         if compute_capability(device) < 80:
@@ -141,9 +184,9 @@ def check_floats(op: str, **tensors: Tensor) -> None:
     device = None
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
-            raise ValueError(f"{op}: {name} is a {type(tensor).__name__}; possible: a Tensor")
+            raise ValueError(f"{op}: {name} is a {type(tensor).__name__}; expected a Tensor")
         if tensor.dtype not in FLOAT_DTYPES:
-            raise ValueError(f"{op}: {name} has dtype {tensor.dtype}; possible: {FLOAT_DTYPES}")
+            raise ValueError(f"{op}: {name} has dtype {tensor.dtype}; expected one of {FLOAT_DTYPES}")
         if device is not None and tensor.device != device:
             raise ValueError(f"{op}: {name} is on {tensor.device}, the tensor before it on {device}; use one device")
         device = tensor.device
@@ -153,36 +196,8 @@ def check_linear(op: str, x: Tensor, w: Tensor, x_name: str = "x", w_name: str =
     """x (..., K) against w (N, K)."""
     if x.ndim < 1 or w.ndim != 2 or x.shape[-1] != w.shape[-1]:
         raise ValueError(
-            f"{op}: {x_name} has shape {tuple(x.shape)} and {w_name} {tuple(w.shape)}; possible: (..., K) and (N, K)"
+            f"{op}: {x_name} has shape {tuple(x.shape)} and {w_name} {tuple(w.shape)}; expected (..., K) and (N, K)"
         )
-
-
-def check_targets(op: str, hidden: Tensor, head_weight: Tensor, targets: Tensor, kept: Tensor | None) -> None:
-    """targets: int64, one per row of hidden; those in `kept` (bool, None = all) lie in the vocabulary."""
-    if targets.dtype != torch.int64:
-        raise ValueError(f"{op}: targets have dtype {targets.dtype}; possible: torch.int64")
-    if targets.shape != hidden.shape[:-1]:
-        raise ValueError(
-            f"{op}: targets have shape {tuple(targets.shape)}, hidden {tuple(hidden.shape)}; "
-            f"possible: targets of shape {tuple(hidden.shape[:-1])}"
-        )
-    if targets.device != hidden.device:
-        raise ValueError(f"{op}: targets are on {targets.device}, hidden on {hidden.device}; use one device")
-    if values_readable(targets):
-        vocab_size = head_weight.shape[0]
-        outside = (targets < 0) | (targets >= vocab_size)
-        outside = outside if kept is None else outside & kept
-        if outside.any():
-            index = tuple(outside.nonzero()[0].tolist())
-            raise ValueError(
-                f"{op}: targets[{', '.join(map(str, index))}] = {targets[index].item()}, "
-                f"outside the vocabulary; possible: 0 to {vocab_size - 1}"
-            )
-
-
-def check_softcap(op: str, softcap: float | None) -> None:
-    if softcap is not None and not 0 < softcap < float("inf"):
-        raise ValueError(f"{op}: softcap={softcap}; possible: a positive number, or None for no cap")
 
 
 def values_readable(tensor: Tensor) -> bool:

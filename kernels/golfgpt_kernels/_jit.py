@@ -70,6 +70,10 @@ def halves(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     return tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
 
 
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
 def dot_precision(dtype: torch.dtype) -> str:
     """How fp32 operands are multiplied: as torch's own matmuls are told to (torch.set_float32_matmul_precision)."""
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
@@ -98,7 +102,7 @@ def empty_rows(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -
     """An uninitialized tensor that TMA can address: rows start at multiples of 16 bytes. What pads them is zero, since
     oneDNN's bf16 matmul reads beyond ragged rows (torch 2.13 on CPU) and NaN there times its zero is NaN."""
     align = 16 // dtype.itemsize
-    width = -(-shape[-1] // align) * align
+    width = ceil_div(shape[-1], align) * align
     rows = torch.empty((*shape[:-1], width), dtype=dtype, device=device)
     if width == shape[-1]:
         return rows

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ._dispatch import FLOAT_DTYPES, KERNEL_DTYPES, Impl, accumulate_dtype
-from ._jit import jit, narrow, tl
+from ._jit import ceil_div, jit, narrow, tl
 from ._tiles import TileTable
 
 CLIP_QUANTILE = 0.9999984
@@ -193,7 +193,7 @@ def row_arguments(
     rows = tuple(matrix.numel() // n for matrix, n in zip(matrices, cols, strict=True))
     tile = tile or tiles.select(matrices[0].device, matrices[0].dtype, max(cols))
     widths = tuple(min(1 << (n - 1).bit_length(), tile["BLOCK"]) for n in cols)
-    blocks = (-(-n // (tile["BLOCK"] // width)) for n, width in zip(rows, widths, strict=True))
+    blocks = (ceil_div(n, tile["BLOCK"] // width) for n, width in zip(rows, widths, strict=True))
     starts = (0, *itertools.accumulate(blocks))
     ranks = [torch.full((), CLIP_QUANTILE, dtype=torch.float32, device="cpu") * (n - 1) for n in cols]
     fractions = tuple(float(rank - rank.floor()) for rank in ranks)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._jit import descriptor, dot, dot_precision, jit, launch, num_programs, tl
+from ._jit import ceil_div, descriptor, dot, dot_precision, jit, launch, num_programs, tl
 from ._ops import add_op_namespace_prefix
 from ._tiles import INTERPRETED_GEMM, TileTable, gemm_tile
 
@@ -58,14 +58,14 @@ def split_weight_grad(dy: Tensor, x: Tensor, dtype: torch.dtype, tile: dict | No
     (m, n), k = dy.shape, x.shape[1]
     tile = tile or _DW_TILES.select(x.device, x.dtype, m)
     bm, bn, bk = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
-    tiles = -(-n // bm) * -(-k // bn)
+    tiles = ceil_div(n, bm) * ceil_div(k, bn)
     if m == 0 or tiles == 0:
         return dy.new_zeros((n, k), dtype=dtype)
-    blocks = -(-m // bk)
+    blocks = ceil_div(m, bk)
     # One wave of programs; a range of fewer than four blocks would be more prologue and partial sums than matmul.
     splits = max(1, min(num_programs(x.device) // tiles, blocks // 4))
-    rows_per_split = -(-blocks // splits) * bk
-    splits = -(-m // rows_per_split)
+    rows_per_split = ceil_div(blocks, splits) * bk
+    splits = ceil_div(m, rows_per_split)
     partial = torch.empty((splits, n, k), dtype=torch.float32, device=x.device)
     operands = descriptor(dy, (bk, bm)), descriptor(x, (bk, bn)), partial
     options = m, n, k, rows_per_split, dot_precision(x.dtype)

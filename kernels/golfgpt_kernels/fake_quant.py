@@ -9,45 +9,40 @@ have their own scale. All options are fields of `RowQuant`.
 
 clip "max": c = max |w|. clip "quantile": c = torch.quantile(|w|, 0.9999984, dim=-1), bit for bit in fp32 as torch up
 to 2.13 computes it, which made the published exports; 2.14 rounds the rank elsewhere (1e-5 of c at 1,000 columns).
-Its rank 0.9999984 (cols - 1), computed in fp32, falls between the two largest magnitudes, which a top-2
-finds without a sort.
+Its rank 0.9999984 (cols - 1), computed in fp32, falls between the two largest magnitudes: a top-2 finds it.
 
-Precision: fp32 throughout (float64 for float64 weights), true division, round half to even. The scale is
-stored rounded to `scale_dtype`; `codes_from` says whether the codes divide by the value as stored
-(decoding then undoes exactly what encoding did) or by the fp32 value before rounding (as upstream's int8
-export does). ŵ is one fp32 product, rounded once to the dtype asked for.
+Precision: fp32 throughout (float64 for float64 weights), true division, round half to even. The scale is stored
+rounded to `scale_dtype`. `codes_from` says whether codes divide by the scale as stored (decoding then undoes exactly
+what encoding did) or by the fp32 scale before that rounding (as the published int8 export does). ŵ is one fp32
+product, rounded once to the dtype asked for.
 
-Range of the stored scale. Below the smallest normal number of fp16 (6.1e-5: an 8-bit row whose maximum is
-below 7.8e-3) the scale is rounded up to a multiple of 2^-24, since rounding to nearest with so few bits
-would clip the row's maximum by up to a third; a row of magnitude 1e-6 keeps codes up to 17. bf16 and fp32
-scales stop at their smallest normal number, 1.2e-38. The least positive scale stands for a zero row:
-codes 0, no NaN. Above the largest finite number (65504) the scale saturates and so do the codes: never
-inf, no host synchronization to find out. Published exports that stop at fp16's smallest normal number
-instead of rounding up below it are scale_floor=2**-14.
+Range of the stored scale. Below the smallest normal number of fp16 (6.1e-5: an 8-bit row whose maximum is below
+7.8e-3) the scale is rounded up to a multiple of 2^-24, since rounding to nearest with so few bits would clip the row's
+maximum by up to a third; a row of magnitude 1e-6 keeps codes up to 17. bf16 and fp32 scales stop at their smallest
+normal number, 1.2e-38. A zero row gets the least positive scale: codes 0, no NaN. Above the largest finite number
+(65504) the scale saturates and so do the codes: never inf.
 
 Backward of the fake-quantized ops is straight-through, without a mask for clipped weights:
     y = x ŵᵀ      dx = dy ŵ      dw = dyᵀ x
 
-`enabled`, a 0-d bool tensor on w's device, turns fake quantization on in the middle of a run without a
-recompilation or a host synchronization: while it is false ŵ is w, rounded to the dtype asked for.
+`enabled`, a 0-d bool tensor on w's device, turns fake quantization on in the middle of a run without a recompilation
+or a host synchronization: while it is false ŵ is w, rounded to the dtype asked for.
 
-Forms of fake_quant_linear. "shadow" rounds ŵ to x's dtype, which is what evaluation of a decoded artifact
-computes with, and multiplies: y = x ŵᵀ. "codes" multiplies by the integers, exact in every 16-bit dtype, and
-scales the fp32 accumulator: y = (x qᵀ) s, without that rounding; it needs one scale per row and `enabled`
-None. Both have the same gradients. "auto" is "shadow" where no measurement shows "codes" to be faster.
+Forms of fake_quant_linear. "shadow" rounds ŵ to x's dtype, which is what evaluation of a decoded artifact computes
+with, and multiplies: y = x ŵᵀ. "codes" multiplies by the integers, exact in every 16-bit dtype, and scales the fp32
+accumulator: y = (x qᵀ) s; it needs one scale per row and `enabled` None. Both have the same gradients. "auto" is
+"shadow" where no measurement shows "codes" to be faster.
 
 Kernels.
-- quantize: one launch for all rows of any number of matrices (they come as tuples; the branch that a program
-  takes is compiled for the columns of its matrix, so rows up to BLOCK long are read once and stay in
-  registers; longer ones are read twice, the second time from L2). Reading 21.2 M fp32 weights once and
-  writing bf16 is 127 MB. Codes equal the reference exactly, ties included: true division (`tl.div_rn`), no
-  fused multiply-add, half to even by adding and subtracting 1.5 x 2^23. Only the quantile's interpolation is
-  fused, as torch.lerp's is: it is computed in float64 and rounded once.
-- codes x scale: a persistent GEMM over TMA tiles. Quantizing inside a GEMM's loop is left out: every row
-  block repeats it, 402 M element operations per matmul at 65,536 rows; bench/bench_fake_quant.py has its cost.
+- quantize: one launch for all rows of any number of matrices. Matrices come as tuples, and the branch that a program
+  takes is compiled for the columns of its matrix: rows up to BLOCK long are read once and stay in registers, longer
+  ones are read twice, the second time from L2. Codes equal the reference exactly, ties included: true division
+  (`tl.div_rn`), no fused multiply-add, half to even by adding and subtracting 1.5 x 2^23. Only the quantile's
+  interpolation is fused, as torch.lerp's is: it is computed in float64 and rounded once.
+- codes x scale: a persistent GEMM over TMA tiles. Quantizing inside a GEMM's loop is left out: every row block repeats
+  it, 402 M element operations per matmul at 65,536 rows (bench/in_loop.py).
 
-Weights that are NaN or infinite are a ValueError on CPU; on CUDA and under torch.compile they are not
-looked for.
+Weights that are NaN or infinite are a ValueError on CPU, and not looked for on CUDA and under torch.compile.
 
 Sources: Bengio et al., arXiv:1308.3432 (straight-through); the quantile is parameter-golf's int8 export.
 """
@@ -68,13 +63,13 @@ from ._dispatch import (
     autocast,
     check_floats,
     check_linear,
+    resolve,
     runs_triton,
     values_readable,
 )
-from ._jit import descriptor, dot, dot_precision, empty_rows, halves, jit, launch, narrow, num_programs, tl
+from ._jit import ceil_div, descriptor, dot, dot_precision, empty_rows, halves, jit, launch, narrow, num_programs, tl
 from ._ops import add_op_namespace_prefix
 from ._rows import (
-    CLIP_QUANTILE,
     SPEC_SCHEMA,
     RowQuant,
     by_launch,
@@ -98,33 +93,12 @@ from ._rows import (
 )
 from ._tiles import INTERPRETED_GEMM, Tile, TileTable, gemm_tile
 
-__all__ = [
-    "CLIP_QUANTILE",
-    "RowQuant",
-    "dequantize_rows",
-    "fake_quant_linear",
-    "fake_quant_linear_cost",
-    "fake_quant_linear_ref",
-    "fake_quantize_banks",
-    "fake_quantize_rows",
-    "fake_quantize_rows_ref",
-    "quantize_rows",
-    "quantize_rows_cost",
-    "quantize_rows_ref",
-    "round_to_dtype",
-    "straight_through",
-]
-
 Form = Literal["auto", "shadow", "codes"]
 
 
-def fake_quant_linear_ref(
-    x: Tensor, w: Tensor, spec: RowQuant, *, form: str = "shadow", enabled: Tensor | None = None
-) -> Tensor:
-    if form == "codes":
-        return _CodesLinear.apply(x, w, *quantize_rows_ref(w.detach(), spec), False)
+def fake_quant_linear_ref(x: Tensor, w: Tensor, spec: RowQuant, *, enabled: Tensor | None = None) -> Tensor:
     w_hat = fake_quantize_rows_ref(w.detach(), spec, dtype=x.dtype, enabled=enabled)
-    return F.linear(x, _StraightThrough.apply(w, w_hat))
+    return F.linear(x, straight_through(w, w_hat))
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -169,19 +143,6 @@ class _CodesLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             dw = (dy.reshape(-1, dy.shape[-1]).mT @ x.reshape(-1, x.shape[-1])).to(ctx.dtype)
         return dx, dw, None, None, None
-
-
-def quantize_rows_cost(rows: int, cols: int, *, itemsize: int = 4, scale_itemsize: int = 2) -> tuple[int, int]:
-    """(flops, bytes): magnitude, maximum, clamp, divide and round per weight; codes are one byte each."""
-    return 5 * rows * cols, rows * cols * (itemsize + 1) + rows * scale_itemsize
-
-
-def fake_quant_linear_cost(
-    tokens: int, rows: int, cols: int, *, itemsize: int = 2, master_itemsize: int = 4
-) -> tuple[int, int]:
-    """(flops, bytes) of the forward: master read once, ŵ written and read once, x read, y written."""
-    traffic = itemsize * (tokens * cols + tokens * rows + 2 * rows * cols) + master_itemsize * rows * cols
-    return 2 * tokens * rows * cols + 5 * rows * cols, traffic
 
 
 # ---- tiles
@@ -294,13 +255,9 @@ def _codes_linear_kernel(
 
 
 def quantize_matrices(
-    ws: Sequence[Tensor],
-    outs: Sequence[Tensor],
-    scales: Sequence[Tensor] | None,
-    specs: Sequence[RowQuant],
-    enabled: Tensor | None = None,
-    tile: dict | None = None,
-) -> None:
+    ws: Sequence[Tensor], outs: Sequence[Tensor], scales: Sequence[Tensor] | None, specs: Sequence[RowQuant],
+    enabled: Tensor | None = None, tile: dict | None = None,
+) -> None:  # fmt: skip
     """One launch: contiguous ws (..., cols) -> outs, codes if there are scales to go with them, else ŵ."""
     programs, numbers, options = row_arguments(ws, specs, _ROW_TILES, tile)
     if programs:
@@ -318,7 +275,7 @@ def codes_linear(x: Tensor, codes: Tensor, scale: Tensor, tile: dict | None = No
         return y.zero_()
     tile = tile or _CODES_TILES.select(x.device, x.dtype, m)
     bm, bn, bk = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
-    grid = (min(num_programs(x.device), -(-m // bm) * -(-n // bn)),)
+    grid = (min(num_programs(x.device), ceil_div(m, bm) * ceil_div(n, bn)),)
     operands = descriptor(x, (bm, bk)), descriptor(codes, (bn, bk)), scale, descriptor(y, (bm, bn // 2))
     launch(_codes_linear_kernel, grid, x.device, *operands, m, n, k, dot_precision(x.dtype), **tile)
     return y
@@ -361,14 +318,12 @@ def _(w, *, codes_dtype, by_kernel, **fields):
 )
 def _fake_quantize(ws, outs, enabled, *, by_kernel, **fields):
     specs = from_fields(**fields)
-    if by_kernel:
-        direct = [out if out.is_contiguous() else out.new_empty(out.shape) for out in outs]
-        quantize_matrices([w.contiguous() for w in ws], direct, None, specs, enabled)
-    else:
-        direct = [
-            fake_quantize_rows_ref(w, spec, dtype=out.dtype, enabled=enabled)
-            for w, out, spec in zip(ws, outs, specs, strict=True)
-        ]
+    if not by_kernel:
+        for w, out, spec in zip(ws, outs, specs, strict=True):
+            out.copy_(fake_quantize_rows_ref(w, spec, dtype=out.dtype, enabled=enabled))
+        return
+    direct = [out if out.is_contiguous() else out.new_empty(out.shape) for out in outs]
+    quantize_matrices([w.contiguous() for w in ws], direct, None, specs, enabled)
     for out, value in zip(outs, direct, strict=True):
         if out is not value:
             out.copy_(value)
@@ -390,11 +345,12 @@ def _(x, codes, scale):
 
 
 @torch.library.custom_op(add_op_namespace_prefix("round_to_dtype"), mutates_args=())
-def _round_to_dtype(w: Tensor, dtype: torch.dtype) -> Tensor:
+def round_to_dtype(w: Tensor, dtype: torch.dtype) -> Tensor:
+    """w after a round trip through `dtype`, without gradient, and one opaque op: Inductor removes such round trips."""
     return w.to(dtype, copy=True).to(w.dtype)
 
 
-@_round_to_dtype.register_fake
+@round_to_dtype.register_fake
 def _(w, dtype):
     return torch.empty_like(w)
 
@@ -417,16 +373,10 @@ def dequantize_rows(
     shape = codes.shape[:-1] if group_size is None else (*codes.shape[:-1], codes.shape[-1] // group_size)
     if codes.dtype != torch.int8 or scale.dtype not in FLOAT_DTYPES or scale.shape != shape:
         raise ValueError(
-            f"dequantize_rows: codes have shape {tuple(codes.shape)} and dtype {codes.dtype}, "
-            f"scale {tuple(scale.shape)} and {scale.dtype}; "
-            f"possible: int8 codes and a float scale of shape {tuple(shape)}"
+            f"dequantize_rows: codes have shape {tuple(codes.shape)} and dtype {codes.dtype}, scale has "
+            f"{tuple(scale.shape)} and {scale.dtype}; expected int8 codes and a float scale of shape {tuple(shape)}"
         )
     return decode_rows(codes, scale, dtype, group_size)
-
-
-def round_to_dtype(w: Tensor, dtype: torch.dtype) -> Tensor:
-    """w after a round trip through `dtype`, without gradient, and one opaque op: Inductor removes such round trips."""
-    return _round_to_dtype(w, dtype)
 
 
 def fake_quantize_rows(
@@ -444,13 +394,13 @@ def fake_quantize_rows(
     there, rounded once from fp32, without gradient, and `out` is returned.
     """
     if dtype is not None and (out is not None or dtype not in FLOAT_DTYPES):
-        raise ValueError(f"fake_quantize_rows: dtype={dtype}; possible: None where out is given, else {FLOAT_DTYPES}")
+        raise ValueError(f"fake_quantize_rows: dtype={dtype}; expected None where out is given, else {FLOAT_DTYPES}")
     if out is not None:
         fake_quantize_banks([w], [out], spec, enabled=enabled, impl=impl)
         return out
     _check("fake_quantize_rows", w, spec, enabled)
     kernel = _runs_triton("fake_quantize_rows", impl, w, spec)
-    return _StraightThrough.apply(w, _decoded(w, spec, dtype or w.dtype, enabled, kernel))
+    return straight_through(w, _decoded(w, spec, dtype or w.dtype, enabled, kernel))
 
 
 def fake_quantize_banks(
@@ -466,7 +416,7 @@ def fake_quantize_banks(
     One launch for all whose specs differ in bits only, in the order of the first of each.
     """
     if isinstance(ws, Tensor) or isinstance(outs, Tensor):
-        raise ValueError("fake_quantize_banks: ws or outs is one Tensor; possible: sequences of tensors")
+        raise ValueError("fake_quantize_banks: ws or outs is one Tensor; expected sequences of tensors")
     op = "fake_quantize_rows" if len(ws) == 1 else "fake_quantize_banks"
     if len(ws) != len(outs):
         raise ValueError(f"{op}: {len(ws)} weights and {len(outs)} outs; expected one out for each weight")
@@ -475,7 +425,7 @@ def fake_quantize_banks(
         _check(op, w, spec, enabled)
         check_floats(op, w=w, out=out)
         if out.shape != w.shape:
-            raise ValueError(f"{op}: out has shape {tuple(out.shape)}; possible: {tuple(w.shape)}, as w")
+            raise ValueError(f"{op}: out has shape {tuple(out.shape)}; expected {tuple(w.shape)}, as w")
         if w.device != ws[0].device or w.dtype != ws[0].dtype:
             raise ValueError(
                 f"{op}: weights in {ws[0].dtype} on {ws[0].device} and in {w.dtype} on {w.device}; use one of each"
@@ -484,32 +434,23 @@ def fake_quantize_banks(
         for members in by_launch(specs):
             fields = to_fields([specs[i] for i in members])
             kernel = _runs_triton("fake_quantize_rows", impl, ws[0], specs[members[0]])
-            _fake_quantize(
-                [ws[i].detach() for i in members], [outs[i] for i in members], enabled, by_kernel=kernel, **fields
-            )
+            masters, copies = [ws[i].detach() for i in members], [outs[i] for i in members]
+            _fake_quantize(masters, copies, enabled, by_kernel=kernel, **fields)
 
 
 def fake_quant_linear(
-    x: Tensor,
-    w: Tensor,
-    spec: RowQuant,
-    *,
-    form: Form = "auto",
-    enabled: Tensor | None = None,
-    impl: Impl = "auto",
+    x: Tensor, w: Tensor, spec: RowQuant, *, form: Form = "auto", enabled: Tensor | None = None, impl: Impl = "auto"
 ) -> Tensor:
     """x ŵᵀ: x (..., K), w (N, K) -> (..., N) in x's dtype. ŵ is rounded from fp32 to x's dtype, once."""
-    op = "fake_quant_linear"
+    op, impl = "fake_quant_linear", resolve(impl)
     check_floats(op, x=x, w=w)
     check_linear(op, x, w)
     _check(op, w, spec, enabled)
     if form not in ("auto", "shadow", "codes"):
-        raise ValueError(f"{op}: form={form!r}; possible: 'auto', 'shadow', 'codes'")
+        raise ValueError(f"{op}: form={form!r}; expected 'auto', 'shadow' or 'codes'")
     per_row = spec.group_size is None and enabled is None
     if form == "codes" and not per_row:
-        raise ValueError(
-            f"{op}: form='codes' with group_size={spec.group_size}, enabled={enabled}; possible: both None"
-        )
+        raise ValueError(f"{op}: form='codes' with group_size={spec.group_size}, enabled={enabled}; expected both None")
     x, lead = autocast(x), x.shape[:-1]
     kernel = _runs_triton("fake_quantize_rows", impl, w, spec)
     codes_kernel = form != "shadow" and per_row and _runs_triton("codes_linear", impl, x, spec, lead.numel())
@@ -518,7 +459,7 @@ def fake_quant_linear(
         codes, scale = _quantize(w.detach(), codes_dtype=dtype, by_kernel=codes_kernel, **to_fields([spec]))
         y = _CodesLinear.apply(x.reshape(lead.numel(), x.shape[-1]), w, codes, scale, codes_kernel)
         return y.reshape(*lead, w.shape[0])
-    return F.linear(x, _StraightThrough.apply(w, _decoded(w, spec, x.dtype, enabled, kernel)))
+    return F.linear(x, straight_through(w, _decoded(w, spec, x.dtype, enabled, kernel)))
 
 
 def _decoded(w: Tensor, spec: RowQuant, dtype: torch.dtype, enabled: Tensor | None, kernel: bool) -> Tensor:
@@ -530,7 +471,7 @@ def _decoded(w: Tensor, spec: RowQuant, dtype: torch.dtype, enabled: Tensor | No
 
 def _runs_triton(op: str, impl: Impl, tensor: Tensor, spec: RowQuant, rows: int = 1 << 62) -> bool:
     """Of quantizing, "auto" knows no least number of rows: it is one launch for any."""
-    return runs_triton(op, impl, tensor, rows) and stores_scale(op, impl, spec)
+    return runs_triton(op, impl, tensor, rows) and stores_scale(op, resolve(impl), spec)
 
 
 def _check(op: str, w: Tensor, spec: RowQuant, enabled: Tensor | None = None) -> None:
@@ -538,11 +479,13 @@ def _check(op: str, w: Tensor, spec: RowQuant, enabled: Tensor | None = None) ->
     check_rows(op, "w", w, spec)
     if values_readable(w) and not torch.isfinite(w).all():
         index = (~torch.isfinite(w)).nonzero()[0].tolist()
-        raise ValueError(f"{op}: w{index} = {w[tuple(index)].item()}; possible: finite weights")
-    if enabled is not None and not isinstance(enabled, Tensor):
-        raise ValueError(f"{op}: enabled={enabled!r}; possible: None or a 0-d bool tensor, as torch.tensor(True)")
-    if enabled is not None and (enabled.dtype != torch.bool or enabled.ndim or enabled.device != w.device):
+        raise ValueError(f"{op}: w{index} = {w[tuple(index)].item()}; expected finite weights")
+    if enabled is None:
+        return
+    if not isinstance(enabled, Tensor):
+        raise ValueError(f"{op}: enabled={enabled!r}; expected None or a 0-d bool tensor, as torch.tensor(True)")
+    if enabled.dtype != torch.bool or enabled.ndim or enabled.device != w.device:
         raise ValueError(
             f"{op}: enabled has dtype {enabled.dtype}, shape {tuple(enabled.shape)}, on {enabled.device}; "
-            f"possible: a 0-d bool tensor on {w.device}"
+            f"expected a 0-d bool tensor on {w.device}"
         )

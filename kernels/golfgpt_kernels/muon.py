@@ -49,8 +49,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._dispatch import KERNEL_DTYPES, Impl, accumulate_dtype, check_floats, runs_triton
-from ._jit import jit, launch, narrow, tl
+from ._dispatch import KERNEL_DTYPES, Impl, accumulate_dtype, check_floats, resolve, runs_triton
+from ._jit import ceil_div, jit, launch, narrow, tl
 from ._ops import add_op_namespace_prefix
 from ._rows import (
     SPEC_SCHEMA,
@@ -73,22 +73,12 @@ from ._rows import (
 )
 from ._tiles import Tile, TileTable
 
-__all__ = [
-    "muon_momentum_",
-    "muon_momentum_cost",
-    "muon_momentum_ref_",
-    "muon_update_",
-    "muon_update_cost",
-    "muon_update_ref_",
-    "square_parts",
-]
-
 PART = 2048  # elements in a sum of squares; blocks of the momentum are multiples of it
 
 
 def square_parts(rows: int, cols: int) -> int:
     """How many sums of squares the momentum gives of a matrix."""
-    return -(-rows * cols // PART)
+    return ceil_div(rows * cols, PART)
 
 
 def muon_momentum_ref_(
@@ -133,16 +123,6 @@ def muon_update_ref_(
             if specs is not None and specs[i] is not None:
                 shadow = fake_quantize_rows_ref(w, specs[i], dtype=shadow.dtype, enabled=enabled)
             shadows[i].copy_(shadow if ok is None else torch.where(ok, shadow, shadows[i]))
-
-
-def muon_momentum_cost(numel: int, *, itemsize: int = 2) -> tuple[int, int]:
-    """(flops, bytes): gradient and buffer read, buffer and update of `itemsize` bytes written."""
-    return 4 * numel, numel * (12 + itemsize)
-
-
-def muon_update_cost(numel: int, *, itemsize: int = 2, shadow_itemsize: int = 2) -> tuple[int, int]:
-    """(flops, bytes): weight and update read, weight and shadow written."""
-    return 4 * numel, numel * (8 + itemsize + shadow_itemsize)
 
 
 # ---- tiles: BLOCK weights a program
@@ -283,7 +263,7 @@ def _update_rows_kernel(
 def momentum_launch(grads, buffers, outs, square_sums, momentum, nesterov, ok, tile=None) -> None:
     tile = tile or _MOMENTUM_TILES.select(momentum.device, grads[0].dtype, 0)
     sizes = tuple(g.shape[-2:].numel() for g in grads)
-    starts = _starts(g.numel() // max(n, 1) * -(-n // tile["BLOCK"]) for g, n in zip(grads, sizes, strict=True))
+    starts = _starts(g.numel() // max(n, 1) * ceil_div(n, tile["BLOCK"]) for g, n in zip(grads, sizes, strict=True))
     if starts[-1]:
         launch(
             _momentum_kernel, (starts[-1],), momentum.device,
@@ -296,7 +276,7 @@ def momentum_launch(grads, buffers, outs, square_sums, momentum, nesterov, ok, t
 def update_launch(params, updates, lr, scales, weight_decay, shadows, ok, tile=None) -> None:
     tile = tile or _UPDATE_TILES.select(lr.device, params[0].dtype, 0)
     numels = tuple(p.numel() for p in params)
-    starts = _starts(-(-n // tile["BLOCK"]) for n in numels)
+    starts = _starts(ceil_div(n, tile["BLOCK"]) for n in numels)
     if starts[-1]:
         launch(
             _update_kernel, (starts[-1],), lr.device, tuple(params), tuple(updates), tuple(shadows or params), lr,
@@ -369,7 +349,7 @@ def muon_momentum_(
 ) -> None:
     """Momentum of all matrices: `buffers` are moved on, `outs` get what is to be orthogonalized, and `square_sums`,
     (..., square_parts(rows, cols)) fp32, what newton_schulz takes by that name."""
-    op = "muon_momentum_"
+    op, impl = "muon_momentum_", resolve(impl)
     _check_lists(op, grads=grads, buffers=buffers, outs=outs)
     _check_square_sums(op, outs, square_sums)
     _check_scalar(op, grads, torch.float32, momentum=momentum)
@@ -398,12 +378,12 @@ def muon_update_(
 ) -> None:
     """Weight decay and update of all matrices, and their low-precision shadows if there are any: fake-quantized by
     the matrix's spec, where that is None rounded. One launch for all whose specs differ in bits only."""
-    op = "muon_update_"
+    op, impl = "muon_update_", resolve(impl)
     _check_lists(op, params=params, updates=updates, **({} if shadows is None else {"shadows": shadows}))
     _check_scalar(op, params, torch.float32, lr=lr)
     _check_scalar(op, params, torch.bool, ok=ok, enabled=enabled)
     if len(scales) != len(params):
-        raise ValueError(f"{op}: {len(scales)} scales for {len(params)} params; possible: one each")
+        raise ValueError(f"{op}: {len(scales)} scales for {len(params)} params; expected one each")
     specs = one_each(op, specs, len(params))
     for i, (p, spec) in enumerate(zip(params, specs, strict=True)):
         if spec is not None:
@@ -434,11 +414,11 @@ def _check_lists(op: str, **lists: Sequence[Tensor]) -> None:
     for name, other in others:
         if [t.shape for t in other] != [t.shape for t in tensors]:
             shapes = [[tuple(t.shape) for t in ts] for ts in (tensors, other)]
-            raise ValueError(f"{op}: {first} have shapes {shapes[0]} and {name} {shapes[1]}; possible: the same")
+            raise ValueError(f"{op}: {first} have shapes {shapes[0]} and {name} {shapes[1]}; expected the same")
     for name, each in lists.items():
         check_floats(op, **{f"{name}[{i}]": t for i, t in enumerate(each)})
         if len({t.dtype for t in each}) > 1:
-            raise ValueError(f"{op}: {name} have dtypes {sorted({str(t.dtype) for t in each})}; possible: one")
+            raise ValueError(f"{op}: {name} have dtypes {sorted({str(t.dtype) for t in each})}; expected one")
 
 
 def _check_square_sums(op: str, outs: Sequence[Tensor], square_sums: Sequence[Tensor] | None) -> None:
@@ -446,13 +426,13 @@ def _check_square_sums(op: str, outs: Sequence[Tensor], square_sums: Sequence[Te
         return
     check_floats(op, **{f"square_sums[{i}]": t for i, t in enumerate((*square_sums, *outs[:1]))})
     if any(u.ndim < 2 for u in outs):
-        raise ValueError(f"{op}: outs have shapes {[tuple(u.shape) for u in outs]}; possible: (..., rows, cols)")
+        raise ValueError(f"{op}: outs have shapes {[tuple(u.shape) for u in outs]}; expected (..., rows, cols)")
     shapes = [(*u.shape[:-2], square_parts(*u.shape[-2:])) for u in outs]
     dtype = accumulate_dtype(outs[0].dtype) if outs else torch.float32
     if [tuple(t.shape) for t in square_sums] != shapes or any(t.dtype != dtype for t in square_sums):
         raise ValueError(
             f"{op}: square_sums have shapes {[tuple(t.shape) for t in square_sums]} and dtypes "
-            f"{sorted({str(t.dtype) for t in square_sums})}; possible: {shapes} in {dtype}"
+            f"{sorted({str(t.dtype) for t in square_sums})}; expected {shapes} in {dtype}"
         )
 
 
@@ -467,7 +447,7 @@ def _check_scalar(op: str, tensors: Sequence[Tensor], dtype: torch.dtype, **scal
             given = f"has dtype {value.dtype}, shape {tuple(value.shape)}, on {value.device}"
         else:
             continue
-        raise ValueError(f"{op}: {name} {given}; possible: a 0-d {dtype} tensor on the matrices' device")
+        raise ValueError(f"{op}: {name} {given}; expected a 0-d {dtype} tensor on the matrices' device")
 
 
 def _by_kernel(op: str, impl: Impl, **lists: Sequence[Tensor]) -> bool:

@@ -55,17 +55,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._dispatch import FLOAT_DTYPES, KERNEL_DTYPES, Impl, accumulate_dtype, check_floats, runs_triton
-from ._jit import descriptor, dot, dot_precision, empty_rows, jit, launch, narrow, tl
+from ._jit import ceil_div, descriptor, dot, dot_precision, empty_rows, jit, launch, narrow, tl
 from ._ops import add_op_namespace_prefix
 from ._tiles import Tile, TileTable
-
-__all__ = [
-    "POLAR_EXPRESS_COEFFICIENTS",
-    "QUINTIC_COEFFICIENTS",
-    "newton_schulz",
-    "newton_schulz_cost",
-    "newton_schulz_ref",
-]
 
 Triple = tuple[float, float, float]
 
@@ -122,36 +114,14 @@ def _per_step(coefficients: Coefficients, steps: int) -> list[Triple]:
         last = len(POLAR_EXPRESS_COEFFICIENTS) - 1
         return [POLAR_EXPRESS_COEFFICIENTS[min(i, last)] for i in range(steps)]
     if isinstance(coefficients, str):
-        raise ValueError(f"newton_schulz: coefficients={coefficients!r}; possible: 'quintic', 'polar_express', tuples")
+        raise ValueError(f"newton_schulz: coefficients={coefficients!r}; expected 'quintic', 'polar_express' or tuples")
     if all(isinstance(value, int | float) for value in coefficients):
         coefficients = [coefficients] * steps
     if len(coefficients) != steps or any(len(triple) != 3 for triple in coefficients):
         raise ValueError(
-            f"newton_schulz: coefficients={coefficients!r}; possible: one (a, b, c), or steps={steps} of them"
+            f"newton_schulz: coefficients={coefficients!r}; expected one (a, b, c), or steps={steps} of them"
         )
     return list(coefficients)
-
-
-def newton_schulz_cost(
-    batch: int,
-    rows: int,
-    cols: int,
-    *,
-    steps: int = 5,
-    itemsize: int = 2,
-    io_itemsize: int = 4,
-    symmetric: bool = False,
-) -> tuple[int, int]:
-    """(flops, bytes) of X Xᵀ, A A and P X per step; operands read once, results written once.
-
-    symmetric: the half of X Xᵀ and A A that determines the rest, which is what the kernels compute but for tiles on
-    the diagonal.
-    """
-    m, n = sorted((rows, cols))
-    symmetric_flops = 2 * (m * m * n + m * m * m)
-    flops = symmetric_flops // (2 if symmetric else 1) + 2 * m * m * n
-    traffic = itemsize * ((m * n + m * m) + 2 * m * m + (2 * m * n + m * m))
-    return batch * steps * flops, batch * (steps * traffic + 2 * io_itemsize * m * n)
 
 
 # ---- tiles
@@ -285,8 +255,8 @@ def normalize(x: Tensor, dtype: torch.dtype, eps: float, squares: Tensor | None 
     """x / (‖x‖_F + eps) in `dtype`; x has any strides, `squares` (B, P) fp32 are contiguous."""
     batch, m, n = x.shape
     u = empty_rows(x.shape, dtype, x.device)
-    tiles_n = -(-n // _NORM_BLOCK[1])
-    tiles = -(-m // _NORM_BLOCK[0]) * tiles_n
+    tiles_n = ceil_div(n, _NORM_BLOCK[1])
+    tiles = ceil_div(m, _NORM_BLOCK[0]) * tiles_n
     shape = m, n, *x.stride(), tiles, tiles_n
     if squares is None:
         squares = torch.empty((batch, tiles), dtype=torch.float32, device=x.device)
@@ -312,7 +282,7 @@ def _symmetric(x: Tensor, a: Tensor | None, b: float, c: float, tile: dict | Non
     out = empty_rows((batch, size, size), x.dtype, x.device)
     tile = tile or _TILES.select(x.device, x.dtype, out.numel())
     block, block_k, tall = tile["BLOCK"], tile["BLOCK_K"], x.shape[1] > x.shape[2]
-    side = -(-size // block)
+    side = ceil_div(size, block)
     tiles = side * (side + 1) // 2
     x_desc = descriptor(x, (1, block_k, block) if tall else (1, block, block_k))
     a_desc = None if a is None else descriptor(a, (1, block, block))
@@ -329,8 +299,8 @@ def update(x: Tensor, p: Tensor, a: float, dtype: torch.dtype, tile: dict | None
     tile = tile or _TILES.select(x.device, x.dtype, out.numel())
     block, block_k = tile["BLOCK"], tile["BLOCK_K"]
     left, right = (x, p) if m > n else (p, x)
-    tiles_n = -(-n // block)
-    tiles = -(-m // block) * tiles_n
+    tiles_n = ceil_div(n, block)
+    tiles = ceil_div(m, block) * tiles_n
     operands = (
         descriptor(left, (1, block, block_k)), descriptor(right, (1, block_k, block)),
         descriptor(x, (1, block, block)), descriptor(out, (1, block, block)), a,
@@ -407,13 +377,13 @@ def newton_schulz(
     """
     check_floats("newton_schulz", x=x)
     if x.ndim < 2:
-        raise ValueError(f"newton_schulz: x has shape {tuple(x.shape)}; possible: (..., M, N)")
+        raise ValueError(f"newton_schulz: x has shape {tuple(x.shape)}; expected (..., M, N)")
     if dtype not in FLOAT_DTYPES:
-        raise ValueError(f"newton_schulz: dtype={dtype}; possible: {FLOAT_DTYPES}")
+        raise ValueError(f"newton_schulz: dtype={dtype}; expected one of {FLOAT_DTYPES}")
     if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"newton_schulz: steps={steps!r}; possible: an integer >= 1")
+        raise ValueError(f"newton_schulz: steps={steps!r}; expected an integer >= 1")
     if not eps > 0:
-        raise ValueError(f"newton_schulz: eps={eps}; possible: a positive number (zero matrices divide by it)")
+        raise ValueError(f"newton_schulz: eps={eps}; expected a positive number (zero matrices divide by it)")
     if square_sums is not None:
         check_floats("newton_schulz", x=x, square_sums=square_sums)
         lead, wide = x.shape[:-2], (torch.float32, torch.float64)
@@ -421,7 +391,7 @@ def newton_schulz(
         if square_sums.dtype not in wide or not fits:
             raise ValueError(
                 f"newton_schulz: square_sums have shape {tuple(square_sums.shape)} and dtype {square_sums.dtype}; "
-                f"possible: {(*lead, 'P')} with P >= 1 in one of {wide}"
+                f"expected {(*lead, 'P')} with P >= 1 in one of {wide}"
             )
         square_sums = square_sums.detach()
     triples = _per_step(coefficients, steps)

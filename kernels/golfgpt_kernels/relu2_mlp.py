@@ -47,19 +47,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._dispatch import Impl, autocast, check_floats, check_linear, runs_triton
-from ._jit import descriptor, dot, dot_precision, empty_rows, halves, jit, launch, narrow, num_programs, tl
+from ._jit import ceil_div, descriptor, dot, dot_precision, empty_rows, halves, jit, launch, narrow, num_programs, tl
 from ._ops import add_op_namespace_prefix
 from ._tiles import INTERPRETED_GEMM, TileTable, gemm_tile
 from ._weight_grad import weight_grad
-
-__all__ = [
-    "linear_relu2",
-    "linear_relu2_cost",
-    "linear_relu2_ref",
-    "relu2_mlp",
-    "relu2_mlp_cost",
-    "relu2_mlp_ref",
-]
 
 
 def linear_relu2_ref(x: Tensor, w: Tensor, *, negative_slope: float = 0.0) -> Tensor:
@@ -71,25 +62,6 @@ def linear_relu2_ref(x: Tensor, w: Tensor, *, negative_slope: float = 0.0) -> Te
 def relu2_mlp_ref(x: Tensor, w_fc: Tensor, w_proj: Tensor, *, negative_slope: float = 0.0) -> Tensor:
     h = linear_relu2_ref(x, w_fc, negative_slope=negative_slope)
     return F.linear(h, w_proj.to(x.dtype))
-
-
-def linear_relu2_cost(rows: int, k: int, n: int, *, itemsize: int = 2) -> tuple[int, int]:
-    """(flops, bytes) of the forward: x and w read once, h written once."""
-    return 2 * rows * k * n, itemsize * (rows * k + n * k + rows * n)
-
-
-def relu2_mlp_cost(rows: int, k: int, hidden: int, n: int, *, itemsize: int = 2) -> tuple[int, int]:
-    """(flops, bytes) of the forward: h is written by the first matmul and read by the second."""
-    up = linear_relu2_cost(rows, k, hidden, itemsize=itemsize)
-    down = linear_relu2_cost(rows, hidden, n, itemsize=itemsize)
-    return up[0] + down[0], up[1] + down[1]
-
-
-def relu2_mlp_backward_cost(rows: int, k: int, hidden: int, n: int, *, itemsize: int = 2) -> tuple[int, int]:
-    """(flops, bytes) of the backward: four matmuls; dz written once and read twice, h read twice, dw in fp32."""
-    flops = 2 * relu2_mlp_cost(rows, k, hidden, n)[0]
-    activations = itemsize * rows * (2 * n + 2 * k + 5 * hidden)
-    return flops, activations + (itemsize + 4) * hidden * (k + n)
 
 
 # ---- tiles
@@ -212,7 +184,7 @@ def linear_relu2_fwd(x: Tensor, w: Tensor, slope: float, tile: dict | None = Non
         return h.zero_()
     tile = tile or _FWD_TILES.select(x.device, x.dtype, m)
     bm, bn, bk = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
-    grid = (min(num_programs(x.device), -(-m // bm) * -(-n // bn)),)
+    grid = (min(num_programs(x.device), ceil_div(m, bm) * ceil_div(n, bn)),)
     operands = descriptor(x, (bm, bk)), descriptor(w, (bn, bk)), descriptor(h, (bm, bn // 2))
     leaky, precision = slope != 0, dot_precision(x.dtype)
     launch(_linear_relu2_fwd_kernel, grid, x.device, *operands, slope, m, n, k, leaky, precision, **tile)
@@ -226,7 +198,7 @@ def relu2_mlp_dz(dy: Tensor, w: Tensor, h: Tensor, slope: float, tile: dict | No
         return dz.zero_()
     tile = tile or _DZ_TILES.select(dy.device, dy.dtype, m)
     bm, bn, bk = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
-    grid = (min(num_programs(dy.device), -(-m // bm) * -(-n // bn)),)
+    grid = (min(num_programs(dy.device), ceil_div(m, bm) * ceil_div(n, bn)),)
     operands = (
         descriptor(dy, (bm, bk)), descriptor(w, (bk, bn)), descriptor(h, (bm, bn // 2)), descriptor(dz, (bm, bn // 2)),
     )  # fmt: skip
@@ -240,7 +212,7 @@ def relu2_dz(dh: Tensor, h: Tensor, slope: float) -> Tensor:
     if dz.numel() == 0:
         return dz
     block = (32, 128)
-    grid = (-(-dh.shape[0] // block[0]), -(-dh.shape[1] // block[1]))
+    grid = (ceil_div(dh.shape[0], block[0]), ceil_div(dh.shape[1], block[1]))
     operands = (descriptor(tensor, block) for tensor in (dh, h, dz))
     launch(_relu2_dz_kernel, grid, dh.device, *operands, slope, slope != 0, *block, num_warps=8)
     return dz
@@ -349,7 +321,7 @@ def relu2_mlp(x: Tensor, w_fc: Tensor, w_proj: Tensor, *, negative_slope: float 
     if w_proj.ndim != 2 or w_proj.shape[1] != w_fc.shape[0]:
         raise ValueError(
             f"relu2_mlp: w_proj has shape {tuple(w_proj.shape)} and w_fc {tuple(w_fc.shape)}; "
-            f"possible: w_proj (N, {w_fc.shape[0]})"
+            f"expected w_proj (N, {w_fc.shape[0]})"
         )
     _check_slope("relu2_mlp", negative_slope)
     x, lead = autocast(x), x.shape[:-1]
@@ -361,4 +333,4 @@ def relu2_mlp(x: Tensor, w_fc: Tensor, w_proj: Tensor, *, negative_slope: float 
 
 def _check_slope(op: str, negative_slope: float) -> None:
     if not (math.isfinite(negative_slope) and negative_slope >= 0):
-        raise ValueError(f"{op}: negative_slope={negative_slope}; possible: a finite number >= 0")
+        raise ValueError(f"{op}: negative_slope={negative_slope}; expected a finite number >= 0")

@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["assert_within_budget", "budget_violation", "poisoned", "randn", "strided"]
-
 
 def randn(*shape: int, seed: int = 0, dtype=torch.float32, device="cpu", scale: float = 1.0) -> Tensor:
     """Normal values, drawn in float64 on the CPU, so that every dtype and device gets the same ones, rounded."""

@@ -1,21 +1,17 @@
-"""Row quantizer and fake-quantized linear: both forms, the plain bf16 linear layer, and quantizing inside the GEMM.
+"""The fake-quantized linear layer that is not in the package, so that its cost is measured and not assumed.
 
-Wanted: all 54 matrices of the 9-layer model in at most 2 x the time of reading fp32 and writing bf16 once, which is
-half of the roof; fake_quant_linear in at most 1.05 x the plain linear layer, with backward.
-
-The form that is not in the package is `in_loop_linear`: each program quantizes its tile of the fp32 master in every
-step of the k loop, so that ŵ never exists in memory, and every block of rows does all of it again. It is here so
-that its cost is measured and not assumed.
+Each program quantizes its tile of the fp32 master in every step of the k loop, so that ŵ never exists in memory, and
+every block of rows does all of it again.
 """
 
 from __future__ import annotations
 
-from golfgpt_kernels._cases import INT6, Case, Inputs, linear_inputs
-from golfgpt_kernels._dispatch import runs_triton
+import math
+
+from golfgpt_kernels._cases import INT6
 from golfgpt_kernels._jit import descriptor, dot, dot_precision, empty_rows, jit, launch, narrow, num_programs, tl
 from golfgpt_kernels._tiles import compute_capability
-from golfgpt_kernels.fake_quant import fake_quant_linear, fake_quant_linear_cost, quantize_rows
-from golfgpt_kernels.tuning import cases
+from golfgpt_kernels.fake_quant import quantize_rows
 from torch import Tensor
 
 # By least compute capability, 0 the interpreter. The tallest that compile without spills (192 registers and 156 KB for
@@ -53,7 +49,7 @@ def in_loop_linear(x: Tensor, w: Tensor) -> Tensor:
     y = empty_rows((m, n), x.dtype, x.device)
     sm = compute_capability(x.device)
     block_m, block_n, block_k, warps, stages = TILES[max(least for least in TILES if least <= sm)]
-    grid = (min(num_programs(x.device), -(-m // block_m) * -(-n // block_n)),)
+    grid = (min(num_programs(x.device), math.ceil(m / block_m) * math.ceil(n / block_n)),)
     operands = descriptor(x, (block_m, block_k)), descriptor(w, (block_n, block_k)), scale
     launch(
         _in_loop_kernel, grid, x.device, *operands, descriptor(y, (block_m, block_n)),
@@ -61,25 +57,3 @@ def in_loop_linear(x: Tensor, w: Tensor) -> Tensor:
         num_warps=warps, num_stages=stages, enable_fp_fusion=False,
     )  # fmt: skip
     return y
-
-
-def in_loop_case(rows: int, k: int, n: int) -> Case:
-    def call(i: Inputs, impl: str) -> Tensor:
-        if runs_triton("in_loop_linear", impl, i["x"], rows):
-            return in_loop_linear(i["x"], i["w"])
-        return fake_quant_linear(i["x"], i["w"], INT6, form="shadow", impl=impl)
-
-    return Case(
-        op="in_loop_linear", rows=rows, shape=(rows, k, n), call=call, draw=linear_inputs(k, n),
-        cost=fake_quant_linear_cost(rows, n, k),
-    )  # fmt: skip
-
-
-CASES = (
-    *cases("fake_quantize_rows", "quantize_rows", "linear", "fake_quant_linear", "codes_linear"),
-    *(in_loop_case(*shape) for shape in dict.fromkeys(case.shape for case in cases("linear"))),
-)
-
-
-def test_fake_quant(case, column, timed):
-    timed(case, column)

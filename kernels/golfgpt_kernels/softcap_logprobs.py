@@ -1,16 +1,27 @@
-"""Softcapped log probabilities without logits in memory: the kernels behind token_logprobs and softcap_cross_entropy.
+"""Softcapped cross entropy and log probabilities of target tokens, from hidden states.
 
     u = h Wᵀ      z = cap tanh(u / cap)      lse = log Σ exp z      logprob = z[target] - lse
+    softcap_cross_entropy = z_loss lse² - logprob, per token, their mean or their sum      token_logprobs = logprob
 
-Shapes: hidden (M, D), fp16, bf16 or fp32; weight (V, D), rounded to hidden's dtype; targets (M), int64 ->
-logprob and lse (M), fp32. A row whose target is ignore_index is dropped: both results and its gradient are
-exactly 0. Any other target outside the vocabulary gives NaN. Without softcap z = u.
+Shapes: hidden (..., D); head_weight (V, D), rounded to hidden's dtype; targets (...), int64. Natural logarithm.
+softcap=None leaves z = u. The loss is a scalar for reduction "mean" (over targets that are not ignore_index; NaN if
+there is none, as in torch) and "sum", (...) for "none". Log probabilities are (...); mask (...), bool, is True where a
+token is scored, None for everywhere, and the result is exactly 0 elsewhere, whatever the target there.
 
-Backward, for gradients d_logprob and d_lse, with p = exp(z - lse); G is what reaches u:
+Backward, with p = exp(z - lse), d_logprob and d_lse the gradients of a row (0 where it is ignored or masked):
     G = ((d_lse - d_logprob) p + d_logprob onehot(target)) (1 - (z / cap)²)      dh = G W      dW = Gᵀ h
 
-Precision: u stays in fp32 where eager rounds it to hidden's dtype. G is rounded to hidden's dtype once, as eager
-rounds it; dW is summed in fp32 and rounded once, to weight's dtype.
+Precision: u is accumulated in fp32; eager rounds it to hidden's dtype, the kernel keeps it. Softcap, softmax and
+results are fp32 (float64 for float64 hidden). G is rounded to hidden's dtype once. dW is summed in fp32; the kernel
+rounds it once, to head_weight's dtype, where eager rounds it to hidden's first. So a tied fp32 embedding, given as it
+is and not cast, gets both its gradients in fp32.
+
+Memory: the loss in eager holds the logits, tokens × V, in hidden's dtype and in fp32. Eager log probabilities are
+computed in chunks of 2^24 / V rows, 64 MiB of logits in fp32 (200 MiB with temporaries); with gradients autograd keeps
+every chunk. The kernel holds no logits in the forward, and in the backward a chunk of 128 MiB of G.
+
+Targets outside the vocabulary are a ValueError on CPU; on CUDA torch's own device assertion stops eager, and the
+kernel returns NaN. A target that is ignore_index may be any number.
 
 Kernels.
 - forward: a program owns BLOCK_M rows, walks the vocabulary in tiles of BLOCK_N columns and keeps the sum of
@@ -33,27 +44,81 @@ D = 512, one after the other within a program. So two programs share a multiproc
 while the other exponentiates: tiles of 128 x 128, 96 KB, at most 128 registers. To stay within them, both kernels
 take their tile in halves (whole, up to 214 registers). Compiled offline, never timed.
 
-Sources: Gemma 2, arXiv:2408.00118 (softcap); Wijmans et al., "Cut Your Losses", arXiv:2411.09009 (cross entropy
-without logits in memory; its locks and its skipped blocks are left out, because V / D is 2 to 16 here).
+Sources: Gemma 2, arXiv:2408.00118 (softcap); PaLM, arXiv:2204.02311 (z-loss); Wijmans et al., "Cut Your Losses",
+arXiv:2411.09009 (cross entropy without logits in memory; its locks and its skipped blocks are left out, because V / D
+is 2 to 16 here).
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ._jit import descriptor, dot, dot_precision, empty_rows, halves, jit, launch, narrow, tl
+from ._dispatch import Impl, accumulate_dtype, autocast, check_floats, check_linear, runs_triton, values_readable
+from ._jit import ceil_div, descriptor, dot, dot_precision, empty_rows, halves, jit, launch, narrow, tl
 from ._ops import add_op_namespace_prefix
 from ._tiles import TileTable, gemm_tile
 from ._weight_grad import split_weight_grad
+
+Reduction = Literal["mean", "sum", "none"]
 
 # Bytes of G alive at a time. 65,536 rows at V = 1024 in bf16 are one chunk; at V = 8192 a chunk is 8192 rows, whose dh
 # at D = 512 is 128 tiles of 128 x 256, one for each of 132 multiprocessors. Less would leave some idle.
 _CHUNK_BYTES = 1 << 27
 
 _MAX_BOUNDED = 40.0  # the largest softcap without a maximum
+
+# Blocks above 32 MiB go back to the system when freed. Smaller chunks let results that stay alive fragment glibc's
+# heap: 30,000 rows at V = 8192 grew the process by 970 MiB with 2^22 logits a chunk, by 203 MiB with 2^24, as fast.
+_CHUNK_LOGITS = 1 << 24
+
+_MASKED = torch.iinfo(torch.int64).min  # the target of a token that is not scored
+
+
+def _logits(hidden: Tensor, head_weight: Tensor, softcap: float | None) -> Tensor:
+    u = F.linear(hidden, head_weight.to(hidden.dtype))
+    u = u.to(accumulate_dtype(u.dtype))
+    return u if softcap is None else softcap * torch.tanh(u / softcap)
+
+
+def softcap_cross_entropy_ref(
+    hidden: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    *,
+    softcap: float | None = 30.0,
+    reduction: Reduction = "mean",
+    ignore_index: int = -100,
+    z_loss: float = 0.0,
+) -> Tensor:
+    z = _logits(hidden, head_weight, softcap).reshape(targets.numel(), head_weight.shape[0])
+    flat = targets.flatten()
+    loss = F.cross_entropy(z, flat, ignore_index=ignore_index, reduction="none")
+    if z_loss:
+        loss = loss + z_loss * torch.logsumexp(z, dim=-1).square().masked_fill(flat == ignore_index, 0)
+    return _reduce(loss, targets, ignore_index, reduction)
+
+
+def _reduce(loss: Tensor, targets: Tensor, ignore_index: int, reduction: Reduction) -> Tensor:
+    if reduction == "none":
+        return loss.view(targets.shape)
+    return loss.sum() if reduction == "sum" else loss.sum() / (targets != ignore_index).sum()
+
+
+def token_logprobs_ref(
+    hidden: Tensor, head_weight: Tensor, targets: Tensor, *, softcap: float | None = 30.0, mask: Tensor | None = None
+) -> Tensor:
+    z = _logits(hidden, head_weight, softcap)
+    targets = targets if mask is None else targets.where(mask, 0)
+    logprobs = torch.log_softmax(z, dim=-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    return logprobs if mask is None else logprobs.where(mask, 0)
+
+
+# ---- tiles
 
 # Wider than INTERPRETED_GEMM: the interpreter's time is one numpy call per operation and tile.
 _INTERPRETED = (gemm_tile(0, 2, 32, 128, 64, 4, 1), gemm_tile(0, 4, 32, 128, 64, 4, 1))
@@ -80,12 +145,6 @@ _GRAD_TILES = TileTable(
 )
 
 
-def backward_cost(tokens: int, dim: int, vocab_size: int, *, itemsize: int = 2) -> tuple[int, int]:
-    """(flops, bytes) of the backward: three matmuls; G written once and read twice, dW in fp32."""
-    flops = 6 * tokens * dim * vocab_size
-    return flops, 3 * itemsize * tokens * (vocab_size + dim) + (2 * itemsize + 4) * vocab_size * dim
-
-
 # ---- kernels
 
 
@@ -105,8 +164,7 @@ def _remainder(u, softcap):
 
 @jit
 def _accumulate(
-    u, columns, column, logit, total, top, softcap, V,
-    CAPPED: tl.constexpr, BOUNDED: tl.constexpr, RAGGED: tl.constexpr,
+    u, columns, column, logit, total, top, softcap, V, CAPPED: tl.constexpr, BOUNDED: tl.constexpr, RAGGED: tl.constexpr
 ):  # fmt: skip
     """u[target], Σ exp(z - top) and the maximum top, with these columns added. BOUNDED: the cap is in top's place."""
     logit += tl.sum(tl.where(columns[None, :] == column[:, None], u, 0.0), 1)
@@ -169,8 +227,7 @@ def _softcap_logprobs_fwd_kernel(
 
 @jit
 def _logits_grad(
-    u, columns, column, kept, lse, low, on_p, on_hit, softcap,
-    CAPPED: tl.constexpr, BOUNDED: tl.constexpr,
+    u, columns, column, kept, lse, low, on_p, on_hit, softcap, CAPPED: tl.constexpr, BOUNDED: tl.constexpr
 ):  # fmt: skip
     """G, in fp32, of u (rows, columns)."""
     if BOUNDED:
@@ -226,12 +283,7 @@ def _softcap_logits_grad_kernel(
 
 
 def softcap_logprobs_fwd(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    softcap: float | None,
-    ignore_index: int,
-    tile: dict | None = None,
+    hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, ignore_index: int, tile: dict | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     (m, d), v = hidden.shape, weight.shape[0]
     results = tuple(hidden.new_empty(m, dtype=torch.float32) for _ in range(3))
@@ -241,7 +293,7 @@ def softcap_logprobs_fwd(
     bm, bn, bk = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
     operands = descriptor(hidden, (bm, bk)), descriptor(weight, (bn, bk)), targets.contiguous(), *results
     launch(
-        _softcap_logprobs_fwd_kernel, (-(-m // bm),), hidden.device,
+        _softcap_logprobs_fwd_kernel, (ceil_div(m, bm),), hidden.device,
         *operands, softcap or 0.0, m, v, d, ignore_index,
         softcap is not None, _bounded(softcap, hidden.dtype), v % bn != 0, dot_precision(hidden.dtype), **tile,
     )  # fmt: skip
@@ -265,7 +317,7 @@ def softcap_logits_grad(
     (m, d), v = hidden.shape, weight.shape[0]
     tile = tile or _GRAD_TILES.select(hidden.device, hidden.dtype, m)
     bm, bn, bk = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
-    grid = (-(-m // bm) * -(-v // bn),)
+    grid = (ceil_div(m, bm) * ceil_div(v, bn),)
     operands = descriptor(hidden, (bm, bk)), descriptor(weight, (bn, bk)), descriptor(out, (bm, bn // 2))
     launch(
         _softcap_logits_grad_kernel, grid, hidden.device,
@@ -347,3 +399,92 @@ def _backward(ctx, d_logprob, d_lse, _):
 
 
 softcap_logprobs.register_autograd(_backward, setup_context=_save)
+
+
+# ---- public
+
+
+def _check(op: str, hidden: Tensor, head_weight: Tensor, targets: Tensor, kept: Tensor | None, softcap: float | None):
+    """targets: int64, one per row of hidden; those in `kept` (bool, None = all) lie in the vocabulary."""
+    check_floats(op, hidden=hidden, head_weight=head_weight)
+    check_linear(op, hidden, head_weight, "hidden", "head_weight")
+    if targets.dtype != torch.int64:
+        raise ValueError(f"{op}: targets have dtype {targets.dtype}; expected torch.int64")
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"{op}: targets have shape {tuple(targets.shape)}, hidden {tuple(hidden.shape)}; "
+            f"expected targets of shape {tuple(hidden.shape[:-1])}"
+        )
+    if targets.device != hidden.device:
+        raise ValueError(f"{op}: targets are on {targets.device}, hidden on {hidden.device}; use one device")
+    if values_readable(targets):
+        vocab_size = head_weight.shape[0]
+        outside = (targets < 0) | (targets >= vocab_size)
+        outside = outside if kept is None else outside & kept
+        if outside.any():
+            index = tuple(outside.nonzero()[0].tolist())
+            raise ValueError(
+                f"{op}: targets[{', '.join(map(str, index))}] = {targets[index].item()}, "
+                f"outside the vocabulary; expected 0 to {vocab_size - 1}"
+            )
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ValueError(f"{op}: softcap={softcap}; expected a positive number, or None for no cap")
+
+
+def softcap_cross_entropy(
+    hidden: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    *,
+    softcap: float | None = 30.0,
+    reduction: Reduction = "mean",
+    ignore_index: int = -100,
+    z_loss: float = 0.0,
+    impl: Impl = "auto",
+) -> Tensor:
+    """hidden (..., D), head_weight (V, D), targets (...) -> fp32 loss in nats."""
+    op = "softcap_cross_entropy"
+    _check(op, hidden, head_weight, targets, targets != ignore_index, softcap)
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"{op}: reduction={reduction!r}; expected 'mean', 'sum' or 'none'")
+    if not 0 <= z_loss < float("inf"):
+        raise ValueError(f"{op}: z_loss={z_loss}; expected a finite number >= 0")
+    hidden = autocast(hidden)
+    if runs_triton(op, impl, hidden, targets.numel()):
+        flat = hidden.reshape(targets.numel(), hidden.shape[-1]), head_weight, targets.flatten()
+        logprobs, lse, _ = softcap_logprobs(*flat, softcap, ignore_index)
+        loss = z_loss * lse.square() - logprobs if z_loss else -logprobs
+        return _reduce(loss, targets, ignore_index, reduction)
+    options = {"reduction": reduction, "ignore_index": ignore_index, "z_loss": z_loss}
+    return softcap_cross_entropy_ref(hidden, head_weight, targets, softcap=softcap, **options)
+
+
+def token_logprobs(
+    hidden: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    *,
+    softcap: float | None = 30.0,
+    mask: Tensor | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """hidden (..., D), head_weight (V, D), targets (...) -> fp32 log p(target) in nats, 0 where not mask."""
+    op = "token_logprobs"
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != targets.shape):
+        raise ValueError(
+            f"{op}: mask has shape {tuple(mask.shape)} and dtype {mask.dtype}; "
+            f"expected {tuple(targets.shape)}, as targets, and torch.bool"
+        )
+    _check(op, hidden, head_weight, targets, mask, softcap)
+    hidden = autocast(hidden)
+    if runs_triton(op, impl, hidden, targets.numel()):
+        scored = targets if mask is None else targets.where(mask, _MASKED)
+        flat = hidden.reshape(targets.numel(), hidden.shape[-1]), head_weight, scored.flatten()
+        logprobs, _, _ = softcap_logprobs(*flat, softcap, _MASKED)
+        return logprobs.view(targets.shape)
+    rows = max(1, _CHUNK_LOGITS // max(1, head_weight.shape[0]))
+    mask = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask
+    flat = hidden.reshape(targets.numel(), hidden.shape[-1]), targets.flatten(), mask.flatten()
+    chunks = zip(*(tensor.split(rows) for tensor in flat), strict=True)
+    logprobs = [token_logprobs_ref(h, head_weight, t, softcap=softcap, mask=m) for h, t, m in chunks]
+    return torch.cat(logprobs).view(targets.shape)

@@ -1,0 +1,177 @@
+"""Documents from text files: .txt cut at separators, .jsonl and .jsonl.zst with one {"text": ...} a line."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import mmap
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import zstandard
+
+from golfgpt.errors import InputError
+
+PathLike = str | os.PathLike
+Advance = Callable[[int], None]
+"""Called with the number of file bytes that have been consumed since the last call."""
+SUFFIXES = (".txt", ".jsonl", ".jsonl.zst")
+LEAST_DOCUMENT_BYTES = 2000
+"""A .txt is cut at a separator only once the document has this many bytes."""
+_ZSTD_WINDOW = 1 << 27  # `zstd --long` up to 27, 128 MiB
+
+
+def find_inputs(inputs: Sequence[PathLike]) -> list[Path]:
+    """Files named by `inputs`: files, folders (searched below, sorted) and globs; each file once.
+
+    Raises InputError for what is missing, of another kind, or names no file.
+    """
+    found: list[Path] = []
+    for item in map(os.fspath, inputs):
+        path = Path(item)
+        if path.is_dir():
+            files = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file())
+        elif path.exists():
+            files = [path]
+        else:
+            files = sorted(Path(name) for name in glob.glob(item, recursive=True) if Path(name).is_file())
+        if not files:
+            what = "holds no" if path.is_dir() else "is no file and no folder, and as a pattern matches no"
+            raise InputError(f"input {item} {what} {', '.join(SUFFIXES)}; check the path")
+        found += files
+    if not found:
+        raise InputError("no input is named: give files, folders or globs")
+    for file in found:
+        if not file.name.endswith(SUFFIXES):
+            raise InputError(f"{file}: cannot read this kind of file; expected {', '.join(SUFFIXES)}")
+    return list({file.resolve(): file for file in found}.values())
+
+
+def read_documents(
+    inputs: Sequence[PathLike], separator: str | None = None, advance: Advance = lambda count: None
+) -> Iterator[str]:
+    """Documents of `inputs` (see `find_inputs`) in order; those without any text are left out.
+
+    .txt is cut after `separator` (default: blank lines) wherever that leaves at least 2 kB on both sides; the
+    pieces, separators included, join to the file's text. .jsonl and .jsonl.zst hold {"text": ...} a line.
+    Raises InputError naming file and place for bytes that are not UTF-8, bad JSON, a missing "text", lone
+    surrogates, truncated zstd and files without text.
+    """
+    if separator == "":
+        raise InputError("the document separator is empty; leave it out to cut at blank lines")
+    for path in find_inputs(inputs):
+        documents = _read_txt(path, separator, advance) if path.suffix == ".txt" else _read_jsonl(path, advance)
+        empty = True
+        try:
+            for text in documents:
+                if text:
+                    empty = False
+                    yield text
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}") from error
+        if empty:
+            raise InputError(f"{path} holds no text; remove it from the inputs")
+
+
+def split_text(data: bytes | mmap.mmap, separator: bytes | None = None) -> Iterator[tuple[int, int]]:
+    """(start, end) of the documents of `data`; they cover it without gaps."""
+    pattern = rb"\n(?:[ \t\r]*\n)+" if separator is None else b"(?:" + re.escape(separator) + b")+"
+    start, cut = 0, 0  # [start, cut) is long enough, but waits: text too short for a document may follow
+    for match in re.finditer(pattern, data):
+        if match.end() - cut >= LEAST_DOCUMENT_BYTES:
+            if cut:
+                yield start, cut
+            start, cut = cut, match.end()
+    if cut and len(data) - cut >= LEAST_DOCUMENT_BYTES:
+        yield start, cut
+        start = cut
+    if start < len(data):
+        yield start, len(data)
+
+
+def _read_txt(path: Path, separator: str | None, advance: Advance) -> Iterator[str]:
+    if not path.stat().st_size:  # mmap refuses an empty file
+        return
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        for start, end in split_text(data, separator.encode() if separator else None):
+            try:
+                yield data[start:end].decode()
+            except UnicodeDecodeError as error:
+                raise InputError(
+                    f"{path}: byte {start + error.start} (0x{error.object[error.start]:02x}) is not UTF-8 "
+                    f"({error.reason}); convert the file to UTF-8"
+                ) from None
+            advance(end - start)
+
+
+def _read_jsonl(path: Path, advance: Advance) -> Iterator[str]:
+    for number, line in enumerate(_lines(path, advance), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            record = json.loads(line.decode())
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{where}: byte {error.start} of the line (0x{line[error.start]:02x}) is not UTF-8 ({error.reason}); "
+                "convert the file to UTF-8"
+            ) from None
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where}: not JSON: {error}") from None
+        text = record.get("text") if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            raise InputError(f'{where}: expected an object with a string "text", got {line[:80]!r}')
+        if b"\\u" in line:  # UTF-8 has no surrogates, an escape may
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise InputError(
+                    f"{where}: a lone surrogate \\u{ord(text[error.start]):04x} is at character {error.start} of the "
+                    "text; remove or replace it"
+                ) from None
+        yield text
+
+
+def _lines(path: Path, advance: Advance) -> Iterator[bytes]:
+    """Lines of a file, decompressed if it is .zst; the bytes after the last newline are one too."""
+    line = bytearray()
+    done = 0
+    with open(path, "rb") as file:
+        for piece in _pieces(file, path):
+            line += piece
+            if b"\n" in piece:
+                *lines, rest = line.split(b"\n")
+                yield from map(bytes, lines)
+                line = rest
+            advance(file.tell() - done)
+            done = file.tell()
+    yield bytes(line)
+
+
+def _pieces(file: BinaryIO, path: Path) -> Iterator[bytes]:
+    """Content of a file, decompressed if it is .zst. Frame by frame, because zstandard's `stream_reader`, which reads
+    across frames, ends without an error where the last frame is cut off."""
+    frame = None
+    while piece := file.read(1 << 17):
+        if path.suffix != ".zst":
+            yield piece
+            continue
+        while piece:
+            frame = frame or zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).decompressobj()
+            try:
+                yield frame.decompress(piece)
+            except zstandard.ZstdError as error:
+                raise InputError(f"{path}: damaged zstd data: {error}; fetch the file again") from None
+            piece = frame.unused_data
+            frame = None if frame.eof else frame
+    if frame is not None:
+        raise InputError(f"{path}: the zstd data are cut off; fetch the file again")
+
+
+def document_hash(data: bytes) -> bytes:
+    """8 bytes of BLAKE2b over a document's UTF-8: its place between train and val, and its identity."""
+    return hashlib.blake2b(data, digest_size=8).digest()

@@ -1,0 +1,108 @@
+"""Sums of an evaluation under way, and the file from which an interrupted one continues."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from golfgpt.errors import NonFiniteError
+from golfgpt.files import write_json
+from golfgpt.score.windows import Batch
+
+
+class Sums(NamedTuple):
+    """What the windows before `next` gave, on the device. Never changed in place: a signal may come at any time."""
+
+    next: int
+    values: Tensor
+    """float64 (3,): nats, tokens, bytes; the last two are exact up to 2^53."""
+    bad: Tensor
+    """Position of the first token without a finite log probability; a huge number if there is none."""
+
+    @classmethod
+    def start(cls, next: int, device: torch.device, values: Sequence[float] = (0, 0, 0)) -> Sums:
+        none = torch.tensor(torch.iinfo(torch.int64).max, device=device)
+        return cls(next, torch.tensor(values, dtype=torch.float64, device=device), none)
+
+    def plus(self, next: int, batch: Batch, logprobs: Tensor) -> Sums:
+        """With the batch that ends before window `next`; the order of additions is fixed."""
+        nbytes = batch.nbytes.where(batch.scored, 0)
+        added = torch.stack((-logprobs.double().sum(), batch.scored.sum().double(), nbytes.sum().double()))
+        bad = batch.positions.where(~logprobs.isfinite(), self.bad).min()
+        return Sums(next, self.values + added, torch.minimum(bad, self.bad))
+
+    def read(self) -> tuple[float, int, int]:
+        """Nats, tokens, bytes. Raises NonFiniteError naming the first bad token."""
+        nats, tokens, nbytes = self.values.tolist()
+        if not math.isfinite(nats):
+            raise NonFiniteError(f"the model gives token {int(self.bad)} of the validation text no finite probability")
+        return nats, int(tokens), int(nbytes)
+
+
+class PartialSums:
+    """One rank's sums in `folder`/eval_partial_RANK.json while an evaluation runs; folder None: nowhere.
+
+    The file belongs to one evaluation: of one model (its digest), text, plan of windows, dtype and number of ranks.
+    `say` gets lines for the user.
+    """
+
+    def __init__(
+        self, folder: Path | None, rank: int = 0, model_digest: str = "", say: Callable[[str], None] = lambda line: None
+    ):
+        self._file = folder and folder / f"eval_partial_{rank}.json"
+        self._model, self._say, self._warned = model_digest, say, False
+        self._begun = self._saved = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Since the evaluation began, with those before it was interrupted."""
+        return time.monotonic() - self._begun
+
+    def open(self, key: dict[str, Any], fresh: Sums) -> Sums:
+        """Begin the evaluation that `key` tells apart; returns the sums of the file, or `fresh` ones."""
+        self._key, self._begun = {"model": self._model, **key}, time.monotonic()
+        if not self._file or not self._file.exists():
+            return fresh
+        try:
+            stored = json.loads(self._file.read_bytes())
+            changed = [name for name, value in self._key.items() if stored["key"].get(name) != value]
+            problem = f"is of another evaluation ({', '.join(changed)} changed)" if changed else ""
+            sums = Sums.start(stored["next"], fresh.values.device, stored["values"])
+            seconds = float(stored["seconds"])
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            problem = "is damaged"
+        if problem:
+            self._say(f"{self._file} {problem}: starting over")
+            return fresh
+        self._begun -= seconds
+        self._say(f"continuing an interrupted evaluation: {int(sums.values[1]):,} tokens are scored already")
+        return sums
+
+    def save(self, sums: Sums, every: float = 0.0) -> None:
+        """Write the file, unless that was less than `every` seconds ago. A file that cannot be written is one warning;
+        the evaluation goes on."""
+        if not self._file or time.monotonic() - self._saved < every:
+            return
+        self._saved, values = time.monotonic(), sums.values.tolist()
+        if not values[1] or not math.isfinite(values[0]):
+            return
+        try:
+            write_json(self._file, {"key": self._key, "next": sums.next, "values": values, "seconds": self.seconds})
+        except OSError as error:
+            if not self._warned:
+                self._say(f"warning: {self._file}: {error.strerror}; an interrupted evaluation would start over")
+            self._warned = True
+
+    def clear(self) -> None:
+        """Delete the file."""
+        if self._file:
+            with contextlib.suppress(OSError):
+                self._file.unlink()
