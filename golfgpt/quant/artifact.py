@@ -183,8 +183,9 @@ def write(path: str | Path, state: Mapping[str, Tensor], **options: Any) -> Arti
     Raises as `pack`, and OSError as the file system reports it (a full disk).
     """
     blob = pack(state, **options)
+    info, _ = _open(blob)
     write_bytes(path, blob)
-    return _open(blob)[0]
+    return info
 
 
 def read(path: str | Path) -> Artifact:
@@ -265,15 +266,9 @@ def _parse_header(text: bytes, compressed_bytes: int) -> ArtifactInfo:
         model = from_dict(ModelConfig, fields["model"], "model.")
         formats = _parse_formats(fields["tensors"], parameter_shapes(model))
         check_payload_bytes(formats)
-        info = ArtifactInfo(
-            model,
-            formats,
-            fields["seq_len"],
-            fields["tokenizer_sha256"],
-            *fields["compressor"],
-            frozenset(name for name, f in formats.items() if f.quantized and name in fields["columns"]),
-            compressed_bytes,
-        )
+        seq_len, digest, (compressor, level) = (fields[key] for key in ("seq_len", "tokenizer_sha256", "compressor"))
+        columns = frozenset(name for name, f in formats.items() if f.quantized and name in fields["columns"])
+        info = ArtifactInfo(model, formats, seq_len, digest, compressor, level, columns, compressed_bytes)
         if info.header() != text:
             raise InputError(
                 f"it is not in canonical form, or a value contradicts its model config and formats (payload_bytes is "
