@@ -336,7 +336,10 @@ class _Part(io.BufferedWriter):
 
 
 def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # also a part that another thread has just renamed
+        return 0
 
 
 def _look_up(revision: str, endpoint: str | None) -> tuple[str, list[RemoteFile]]:
