@@ -1,10 +1,8 @@
-"""Scoring: coverage, context, agreement with one long forward, proofs, checks, interruption."""
+"""Scoring: coverage, context, agreement with one long forward, proofs, checks, ranks."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 from collections import Counter
@@ -28,9 +26,9 @@ from golfgpt.model.gpt import GPT
 from golfgpt.score import checks
 from golfgpt.score import evaluate as evaluation
 from golfgpt.score import windows as scoring
-from golfgpt.score.evaluate import PartialSums, Score, evaluate
+from golfgpt.score.evaluate import Score, evaluate
+from golfgpt.score.sums import PartialSums
 from golfgpt.score.windows import Scorer, Windows, cut, score_windows
-from golfgpt.train.signals import Signals
 
 CPU = Ranks(0, 1, torch.device("cpu"))
 FORWARD, TOKEN_LOGPROBS = GPT.forward, scoring.token_logprobs
@@ -91,26 +89,16 @@ def test_published_counts():
     assert len(Windows(targets, 1024, 64, "r4")) == 969_073
 
 
-@pytest.mark.parametrize("stride", [0, 9])
-def test_a_stride_that_does_not_fit(stride):
-    with pytest.raises(InputError, match=r"stride must lie in 1\.\.8"):
-        Windows(64, 8, stride)
-
-
 # 2 Scores
-
-
-def reader(tokens: np.ndarray):
-    slab = torch.stack((torch.from_numpy(tokens), torch.zeros(len(tokens), dtype=torch.int64)))
-    return lambda start, stop: slab[:, start:stop].clone()
 
 
 @torch.no_grad()
 def nats_of(model: GPT, tokens: np.ndarray, windows: Windows, batch: int, **options) -> torch.Tensor:
     """Nats of each target, those of targets scored more than once summed."""
     out = torch.zeros(len(tokens), dtype=torch.float64)
+    text = torch.from_numpy(np.stack((tokens, tokens)))  # with byte counts that nobody reads
     scorer, counted = Scorer(model, torch.float32, **options), 0
-    for _, part, logprobs in score_windows(scorer, reader(tokens), windows, range(len(windows)), batch):
+    for _, part, logprobs in score_windows(scorer, lambda a, b: text[:, a:b], windows, range(len(windows)), batch):
         assert (logprobs[~part.scored] == 0).all()
         out.index_add_(0, part.positions.flatten(), -logprobs.flatten().double())
         counted += int(part.scored.sum())
@@ -180,7 +168,7 @@ def test_the_compiled_forward_scores_alike():
         torch.testing.assert_close(compiled, eager, atol=2e-5, rtol=0)
 
 
-def score(tiny: RunConfig, model: GPT | None = None, *, ranks=CPU, keep=None, progress=len, **plan) -> Score:
+def score(tiny: RunConfig, model: GPT | None = None, *, ranks=CPU, keep=None, progress=print, **plan) -> Score:
     config = replace(tiny, eval=EvalConfig(window=64, **plan))
     model, data = model or lively(config.model), Dataset.open(config.data.path)
     return evaluate(model, data, config, ranks, dtype=torch.float32, keep=keep, progress=progress)
@@ -214,11 +202,15 @@ def test_a_score_names_what_it_leaves_out_or_counts_again(tiny, corpus, rule, st
     counts = Dataset.open(corpus).byte_counts(1, targets + 1).astype(int)
     assert (got.tokens, got.bytes) == (sum(map(len, parts)), sum(counts[part].sum() for part in parts))
     assert (got.label, got.partial) == (label, True)
-    with pytest.raises(InputError, match=r"eval\.window 64 is longer than the text's 63"):
-        score(tiny, rule=rule, max_tokens=63)
 
 
 # 3 Proofs and bad input
+
+
+@pytest.mark.parametrize("rule", scoring.RULES)
+def test_a_window_longer_than_the_text(tiny, rule):
+    with pytest.raises(InputError, match=r"eval\.window 64 is longer than the text's 63"):
+        score(tiny, rule=rule, max_tokens=63)
 
 
 def test_windows_that_skip_or_repeat_a_target_have_no_score(tiny, monkeypatch):
@@ -354,116 +346,7 @@ def test_a_window_that_reads_what_lies_before_it_is_found(tiny, monkeypatch):
         score(tiny, stride=8, max_tokens=500)
 
 
-# 5 Interruption
-
-PLAN = {"stride": 16, "max_tokens": 2000, "batch_tokens": 640}
-
-
-def kill(kind: int):
-    return lambda: os.kill(os.getpid(), kind)
-
-
-def fail(error: type[BaseException]):
-    def stop():
-        raise error
-
-    return stop
-
-
-@pytest.fixture
-def interrupted(monkeypatch):
-    """arm(batches, how): once, after some batches, do `how`. Looks at the clock after every batch."""
-    monkeypatch.setattr(evaluation, "PROGRESS_SECONDS", 0.0)
-    armed = []
-
-    def some(*args):
-        for i, item in enumerate(score_windows(*args)):
-            yield item
-            if armed and armed[0][0] == i + 1:
-                armed.pop()[1]()
-
-    monkeypatch.setattr(evaluation, "score_windows", some)
-    return lambda batches, how: armed.append((batches, how))
-
-
-@pytest.mark.parametrize(
-    ("how", "batch_tokens"),
-    [
-        (kill(signal.SIGTERM), 640),
-        (kill(signal.SIGINT), 640),
-        (fail(KeyboardInterrupt), 640),
-        (fail(MemoryError), 64),  # which a smaller batch gets around
-    ],
-)
-def test_an_interrupted_evaluation_continues(tiny, tmp_path, interrupted, monkeypatch, how, batch_tokens):
-    """Also after a second interruption, during the checks."""
-    file, said = tmp_path / "eval_partial_0.json", []
-
-    def run(**plan) -> Score:
-        with Signals(tmp_path):
-            return score(tiny, keep=PartialSums(tmp_path, 0, "model", said.append), **(PLAN | plan))
-
-    whole = run()
-    interrupted(7, how)
-    with pytest.raises((Interrupted, KeyboardInterrupt, MemoryError)):
-        run()
-    stored = json.loads(file.read_text())
-    assert (stored["next"], stored["values"][1]) == (61, 64 + 60 * 16) and 0 < stored["seconds"] < 600
-    file.write_text(json.dumps(stored | {"seconds": 1000.0}))
-    with monkeypatch.context() as patch, pytest.raises((Interrupted, KeyboardInterrupt, MemoryError)):
-        patch.setattr(evaluation, "check", lambda *args: how())
-        run()
-    again = json.loads(file.read_text())
-    assert (again["next"], again["values"]) == (stored["next"], stored["values"]) and 1000 < again["seconds"] < 1600
-    end = run(batch_tokens=batch_tokens)
-    assert (end.tokens, end.bytes) == (whole.tokens, whole.bytes) and 1000 < end.seconds < 1600
-    assert end.nats == whole.nats if batch_tokens == 640 else end.nats == pytest.approx(whole.nats, rel=1e-7)
-    assert said == ["continuing an interrupted evaluation: 1,024 tokens are scored already"] * 2
-    assert not list(tmp_path.iterdir()), "the file goes with the finished score"
-
-
-@pytest.mark.parametrize(
-    ("model", "plan", "why"),
-    [
-        ("other", {}, "is of another evaluation (model changed)"),
-        ("model", {"stride": 32}, "is of another evaluation (stride changed)"),
-        ("model", {"document_aware": True}, "is of another evaluation (document_start changed)"),
-        (None, {}, "is damaged"),
-    ],
-)
-def test_another_evaluation_starts_over(tiny, tmp_path, interrupted, model, plan, why):
-    interrupted(2, fail(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        score(tiny, keep=PartialSums(tmp_path, 0, "model"), **PLAN)
-    if model is None:
-        (tmp_path / "eval_partial_0.json").write_text('{"key": 3')
-    said = []
-    got = score(tiny, keep=PartialSums(tmp_path, 0, model or "model", said.append), **(PLAN | plan))
-    assert len(said) == 1 and said[0].endswith(f"{why}: starting over")
-    assert got.nats == score(tiny, **(PLAN | plan)).nats
-
-
-def test_sums_are_saved_as_time_goes_by(tiny, tmp_path, interrupted, monkeypatch):
-    """For a SIGKILL to leave behind; a folder that cannot be written is one warning."""
-    monkeypatch.setattr(evaluation, "SAVE_SECONDS", 0.0)
-    files, said = [], []
-    interrupted(5, lambda: files.append(json.loads((tmp_path / "eval_partial_0.json").read_text())))
-    score(tiny, keep=PartialSums(tmp_path, 0, "model"), **PLAN)
-    assert files[0]["next"] == 1 + 4 * 10
-    score(tiny, keep=PartialSums(tmp_path / "gone", 0, "model", said.append), **PLAN)
-    assert len(said) == 1 and said[0].startswith("warning:")
-
-
-def test_the_progress_line(tiny, monkeypatch):
-    monkeypatch.setattr(evaluation, "PROGRESS_SECONDS", 0.0)
-    lines = []
-    got = score(tiny, progress=lines.append, **PLAN)
-    assert lines[0].startswith("64 of 2,000 tokens, ") and lines[0].endswith(" s left")
-    assert lines[-1].startswith(f"2,000 of 2,000 tokens, {got.val_bpb:.4f} bits per byte so far, ")
-    assert lines[-1].endswith(" tokens/s, 0 s left")
-
-
-# 6 Ranks
+# 5 Ranks
 
 
 def worker(config: RunConfig, plans: list[dict], mark: int, folder: str) -> None:

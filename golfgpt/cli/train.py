@@ -147,7 +147,8 @@ def evaluate(args: Eval) -> int:
     from golfgpt import distributed
     from golfgpt.files import sha256_file
     from golfgpt.score.baselines import yardsticks
-    from golfgpt.score.evaluate import PartialSums, batch_windows, evaluate
+    from golfgpt.score.evaluate import batch_windows, evaluate
+    from golfgpt.score.sums import PartialSums
     from golfgpt.train.attention_backend import select_backend
     from golfgpt.train.compute_dtype import select_dtype
     from golfgpt.train.reporter import score_lines

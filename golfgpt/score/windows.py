@@ -46,14 +46,12 @@ RULES = {"every_token": every_token, "r4": r4, "r4b": r4b}
 
 
 class Windows:
-    """The n windows of `rule` over `targets` targets, L = `window` tokens long and S = `stride` apart.
+    """The n windows of `rule` over `targets` targets, L = `window` tokens long and S = `stride` <= L apart.
 
-    Raises InputError for a window longer than the text, a stride of 0 or beyond the window.
+    Raises InputError for a window longer than the text.
     """
 
     def __init__(self, targets: int, window: int, stride: int, rule: str = "every_token"):
-        if not 1 <= stride <= window:
-            raise InputError(f"eval.stride must lie in 1..{window} (the window), got {stride}")
         if window > targets:
             raise InputError(
                 f"eval.window {window} is longer than the text's {targets} target tokens; choose a smaller window"

@@ -6,7 +6,8 @@ from dataclasses import asdict, replace
 
 from golfgpt.config import EvalConfig, RunConfig
 from golfgpt.data.shards import Dataset
-from golfgpt.score.evaluate import PartialSums, Score, evaluate
+from golfgpt.score.evaluate import Score, evaluate
+from golfgpt.score.sums import PartialSums
 from golfgpt.train.clock import Ledger
 from golfgpt.train.export import Exporter
 from golfgpt.train.run_folder import Reporter

@@ -20,7 +20,8 @@ from golfgpt.quant.budget import budget_report, check_budget, fitted
 from golfgpt.quant.codecs import require_compressor
 from golfgpt.quant.quantizer import Quantizer
 from golfgpt.score.baselines import yardsticks
-from golfgpt.score.evaluate import PartialSums, plan_windows
+from golfgpt.score.evaluate import plan_windows
+from golfgpt.score.sums import PartialSums
 from golfgpt.train import compile_cache
 from golfgpt.train.attention_backend import Selection, select_backend
 from golfgpt.train.clock import Ledger
