@@ -3,7 +3,6 @@ make them. The scaled matmul keeps the error budget."""
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 
 import golfgpt_kernels as gk
@@ -13,8 +12,6 @@ import torch.nn.functional as F
 from golfgpt_kernels import RowQuant, fake_quant
 from golfgpt_kernels.fake_quant import codes_linear, fake_quant_linear_ref, fake_quantize_rows_ref, quantize_rows_ref
 from golfgpt_kernels.testing import assert_within_budget, gradients, poisoned, randn, strided
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 pytestmark = pytest.mark.numeric
 
@@ -87,16 +84,15 @@ def test_saturated_scale(device):
     assert_same_quantization(torch.tensor([[1e6, -1e9, 3e38, 5.0]], device=device), bits=6)
 
 
-@given(
-    seed=st.integers(0, 10**6),
-    rows=st.integers(1, 5),
-    cols=st.integers(1, 80),
-    bits=st.integers(2, 8),
-    exponent=st.integers(-12, 6),
-)
-@settings(max_examples=15, deadline=None)
-def test_any_weights(seed, rows, cols, bits, exponent):
-    assert_same_quantization(randn(rows, cols, seed=seed, scale=10.0**exponent), bits=bits, clip="quantile")
+@pytest.mark.parametrize("seed", range(10))
+def test_any_weights(seed, device):
+    rows, cols, bits, exponent = (
+        int(torch.randint(*bounds, (), generator=torch.Generator().manual_seed(5 * seed + i)))
+        for i, bounds in enumerate([(1, 6), (1, 81), (2, 9), (-12, 7)])
+    )
+    assert_same_quantization(
+        randn(rows, cols, seed=seed, device=device, scale=10.0**exponent), bits=bits, clip="quantile"
+    )
 
 
 def banks(device):
@@ -211,42 +207,6 @@ def test_codes_are_exact_in_every_dtype(dtype, device):
     assert torch.equal(y, (x.double() @ w.double().T).to(dtype))
 
 
-@pytest.mark.parametrize("form", ["shadow", "codes"])
-def test_gradients_where_needed_only(form, device):
-    x, w = randn(9, 24, seed=1, device=device), randn(8, 24, seed=2, device=device)
-    for wanted in itertools.product([False, True], repeat=2):
-        leaves = [t.clone().requires_grad_(want) for t, want in zip((x, w), wanted, strict=True)]
-        out = gk.fake_quant_linear(*leaves, INT6, form=form, impl="triton")
-        assert out.requires_grad == any(wanted)
-        if any(wanted):
-            out.sum().backward()
-        assert [leaf.grad is not None for leaf in leaves] == list(wanted)
-
-
-@pytest.mark.parametrize("form", ["auto", "shadow", "codes"])
-@pytest.mark.parametrize("lead", [(), (3,), (2, 5), (0,)], ids=str)
-def test_leading_dimensions(lead, form, device):
-    x, w = randn(*lead, 24, seed=1, device=device), randn(8, 24, seed=2, device=device)
-    ours = gk.fake_quant_linear(x, w, INT6, form=form, impl="triton")
-    torch.testing.assert_close(ours, fake_quant_linear_ref(x, w, INT6))
-    torch.testing.assert_close(gk.fake_quant_linear(x, w, INT6, form=form, impl="eager"), ours)
-
-
-@pytest.mark.parametrize("form", ["shadow", "codes"])
-def test_compiles_as_one_graph(form, device):
-    torch.compiler.reset()
-    x, w = randn(2, 9, 16, seed=1, device=device), randn(21, 16, seed=2, device=device)
-
-    def step(x, w):
-        return gk.fake_quant_linear(x, w, INT6, form=form, impl="triton").square().sum()
-
-    leaves = [[t.clone().requires_grad_() for t in (x, w)] for _ in range(2)]
-    torch.compile(step, fullgraph=True, backend="aot_eager")(*leaves[0]).backward()
-    step(*leaves[1]).backward()
-    for compiled, eager in zip(*leaves, strict=True):
-        torch.testing.assert_close(compiled.grad, eager.grad)
-
-
 @pytest.mark.slow
 def test_inductor_compiles_the_quantizer(device):
     """Inductor's own keyword arguments must not collide with the op's."""
@@ -276,14 +236,6 @@ def test_result_may_be_changed_in_place(device):
     y = gk.fake_quant_linear(x, w, INT6, form="codes", impl="triton")
     y += 1
     torch.testing.assert_close(y, gk.fake_quant_linear(x, w, INT6, form="codes", impl="eager") + 1)
-
-
-def test_autocast_rounds_like_linear(device):
-    x, w = randn(9, 16, seed=1, device=device), randn(24, 16, seed=2, device=device)
-    with torch.autocast(device, dtype=torch.bfloat16):
-        ours = gk.fake_quant_linear(x, w, INT6, impl="triton")
-        assert ours.dtype == torch.bfloat16
-        torch.testing.assert_close(ours, gk.fake_quant_linear(x, w, INT6, impl="eager"))
 
 
 W = randn(5, 8)

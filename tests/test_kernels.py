@@ -11,19 +11,12 @@ import torch.nn.functional as F
 from golfgpt_kernels import softcap_logprobs
 from golfgpt_kernels._rows import CLIP_QUANTILE
 from golfgpt_kernels.newton_schulz import POLAR_EXPRESS_COEFFICIENTS
-from golfgpt_kernels.testing import assert_within_budget, budget_violation
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from golfgpt_kernels.testing import assert_within_budget, budget_violation, randn
 
 pytestmark = pytest.mark.numeric
 
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 F64 = torch.float64
-
-
-def rand(*shape, seed=0, dtype=torch.float32, scale=1.0):
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(*shape, generator=generator, dtype=F64) * scale).to(dtype)
 
 
 # ---- relu² MLP
@@ -49,9 +42,9 @@ def test_relu2_mlp_forward(shape, dtype, slope):
     rows, k, hidden = shape
     rows = rows if isinstance(rows, tuple) else (rows,)
     args = (
-        rand(*rows, k, dtype=dtype),
-        rand(hidden, k, seed=1, dtype=dtype),
-        rand(k, hidden, seed=2, dtype=dtype),
+        randn(*rows, k, dtype=dtype),
+        randn(hidden, k, seed=1, dtype=dtype),
+        randn(k, hidden, seed=2, dtype=dtype),
     )
     oracle = mlp_by_hand(*(a.to(F64) for a in args), slope)
     actual = gk.relu2_mlp(*args, negative_slope=slope)
@@ -65,7 +58,7 @@ def test_relu2_mlp_forward(shape, dtype, slope):
 
 @pytest.mark.parametrize("slope", [0.0, 0.5])
 def test_relu2_mlp_gradients(slope):
-    args = [rand(4, 3, dtype=F64), rand(5, 3, seed=1, dtype=F64), rand(2, 5, seed=2, dtype=F64)]
+    args = [randn(4, 3, dtype=F64), randn(5, 3, seed=1, dtype=F64), randn(2, 5, seed=2, dtype=F64)]
     for needs in itertools.product([False, True], repeat=3):
         if any(needs):
             inputs = [a.clone().requires_grad_(n) for a, n in zip(args, needs, strict=True)]
@@ -74,7 +67,7 @@ def test_relu2_mlp_gradients(slope):
 
 
 def test_weights_are_rounded_to_the_activations_dtype():
-    x, w = rand(4, 8, dtype=torch.bfloat16), rand(5, 8, seed=1)
+    x, w = randn(4, 8, dtype=torch.bfloat16), randn(5, 8, seed=1)
     assert torch.equal(gk.linear_relu2(x, w), gk.linear_relu2(x, w.bfloat16()))
 
 
@@ -92,7 +85,7 @@ def quantize_by_hand(w, bits, low):
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("code_range", ["symmetric", "full"])
 def test_codes_and_range(bits, code_range):
-    w = rand(33, 65, dtype=F64)
+    w = randn(33, 65, dtype=F64)
     qmax = 2 ** (bits - 1) - 1
     low = -qmax - (code_range == "full")
     codes, scale = gk.quantize_rows(w, gk.RowQuant(bits=bits, code_range=code_range, scale_dtype=F64))
@@ -116,20 +109,16 @@ def assert_is_torch_quantile(w):
         assert ((scale - expected).abs() <= 4 * cols * eps * (first - second) + 2 * eps * first).all()
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 3000), st.integers(0, 2**31), st.sampled_from([1e-6, 0.02, 1.0, 1e3]))
-def test_quantile_is_torch_quantile(cols, seed, magnitude):
-    assert_is_torch_quantile(rand(17, cols, seed=seed, scale=magnitude))
-
-
-@pytest.mark.parametrize("cols", [1, 2, 3, 4, 255, 256, 257, 512, 1024, 1536, 4096, 65_537, 500_000])
-def test_quantile_is_torch_quantile_at_named_widths(cols):
-    assert_is_torch_quantile(rand(3, cols, seed=cols))
+@pytest.mark.parametrize("cols", [1, 2, 3, 4, 101, 255, 256, 257, 512, 777, 1024, 1536, 2999, 4096, 65_537, 500_000])
+@pytest.mark.parametrize("magnitude", [1e-6, 0.02, 1e3])
+def test_quantile_is_torch_quantile(cols, magnitude):
+    for seed in range(1 if cols > 4096 else 3):
+        assert_is_torch_quantile(randn(3 if cols > 4096 else 17, cols, seed=cols + seed, scale=magnitude))
 
 
 def test_int8_export_as_published():
     """Per-row int8: quantile clip, floor 1/127, codes from the fp32 scale, fp16 stored."""
-    w = torch.cat([rand(40, 300), rand(40, 300, seed=1, scale=100), torch.zeros(1, 300)])
+    w = torch.cat([randn(40, 300), randn(40, 300, seed=1, scale=100), torch.zeros(1, 300)])
     c = torch.quantile(w.abs(), 0.9999984, dim=1)
     scale = (c / 127.0).clamp_min(1.0 / 127.0)
     codes = torch.clamp(torch.round(torch.clamp(w, -c[:, None], c[:, None]) / scale[:, None]), -127, 127)
@@ -146,7 +135,7 @@ def test_ties_round_half_to_even():
 
 
 def test_codes_from_the_stored_scale_decode_closer():
-    w = rand(64, 512)
+    w = randn(64, 512)
     errors = {}
     for codes_from in ("stored_scale", "float32_scale"):
         codes, scale = gk.quantize_rows(w, gk.RowQuant(bits=8, codes_from=codes_from, scale_dtype=torch.bfloat16))
@@ -190,7 +179,7 @@ def test_fp16_scale_saturates(code_range, low):
 
 
 def test_group_size():
-    w = rand(2, 3, 24)
+    w = randn(2, 3, 24)
     codes, scale = gk.quantize_rows(w, gk.RowQuant(bits=4, group_size=8))
     assert codes.shape == w.shape and scale.shape == (2, 3, 3)
     by_hand = gk.quantize_rows(w.reshape(2, 9, 8), gk.RowQuant(bits=4))
@@ -204,7 +193,7 @@ def test_group_size():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_was_trained_is_what_is_decoded(dtype):
     """fake_quantize_rows, with `out` or without, and the weight inside fake_quant_linear equal decoded codes."""
-    w = rand(2, 30, 40)
+    w = randn(2, 30, 40)
     decoded = gk.dequantize_rows(*gk.quantize_rows(w, gk.RowQuant(bits=6)), dtype=dtype)
     assert torch.equal(gk.fake_quantize_rows(w, gk.RowQuant(bits=6)).to(dtype), decoded)
     out = torch.full_like(decoded, math.nan)
@@ -215,9 +204,9 @@ def test_what_was_trained_is_what_is_decoded(dtype):
 
 
 def test_straight_through_gradient():
-    w = rand(5, 8, dtype=F64)
-    x = rand(3, 4, 8, seed=1, dtype=F64)
-    grad = rand(3, 4, 5, seed=2, dtype=F64)
+    w = randn(5, 8, dtype=F64)
+    x = randn(3, 4, 8, seed=1, dtype=F64)
+    grad = randn(3, 4, 5, seed=2, dtype=F64)
     for needs_x, needs_w in ((True, True), (True, False), (False, True)):
         x_, w_ = x.clone().requires_grad_(needs_x), w.clone().requires_grad_(needs_w)
         gk.fake_quant_linear(x_, w_, gk.RowQuant(bits=3, clip="quantile")).backward(grad)
@@ -227,14 +216,14 @@ def test_straight_through_gradient():
             w_hat = gk.fake_quantize_rows(w, gk.RowQuant(bits=3, clip="quantile"))
             torch.testing.assert_close(x_.grad, grad @ w_hat)
     assert torch.autograd.gradcheck(lambda a: gk.fake_quant_linear(a, w, gk.RowQuant(bits=4)), x.requires_grad_())
-    bank = rand(2, 3, 4).requires_grad_()
+    bank = randn(2, 3, 4).requires_grad_()
     gk.fake_quantize_rows(bank, gk.RowQuant(bits=4)).backward(torch.full((2, 3, 4), 0.25))
     assert torch.equal(bank.grad, torch.full((2, 3, 4), 0.25))
 
 
 def test_master_gradient_has_the_master_dtype():
-    w = rand(5, 8).requires_grad_()
-    gk.fake_quant_linear(rand(3, 8, dtype=torch.bfloat16), w, gk.RowQuant(bits=6)).float().sum().backward()
+    w = randn(5, 8).requires_grad_()
+    gk.fake_quant_linear(randn(3, 8, dtype=torch.bfloat16), w, gk.RowQuant(bits=6)).float().sum().backward()
     assert w.grad.dtype == torch.float32
 
 
@@ -259,7 +248,7 @@ MATRICES = {"square": (32, 32), "wide": (24, 70), "tall": (70, 24), "bank": (3, 
     "coefficients, triples", [("quintic", QUINTIC), ("polar_express", POLAR_EXPRESS_COEFFICIENTS[:5])]
 )
 def test_newton_schulz_is_a_map_of_singular_values(shape, coefficients, triples):
-    x = rand(*shape, dtype=F64)
+    x = randn(*shape, dtype=F64)
     oracle = svd_map(x, triples)
     exact = functools.partial(gk.newton_schulz, x, dtype=F64, eps=1e-30)
     actual = exact(coefficients=coefficients)
@@ -272,31 +261,14 @@ def test_newton_schulz_is_a_map_of_singular_values(shape, coefficients, triples)
 
 
 def test_polar_express_converges_to_one():
-    x = rand(40, 64, dtype=F64)
+    x = randn(40, 64, dtype=F64)
     for steps, tolerance in ((8, 1e-3), (10, 1e-9)):
         s = torch.linalg.svdvals(gk.newton_schulz(x, steps=steps, coefficients="polar_express", dtype=F64))
         assert (s - 1).abs().max() <= tolerance
 
 
-HOSTILE = {
-    "zero": torch.zeros(8, 12),
-    "rank 1": rand(32, 1) @ rand(1, 32, seed=1),
-    "one dominant": torch.diag(torch.tensor([1e4] + [1e-4] * 15)),
-    "1e-8": rand(16, 16, scale=1e-8),
-    "1e4": rand(16, 16, scale=1e4),
-}
-
-
-@pytest.mark.parametrize("coefficients", ["quintic", "polar_express"])
-@pytest.mark.parametrize("x", HOSTILE.values(), ids=HOSTILE.keys())
-def test_newton_schulz_hostile_spectra(x, coefficients):
-    for dtype in (torch.bfloat16, torch.float32):
-        s = torch.linalg.svdvals(gk.newton_schulz(x, coefficients=coefficients, dtype=dtype))
-        assert s.isfinite().all() and s.max() <= 1.3
-
-
 def test_newton_schulz_scale_transpose_and_batch():
-    x = rand(3, 20, 30)
+    x = randn(3, 20, 30)
     y = gk.newton_schulz(x)
     assert torch.equal(gk.newton_schulz(x * 2.0**10), y)  # the exponent drops out; the norm is far above eps
     assert torch.equal(gk.newton_schulz(x.mT), y.mT)  # a tall matrix is iterated as its transpose, which is x
@@ -306,7 +278,7 @@ def test_newton_schulz_scale_transpose_and_batch():
 
 def test_newton_schulz_gradient():
     for shape in ((3, 4), (2, 4, 3)):
-        x = rand(*shape, dtype=F64).requires_grad_()
+        x = randn(*shape, dtype=F64).requires_grad_()
         assert torch.autograd.gradcheck(lambda x: gk.newton_schulz(x, steps=2, dtype=F64), x)
 
 
@@ -324,7 +296,7 @@ def nll_by_hand(hidden, head, targets, softcap):
 @pytest.mark.parametrize("shape", [(64, 32, 128), (37, 19, 515), (1, 7, 3)], ids=["aligned", "ragged", "one row"])
 def test_loss_and_logprobs_forward(shape, softcap):
     rows, dim, vocab = shape
-    hidden, head = rand(rows, dim), rand(vocab, dim, seed=1)
+    hidden, head = randn(rows, dim), randn(vocab, dim, seed=1)
     targets = torch.arange(rows) * 7 % vocab
     oracle = nll_by_hand(hidden.to(F64), head.to(F64), targets, softcap)
     rival = nll_by_hand(hidden, head, targets, softcap)
@@ -340,7 +312,7 @@ def test_loss_and_logprobs_forward(shape, softcap):
 
 
 def test_bf16_logits_are_rounded_once():
-    hidden, head = rand(20, 32, dtype=torch.bfloat16), rand(50, 32, seed=1)
+    hidden, head = randn(20, 32, dtype=torch.bfloat16), randn(50, 32, seed=1)
     targets = torch.arange(20)
     z = 30 * torch.tanh((hidden @ head.bfloat16().T).float() / 30)
     expected = F.cross_entropy(z, targets, reduction="none")
@@ -356,8 +328,8 @@ def test_bf16_logits_are_rounded_once():
 @pytest.mark.parametrize("softcap", [3.0, None])
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])
 def test_loss_gradients(reduction, softcap, z_loss):
-    hidden = rand(2, 3, 4, dtype=F64).requires_grad_()
-    head = rand(7, 4, seed=1, dtype=F64).requires_grad_()
+    hidden = randn(2, 3, 4, dtype=F64).requires_grad_()
+    head = randn(7, 4, seed=1, dtype=F64).requires_grad_()
     targets = torch.tensor([[0, 6, -100], [3, 3, 1]])
     options = dict(softcap=softcap, reduction=reduction, z_loss=z_loss)
     loss = functools.partial(gk.softcap_cross_entropy, **options)
@@ -365,7 +337,7 @@ def test_loss_gradients(reduction, softcap, z_loss):
 
 
 def test_ignored_and_masked_tokens():
-    hidden, head = rand(2, 3, 4), rand(7, 4, seed=1)
+    hidden, head = randn(2, 3, 4), randn(7, 4, seed=1)
     targets = torch.tensor([[0, 6, -1], [3, 99, 1]])
     mask = torch.tensor([[True, True, False], [True, False, True]])
     kept = gk.token_logprobs(hidden[mask], head, targets[mask])
@@ -381,15 +353,15 @@ def test_ignored_and_masked_tokens():
 
 
 def test_z_loss():
-    hidden, head, targets = rand(6, 4), rand(7, 4, seed=1), torch.arange(6)
+    hidden, head, targets = randn(6, 4), randn(7, 4, seed=1), torch.arange(6)
     plain, penalized = (gk.softcap_cross_entropy(hidden, head, targets, reduction="none", z_loss=z) for z in (0, 1e-2))
     z = 30 * torch.tanh(hidden @ head.T / 30)
     torch.testing.assert_close(penalized - plain, 1e-2 * z.exp().sum(-1).log() ** 2)
 
 
 def test_logprob_gradient_and_normalization():
-    hidden = rand(5, 4, dtype=F64).requires_grad_()
-    head = rand(7, 4, seed=1, dtype=F64).requires_grad_()
+    hidden = randn(5, 4, dtype=F64).requires_grad_()
+    head = randn(7, 4, seed=1, dtype=F64).requires_grad_()
     targets, mask = torch.arange(5), torch.tensor([True, False, True, True, False])
     assert torch.autograd.gradcheck(lambda h, w: gk.token_logprobs(h, w, targets, mask=mask), (hidden, head))
     every = torch.arange(7).repeat(5, 1)
@@ -398,7 +370,7 @@ def test_logprob_gradient_and_normalization():
 
 
 def test_logprob_chunks(monkeypatch):
-    hidden, head, targets = rand(11, 4), rand(7, 4, seed=1), torch.arange(11) % 7
+    hidden, head, targets = randn(11, 4), randn(7, 4, seed=1), torch.arange(11) % 7
     whole = gk.token_logprobs(hidden, head, targets)
     sizes = []
 
@@ -415,7 +387,7 @@ def test_logprob_chunks(monkeypatch):
 
 # ---- every op: shapes, strides, compilation, refusals
 
-X, W, W2, T = rand(2, 3, 8), rand(5, 8, seed=1), rand(8, 5, seed=2), torch.tensor([[0, 1, 2], [3, 4, 0]])
+X, W, W2, T = randn(2, 3, 8), randn(5, 8, seed=1), randn(8, 5, seed=2), torch.tensor([[0, 1, 2], [3, 4, 0]])
 OPS = {
     "linear_relu2": (gk.linear_relu2, (X, W)),
     "relu2_mlp": (gk.relu2_mlp, (X, W, W2)),
@@ -427,33 +399,6 @@ OPS = {
     "token_logprobs": (gk.token_logprobs, (X, W, T)),
 }
 each_op = pytest.mark.parametrize("op, args", OPS.values(), ids=OPS.keys())
-
-
-def strided(tensor):
-    """The same values behind other strides, in a buffer whose gaps are NaN."""
-    wide = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1]), -1 if tensor.dtype == torch.int64 else math.nan)
-    wide = wide.to(tensor.dtype)
-    wide[..., ::2] = tensor
-    return wide[..., ::2]
-
-
-@each_op
-def test_non_contiguous_input(op, args):
-    torch.testing.assert_close(op(*map(strided, args)), op(*args))
-
-
-@each_op
-def test_compiles_as_one_graph(op, args):
-    torch.compiler.reset()
-    differentiable = [a.clone().requires_grad_() if a.is_floating_point() else a for a in args]
-    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")(*differentiable)
-    torch.testing.assert_close(compiled, op(*args))
-    if isinstance(compiled, torch.Tensor):
-        compiled.sum().backward()
-        eager = [a.clone().requires_grad_() if a.is_floating_point() else a for a in args]
-        op(*eager).sum().backward()
-        for ours, theirs in zip(differentiable, eager, strict=True):
-            torch.testing.assert_close(ours.grad, theirs.grad)
 
 
 @pytest.mark.parametrize("name", ["quantize_rows", "fake_quantize_rows", "fake_quant_linear"])
@@ -487,14 +432,6 @@ def test_empty_batch():
     assert gk.softcap_cross_entropy(x, W, targets, reduction="sum") == 0
     assert gk.softcap_cross_entropy(x, W, targets).isnan()  # a mean of nothing, as in torch
     assert gk.token_logprobs(x, W, targets).shape == (2, 0)
-
-
-def test_single_token_without_batch_dimension():
-    target = torch.tensor(3)
-    assert gk.relu2_mlp(X[0, 0], W, W2).shape == (8,)
-    logprob = gk.token_logprobs(X[0, 0], W, target)
-    assert logprob.shape == ()
-    torch.testing.assert_close(gk.softcap_cross_entropy(X[0, 0], W, target), -logprob)
 
 
 @each_op

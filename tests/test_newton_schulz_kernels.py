@@ -191,12 +191,14 @@ HOSTILE = {
 }
 
 
+@pytest.mark.parametrize("impl", ["eager", "triton"])
 @pytest.mark.parametrize("coefficients", ["quintic", "polar_express"])
 @pytest.mark.parametrize("x", HOSTILE.values(), ids=HOSTILE.keys())
-def test_hostile_spectra(x, coefficients, device):
+def test_hostile_spectra(x, coefficients, impl, device):
     x = x.to(device)
     for dtype in (BF16, F16, F32):
-        y = triton(x, coefficients=coefficients, dtype=dtype)
+        with poisoned():
+            y = gk.newton_schulz(x, coefficients=coefficients, dtype=dtype, impl=impl)
         s = torch.linalg.svdvals(y)
         assert s.isfinite().all() and s.max() <= 1.3
         assert not y[(x == 0).all(-1)].any()  # a zero row, and a zero matrix, stays zero
@@ -263,7 +265,7 @@ def test_launches(device, monkeypatch):
     assert torch.equal(x, before)
 
 
-# ---- gradient and compilation
+# ---- gradient
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 9), (1, 9, 5)], ids=["wide", "tall"])
@@ -292,17 +294,6 @@ def test_gradient_is_the_slope_of_the_kernels(device):
     h = 1e-2
     slope = ((run(x + h * along) - run(x - h * along)) * dy).sum() / (2 * h)
     torch.testing.assert_close((leaf.grad * along).sum(), slope, rtol=2e-3, atol=0)
-
-
-def test_compiles_as_one_graph(device):
-    torch.compiler.reset()
-    run = functools.partial(gk.newton_schulz, steps=2, impl="triton")
-    leaves = [randn(2, 6, 11, device=device).requires_grad_() for _ in range(2)]
-    outs = [torch.compile(run, fullgraph=True, backend="aot_eager")(leaves[0]), run(leaves[1])]
-    assert torch.equal(*outs)  # the same kernels
-    for out in outs:
-        out.square().sum().backward()
-    torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
 
 
 # ---- refusals and tables

@@ -1,18 +1,20 @@
-"""Every op that the package registers, under `torch.library.opcheck`: schema, mutation, fake tensors, autograd."""
+"""What all ops promise: strides, empty input, missing gradients, autocast, torch.compile; and every op that the package
+registers under `torch.library.opcheck`: schema, mutation, fake tensors, autograd."""
 
 from __future__ import annotations
 
 import itertools
+import math
+from functools import partial
 
 import golfgpt_kernels as gk
 import pytest
 import torch
-from golfgpt_kernels import tuning  # noqa: F401  so that all of the package is imported
 from golfgpt_kernels._jit import MISSING
 from golfgpt_kernels._ops import add_op_namespace_prefix, ops
 from golfgpt_kernels._rows import to_fields
 from golfgpt_kernels.softcap_logprobs import softcap_logprobs
-from golfgpt_kernels.testing import randn
+from golfgpt_kernels.testing import assert_within_budget, gradients, poisoned, randn, strided
 
 import golfgpt.model  # noqa: F401  the trainer registers no op of its own
 
@@ -23,6 +25,126 @@ REGISTERED = sorted(
 SPECS = [gk.RowQuant(bits=bits, clip="quantile", code_range="full") for bits in (6, 5, 6)]
 QUINTIC = [3.4445, -4.7750, 2.0315]
 triton = pytest.mark.skipif(MISSING is not None, reason="without triton no kernel runs")
+
+
+INT6 = gk.RowQuant(bits=6)
+QUANTIZED = {form: partial(gk.fake_quant_linear, spec=INT6, form=form) for form in ("shadow", "codes")}
+LAYERS = {
+    "linear_relu2": gk.linear_relu2,
+    "relu2_mlp": partial(gk.relu2_mlp, negative_slope=0.5),
+    "fake_quant_linear": QUANTIZED["shadow"],
+    "codes_linear": QUANTIZED["codes"],
+    "softcap_cross_entropy": partial(gk.softcap_cross_entropy, reduction="none", z_loss=0.1),
+    "token_logprobs": gk.token_logprobs,
+}
+MATRICES = {
+    "newton_schulz": partial(gk.newton_schulz, steps=2, dtype=torch.float32),
+    "fake_quantize_rows": partial(gk.fake_quantize_rows, spec=INT6),
+    "quantize_rows": partial(gk.quantize_rows, spec=gk.RowQuant(bits=6, clip="quantile")),
+}
+each_layer = pytest.mark.parametrize("name", LAYERS)
+
+
+def layer_inputs(name: str, lead: tuple[int, ...], device: str) -> dict[str, torch.Tensor]:
+    """x (*lead, 24), weights, and targets of shape lead where there are some."""
+    inputs = {"x": randn(*lead, 24, seed=1, device=device), "w": randn(41, 24, seed=2, device=device, scale=0.2)}
+    if name == "relu2_mlp":
+        inputs["w_proj"] = randn(9, 41, seed=3, device=device, scale=0.2)
+    if name in ("softcap_cross_entropy", "token_logprobs"):
+        inputs["targets"] = torch.arange(math.prod(lead), device=device).view(lead) * 7 % 41
+    return inputs
+
+
+def layer(name: str, impl: str):
+    return lambda **inputs: LAYERS[name](*inputs.values(), impl=impl)
+
+
+@triton
+@each_layer
+@pytest.mark.parametrize("lead", [(), (3,), (2, 5), (0,), (4, 0)], ids=str)
+def test_leading_dimensions(name, lead, device):
+    """Kernel and eager agree for any, also in the gradients, which are zero where there is no row."""
+    inputs = layer_inputs(name, lead, device)
+    shape = lead if "targets" in inputs else (*lead, 9 if name == "relu2_mlp" else 41)
+    ours, eager = (
+        gradients(layer(name, impl), inputs, torch.ones(shape, device=device)) for impl in ("triton", "eager")
+    )
+    assert ours["out"].shape == shape
+    torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)
+
+
+@triton
+@each_layer
+@pytest.mark.parametrize("layout", ["strided", "transposed", "offset"])
+def test_any_strides(name, layout, device):
+    """Operands that TMA cannot address are copied, and a kernel computes the same bits; torch's products, in the
+    backward and in relu2_mlp's forward, may round otherwise. Gaps of the buffers are NaN."""
+    inputs = layer_inputs(name, (33,), device)
+    change = {
+        "strided": strided,
+        "transposed": lambda t: t.T.contiguous().T,
+        "offset": lambda t: torch.cat([t.new_full((1,), math.nan), t.flatten()])[1:].view(t.shape),
+    }[layout]
+    moved = {k: change(v) if v.is_floating_point() else v.repeat_interleave(2)[::2] for k, v in inputs.items()}
+    grad = randn(*layer(name, "eager")(**inputs).shape, seed=4, device=device)
+    with poisoned():
+        plain = gradients(layer(name, "triton"), inputs, grad)
+        other = gradients(layer(name, "triton"), moved, strided(grad))
+    assert name == "relu2_mlp" or torch.equal(other["out"], plain["out"])
+    torch.testing.assert_close(other, plain, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer(name, "eager")(**moved), layer(name, "eager")(**inputs))
+
+
+@triton
+@each_layer
+def test_gradients_where_needed_only(name, device):
+    inputs = layer_inputs(name, (33,), device)
+    floats = [key for key, value in inputs.items() if value.is_floating_point()]
+    out = layer(name, "triton")(**inputs)
+    full = gradients(layer(name, "triton"), inputs, torch.ones_like(out))
+    for wanted in itertools.product([False, True], repeat=len(floats)):
+        leaves = inputs | {k: inputs[k].clone().requires_grad_(want) for k, want in zip(floats, wanted, strict=True)}
+        out = layer(name, "triton")(**leaves)
+        assert out.requires_grad == any(wanted)
+        if any(wanted):
+            out.sum().backward()
+        for key, want in zip(floats, wanted, strict=True):
+            assert torch.equal(leaves[key].grad, full[key]) if want else leaves[key].grad is None
+
+
+@triton
+@each_layer
+def test_autocast_rounds_like_linear(name, device):
+    inputs = layer_inputs(name, (9,), device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        ours, eager = (layer(name, impl)(**inputs) for impl in ("triton", "eager"))
+    assert ours.dtype == eager.dtype == (torch.float32 if "targets" in inputs else torch.bfloat16)
+    if name in ("fake_quant_linear", "codes_linear"):  # float64 weights would be quantized otherwise
+        torch.testing.assert_close(ours, eager)
+    else:
+        exact = {k: v.bfloat16().double() if v.is_floating_point() else v for k, v in inputs.items()}
+        assert_within_budget(ours, eager, layer(name, "eager")(**exact))
+
+
+@triton
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+@pytest.mark.parametrize("name", [*LAYERS, *MATRICES])
+def test_compiles_as_one_graph(name, impl, device):
+    torch.compiler.reset()
+    op = LAYERS.get(name) or MATRICES[name]
+    inputs = layer_inputs(name, (2, 9), device) if name in LAYERS else {"x": randn(2, 6, 11, device=device)}
+    leaves = [[t.clone().requires_grad_(t.is_floating_point()) for t in inputs.values()] for _ in range(2)]
+    runs = torch.compile(partial(op, impl=impl), fullgraph=True, backend="aot_eager"), partial(op, impl=impl)
+    compiled, plain = (run(*each) for run, each in zip(runs, leaves, strict=True))
+    torch.testing.assert_close(compiled, plain)
+    if isinstance(plain, torch.Tensor):
+        for out in (compiled, plain):
+            (out * 2).square().sum().backward()
+        for ours, theirs in zip(*leaves, strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+# ---- opcheck
 
 
 def leaf(*shape: int, seed: int, device: str) -> torch.Tensor:

@@ -6,9 +6,8 @@ unless a measurement says that the kernel wins: an entry of measured.json for th
 file that `python -m golfgpt_kernels tune` wrote on this machine for this GPU and these versions. It logs once
 per op what it chose on a GPU and why. `set_implementation` gives "auto" another meaning for the whole process.
 
-Checks of dtype, shape and device always run. Checks of values (NaN, targets outside the vocabulary) would
-cost a host synchronization on a GPU and a graph break under torch.compile: they run for CPU tensors in
-eager mode only.
+Checks of dtype, shape and device always run. Checks of values (NaN, targets outside the vocabulary) would make the
+host wait for a GPU and break a compiled graph: they run only for CPU tensors outside torch.compile.
 """
 
 from __future__ import annotations

@@ -4,9 +4,8 @@ Triton has no wheels for macOS. Where it is missing or too old `jit` returns the
 why, and everything but impl="triton" works. Kernel files postpone annotations, so that `tl.constexpr` is never
 evaluated there.
 
-With TRITON_INTERPRET=1, read once when this file is imported, kernels run on CPU tensors. Three things
-differ from a GPU, and are put right here, so that a kernel that uses `dot` and `narrow` is tested in bf16
-too (found in triton 3.6 to 3.9):
+With TRITON_INTERPRET=1, read once when this file is imported, kernels run on CPU tensors. Three things differ from a
+GPU (in triton 3.6 to 3.9). `dot` and `narrow` correct the first two, so that kernels are tested in bf16 too:
 - bf16 arithmetic works on the bit patterns and is silently wrong: operands are upcast before a dot;
 - the cast fp32 -> bf16 truncates: it is rounded half to even on the bits;
 - `/` and `sqrt` are exact there and approximate on a GPU: use `tl.div_rn` where every bit counts.

@@ -1,10 +1,9 @@
 """Tiles: the block sizes, warps and pipeline stages that a kernel is launched with, from tables.
 
-Never from a search at run time.
-A search inside a run costs minutes, and eight ranks that search disagree and then sum in different orders.
-Each kernel file declares its tables next to its kernels; `python -m bench.tune` searches, and its winner is
-pasted there with its provenance. `source` says where an entry comes from: "offline" was chosen from the
-compiler's report (registers, shared memory, spills) and has never been timed.
+They are never searched at run time: a search costs minutes, and eight ranks that search disagree and then sum in
+different orders. Each kernel file declares its tables next to its kernels; `python -m bench.tune` searches, and its
+winner is pasted there. `source` says where an entry comes from: "offline" was chosen from the compiler's report
+(registers, shared memory, spills) and has never been timed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The oldest torch and triton that the package runs with, and the sentence for those that are older."""
+"""The oldest torch and triton that the package runs with, and what it says of older ones."""
 
 from __future__ import annotations
 

@@ -8,8 +8,8 @@ max(1, rows / cols)^½ as published. Shapes: lists of tensors (..., rows, cols),
 (fp16 and bf16 are taken too), U and O in any float dtype. B, W and the outputs are changed in place.
 
 μ and η are 0-d fp32 tensors on the device, so a schedule moves them without recapturing a CUDA graph. `ok`,
-a 0-d bool tensor on the device, guards a step: where it is false B, W and the shadows keep their values, and
-nobody waits to find out.
+a 0-d bool tensor on the device, guards a step: if it is false B, W and the shadows keep their values, without a host
+synchronization.
 
 `square_sums` (..., square_parts(rows, cols)) fp32, one for each U: part i of a matrix is its elements i PART to
 (i + 1) PART in row-major order, and the sum is of the squares of U as stored, so that the parts add up to the ‖U‖²

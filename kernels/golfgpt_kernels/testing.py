@@ -1,4 +1,4 @@
-"""How the kernels are tested, for tests and benchmarks here and for anyone who changes a kernel.
+"""How kernels are tested, here and by anyone who changes one.
 
 The error budget: against a float64 oracle, a kernel may err at most twice as much as eager PyTorch does in
 the same dtype, in the maximum and in the mean. Fixed tolerances hide bugs: a result that is 1 % too large
