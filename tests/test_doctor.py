@@ -234,6 +234,10 @@ def triton(line: str, version: str | None, cuda: str | None = "13.0") -> dict:
     return answers | {"torch.version.cuda": cuda}
 
 
+def packages(*installed: str) -> dict:
+    return {f"{CHECKS}.package_version": lambda name: "1.2" if name in installed else None}
+
+
 def step(ms: float | Exception, expected: dict | None) -> dict:
     answers = {f"{PROBE}.baseline_step": ms, f"{PROBE}.expected_step": expected}
     return answers | {"torch.cuda.get_device_name": "NVIDIA A"}
@@ -274,7 +278,8 @@ def choices(refused: str = "", bf16: bool = True) -> dict:
         ("attention", 1, choices("cudnn"), "ok", ""),
         ("attention", 1, choices("cudnn flash"), "slow", "sm_80"),
         ("attention", 0, choices("cudnn flash"), "ok", ""),
-        ("versions", 0, {f"{CHECKS}.package_version": None}, "broken", "pip install brotli zstandard huggingface_hub"),
+        ("versions", 0, packages(), "broken", "pip install brotli zstandard huggingface_hub"),
+        ("versions", 0, packages("brotli", "zstandard"), "missing", "pip install huggingface_hub"),
         ("triton", 1, triton('triton==3.7.1; platform_system == "Linux"', "3.7.1"), "ok", ""),
         ("triton", 1, triton("triton (==3.7.1) ; platform_system == 'Linux'", "3.7.0"), "ok", ""),
         ("triton", 1, triton("triton==3.7.1", "3.6.0"), "broken", "pip install 'triton==3.7.*'"),
@@ -285,10 +290,10 @@ def choices(refused: str = "", bf16: bool = True) -> dict:
     ],
 )
 def test_judgements(monkeypatch, tmp_path, check, gpus, answers, verdict, word):
-    def answer(value, *_arguments):
+    def answer(value, *arguments):
         if isinstance(value, Exception):
             raise value
-        return value
+        return value(*arguments) if callable(value) else value
 
     monkeypatch.chdir(tmp_path)
     machine = given(devices=gpus)

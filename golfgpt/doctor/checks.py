@@ -320,10 +320,14 @@ def versions(machine: Machine) -> Iterator[Answer]:
     if torch.version.cuda:
         nccl = ".".join(map(str, torch.cuda.nccl.version()))
         found |= {"CUDA": torch.version.cuda, "cuDNN": torch.backends.cudnn.version(), "NCCL": nccl}
-    absent = " ".join(name for name, version in packages.items() if not version)
     value = ", ".join(f"{name} {version}" for name, version in found.items())
-    advice = f"data, artifacts or scores need it: pip install {absent}"
-    yield f"{value}, {collect_env.get_os(probe.run)}", (absent, "broken", advice)
+    absent = [name for name, version in packages.items() if not version]
+    install = f"pip install {' '.join(absent)}"
+    yield (
+        f"{value}, {collect_env.get_os(probe.run)}",
+        ({"brotli", "zstandard"} & set(absent), "broken", f"data, artifacts and scores need them: {install}"),
+        (absent, "missing", f"published data cannot be downloaded: {install}"),
+    )
 
 
 @check("triton")

@@ -189,11 +189,3 @@ def cpu_quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/
     texts = [file.read_text() for file in files if file.exists()]
     limits = [re.fullmatch(r"(\d+) ([1-9]\d*)\s*", text, re.ASCII) for text in texts]
     return min((int(limit[1]) / int(limit[2]) for limit in limits if limit), default=math.inf)
-
-
-def memory(file: Path = Path("/proc/meminfo")) -> tuple[int, int]:
-    """Total and available bytes."""
-    found = dict(re.findall(r"^(MemTotal|MemAvailable): +(\d+) kB$", file.read_text(), re.MULTILINE))
-    if len(found) != 2:
-        raise CommandFailed(f"{file} does not say it")
-    return 1024 * int(found["MemTotal"]), 1024 * int(found["MemAvailable"])
