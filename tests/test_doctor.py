@@ -19,6 +19,7 @@ from golfgpt.doctor.probe import Gpu
 from golfgpt.errors import InputError
 from golfgpt.model.gpt import GPT
 from golfgpt.train.attention_backend import Selection
+from golfgpt.train.compute_dtype import DtypeChoice
 
 H100 = Gpu("NVIDIA H100 80GB HBM3", 700, 3000, 1410, 1980, 700, 700, 0x4, 18, 26.5)
 
@@ -233,14 +234,19 @@ def triton(line: str, version: str | None, cuda: str | None = "13.0") -> dict:
     return answers | {"torch.version.cuda": cuda}
 
 
+def packages(*installed: str) -> dict:
+    return {f"{CHECKS}.package_version": lambda name: "1.2" if name in installed else None}
+
+
 def step(ms: float | Exception, expected: dict | None) -> dict:
     answers = {f"{PROBE}.baseline_step": ms, f"{PROBE}.expected_step": expected}
     return answers | {"torch.cuda.get_device_name": "NVIDIA A"}
 
 
-def attention(refused: str, bf16: bool) -> dict:
+def choices(refused: str = "", bf16: bool = True) -> dict:
     selection = Selection("efficient", {}, False, dict.fromkeys(refused.split(), "no such chip"))
-    return {f"{PROBE}.choose_attention": selection, "torch.cuda.is_bf16_supported": bf16}
+    dtype = DtypeChoice(torch.bfloat16 if bf16 else torch.float32)
+    return {f"{PROBE}.choose_attention": selection, f"{PROBE}.choose_dtype": dtype}
 
 
 @pytest.mark.parametrize(
@@ -266,11 +272,14 @@ def attention(refused: str, bf16: bool) -> dict:
         ("baseline step", 1, step(100, STEP), "slow", "1.25 x the committed time (torch 2.12.0)"),
         ("baseline step", 1, step(90, None), "unknown", "nothing to compare"),
         ("baseline step", 1, step(torch.OutOfMemoryError("CUDA out of memory"), None), "unknown", "out of memory"),
-        ("attention", 1, attention("cudnn", bf16=True), "ok", ""),
-        ("attention", 1, attention("cudnn flash", bf16=True), "slow", "sm_80"),
-        ("attention", 1, attention("", bf16=False), "slow", "--runtime.dtype float32"),
-        ("attention", 0, attention("cudnn flash", bf16=False), "ok", ""),
-        ("versions", 0, {f"{CHECKS}.package_version": None}, "broken", "pip install brotli zstandard huggingface_hub"),
+        ("dtype", 1, choices(), "ok", ""),
+        ("dtype", 1, choices(bf16=False), "slow", "--runtime.dtype float32"),
+        ("dtype", 0, choices(bf16=False), "ok", ""),
+        ("attention", 1, choices("cudnn"), "ok", ""),
+        ("attention", 1, choices("cudnn flash"), "slow", "sm_80"),
+        ("attention", 0, choices("cudnn flash"), "ok", ""),
+        ("versions", 0, packages(), "broken", "pip install brotli zstandard huggingface_hub"),
+        ("versions", 0, packages("brotli", "zstandard"), "missing", "pip install huggingface_hub"),
         ("triton", 1, triton('triton==3.7.1; platform_system == "Linux"', "3.7.1"), "ok", ""),
         ("triton", 1, triton("triton (==3.7.1) ; platform_system == 'Linux'", "3.7.0"), "ok", ""),
         ("triton", 1, triton("triton==3.7.1", "3.6.0"), "broken", "pip install 'triton==3.7.*'"),
@@ -281,10 +290,10 @@ def attention(refused: str, bf16: bool) -> dict:
     ],
 )
 def test_judgements(monkeypatch, tmp_path, check, gpus, answers, verdict, word):
-    def answer(value, *_arguments):
+    def answer(value, *arguments):
         if isinstance(value, Exception):
             raise value
-        return value
+        return value(*arguments) if callable(value) else value
 
     monkeypatch.chdir(tmp_path)
     machine = given(devices=gpus)
@@ -355,6 +364,7 @@ def test_every_verdict_but_ok_says_what_to_do():
 def no_gpu(tmp_path, smi, monkeypatch):
     """A machine without GPUs, and an empty folder."""
     smi("echo 'No devices were found'")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr(probe, "usable_gpus", lambda: ([], None))
@@ -377,7 +387,7 @@ def test_json_and_exit_code(no_gpu, monkeypatch, capsys, arguments, folder, brok
     result = json.loads(capsys.readouterr().out)
     assert result["exit_code"] == code == (3 if broken else 0)
     rows = {row["name"]: row for row in result["rows"]}
-    expected = "torch's GPUs, disk, CPUs, memory, /dev/shm, versions, triton, attention, kernels"
+    expected = "torch's GPUs, disk, CPUs, memory, /dev/shm, versions, triton, dtype, attention, kernels"
     assert list(rows) == expected.split(", "), "nothing of GPUs that are not there"
     assert [name for name, row in rows.items() if row["broken"]] == broken
     assert all(bool(row["advice"]) == (row["verdict"] != "ok") for row in rows.values())

@@ -34,6 +34,7 @@ import golfgpt
 from golfgpt.doctor import probe
 from golfgpt.doctor.probe import Gpu
 from golfgpt.errors import InputError
+from golfgpt.train.compute_dtype import DtypeChoice
 from golfgpt.train.machine_cache import package_version
 from golfgpt.train.reporter import table
 
@@ -71,6 +72,10 @@ class Machine:
         self.listed = re.findall(r"^GPU \d+: (.*)$", smi or "", re.MULTILINE)  # those hidden from torch too
         self.devices, self.error = ([], None) if cpu else probe.usable_gpus()
         self.best = self.devices[0] if self.devices else torch.device("cpu")
+
+    @cached_property
+    def dtype(self) -> DtypeChoice:
+        return probe.choose_dtype(self.best)
 
     @cached_property
     def gpus(self) -> list[Gpu]:
@@ -305,7 +310,7 @@ def shared_memory(machine: Machine) -> Iterator[Answer]:
     yield f"{size / 1e9:.2f} GB", (size < 1e9, verdict, advice)
 
 
-# ---- software, and the choices that a run would make
+# ---- software, and the choices that a run of the baseline would make
 
 
 @check("versions")
@@ -315,10 +320,14 @@ def versions(machine: Machine) -> Iterator[Answer]:
     if torch.version.cuda:
         nccl = ".".join(map(str, torch.cuda.nccl.version()))
         found |= {"CUDA": torch.version.cuda, "cuDNN": torch.backends.cudnn.version(), "NCCL": nccl}
-    absent = " ".join(name for name, version in packages.items() if not version)
     value = ", ".join(f"{name} {version}" for name, version in found.items())
-    advice = f"data, artifacts or scores need it: pip install {absent}"
-    yield f"{value}, {collect_env.get_os(probe.run)}", (absent, "broken", advice)
+    absent = [name for name, version in packages.items() if not version]
+    install = f"pip install {' '.join(absent)}"
+    yield (
+        f"{value}, {collect_env.get_os(probe.run)}",
+        ({"brotli", "zstandard"} & set(absent), "broken", f"data, artifacts and scores need them: {install}"),
+        (absent, "missing", f"published data cannot be downloaded: {install}"),
+    )
 
 
 @check("triton")
@@ -337,18 +346,18 @@ def triton(machine: Machine) -> Iterator[Answer]:
     )
 
 
+@check("dtype")
+def dtype(machine: Machine) -> Iterator[Answer]:
+    old = machine.best.type == "cuda" and machine.dtype.dtype == torch.float32
+    yield str(machine.dtype), (old, "slow", "this GPU has no bfloat16: runs need --runtime.dtype float32")
+
+
 @check("attention")
 def attention(machine: Machine) -> Iterator[Answer]:
-    """What a run of the baseline would choose, in bfloat16 on a GPU that has it, else in float32."""
-    cuda = machine.best.type == "cuda"
-    dtype = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float32
-    selection = probe.choose_attention(machine.best, dtype)
-    refused = cuda and {"cudnn", "flash"} <= selection.refused.keys()
-    yield (
-        f"{str(dtype).removeprefix('torch.')}: {selection}",
-        (cuda and dtype == torch.float32, "slow", "this GPU has no bfloat16: runs need --runtime.dtype float32"),
-        (refused, "slow", "no fast backend passes its check: the GPU is older than sm_80, or reinstall torch"),
-    )
+    selection = probe.choose_attention(machine.best, machine.dtype.dtype)
+    refused = machine.best.type == "cuda" and {"cudnn", "flash"} <= selection.refused.keys()
+    advice = "no fast backend passes its check: the GPU is older than sm_80, or reinstall torch"
+    yield str(selection), (refused, "slow", advice)
 
 
 @check("tuning")

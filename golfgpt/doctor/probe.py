@@ -20,7 +20,9 @@ import torch
 
 from golfgpt import recipes
 from golfgpt.distributed import Ranks
+from golfgpt.model.gpt import GPT
 from golfgpt.train import attention_backend
+from golfgpt.train.compute_dtype import DtypeChoice, select_dtype
 
 
 class CommandFailed(Exception):
@@ -149,22 +151,26 @@ def expected_step(gpu: str, file: Path = STEPS) -> dict[str, Any] | None:
     return max(found, key=lambda step: step["date"], default=None)
 
 
-def baseline_step(device: torch.device) -> float:
-    """ms of the baseline's forward and backward on a rank's tokens: bf16, not compiled, no optimizer."""
-    from golfgpt.model.gpt import GPT
+BASELINE = recipes.get("baseline").config
 
-    config = recipes.get("baseline").config
-    with attention_backend.only(choose_attention(device, torch.bfloat16).backend):
-        return time_steps(GPT(config.model).to(device), STEP_TOKENS, config.data.seq_len, device)
+
+def choose_dtype(device: torch.device) -> DtypeChoice:
+    choice = "auto" if device.type == "cpu" or torch.cuda.is_bf16_supported() else "float32"
+    return select_dtype(choice, GPT(BASELINE.model), BASELINE.data, Ranks(0, 1, device))
 
 
 def choose_attention(device: torch.device, dtype: torch.dtype) -> attention_backend.Selection:
-    config = recipes.get("baseline").config
-    shape = STEP_TOKENS // config.data.seq_len, config.data.seq_len
-    return attention_backend.select_backend("auto", config.model, [shape], Ranks(0, 1, device), dtype, enable=False)
+    shape, ranks = (STEP_TOKENS // BASELINE.data.seq_len, BASELINE.data.seq_len), Ranks(0, 1, device)
+    return attention_backend.select_backend("auto", BASELINE.model, [shape], ranks, dtype, enable=False)
 
 
-def time_steps(model: torch.nn.Module, tokens: int, seq_len: int, device: torch.device) -> float:
+def baseline_step(device: torch.device) -> float:
+    """ms of the baseline's forward and backward on a rank's tokens: bf16, not compiled, no optimizer."""
+    with attention_backend.only(choose_attention(device, torch.bfloat16).backend):
+        return time_steps(GPT(BASELINE.model).to(device), STEP_TOKENS, BASELINE.data.seq_len, device)
+
+
+def time_steps(model: GPT, tokens: int, seq_len: int, device: torch.device) -> float:
     """ms, the median of five after two warm-ups."""
     ids = torch.randint(model.config.vocab_size, (2, tokens // seq_len, seq_len), device=device)
 
@@ -183,11 +189,3 @@ def cpu_quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/
     texts = [file.read_text() for file in files if file.exists()]
     limits = [re.fullmatch(r"(\d+) ([1-9]\d*)\s*", text, re.ASCII) for text in texts]
     return min((int(limit[1]) / int(limit[2]) for limit in limits if limit), default=math.inf)
-
-
-def memory(file: Path = Path("/proc/meminfo")) -> tuple[int, int]:
-    """Total and available bytes."""
-    found = dict(re.findall(r"^(MemTotal|MemAvailable): +(\d+) kB$", file.read_text(), re.MULTILINE))
-    if len(found) != 2:
-        raise CommandFailed(f"{file} does not say it")
-    return 1024 * int(found["MemTotal"]), 1024 * int(found["MemAvailable"])

@@ -7,6 +7,7 @@ code: carry them between your own machines, and take none from strangers.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -32,24 +33,17 @@ def cache_file(config: RunConfig, dtype: torch.dtype, device: torch.device, atte
 
 def load(file: Path) -> bool:
     """Hand the file to torch before anything is compiled; False if there is none that torch can read."""
-    try:
-        blob = file.read_bytes()
-    except OSError:
-        return False
-    return torch.compiler.load_cache_artifacts(blob) is not None
+    with contextlib.suppress(OSError):
+        return torch.compiler.load_cache_artifacts(file.read_bytes()) is not None
+    return False
 
 
-def save(file: Path) -> int | None:
-    """Write what was compiled so far, and return its bytes; None if nothing was, or if it cannot be written."""
-    artifacts = torch.compiler.save_cache_artifacts()
-    if artifacts is None:
-        return None
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(file, artifacts[0])
-    except OSError:
-        return None
-    return len(artifacts[0])
+def save(file: Path) -> None:
+    """Write what was compiled so far, if anything was and the file can be written."""
+    if artifacts := torch.compiler.save_cache_artifacts():
+        with contextlib.suppress(OSError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(file, artifacts[0])
 
 
 def graphs() -> int:
