@@ -1,8 +1,8 @@
-"""The configuration of a run: its sections, JSON, and differences.
+"""The configuration of a run: its sections, conversion to and from JSON, and comparison.
 
-Each section lies beside the code that reads it (`golfgpt.model.config` and so on) and can be imported from here. A
-recipe is another recipe with fields replaced (`golfgpt.recipes`); the command line overrides any field as
-`--section.field value`. Standard library only, so that reading a config never waits for torch.
+Each section is defined next to the code that reads it (`golfgpt.model.config` and so on) and can be imported from here.
+A recipe is another recipe with some fields replaced (`golfgpt.recipes`). On the command line, `--section.field value`
+overrides any field. This module uses the standard library only, so a config can be read without importing torch.
 """
 
 from __future__ import annotations
@@ -53,13 +53,16 @@ class RunConfig:
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     seed: int = 1337
-    """Seed of the initial weights; the order of the data does not depend on it."""
+    """Seed of the initial weights. The order of the data does not depend on it."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}; expected 0 to 2^63 - 1")
         if self.stride > self.window:
-            raise ValueError(f"eval.stride {self.stride} exceeds the window {self.window}: tokens would be skipped")
+            raise ValueError(
+                f"eval.stride {self.stride} exceeds the window {self.window} (eval.window, else data.seq_len), so "
+                f"tokens would be skipped; expected at most {self.window}"
+            )
 
     @property
     def window(self) -> int:
@@ -74,15 +77,15 @@ Config = TypeVar("Config")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Nested plain values of a config dataclass, ready for JSON."""
+    """Convert a config dataclass to nested plain values for JSON."""
     return dataclasses.asdict(config)
 
 
 def from_dict(cls: type[Config], values: dict[str, Any], path: str = "") -> Config:
-    """Rebuild a config from `to_dict`'s output; strict.
+    """Rebuild a config from the output of `to_dict`, strictly.
 
-    Raises ValueError naming the full path of an unknown or missing key, a value of the wrong type, or a
-    value that the dataclass refuses.
+    Raises ValueError with the full path for an unknown key, a missing key, a value of the wrong type, or a value that
+    the dataclass rejects.
     """
     if not isinstance(values, dict):
         raise ValueError(f"config {path or 'root'}: expected an object, got {values!r}")
@@ -91,7 +94,7 @@ def from_dict(cls: type[Config], values: dict[str, Any], path: str = "") -> Conf
     for key in values:
         if key not in fields:
             close = difflib.get_close_matches(key, fields, n=1)
-            hint = f"; did you mean {path}{close[0]}?" if close else ""
+            hint = f"; did you mean {path}{close[0]}?" if close else f"; expected {', '.join(fields)}"
             raise ValueError(f"config: unknown key {path}{ascii(key)[1:-1][:80]}{hint}")
     if missing := [name for name in fields if name not in values]:
         raise ValueError(f"config: missing key {path}{missing[0]}")
@@ -117,12 +120,13 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     else:
         ok = type(value) is hint
     if not ok:
-        raise ValueError(f"config: {path} = {value!r} is not a valid {hint}")
+        expected = hint.__name__ if isinstance(hint, type) else hint
+        raise ValueError(f"config: {path} = {value!r}; expected {expected}")
     return value
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[str]:
-    """Fields in which two configs of the same class differ, as 'section.field: old -> new'."""
+    """List the fields in which two configs of the same class differ, as 'section.field: old -> new'."""
     out = []
     for item in dataclasses.fields(a):
         x, y = getattr(a, item.name), getattr(b, item.name)

@@ -1,4 +1,4 @@
-"""Sections of the configuration: frozen dataclasses whose fields carry their limits in their types.
+"""Base class of the sections of the configuration. The type of a field contains its limits:
 
     prune: Annotated[float, Limit(">=", 0), Limit("<", 1)] = 0.0
 
@@ -20,7 +20,7 @@ _COMPARE = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operato
 
 @dataclass(frozen=True)
 class Limit:
-    """What a finite number must compare as."""
+    """A bound that the value of a field must satisfy. The value must also be finite."""
 
     relation: Literal[">=", ">", "<=", "<"]
     bound: float
@@ -39,8 +39,8 @@ FractionBelowOne = Annotated[NotNegative, Limit("<", 1)]
 
 
 class Section:
-    """Base of a configuration's dataclasses. Raises ValueError for a value beyond a limit of its field; a section whose
-    fields depend on each other checks that in its own `__post_init__`."""
+    """Base class of the config dataclasses. Raises ValueError for a value outside the limits of its field. If fields
+    depend on each other, the section checks that in its own `__post_init__`."""
 
     def __post_init__(self) -> None:
         section = type(self).__name__.removesuffix("Config").lower()
@@ -56,7 +56,7 @@ def _within(value: float, limits: tuple[Limit, ...]) -> bool:
 
 @functools.cache
 def _limits(section: type) -> dict[str, tuple[Limit, ...]]:
-    """Limits by field; of `X | None` those of X."""
+    """Limits by field name. A field of type `X | None` has the limits of X."""
     hints = typing.get_type_hints(section, include_extras=True)
     found = {name: tuple(_find(hint)) for name, hint in hints.items()}
     return {name: limits for name, limits in found.items() if limits}

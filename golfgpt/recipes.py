@@ -1,6 +1,6 @@
-"""Recipes: named starting configurations, each derived from another with a few fields replaced.
+"""Recipes: named starting configurations. Each is derived from another one by replacing a few fields.
 
-A recipe that produced a published number is never edited; a new one gets a new name. Standard library only.
+A recipe that produced a published number is never edited. A new recipe gets a new name. Standard library only.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from golfgpt.errors import InputError
 
 @dataclass(frozen=True)
 class Recipe:
-    """A named configuration with what explains it."""
+    """A named configuration with a summary and notes."""
 
     name: str
     summary: str
     """One sentence."""
     config: RunConfig
     notes: tuple[str, ...] = ()
-    """What is published about it, which of its fields reproduce flaws, and where golfgpt differs."""
+    """What is published about it, which of its fields reproduce flaws, and how golfgpt differs."""
 
 
 _baseline = RunConfig(
@@ -174,9 +174,12 @@ _small = replace(
     runtime=RuntimeConfig(),
 )
 
-_FLOOR = "quant.clip_floor 1 is the published scale floor: rows whose largest weight is below 1 lose levels"
-_EMBED = "optim.embed_dtype bfloat16 is the published embedding, with bfloat16 Adam moments"
-_ROPE = "model.rope_reference_len 1024 is hard-coded upstream: training at 2048 runs on a rotary base of 20,452"
+_FLOOR = "quant.clip_floor 1 is the published scale floor: rows with a largest weight below 1 lose levels"
+_EMBED = "optim.embed_dtype bfloat16 is as published: embedding and its Adam moments in bfloat16"
+_ROPE = (
+    "model.rope_reference_len 1024 is hard-coded in the published script, so training at 2048 uses the rotary base "
+    "20,452"
+)
 _CODE = "The published score counts 47,642 to 57,201 bytes of code; budget.code_bytes allows 60,000"
 
 RECIPES: dict[str, Recipe] = {
@@ -184,11 +187,12 @@ RECIPES: dict[str, Recipe] = {
     for recipe in (
         Recipe(
             "baseline",
-            "R0, the published naive baseline: 9 layers of width 512, tied 1024-token vocabulary, Muon and Adam, int8 "
-            "rows with the published scale floor, zlib. 600 s on 8 GPUs.",
+            "R0, the published naive baseline: 9 layers of width 512, a vocabulary of 1024 tokens with tied "
+            "embedding, Muon and Adam, int8 with one scale per row and the published scale floor, zlib. 600 s on 8 "
+            "GPUs.",
             _baseline,
             (
-                "Published: 13,780 steps, val_bpb 1.2244 on another validation split than all later results",
+                "Published: 13,780 steps, val_bpb 1.2244, on another validation split than all later results",
                 _FLOOR,
                 _EMBED,
                 _CODE,
@@ -196,32 +200,33 @@ RECIPES: dict[str, Recipe] = {
         ),
         Recipe(
             "warmdown-int8",
-            "R1 (PR #61): the learning rate falls from the first step on, float16 embedding, MLP 992, scored in chunks "
-            "of 1408 with NTK-aware RoPE.",
+            "R1 (PR #61): learning rate that decays from the first step on, float16 embedding, MLP width 992, scored "
+            "in chunks of 1408 tokens with NTK-aware RoPE.",
             _warmdown_int8,
             (
-                "Published: 12,756 steps, val_bpb 1.2154; its gain over R0's recipe comes from the longer evaluation "
-                "and the embedding, not from the schedule (before quantization 1.2226, against 1.2192 of PR #42, which "
-                "warms down over 3,600 steps at the same rates and width)",
-                "schedule.warmdown_steps exceeds the steps of a run: the first, slow steps depress the rate",
+                "Published: 12,756 steps, val_bpb 1.2154. The gain over R0 comes from the longer evaluation window and "
+                "the embedding, not from the schedule: before quantization R1 has 1.2226, and PR #42, with a warmdown "
+                "of 3,600 steps at the same rates and width, has 1.2192",
+                "schedule.warmdown_steps is larger than the number of steps of a run, so slow first steps lower the "
+                "learning rate",
                 _FLOOR,
                 _EMBED,
             ),
         ),
         Recipe(
             "long-context",
-            "R2 (PR #96): sequences of 2048, 786,432 tokens a step, lower rates, gradients clipped at 0.3, scored with "
-            "windows of 2048 every 512.",
+            "R2 (PR #96): sequences of 2048 tokens, 786,432 tokens per step, lower learning rates, gradients clipped "
+            "at 0.3, scored with windows of 2048 tokens at stride 512.",
             _long_context,
             ("Published: 7,751 steps, val_bpb 1.1764", _ROPE, _FLOOR, _EMBED),
         ),
         Recipe(
             "int6-mlp3x",
-            "R3 (PR #114): long-context with int6 rows and an MLP three times the width, float16 for the embedding and "
-            "the last two layers' keys, stride 256.",
+            "R3 (PR #114): long-context with int6, an MLP of three times the model width, float16 for the embedding "
+            "and the key matrices of the last two layers, stride 256.",
             _int6_mlp3x,
             (
-                "Published: 7,199 steps, val_bpb 1.1574; three further seeds 1.1574 on average",
+                "Published: 7,199 steps, val_bpb 1.1574; mean of three further seeds 1.1574",
                 _ROPE,
                 _FLOOR,
                 _EMBED,
@@ -229,87 +234,90 @@ RECIPES: dict[str, Recipe] = {
         ),
         Recipe(
             "mixed-qat",
-            "R4 (PR #65): the baseline's data with int6 fake quantization of every linear from step 0, int8 embedding, "
-            "MLP 1536, stride 64.",
+            "R4 (PR #65): the baseline with int6 fake quantization of every linear layer from step 0, int8 embedding, "
+            "MLP width 1536, stride 64.",
             _mixed_qat,
             (
                 "Published: 12,395 steps, val_bpb 1.1630",
-                "quant.qat r4 trains on another grid than it exports: unrounded scales, no floor",
-                "eval.rule r4 never scores the first 960 tokens; every_token does",
+                "quant.qat r4 trains on another grid than it exports: scales are not rounded and have no floor",
+                "eval.rule r4 never scores the first 960 tokens; every_token scores them",
                 _FLOOR,
                 _EMBED,
             ),
         ),
         Recipe(
             "int6-qat-4096",
-            "R4b (PR #66): mixed-qat at sequences of 4096, float16 embedding, row-maximum int6, zstd 22, stride 64.",
+            "R4b (PR #66): mixed-qat with sequences of 4096 tokens, float16 embedding, int6 clipped at the maximum of "
+            "each row, zstd 22, stride 64.",
             _int6_qat_4096,
             (
                 "Published: three seeds, mean val_bpb 1.1632",
-                "quant.qat r4 trains on another grid than it exports, here with another clip too",
-                "eval.rule r4b counts the last tokens of the text up to 64 times; every_token does once",
+                "quant.qat r4 trains on another grid than it exports, here also with another clip",
+                "eval.rule r4b counts the last tokens of the text up to 64 times; every_token counts them once",
                 _FLOOR,
                 _EMBED,
             ),
         ),
         Recipe(
             "int6-ptq-4096",
-            "R4b without fake quantization: PR #66 before its last change.",
+            "R4b without fake quantization (PR #66 before its last change).",
             _int6_ptq_4096,
             ("Published: three seeds, mean val_bpb 1.1652", "eval.rule r4b as in int6-qat-4096", _FLOOR, _EMBED),
         ),
         Recipe(
             "int5-int6-swa-base",
-            "PR #180: 10 layers, SmearGate, BigramHash, orthogonal init, weight decay, int5 MLP and int6 attention "
-            "without fake quantization, averaged weights, 3 % pruning, zstd 22.",
+            "PR #180: 10 layers, SmearGate, BigramHash, orthogonal initialization, weight decay, int5 MLP and int6 "
+            "attention without fake quantization, averaged weights, 3 % pruning, zstd 22.",
             _int5_int6_swa_base,
             (
                 "Published: 6,709 steps, val_bpb 1.1427",
-                "blocks.8 is kept in float16 by name, not because it is last",
-                "average.sums parameter adds the embeddings in bfloat16",
+                "The key matrix of blocks.8 is kept in float16 by its name, although blocks.9 is the last block",
+                "average.sums parameter sums the embeddings in bfloat16",
                 _EMBED,
             ),
         ),
         Recipe(
             "int5-int6-swa",
-            "R5 (PR #326): its parent with int5/int6 fake quantization from step 0, phase-transition residual mix, "
-            "cosine warmdown, 5 % pruning, lzma, scored at 4096 with NTK-aware RoPE.",
+            "R5 (PR #326): int5-int6-swa-base with int5/int6 fake quantization from step 0, phase-transition residual "
+            "mix, cosine warmdown, 5 % pruning, lzma, scored at length 4096 with NTK-aware RoPE.",
             _int5_int6_swa,
             (
-                "Published: 6,606 steps, 1.1702 before averaging and quantization; its evaluation never finished on 8 "
-                "GPUs. Worse than its parent at every landmark",
-                "schedule.warmdown_max_frac 0.5 cuts the warmdown where steps are slow",
-                "quant.qat r5 trains on unrounded scales",
-                "average.sums parameter adds the embeddings in bfloat16",
+                "Published: 6,606 steps, val_bpb 1.1702 before averaging and quantization; its evaluation never "
+                "finished on 8 GPUs. It is worse than int5-int6-swa-base at every point of comparison",
+                "schedule.warmdown_max_frac 0.5 shortens the warmdown if steps are slow",
+                "quant.qat r5 trains with scales that are not rounded",
+                "average.sums parameter sums the embeddings in bfloat16",
                 _EMBED,
             ),
         ),
         Recipe(
             "golf",
-            "Ours: 10 layers, SmearGate and BigramHash that stop at documents, int6 trained as it ships from half of "
-            "the budget on, int8 embedding, the widest MLP that the byte budget holds, stride 64.",
+            "Ours: 10 layers, SmearGate and BigramHash that stop at document boundaries, int6 fake quantization on the "
+            "grid of the artifact after half of the budget, int8 embedding, the widest MLP that fits the byte budget, "
+            "stride 64.",
             _golf,
             (
                 "Never trained at full size: no published or measured score",
-                "From docs/experiments.md, at 1.2 M parameters, three seeds: BigramHash gains 0.021 bits per byte, "
-                "weight decay 0.005; averaging costs 0.013, the phase-transition mix 0.026, a scale floor 0.027: these "
-                "three are left out",
-                "Not resolved there and kept for being right, free or published: SmearGate (0.004 +- 0.005), fake "
-                "quantization on the artifact's grid, gates that stop at documents, orthogonal initialization; left "
-                "out for being simpler: int5 MLPs",
-                "budget.fit replaces model.mlp_hidden before training (golfgpt budget --recipe golf shows by what)",
+                "From docs/experiments.md, at 1.2 M parameters and three seeds: BigramHash gains 0.021 bits per byte "
+                "and weight decay 0.005. Averaging costs 0.013, the phase-transition mix 0.026 and a scale floor "
+                "0.027, so these three are left out",
+                "Not resolvable there, and kept because they are correct, free or published: SmearGate (0.004 +- "
+                "0.005), fake quantization on the grid of the artifact, gates that stop at document boundaries, "
+                "orthogonal initialization. Also not resolvable: int5 MLPs, left out to keep the recipe simpler",
+                "budget.fit replaces model.mlp_hidden before training (golfgpt budget --recipe golf shows the new "
+                "value)",
             ),
         ),
-        Recipe("small", "1.7 M parameters: ten minutes of training on two CPU cores.", _small),
-        Recipe("demo", "0.7 M parameters: two minutes of training on two CPU cores.", _demo),
+        Recipe("small", "1.7 M parameters, ten minutes of training on two CPU cores.", _small),
+        Recipe("demo", "0.7 M parameters, two minutes of training on two CPU cores.", _demo),
     )
 }
 
 
 def get(name: str) -> Recipe:
-    """The recipe called `name`. Raises InputError with the closest name."""
+    """The recipe called `name`. Raises InputError for an unknown name, with the closest known one."""
     if name not in RECIPES:
         close = difflib.get_close_matches(name, RECIPES, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise InputError(f"unknown recipe {name!r}{hint} (known: {', '.join(RECIPES)})")
+        raise InputError(f"unknown recipe {name!r}{hint} (expected one of {', '.join(RECIPES)})")
     return RECIPES[name]

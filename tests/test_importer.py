@@ -165,7 +165,7 @@ def test_a_run_is_stored_in_other_formats_from_its_trained_weights(trained, caps
         out = trained / f"int{bits}.golf"
         argv = ["export", str(trained), "--to", "golf", "--quant.bits", str(bits), "--out", str(out)]
         sizes[bits] = run_json(capsys, *argv)["bytes"]
-        assert main(argv) == 3 and "give --overwrite" in capsys.readouterr().err
+        assert main(argv) == 3 and "replace it with --overwrite" in capsys.readouterr().err
         assert run_json(capsys, *argv, "--overwrite")["bytes"] == sizes[bits]
         expected = Quantizer(artifact.inspect(out).model, replace(QUANT, bits=bits))
         decoded = expected.decode(expected.encode(trained_weights(trained)))
@@ -180,13 +180,13 @@ def test_a_run_is_stored_in_other_formats_from_its_trained_weights(trained, caps
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--to", "golf", "--out", "{run}/model.golf"], "or a run's own artifact"),
+        (["--to", "golf", "--out", "{run}/model.golf"], "or the artifact of a run"),
         (["--to", "golf", "--out", "{run}/config.json"], "must end in .golf"),
-        (["--out", "{run}/checkpoints/step_0.safetensors"], "holds the checkpoints of a run"),
+        (["--out", "{run}/checkpoints/step_0.safetensors"], "lies among the checkpoints of a run"),
         (["--out", "{run}/model.golf"], "must end in .safetensors"),
-        (["--quant.bits", "5"], "quant.bits: 6 -> 5 changes nothing; --to golf quantizes"),
-        (["--to", "golf", "--quant.qat", "export"], "quant.qat: 'off' -> 'export' changes nothing here"),
-        (["--to", "golf", "--quant.rules", "nothing=int6"], "'nothing' decides nothing: it matches no tensor"),
+        (["--quant.bits", "5"], "quant.bits: 6 -> 5 has no effect on --to safetensors"),
+        (["--to", "golf", "--quant.qat", "export"], "quant.qat: 'off' -> 'export' has no effect on export"),
+        (["--to", "golf", "--quant.rules", "nothing=int6"], "'nothing' matches no tensor of this model"),
     ],
 )
 def test_exports_that_make_no_sense_are_refused(trained, options, message, capsys):

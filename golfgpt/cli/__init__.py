@@ -1,12 +1,12 @@
 """The command line. Three rules hold for every command:
 
-    a run, file or folder to work on comes first       golfgpt eval runs/first
+    the run, file or folder to work on comes first     golfgpt eval runs/first
     --recipe NAME is the configuration to start from   golfgpt train --recipe small
     --section.field VALUE overrides one field          --data.path data/books --model.num-layers 6
 
-A run remembers its configuration, so `eval` starts from it. `--json` prints one
-JSON object on standard output and everything else on standard error. Exit codes are those of golfgpt.errors.
-This package alone imports tyro; torch is imported inside the commands.
+A run remembers its configuration, so `eval` starts from it. `--json` prints one JSON object on standard output and
+everything else on standard error. Exit codes are those of golfgpt.errors. This package is the only one that imports
+tyro; each command imports torch when it needs it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from golfgpt.errors import GolfError, InputError, Interrupted, PeerError
 
 @dataclass(frozen=True)
 class Command:
-    """A command's arguments, what runs them, and the config that its overrides start from."""
+    """The arguments of a command, the function that runs it, and the function that finds the config to override."""
 
     args: type
     run: Callable[[Any], int]
@@ -47,14 +47,14 @@ def _train_config(argv: list[str]) -> RunConfig:
 
 
 def _run_config(argv: list[str]) -> RunConfig:
-    """The config of the run that argv names first."""
+    """The config of the run that is the first argument."""
     if not argv or argv[0].startswith("-"):
         return RunConfig()
     return stored_config(Path(argv[0]))
 
 
 def _export_config(argv: list[str]) -> RunConfig:
-    """That of the run, or the defaults for a .golf file that lies alone."""
+    """The config of the run, or the defaults for a .golf file outside a run folder."""
     alone = argv and Path(argv[0]).is_file() and not (Path(argv[0]).parent / "config.json").exists()
     return RunConfig() if alone else _run_config(argv)
 
@@ -67,7 +67,9 @@ def _budget_config(argv: list[str]) -> RunConfig:
 
 def _alone(run: Path, argv: list[str]) -> Path:
     if recipe := _option(argv, "--recipe"):
-        raise InputError(f"{run} has a configuration of its own: give it or --recipe {recipe}, not both")
+        raise InputError(
+            f"{run} has its own configuration; expected {run} or --recipe {recipe}, not both: drop one of them"
+        )
     return run
 
 
@@ -89,7 +91,8 @@ COMMANDS = {
 
 
 def _option(argv: list[str], flag: str) -> str | None:
-    """The last value of `flag` in argv, before tyro parses it: it decides the defaults that tyro shows."""
+    """The last value of `flag` in argv. It is needed before tyro parses argv, because it sets the defaults that tyro
+    shows."""
     for i in reversed(range(len(argv))):
         if argv[i].startswith(flag + "="):
             return argv[i].removeprefix(flag + "=")
@@ -99,7 +102,7 @@ def _option(argv: list[str], flag: str) -> str | None:
 
 
 def main(argv: list[str]) -> int:
-    """Run one command; returns the process exit code."""
+    """Run one command and return the exit code of the process."""
     name = " ".join(argv[:2]) if argv[:1] == ["data"] else (argv[0] if argv else "")
     try:
         if name in COMMANDS:
@@ -122,7 +125,7 @@ def main(argv: list[str]) -> int:
         return _fail(str(error), error.exit_code) if int(os.environ.get("RANK", 0)) == 0 else error.exit_code
     except GolfError as error:
         return _fail(str(error), error.exit_code)
-    except BrokenPipeError:  # the reader of a pipe had enough
+    except BrokenPipeError:  # the reader closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
@@ -147,7 +150,10 @@ def _dispatch(name: str, argv: list[str]) -> int:
     args = _parse(command.args, name, argv, config)
     run = getattr(args, "run", None)
     if command.start and run is not None and Path(argv[0]) != run:
-        raise InputError(f"name the run first: golfgpt {name} {run} … (its config is what the options override)")
+        raise InputError(
+            f"the first argument of golfgpt {name} is {argv[0]}; expected the run: golfgpt {name} {run} … (the options "
+            "override its config)"
+        )
     return command.run(args)
 
 
@@ -166,7 +172,7 @@ def _parse(cls: type, name: str, argv: list[str], config: RunConfig | None) -> A
         default = cls(config=config)
     try:
         return tyro.cli(cls, prog=f"golfgpt {name}", args=argv, default=default)
-    except ValueError as error:  # fields that are right alone and wrong together
+    except ValueError as error:  # fields that are valid alone but not together
         raise InputError(str(error)) from error
 
 

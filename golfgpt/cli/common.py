@@ -1,4 +1,4 @@
-"""What several commands share."""
+"""Helpers that several commands use."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def stored_config(path: Path) -> RunConfig:
 
 
 def run_name(name: str | None, recipe: str) -> str:
-    """A folder name under runs/. Raises InputError for one that would leave it."""
+    """The name of a folder under runs/. Raises InputError for a name that points outside runs/."""
     name = name or f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
     if name in (".", "..") or any(c in name for c in "/\\\0"):
-        raise InputError(f"--name {name!r} is not a folder name; runs are kept in {RUNS}/NAME")
+        raise InputError(f"--name {name!r} is not a folder name; expected a name without / or \\, for {RUNS}/NAME")
     return name
 
 
 @contextlib.contextmanager
 def progress_bars(file: TextIO) -> Iterator[Callable[[str, int, int], None]]:
-    """progress(stage, done, total): a bar per stage on a terminal, a line per stage elsewhere."""
+    """Yields progress(stage, done, total): it draws one bar per stage on a terminal, else prints one line per stage."""
     from rich.console import Console
     from rich.progress import Progress
 

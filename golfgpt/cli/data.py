@@ -19,23 +19,23 @@ class DataPrepare:
     """Turn text into token shards with byte counts and a manifest."""
 
     inputs: Positional[tuple[str, ...]] = ()
-    """Files (.txt, .jsonl, .jsonl.zst), folders of them, or globs; none: the Python standard library's source."""
+    """Files (.txt, .jsonl, .jsonl.zst), folders of them, or globs; none: the source of Python's standard library."""
     out: Path
-    """Folder to write."""
+    """Folder to write to."""
     vocab_size: int | None = None
-    """Tokens of the tokenizer to train; default 1024."""
+    """Vocabulary size of the tokenizer to train, in tokens; default: 1024."""
     tokenizer: Path | None = None
     """Use this SentencePiece model instead of training one."""
     val: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Separate input for validation; give the flag once for each."""
+    """Separate input for validation; repeat the flag for each input."""
     val_fraction: float | None = None
-    """Share of the documents that goes to validation when --val is not given."""
+    """Fraction of the documents used for validation if --val is not given; default: 0.05."""
     document_separator: str | None = None
-    """Text between documents in .txt files; default: blank lines, packed to at least 2 kB a document."""
+    """Text between documents in .txt files; default: blank lines, packed to at least 2 kB per document."""
     workers: int | None = None
-    """Processes; default: one a core."""
+    """Worker processes; default: one per core."""
     overwrite: bool = False
-    """Replace a folder that was prepared before."""
+    """Replace an earlier prepared folder."""
     json: bool = False
     """Print the manifest as JSON."""
 
@@ -57,9 +57,15 @@ def prepare_folder(args: DataPrepare) -> Any:
 
     say = sys.stderr if args.json else sys.stdout
     if args.vocab_size is not None and args.tokenizer is not None:
-        raise InputError("--vocab-size trains a tokenizer and --tokenizer takes one; give one of them")
+        raise InputError(
+            f"--vocab-size {args.vocab_size} trains a tokenizer and --tokenizer {args.tokenizer} uses an existing one; "
+            "expected one of the two options: drop the other"
+        )
     if not args.inputs and (args.val or args.document_separator):
-        raise InputError("--val and --document-separator need inputs to train on: name them first")
+        raise InputError(
+            "--val and --document-separator need inputs to train on, got none; name them first: golfgpt data prepare "
+            "FILES …"
+        )
     if not args.inputs:
         text = demo_text()
         skipped = ", ".join(f"{count} {reason}" for reason, count in text.skipped.items())
@@ -84,7 +90,7 @@ def prepare_folder(args: DataPrepare) -> Any:
         for name, s in splits:
             print(
                 f"the tokenizer changes {s.changed_documents:,} of {s.documents:,} {name} documents "
-                f"({s.raw_bytes - s.decoded_bytes:,} bytes fewer): scores are of the normalized text",
+                f"({s.raw_bytes - s.decoded_bytes:,} bytes fewer): scores will refer to the normalized text",
                 file=say,
             )
     print(f"{args.out}: digest {manifest.digest[:16]}", file=say)
@@ -93,18 +99,18 @@ def prepare_folder(args: DataPrepare) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class DataDownload:
-    """Fetch upstream's published token shards, or continue and check what was fetched before."""
+    """Download the published token shards; continues an interrupted download and checks a finished one."""
 
     out: Path | None = None
-    """Folder to write; default: data/fineweb10B_VARIANT."""
+    """Folder to write to; default: data/fineweb10B_VARIANT."""
     variant: str = "sp1024"
-    """Tokenizer family: sp and its number of tokens."""
+    """Tokenizer: sp followed by its vocabulary size."""
     train_shards: int = 80
-    """Train shards to fetch, of 100 million tokens and 200 MB each; validation is always fetched whole."""
+    """Train shards to download, each 100 million tokens and 200 MB; the validation split is always whole."""
     revision: str | None = None
-    """Commit, branch or tag of the dataset; default: the folder's own commit, in a new folder a pinned one."""
+    """Commit, branch or tag of the dataset; default: the commit of the folder, or a pinned one for a new folder."""
     workers: int = 4
-    """Files fetched at a time."""
+    """Files to download at the same time."""
     json: bool = False
     """Print the report as JSON."""
 
@@ -123,7 +129,7 @@ def data_download(args: DataDownload) -> int:
             progress=progress,
         )
     for damaged in report.damaged:
-        print(f"damaged, fetched again: {damaged}", file=sys.stderr if args.json else sys.stdout)
+        print(f"damaged, downloaded again: {damaged}", file=sys.stderr if args.json else sys.stdout)
     if args.json:
         print_json(asdict(report))
     else:
@@ -132,8 +138,8 @@ def data_download(args: DataDownload) -> int:
             f"{out}: {report.variant} of {report.repo} at {report.revision}\n"
             f"{report.train_shards} train shards, {report.train_tokens:,} tokens; {report.val_shards} val shards, "
             f"{report.val_tokens:,} tokens\n"
-            f"fetched {report.fetched_files} of {report.files} files, {report.fetched_bytes:,} of {report.bytes:,} "
-            "bytes; every file has the SHA-256 of the record\n"
+            f"downloaded {report.fetched_files} of {report.files} files, {report.fetched_bytes:,} of {report.bytes:,} "
+            "bytes; the SHA-256 of every file matches the record\n"
             f"next: golfgpt train --recipe baseline --data.path {out}{vocabulary}"
         )
     return 0
@@ -141,7 +147,7 @@ def data_download(args: DataDownload) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class DataVerify:
-    """Check digests, token ids, split overlap, and the byte counts against a second count of the decoded text."""
+    """Check digests, token ids and split overlap, and count the bytes a second time in the decoded text."""
 
     path: Positional[Path]
     """Prepared folder."""

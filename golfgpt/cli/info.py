@@ -19,21 +19,23 @@ from golfgpt.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class Recipes:
-    """List the recipes, or show one with its whole configuration."""
+    """List the recipes, or show one with its complete configuration."""
 
     action: Positional[Literal["list", "show"]] = "list"
     name: Positional[str | None] = None
     """Recipe to show."""
     json: bool = False
-    """Print as JSON."""
+    """Print the recipes as JSON."""
 
 
 def show_recipes(args: Recipes) -> int:
     if args.action == "list" and args.name is not None:
-        raise InputError(f"golfgpt recipes list takes no name; to see one: golfgpt recipes show {args.name}")
+        raise InputError(
+            f"golfgpt recipes list expected no name, got {args.name}; to show it: golfgpt recipes show {args.name}"
+        )
     if args.action == "show":
         if args.name is None:
-            raise InputError(f"name the recipe to show: {', '.join(recipes.RECIPES)}")
+            raise InputError(f"golfgpt recipes show got no name; expected one of {', '.join(recipes.RECIPES)}")
         recipe = recipes.get(args.name)
         if args.json:
             facts = {"name": recipe.name, "summary": recipe.summary, "notes": recipe.notes}
@@ -57,15 +59,15 @@ def show_recipes(args: Recipes) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Doctor:
-    """Check this machine in a minute: GPUs, links, disk, versions, kernels, speed. Below the table stands what is wrong
-    and what to do; exits with 3 where a run could not work."""
+    """Check this machine in a minute: GPUs, links, disk, versions, kernels, speed. The lines below the table say what
+    is wrong and what to do. The exit code is 3 if a run could not work."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """As runtime.device of a run: cuda says that a GPU must be there."""
+    """Like runtime.device of a run; cuda requires a GPU."""
     processes: int | None = None
-    """Local processes of the all-reduce check, on GPUs where there are as many, else on the CPU; default: one a GPU."""
+    """Local processes for the all-reduce check, on GPUs if there are enough, else on the CPU; default: one per GPU."""
     tune: bool = False
-    """Check and time the kernels too, 50 seconds more: what impl="auto" reads on this machine."""
+    """Also check and time the kernels (50 seconds more) and store what impl="auto" reads on this machine."""
     json: bool = False
     """Print the rows as JSON."""
 

@@ -1,4 +1,4 @@
-"""`golfgpt inspect`, `budget`, `export` and `import`: what an artifact holds, and other forms of it."""
+"""`golfgpt inspect`, `budget`, `export` and `import`: show, measure and convert artifacts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from golfgpt.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class Inspect:
-    """What an artifact holds, read from its header; nothing in it is executed."""
+    """Show what an artifact holds, from its header; no code in the file is executed."""
 
     artifact: Positional[Path]
     """Run folder or .golf file."""
@@ -59,10 +59,10 @@ def inspect(args: Inspect) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """Bytes of a configuration before training, or of an artifact, against the budget."""
+    """Compare the bytes of a configuration (before training) or of an artifact with the budget."""
 
     run: Positional[Path | None] = None
-    """Run folder or .golf file to measure, given first; without it, the configuration is measured."""
+    """Run folder or .golf file to measure, as first argument; without it, the configuration is measured."""
     config: Config
     recipe: str = "baseline"
     """Configuration to start from."""
@@ -93,7 +93,7 @@ def budget(args: Budget) -> int:
     print(tensor_table(quantizer.table()))
     if config.budget.fit == "mlp_hidden":
         reserve = config.budget.reserve_bytes
-        print(f"\nmodel.mlp_hidden {config.model.mlp_hidden} is the widest that leaves {reserve:,} bytes")
+        print(f"\nmodel.mlp_hidden {config.model.mlp_hidden} is the largest that leaves {reserve:,} bytes free")
     print(
         f"\n{parameters:,} parameters, payload {quantizer.payload_bytes:,} bytes before compression\n"
         f"room for model.golf: {room:,} bytes = {config.budget.artifact_bytes:,} - code allowance "
@@ -101,18 +101,18 @@ def budget(args: Budget) -> int:
     )
     ratio = room / quantizer.payload_bytes
     if ratio >= 1:
-        print("fits whatever the weights are")
+        print("fits, whatever the values of the weights")
     else:
         print(f"fits if the trained weights compress to {ratio:.3f} of the payload")
     print(
         f"forecast for Gaussian weights: {forecast:,} bytes, {forecast / quantizer.payload_bytes:.3f} of the payload; "
-        "published files ended 2 % below to 4 % above theirs"
+        "published files were between 2 % smaller and 4 % larger than their forecasts"
     )
     return 0
 
 
 def _budget_of_artifact(path: Path, as_json: bool, config: RunConfig) -> int:
-    """Exact bytes of a file; BudgetError over the cap."""
+    """Print the exact bytes of a file. Raises BudgetError if they are over the cap."""
     from golfgpt.quant import artifact
     from golfgpt.quant.budget import budget_report, check_budget
     from golfgpt.train.reporter import budget_lines, tensor_table
@@ -120,7 +120,10 @@ def _budget_of_artifact(path: Path, as_json: bool, config: RunConfig) -> int:
 
     started = stored_config(path) if path.is_dir() else RunConfig()
     if changed := [d for d in differences(started, config) if not d.startswith("budget.")]:
-        raise InputError(f"a file has the bytes it has; not for budget {path}: {'; '.join(changed)}")
+        raise InputError(
+            f"golfgpt budget {path} measures a file, so only budget.* may change; got {'; '.join(changed)}: drop the "
+            "change, or use --recipe in place of the file"
+        )
     info = artifact.inspect(artifact_file(path))
     if as_json:
         print_json(asdict(budget_report(info.file_bytes, config.budget)))
@@ -133,21 +136,22 @@ def _budget_of_artifact(path: Path, as_json: bool, config: RunConfig) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Write a run's weights in another format: safetensors under upstream's parameter names, or model.golf's container
-    under another quantization. It starts from the run's own quant.*, rules included: --quant.rules replaces them."""
+    """Write a run's weights as safetensors or with another quantization. safetensors: float32 under the published
+    parameter names. golf: the format of model.golf, with quant.* of the run unless an option overrides it;
+    --quant.rules replaces all rules of the run."""
 
     run: Positional[Path]
     """Run folder or .golf file."""
     quant: QuantConfig
     to: Literal["safetensors", "golf"] = "safetensors"
-    """Format."""
+    """Format to write."""
     source: Literal["artifact", "checkpoint"] | None = None
-    """artifact: the weights decoded from model.golf; checkpoint: the trained ones. Default: artifact for safetensors,
-    checkpoint for golf."""
+    """artifact: the weights decoded from model.golf; checkpoint: the trained weights, not quantized. Default: artifact
+    for safetensors, checkpoint for golf."""
     out: Path | None = None
     """File to write; default: export.golf in the run folder, or .safetensors beside the artifact."""
     overwrite: bool = False
-    """Write over an earlier export."""
+    """Replace an earlier export."""
     json: bool = False
     """Print file and sizes as JSON."""
 
@@ -168,20 +172,25 @@ def export(args: Export) -> int:
     info = artifact.inspect(file)
     started = stored_config(args.run).quant if (folder / "config.json").exists() else args.quant
     if args.to == "safetensors" and (changed := differences(started, args.quant, "quant.")):
-        raise InputError(f"safetensors holds float32 weights: {changed[0]} changes nothing; --to golf quantizes")
+        raise InputError(
+            f"{changed[0]} has no effect on --to safetensors, which writes float32 weights; drop it, or quantize with "
+            "--to golf"
+        )
     if trained := [d for d in differences(started, args.quant, "quant.") if d.startswith("quant.qat")]:
-        raise InputError(f"{trained[0]} changes nothing here: fake quantization is part of training")
+        raise InputError(
+            f"{trained[0]} has no effect on export, because fake quantization is part of training; drop it"
+        )
     state = artifact.read(file).state if source == "artifact" else trained_weights(folder)
     out = args.out or (folder / "export.golf" if args.to == "golf" else file.with_suffix(".safetensors"))
     suffix, place = ".golf" if args.to == "golf" else ".safetensors", out.resolve().parent
     if out.suffix != suffix:
-        raise InputError(f"--out {out} must end in {suffix}")
+        raise InputError(f"--out {out} must end in {suffix} for --to {args.to}")
     if out.resolve() == file.resolve() or (out.name == "model.golf" and (place / "config.json").exists()):
-        raise InputError(f"{out} is what is exported, or a run's own artifact; choose another --out")
+        raise InputError(f"--out {out} is the exported file itself or the artifact of a run; choose another --out")
     if out.exists() and not args.overwrite:
-        raise InputError(f"{out} exists: name another --out, or give --overwrite")
+        raise InputError(f"{out} already exists; choose another --out, or replace it with --overwrite")
     if place.name == "checkpoints" and (place.parent / "config.json").exists():
-        raise InputError(f"{place} holds the checkpoints of a run; choose another --out")
+        raise InputError(f"--out {out} lies among the checkpoints of a run; choose another folder")
     if args.to == "golf":
         options = {"tokenizer_sha256": info.tokenizer_sha256, "seq_len": info.seq_len}
         print(f"compressing ({args.quant.compressor})", file=sys.stderr)
@@ -197,7 +206,11 @@ def export(args: Export) -> int:
         print(tensor_table(written.table()))
         print(f"\n{out}: {size:,} bytes, {written.compressor} level {written.level}, from the {source}'s weights")
         here = out.resolve().parent == folder.resolve()
-        print(f"next: golfgpt eval {out}" if here else f"golfgpt eval wants it in the run folder, {folder}")
+        print(
+            f"next: golfgpt eval {out}"
+            if here
+            else f"to score it with golfgpt eval, move it into the run folder {folder}"
+        )
     else:
         print(f"{out}: {len(tensors)} float32 tensors, {size:,} bytes, from the {source}'s weights")
     return 0
@@ -205,20 +218,21 @@ def export(args: Export) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Import:
-    """Make a run of a published final_model.pt or .ptz file, to be scored, sampled and exported. Sizes come from the
-    file, codes are kept as they are; what no tensor shows (rotary reference length, say) comes from the recipe."""
+    """Make a run from a published final_model.pt or .ptz file, to score, sample and export it. Sizes come from the
+    file, and codes are kept unchanged. What the tensors do not show (for example the rotary reference length) comes
+    from the recipe."""
 
     file: Positional[Path]
-    """File as the published scripts write it: torch.save, bare or in zlib, zstd or xz."""
+    """File in a format of the published scripts: torch.save, uncompressed or in zlib, zstd or xz."""
     tokenizer: Path
-    """The SentencePiece .model that its tokens are of."""
+    """SentencePiece .model that the file was trained with."""
     config: Config
     recipe: str = "baseline"
-    """Recipe that the file is of; `golfgpt recipes` lists them."""
+    """Recipe that the file was trained with; `golfgpt recipes` lists them."""
     name: str | None = None
     """The run folder is runs/NAME; default: the file's name and the time."""
     json: bool = False
-    """Print what was found as JSON."""
+    """Print the facts about the imported model as JSON."""
 
 
 def import_file(args: Import) -> int:
@@ -242,6 +256,6 @@ def import_file(args: Import) -> int:
         f"{info.file_bytes:,} bytes" + ("" if export.codes else f", quantized here ({args.config.quant.bits} bits)")
     )
     for name, (value, known) in assumed.items():
-        print(f"assumed, because no tensor shows it: model.{name} {value} ({known})")
+        print(f"assumed, because the tensors do not show it: model.{name} {value} ({known})")
     print(f"next: golfgpt eval {path} --data.path DIR")
     return 0

@@ -20,7 +20,7 @@ from golfgpt.errors import BudgetError, InputError, Interrupted
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """Train a model, write model.golf, score it as reloaded from disk. Run under torchrun for several GPUs."""
+    """Train a model, write model.golf, reload it from disk and score it. For several GPUs, run it under torchrun."""
 
     config: Config
     recipe: str | None = None
@@ -28,18 +28,21 @@ class Train:
     name: str | None = None
     """The run folder is runs/NAME; default: the recipe's name and the time."""
     resume: Path | None = None
-    """Continue the run in this folder from its newest checkpoint, under the config it was started with."""
+    """Continue the run in this folder from its newest checkpoint, with the config that it was started with."""
     json: bool = False
     """Print the result as JSON on standard output, the log on standard error."""
 
 
 def train(args: Train) -> int:
     if args.resume and args.name:
-        raise InputError(f"--name {args.name} and --resume {args.resume} exclude each other: a run keeps its folder")
+        raise InputError(
+            f"expected --name or --resume, got --name {args.name} and --resume {args.resume}; a resumed run keeps its "
+            "folder, so drop --name"
+        )
     if not (args.resume or args.recipe):
         raise InputError(
-            "name the recipe to start from: --recipe baseline on GPUs, --recipe small on a CPU (golfgpt recipes lists "
-            "them)"
+            "expected a recipe to start from, got none: use --recipe baseline on GPUs, --recipe small on a CPU "
+            "(golfgpt recipes lists all)"
         )
     path = args.resume or RUNS / run_name(args.name, args.recipe)
     code = _train(args.config, path, resume=args.resume is not None, as_json=args.json)
@@ -49,7 +52,7 @@ def train(args: Train) -> int:
 
 
 def _train(config: RunConfig, path: Path, *, resume: bool, as_json: bool) -> int:
-    """Train; with `as_json` print result.json, also when the artifact is over its budget."""
+    """Train. With `as_json`, print result.json, also if the artifact is over its budget."""
     from golfgpt.train.train import train
 
     try:
@@ -65,13 +68,13 @@ def _train(config: RunConfig, path: Path, *, resume: bool, as_json: bool) -> int
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """Prepare the embedded corpus, train a small model on it, score it, sample from it: about three minutes."""
+    """Train, score and sample a small model on Python's own source code, in about three minutes."""
 
     config: Config
     name: str | None = None
     """The run folder is runs/NAME; default: demo and the time."""
     data: Path = Path("data/demo")
-    """Where the prepared corpus is kept."""
+    """Folder for the prepared text; an existing one is used again."""
     json: bool = False
     """Print the result as JSON."""
 
@@ -80,7 +83,10 @@ def demo(args: Demo) -> int:
     from golfgpt.data.shards import MANIFEST
 
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise InputError("demo is one process; for several: golfgpt data prepare, then torchrun … -m golfgpt train")
+        raise InputError(
+            f"golfgpt demo expected one process, got WORLD_SIZE={os.environ['WORLD_SIZE']}; for several use "
+            "golfgpt data prepare, then torchrun … -m golfgpt train"
+        )
     if (args.data / MANIFEST).exists():
         print(f"corpus: {args.data}, as prepared before", file=sys.stderr if args.json else sys.stdout)
     else:
@@ -91,10 +97,8 @@ def demo(args: Demo) -> int:
     if not args.json:
         steps = json.loads((path / "result.json").read_text(encoding="utf-8"))["steps"]
         if steps < 300:
-            advice = (
-                " On a busy one `golfgpt demo --runtime.threads 1` does better." if config.runtime.threads != 1 else ""
-            )
-            print(f"\nonly {steps} steps in the time: this machine is slow or busy (README's figure took 687).{advice}")
+            advice = " On a busy one, use `golfgpt demo --runtime.threads 1`." if config.runtime.threads != 1 else ""
+            print(f"\nonly {steps} steps fit into the time, 687 in README.md: this machine is slow or busy.{advice}")
         prompt = "    def __init__(self"
         print(f"\n--- a sample: golfgpt sample {path} --prompt {prompt!r} ---")
         sample(Sample(run=path, prompt=prompt, tokens=150))
@@ -112,16 +116,16 @@ class DataPath:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalRuntime:
-    """Where to score; the fields of the run's runtime that scoring reads."""
+    """Where and how to score: the fields of runtime that scoring reads."""
 
     device: Literal["auto", "cpu", "cuda"]
     """auto: cuda where available, else cpu."""
     dtype: Literal["auto", "bfloat16", "float32"]
-    """Dtype of activations and matmuls."""
+    """Dtype of activations and matmuls; auto: bfloat16 on cuda, float32 on a CPU."""
     kernels: Literal["auto", "eager", "triton"]
     """Implementation of the ops; auto: Triton kernels where a measurement shows them winning."""
     attention: Literal["auto", "cudnn", "flash", "flash3", "efficient", "math"]
-    """Backend of scaled_dot_product_attention; auto: on a GPU the fastest of those that agree with math."""
+    """Backend of scaled_dot_product_attention; auto: on a GPU the fastest backend that agrees with math."""
     compile: Literal["auto", "on", "off"]
     """torch.compile of the forward; auto: on cuda only."""
     threads: int
@@ -130,10 +134,10 @@ class EvalRuntime:
 
 @dataclass(frozen=True, kw_only=True)
 class Eval:
-    """Score a run's model.golf on validation text; starts from the run's own config."""
+    """Score a run's model.golf on validation text, with the run's own config unless an option overrides it."""
 
     run: Positional[Path]
-    """Run folder, or another .golf file in one."""
+    """Run folder, or another .golf file in a run folder."""
     data: DataPath
     eval: EvalConfig
     runtime: EvalRuntime
@@ -161,7 +165,7 @@ def evaluate(args: Eval) -> int:
     runtime = replace(started.runtime, **asdict(args.runtime))
     try:
         config = replace(started, data=data, eval=args.eval, runtime=runtime)
-    except ValueError as error:  # fields that are right alone and wrong together
+    except ValueError as error:  # fields that are valid alone but not together
         raise InputError(str(error)) from error
     ranks = distributed.start(config.runtime.device)
     if config.runtime.threads:
@@ -173,8 +177,11 @@ def evaluate(args: Eval) -> int:
         model, tokenizer = load(args.run)
         dataset = open_dataset(config, ranks)
         if dataset.need_tokenizer().digest != tokenizer.digest:
-            raise InputError(f"{config.data.path} was made with another tokenizer than {args.run}")
-        # A run has stored its dtype. One that was imported has not: its score must not depend on a timing.
+            raise InputError(
+                f"{config.data.path} has another tokenizer than {args.run}; choose a folder that was prepared with "
+                f"--tokenizer {folder / 'tokenizer.model'}"
+            )
+        # A trained run stores its dtype. An imported run does not, and its score must not depend on a timing.
         wanted = "float32" if config.runtime.dtype == "auto" and ranks.device.type == "cpu" else config.runtime.dtype
         choice = select_dtype(wanted, model, config.data, ranks)
         dtype = choice.dtype
@@ -205,19 +212,19 @@ class Sample:
     """Generate text from a run's model.golf."""
 
     run: Positional[Path]
-    """Run folder, or a .golf file with its tokenizer.model beside it."""
+    """Run folder, or a .golf file with tokenizer.model in the same folder."""
     prompt: str = ""
-    """Text to continue; empty: a new document."""
+    """Text to continue; empty: start a new document."""
     tokens: int = 200
-    """Tokens to generate at most; generation also ends where the model ends its document."""
+    """Maximum number of tokens; generation also stops when the model ends the document."""
     temperature: float = 0.8
-    """0 takes the likeliest token each time."""
+    """Softmax temperature; 0 always picks the most likely token."""
     top_k: int | None = 50
-    """Choose among this many likeliest tokens; None: all."""
+    """Sample from this many most likely tokens; None: all."""
     seed: int = 0
-    """Seed of the choices."""
+    """Seed of the sampling."""
     json: bool = False
-    """Print prompt and text as JSON."""
+    """Print prompt, text and number of tokens as JSON."""
 
 
 def sample(args: Sample) -> int:
@@ -233,7 +240,7 @@ def sample(args: Sample) -> int:
         ("seed", args.seed, 0, 2**63 - 1),
     ):
         if not low <= value <= high:
-            raise InputError(f"--{name} must lie in {low}..{high}, got {value}")
+            raise InputError(f"--{name} is {value}; expected {low} to {high}")
     model, tokenizer = load(args.run)
     ids = torch.tensor([tokenizer.bos_id, *tokenizer.encode(args.prompt)])
     new = model.generate(

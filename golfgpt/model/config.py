@@ -1,4 +1,4 @@
-"""The shape of the model and how it starts. Standard library only."""
+"""Config of the model: its shape and its initial weights. Standard library only."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from golfgpt.fields import Count, Limit, NotNegative, Positive, Section
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Section):
-    """A GPT with grouped-query attention, relu^2 MLP, U-Net skips and a softcapped head. The defaults are recipe R0;
-    SmearGate and BigramHash mix the previous token into each embedding (`golfgpt.model.smear_gate` and
-    `bigram_hash` have the equations)."""
+    """A GPT with grouped-query attention, relu^2 MLP, U-Net skips and a softcapped head. The defaults are those
+    of recipe R0. SmearGate and BigramHash mix the previous token into each embedding; golfgpt.model.smear_gate and
+    golfgpt.model.bigram_hash contain the equations."""
 
     vocab_size: Annotated[Count, Limit("<=", 65_536)] = 1024
-    """Tokens in the vocabulary; must equal the tokenizer's."""
+    """Tokens in the vocabulary; must equal the vocabulary size of the tokenizer."""
     num_layers: Count = 9
-    """Transformer blocks; the first half feeds the second half through learned skips."""
+    """Transformer blocks; learned skip connections lead from the first half to the second."""
     model_dim: Count = 512
     """Width of the residual stream."""
     num_heads: Count = 8
     """Query heads; head_dim = model_dim / num_heads."""
     num_kv_heads: Count = 4
-    """Key and value heads; divides num_heads."""
+    """Key and value heads; must divide num_heads."""
     mlp_hidden: Count = 1024
     """Hidden units of each MLP."""
     tie_embeddings: bool = True
-    """Whether the token embedding is the output head."""
+    """Whether the token embedding is also the output head."""
     logit_softcap: Positive = 30.0
     """Logits are softcap * tanh(logits / softcap)."""
     rope_base: Positive = 10_000.0
@@ -35,41 +35,55 @@ class ModelConfig(Section):
     qk_gain_init: NotNegative = 1.5
     """Initial per-head gain on normalized, rotated queries."""
     tied_embed_init_std: NotNegative = 0.005
-    """Standard deviation of the initial embedding when it is tied."""
+    """Standard deviation of the initial embedding if it is tied."""
     rope_reference_len: Count | None = None
-    """Sequences longer than this get a larger rotary base (NTK-aware scaling, see `rope_base_at`); None: never."""
+    """Sequences longer than this many tokens use a larger rotary base (NTK-aware scaling); None: never."""
     matrix_init: Literal["uniform", "orthogonal"] = "uniform"
-    """Initial c_q, c_k, c_v and mlp_fc: U(±1/sqrt(fan_in)), or orthogonal where both sides are at least 64 (R5)."""
+    """Initial c_q, c_k, c_v and mlp_fc: U(±1/sqrt(fan_in)), or orthogonal if both dimensions are at least 64 (R5)."""
     resid_mix_init: Literal["identity", "phase"] = "identity"
-    """Initial (x, x0) weights of each block: (1, 0), or (p, 1 - p) with p rising from 0.18 to 0.82 over depth (R5)."""
+    """Initial (x, x0) weights of each block. identity: (1, 0); phase: (p, 1 - p), with p rising from 0.18 to 0.82 over
+    depth (R5)."""
     smear_gate: Literal["none", "after_norm", "before_norm"] = "none"
-    """Blend of each embedding with the one before it, after the embedding's norm (R5) or before it (PR #65)."""
+    """Mix each embedding with the previous one. after_norm: after the norm of the embedding (R5); before_norm: before
+    it (PR #65)."""
     bigram_hash: Literal["none", "xor", "linear"] = "none"
-    """Embedding of token pairs through a hash: R5's, with a learned scale, or PR #65's, without."""
+    """Add an embedding of hashed token pairs. xor: as in R5, with a learned scale; linear: as in PR #65, without
+    one."""
     bigram_vocab_size: int = 0
-    """Rows of the pair table; R5 has 10240, the last for tokens without a predecessor."""
+    """Rows of the pair table. R5 has 10240; the last is for tokens without a predecessor."""
     bigram_dim: int = 0
-    """Columns of the pair table, projected to model_dim; R5 has 128."""
+    """Columns of the pair table, which are projected to model_dim. R5 has 128."""
     document_start: int | None = None
-    """Token id that opens a document (BOS, 1 in published and prepared data): SmearGate and BigramHash treat it as
-    the first of a sequence. None, as published: they mix in the last token of the document before."""
+    """Token id that starts a document (BOS, 1 in published and prepared data). SmearGate and BigramHash treat it as the
+    first token of a sequence. None, as published: they mix in the last token of the previous document."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.model_dim % self.num_heads:
-            raise ValueError(f"model.model_dim {self.model_dim} is not a multiple of model.num_heads {self.num_heads}")
+            raise ValueError(
+                f"model.model_dim {self.model_dim} is not a multiple of model.num_heads {self.num_heads}; change one "
+                "of the two"
+            )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"model.num_heads {self.num_heads} is not a multiple of model.num_kv_heads {self.num_kv_heads}"
+                f"model.num_heads {self.num_heads} is not a multiple of model.num_kv_heads {self.num_kv_heads}; "
+                "change one of the two"
             )
         if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} must be even: rotary embedding turns pairs")
+            raise ValueError(
+                f"head_dim {self.head_dim} must be even, because rotary embedding rotates pairs; head_dim is "
+                "model.model_dim / model.num_heads: change one of the two"
+            )
         if self.rope_reference_len is not None and self.head_dim == 2:
-            raise ValueError("model.rope_reference_len needs head_dim > 2: the base grows by length^(h / (h - 2))")
+            raise ValueError(
+                "model.rope_reference_len needs head_dim > 2, got 2, because the base grows by length^(h / (h - 2)) "
+                "with h = head_dim; raise model.model_dim or drop rope_reference_len"
+            )
         rows, columns = self.bigram_vocab_size, self.bigram_dim
         if self.bigram_hash == "none" and (rows or columns):
             raise ValueError(
-                f"model.bigram_vocab_size {rows} and model.bigram_dim {columns} need a model.bigram_hash, got none"
+                f"model.bigram_vocab_size {rows} and model.bigram_dim {columns} need a model.bigram_hash, got none; "
+                "expected xor or linear"
             )
         if self.bigram_hash != "none" and (rows < 2 or columns < 1):
             raise ValueError(
@@ -85,12 +99,13 @@ class ModelConfig(Section):
         if self.smear_gate == self.bigram_hash == "none":
             raise ValueError(
                 f"model.document_start {self.document_start} changes nothing without model.smear_gate or "
-                "model.bigram_hash"
+                "model.bigram_hash; set one of them or drop document_start"
             )
 
     def rope_base_at(self, length: int) -> float:
-        """Rotary base for sequences of `length` tokens: base (length / reference)^(h / (h - 2)) beyond the reference
-        length, h = head_dim. The slowest angle then spans what it spanned there, the fastest one is unchanged."""
+        """Rotary base for sequences of `length` tokens. Beyond the reference length, the base is multiplied by
+        (length / reference)^(h / (h - 2)) with h = head_dim. The slowest angle then covers the same range as at the
+        reference length, and the fastest angle is unchanged."""
         if self.rope_reference_len is None or length <= self.rope_reference_len:
             return self.rope_base
         return self.rope_base * (length / self.rope_reference_len) ** (self.head_dim / (self.head_dim - 2))

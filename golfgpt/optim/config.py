@@ -1,4 +1,4 @@
-"""Learning rates, their schedule, and averages of the weights. Standard library only."""
+"""Config of the optimizers, the schedule and the averaging of weights. Standard library only."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from golfgpt.fields import (
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig(Section):
-    """Muon for the matrices of the blocks, Adam for the embedding, the head and everything else."""
+    """Optimizers: Muon for matrices, Adam for the embedding, the head and all other parameters."""
 
     matrix_lr: NotNegative = 0.04
     """Muon's base learning rate."""
@@ -37,75 +37,81 @@ class OptimConfig(Section):
     muon_momentum_warmup_start: FractionBelowOne = 0.85
     """Muon's momentum at step 0."""
     muon_momentum_warmup_steps: CountOrZero = 500
-    """Steps over which the momentum rises linearly; 0 starts at the final value."""
+    """Steps over which the momentum rises linearly; 0: start at the final value."""
     muon_ns_steps: Count = 5
-    """Newton-Schulz iterations."""
+    """Newton-Schulz iterations per step."""
     muon_row_norm: bool = False
-    """Whether Muon divides the rows of what it orthogonalizes by their norms first (MuonEq-R)."""
+    """Whether Muon normalizes the rows of each matrix before it orthogonalizes the matrix (MuonEq-R)."""
     muon_variance_beta: FractionBelowOne = 0.0
-    """Decay of the running mean square of each row of Muon's update, by whose root it is divided (NorMuon); 0: off."""
+    """Decay of the running mean square of each row of Muon's update. The row is divided by its root (NorMuon). 0:
+    off."""
     adam_beta1: FractionBelowOne = 0.9
     """Adam's decay of the mean gradient."""
     adam_beta2: FractionBelowOne = 0.95
     """Adam's decay of the mean squared gradient."""
     adam_eps: NotNegative = 1e-8
-    """Adam's addend to the root of the mean squared gradient."""
+    """Adam's epsilon, added to the root of the mean squared gradient."""
     weight_decay: NotNegative = 0.0
-    """Decoupled weight decay of every group: w <- w (1 - lr * weight_decay) - update."""
+    """Decoupled weight decay of all parameters: w <- w (1 - lr * weight_decay) - update."""
     grad_clip_norm: NotNegative = 0.0
-    """Largest global gradient norm; 0 leaves gradients as they are."""
+    """Maximum global gradient norm, for clipping; 0: no clipping."""
     embed_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the token embedding and the pair table and of Adam's moments for them. bfloat16, as published, loses
-    late updates that are smaller than its rounding."""
+    """Dtype of the token embedding, the pair table and their Adam moments. bfloat16, as published, loses late updates
+    that are smaller than its rounding error."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig(Section):
-    """When training stops and how the learning rate falls."""
+    """When training stops, and how the learning rate decays."""
 
     max_steps: Count = 20_000
-    """Optimizer steps at most."""
+    """Maximum number of optimizer steps."""
     max_seconds: Positive | None = 600.0
-    """Training seconds at most (compilation, warm-up, checkpoints and evaluation are not counted); None: no cap."""
+    """Maximum training time in seconds, without compilation, warm-up, checkpoints and evaluation; None: no limit."""
     kind: Literal["warmdown_steps", "warmdown_frac"] = "warmdown_frac"
-    """warmdown_steps: upstream's rule, a number of steps turned into time by the mean step;
-    warmdown_frac: the last fraction of the budget, whichever of steps and seconds is further along."""
+    """Which rule sets the length of the decay. warmdown_steps: as published, a number of steps, converted to time with
+    the mean step time. warmdown_frac: the last fraction of the budget of steps or of seconds, whichever is closer
+    to its end."""
     warmdown_steps: CountOrZero = 1200
-    """Length of the decay to zero for kind=warmdown_steps; 0 keeps the rate constant."""
+    """Steps of the decay to zero, for kind=warmdown_steps; 0: constant learning rate."""
     warmdown_frac: Fraction = 0.4
-    """Fraction of the budget spent decaying for kind=warmdown_frac, 0 to 1."""
+    """Fraction of the budget over which the rate decays, for kind=warmdown_frac; 0 to 1."""
     warmdown_shape: Literal["linear", "cosine"] = "linear"
-    """Shape of the decay; cosine is half a period, from 1 to 0."""
+    """Shape of the decay. cosine: half a period, from 1 to 0."""
     warmdown_max_frac: FractionAboveZero | None = None
-    """Longest decay as a fraction of max_seconds for kind=warmdown_steps; R5 has 0.5, which makes its recipe
-    another one where steps are slow. None: no limit."""
+    """Maximum length of the decay as a fraction of max_seconds, for kind=warmdown_steps; None: no limit. R5 has 0.5,
+    which changes its schedule on machines with slow steps."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.warmdown_max_frac and (self.kind != "warmdown_steps" or self.max_seconds is None):
             raise ValueError(
-                f"schedule.warmdown_max_frac {self.warmdown_max_frac} limits kind=warmdown_steps with max_seconds; got "
-                f"kind {self.kind}, max_seconds {self.max_seconds}"
+                f"schedule.warmdown_max_frac {self.warmdown_max_frac} expected kind warmdown_steps and a number for "
+                f"max_seconds, got kind {self.kind} and max_seconds {self.max_seconds}; drop it or change them"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class AverageConfig(Section):
-    """Averaging of the weights over the last part of training; the average is what is exported."""
+    """Averaging of the weights over the last part of training. The average is exported."""
 
     kind: Literal["none", "swa", "ema"] = "none"
-    """swa: the mean of every swa_every-th step's weights once the learning rate has fallen below swa_start_lr;
-    ema: a mean that forgets, updated at every step."""
+    """swa: the mean of the weights of every swa_every-th step, once the learning rate is below swa_start_lr.
+    ema: an exponential moving average, updated at every step."""
     swa_start_lr: FractionAboveZero = 0.4
-    """Learning-rate multiplier below which steps are averaged."""
+    """Learning-rate multiplier below which swa averages steps."""
     swa_every: Count = 50
-    """Steps between averaged weights."""
+    """Steps between the weights that swa averages."""
     ema_decay: Annotated[Positive, Limit("<", 1)] = 0.997
-    """Weight of the old mean at each step; the start's share is divided out."""
+    """Weight of the old mean at each step. The bias toward the zero start is divided out."""
     sums: Literal["float32", "parameter"] = "float32"
-    """Dtype of the sums; "parameter", as published, adds bfloat16 embeddings in bfloat16 (an error of 2 % in 48)."""
+    """Dtype of the sums. parameter, as published, sums bfloat16 embeddings in bfloat16, which makes an error of 2 %
+    after 48 sums."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.sums != "float32" and self.kind != "swa":
-            raise ValueError(f"average.sums {self.sums} is for average.kind swa, got kind {self.kind}")
+            raise ValueError(
+                f"average.sums {self.sums} expected average.kind swa, got {self.kind}; use average.sums float32 or "
+                "kind swa"
+            )

@@ -1,4 +1,4 @@
-"""How the score is computed. Standard library only."""
+"""Config of the evaluation. Standard library only."""
 
 from __future__ import annotations
 
@@ -10,29 +10,34 @@ from golfgpt.fields import Count, Section
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(Section):
-    """How the score is computed. Every token of the validation text is scored exactly once, unless `rule` says else."""
+    """Evaluation. Every token of the validation text except the first is scored exactly once, unless `rule` is
+    changed."""
 
     window: Count | None = None
     """Tokens per forward; None: data.seq_len."""
     stride: Count | None = None
-    """Tokens between window starts; None: the window (chunks). Each token then has window - stride or more
-    tokens of context, except near the start of the text."""
+    """Tokens between window starts; None: the window (chunks). Each token has at least window - stride tokens of
+    context, except near the start of the text."""
     batch_tokens: Count | None = None
-    """Tokens per forward pass on one rank; None: 65,536 on a GPU, 16,384 on a CPU. Fewer need less memory; the score
-    does not depend on it beyond rounding."""
+    """Tokens per forward pass on one rank; None: 65,536 on a GPU, 16,384 on a CPU. Fewer tokens need less memory.
+    The score depends on it only by rounding."""
     max_tokens: Count | None = None
-    """Score only this many leading tokens; the result is then labelled a partial score."""
+    """Score only this many tokens from the start of the text; the result is labelled as a partial score."""
     document_aware: bool = False
-    """Whether tokens attend within their document only; a document starts at BOS, which is scored as the end of the
-    one before. SmearGate and BigramHash then need model.document_start."""
+    """Whether tokens attend only within their document. A document starts at BOS, which is scored as the last token of
+    the previous document. Models with SmearGate or BigramHash then need model.document_start."""
     rule: Literal["every_token", "r4", "r4b"] = "every_token"
-    """r4 and r4b score as the published recipes R4 and R4b do, and the label names the difference. r4: full windows
-    only, and of each, the first included, the last `stride` tokens; the first window - stride tokens are never scored.
-    r4b: the text is cut to a multiple of the window, and windows go on until `stride` tokens are left, the last ones
-    shorter than `window`; each scores its last `stride` tokens, the first all of its own: the last tokens are scored,
-    and counted, again by every short window."""
+    """Which tokens are scored. r4 and r4b follow the published scripts of R4 and R4b; the label of the score names the
+    difference. r4: only full windows, and only the last `stride` tokens of each, also of the first, so the first
+    window - stride tokens of the text are never scored. r4b: the text is cut to a multiple of the window, and windows
+    start until `stride` tokens are left, so the last ones are shorter than `window`. The first window scores all its
+    tokens, every other one its last `stride` tokens. The last tokens of the text are therefore scored and counted again
+    by every short window."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.window and self.stride and self.stride > self.window:
-            raise ValueError(f"eval.stride {self.stride} exceeds eval.window {self.window}: tokens would be skipped")
+            raise ValueError(
+                f"eval.stride {self.stride} exceeds eval.window {self.window}, so tokens would be skipped; expected "
+                f"at most {self.window}"
+            )
