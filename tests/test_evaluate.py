@@ -168,7 +168,7 @@ def test_a_suffix_scores_what_the_whole_window_scores(stride, documents, monkeyp
 
 
 def test_a_suffix_has_limits():
-    with pytest.raises(ValueError, match=r"suffix must lie in 1\.\.4"):
+    with pytest.raises(ValueError, match="suffix is 5; expected 1 to 4"):
         lively()(torch.zeros(1, 4, dtype=torch.int64), suffix=5)
 
 
