@@ -195,7 +195,7 @@ def test_recipes(capsys):
         (["sample", "nowhere"], 3, "there is no nowhere"),
         (["inspect", "nowhere"], 3, "there is no nowhere"),
         (["train", "--recipe", "demo", "--name", "../x"], 3, "is not a folder name"),
-        (["train", "--recipe", "demo"], 3, "no data: name a prepared folder"),
+        (["train", "--recipe", "demo"], 3, "no data: expected a prepared folder"),
         (["data", "prepare", "missing.txt", "--out", "d"], 3, "missing.txt"),
         (["data", "verify", "missing"], 3, "missing is not a folder"),
     ],

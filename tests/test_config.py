@@ -69,7 +69,7 @@ def test_strict_loading(edit, message):
         (lambda: ScheduleConfig(max_seconds=0.0), "schedule.max_seconds is 0.0; expected > 0"),
         (lambda: ScheduleConfig(warmdown_frac=1.5), "schedule.warmdown_frac is 1.5; expected >= 0 and <= 1"),
         (lambda: DataConfig(batch_tokens=1000), "data.batch_tokens 1000 is not a multiple"),
-        (lambda: DataConfig(microbatch_tokens=1000), "data.microbatch_tokens 1000"),
+        (lambda: DataConfig(microbatch_tokens=1000), "data.microbatch_tokens is 1000; expected a multiple"),
         (lambda: QuantConfig(bits=1), "quant.bits is 1; expected >= 2 and <= 8"),
         (lambda: EvalConfig(stride=0), "eval.stride is 0; expected >= 1"),
         (lambda: EvalConfig(window=64, stride=65), "tokens would be skipped"),

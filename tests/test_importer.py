@@ -182,7 +182,7 @@ def test_a_run_is_stored_in_other_formats_from_its_trained_weights(trained, caps
     [
         (["--to", "golf", "--out", "{run}/model.golf"], "or the artifact of a run"),
         (["--to", "golf", "--out", "{run}/config.json"], "must end in .golf"),
-        (["--out", "{run}/checkpoints/step_0.safetensors"], "lies among the checkpoints of a run"),
+        (["--out", "{run}/checkpoints/step_0.safetensors"], "is in the checkpoints folder of a run"),
         (["--out", "{run}/model.golf"], "must end in .safetensors"),
         (["--quant.bits", "5"], "quant.bits: 6 -> 5 has no effect on --to safetensors"),
         (["--to", "golf", "--quant.qat", "export"], "quant.qat: 'off' -> 'export' has no effect on export"),

@@ -414,7 +414,9 @@ def test_an_average_of_too_few_is_not_exported_and_the_log_says_so(tiny, tmp_pat
     train(replace(tiny, average=average, schedule=schedule), tmp_path / "run")
     log = (tmp_path / "run" / "train.log").read_text()
     said = (
-        f"warning: swa: {taken} of 8 steps were taken, too few" if taken < 2 else "swa:exporting the average of 2 steps"
+        f"warning: swa: {taken} of 8 steps are in the average, too few"
+        if taken < 2
+        else "swa:exporting the average of 2 steps"
     )
     assert said in log
 
@@ -441,7 +443,7 @@ def test_a_folder_in_use_is_refused(tiny, tmp_path):
             lambda c: replace(
                 c, model=replace(c.model, smear_gate="after_norm"), eval=replace(c.eval, document_aware=True)
             ),
-            "smear_gate after_norm .* mix documents; train with --model.document-start 1",
+            "does not mix documents, got smear_gate after_norm .*; train with --model.document-start 1",
         ),
         (lambda c: replace(c, model=replace(c.model, mlp_hidden=2_000_000)), "tensors take .* more than 268435456"),
     ],
@@ -653,7 +655,7 @@ def test_a_rank_that_fails_in_set_up_stops_all_and_leaves_the_name_free(tiny, tm
 
 @pytest.mark.parametrize(
     ("micro", "advice"),
-    [(None, "--data.microbatch-tokens 64 takes the same steps in about .* GiB"), (64, "one sequence is the least")],
+    [(None, "--data.microbatch-tokens 64 takes the same steps in about .* GiB"), (64, "one sequence is the minimum")],
 )
 @pytest.mark.parametrize("kind", [torch.OutOfMemoryError, MemoryError, RuntimeError])
 def test_running_out_of_memory_says_what_needs_less(tiny, tmp_path, monkeypatch, kind, micro, advice):

@@ -149,7 +149,7 @@ class Export:
     """artifact: the weights decoded from model.golf; checkpoint: the trained weights, not quantized. Default: artifact
     for safetensors, checkpoint for golf."""
     out: Path | None = None
-    """File to write; default: export.golf in the run folder, or .safetensors beside the artifact."""
+    """File to write; default: export.golf in the run folder, or the name of the artifact with .safetensors."""
     overwrite: bool = False
     """Replace an earlier export."""
     json: bool = False
@@ -190,7 +190,7 @@ def export(args: Export) -> int:
     if out.exists() and not args.overwrite:
         raise InputError(f"{out} already exists; choose another --out, or replace it with --overwrite")
     if place.name == "checkpoints" and (place.parent / "config.json").exists():
-        raise InputError(f"--out {out} lies among the checkpoints of a run; choose another folder")
+        raise InputError(f"--out {out} is in the checkpoints folder of a run; choose another folder")
     if args.to == "golf":
         options = {"tokenizer_sha256": info.tokenizer_sha256, "seq_len": info.seq_len}
         print(f"compressing ({args.quant.compressor})", file=sys.stderr)

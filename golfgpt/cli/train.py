@@ -119,7 +119,7 @@ class EvalRuntime:
     """Where and how to score: the fields of runtime that scoring reads."""
 
     device: Literal["auto", "cpu", "cuda"]
-    """auto: cuda where available, else cpu."""
+    """auto: cuda if available, else cpu."""
     dtype: Literal["auto", "bfloat16", "float32"]
     """Dtype of activations and matmuls; auto: bfloat16 on cuda, float32 on a CPU."""
     kernels: Literal["auto", "eager", "triton"]

@@ -1,12 +1,12 @@
-"""The model. Where things are:
+"""The model. Its modules:
 
-    plan         what each layer does, as data; no torch
-    parameters   the one table of what a model holds: shape, kind, initial values, published name
-    layers       norm, rotary embedding, attention, MLP, and `linear`, through which every matrix of a layer multiplies
-    embedding    what goes into the first layer, with smear_gate and bigram_hash
-    gpt          the whole of it: hidden states, loss, logits
-    generate     sampling, with the keys and values that kv_cache keeps
+    plan         what each layer does, as data; does not import torch
+    parameters   the table of all parameters: shape, kind, initial values, published name
+    layers       norm, rotary embedding, attention, MLP, and `linear`, the product with a matrix of a layer
+    embedding    the input of the first layer; uses smear_gate and bigram_hash
+    gpt          the complete model: hidden states, loss, logits
+    generate     sampling; uses kv_cache
 
-A mechanism is a function in a file of its own, its parameters a line each in `parameters`, its size a field of
-ModelConfig (0 or "none": off), its use one line in `layers`, `embedding` or `gpt`.
+A mechanism consists of a function in its own file, one line in `parameters` for each of its parameters, a field of
+ModelConfig that sets its size (0 or "none": off), and one line in `layers`, `embedding` or `gpt` that uses it.
 """

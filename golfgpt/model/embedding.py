@@ -1,8 +1,9 @@
-"""From token ids to x0, what enters the first layer: the embedding's norm, with the previous token mixed in.
+"""From token ids to x0, the input of the first layer: the normalized embedding, mixed with the previous token.
 
-    x = tok_emb[ids] + pair_embedding (bigram_hash);   x0 = smear(norm(x)) or norm(x), as smear_gate says
+    x = tok_emb[ids] + pair_embedding (bigram_hash);   x0 = smear(norm(x)) or norm(x), depending on smear_gate
 
-A sequence's first token has no token before it; with model.document_start that holds for each document's first.
+The first token of a sequence has no previous token. With model.document_start, the same holds for the first token of
+each document.
 """
 
 from __future__ import annotations
@@ -20,14 +21,16 @@ from golfgpt.model.smear_gate import smear
 
 
 def one_later(x: Tensor, before: Tensor | None, fill: int) -> Tensor:
-    """x (B, T, ...) shifted by one token, after `before` (B, 1, ...) or, where that is None, `fill`."""
+    """x (B, T, ...) shifted later by one token. The first position holds `before` (B, 1, ...), or `fill` if it is
+    None."""
     return torch.cat((torch.full_like(x[:, :1], fill) if before is None else before, x[:, :-1]), dim=1)
 
 
 def embed(
     ids: Tensor, weights: Mapping[str, Tensor], dtype: torch.dtype, config: ModelConfig, last: dict[str, Tensor]
 ) -> Tensor:
-    """x0 (B, T, D) of ids (B, T); `last` is that of a KVCache, renewed here, empty where a sequence starts."""
+    """x0 (B, T, D) of ids (B, T). `last` is the `last` of a KVCache, empty at the start of a sequence; it is updated in
+    place."""
     x = F.embedding(ids, weights["tok_emb"]).to(dtype)
     prev = one_later(ids, last.get("ids"), -1)
     if config.document_start is not None:

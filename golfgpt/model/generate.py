@@ -1,4 +1,4 @@
-"""Sampling: token by token, with a cache of keys and values."""
+"""Sampling token by token, with a cache of keys and values."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def generate(
     stop_id: int | None = None,
     generator: torch.Generator | None = None,
 ) -> list[int]:
-    """Sample a continuation of ids (T,) token by token, each seeing the last `window` tokens.
+    """Sample a continuation of ids (T,). Each new token attends to the last `window` tokens.
 
-    temperature 0 takes the likeliest token. Stops early at `stop_id`. Returns the new ids only.
+    With temperature 0, the most likely token is chosen. Generation stops early at `stop_id`. Returns only the new ids.
     """
     cache, out = KVCache(window), []
     hidden = model(ids[None, -window:], cache=cache)

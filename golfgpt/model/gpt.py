@@ -1,4 +1,4 @@
-"""The GPT of the published recipes, with its parameters in banks.
+"""The GPT of the published recipes, with its parameters stored in banks.
 
 Shapes: B sequences, T tokens, D model_dim.
 
@@ -9,9 +9,9 @@ Shapes: B sequences, T tokens, D model_dim.
         x = layer(x)                                        golfgpt.model.layers
     logits = softcap * tanh(norm(x) headᵀ / softcap)
 
-Same-shaped matrices of all layers are one parameter (layers, out, in), unbound once per forward, so that the optimizer
-orthogonalizes batches without copies and a cast to the compute dtype is one launch per bank. Parameters are float32.
-One forward serves training, scoring and generation: they differ in the weights that they hand it.
+Matrices of one kind of all layers are one parameter, a bank (layers, out, in). A forward unbinds each bank once. The
+optimizer can therefore orthogonalize batches without copies, and a cast to the compute dtype is one kernel launch per
+bank. Parameters are float32. Training, scoring and generation use the same forward with different weights.
 
 Sources: the published scripts of openai/parameter-golf; U-Net skips and relu² from modded-nanogpt.
 """
@@ -37,20 +37,20 @@ from golfgpt.model.plan import layer_plan
 
 @dataclass(frozen=True)
 class Weights:
-    """What a forward multiplies with."""
+    """The weights that a forward uses."""
 
     model: dict[str, Tensor]
-    """Parameters that are not in a bank, by name, float32; cast where they are used."""
+    """Parameters that are not in a bank, by name, in float32. They are cast where they are used."""
     layers: list[dict[str, Weight]]
-    """For each bank row its parameters, by name, in the compute dtype. Matrices may be wrapped: `layers.LoRA`,
-    `Observed`."""
+    """For each row of the banks, its parameters by name, in the compute dtype. A matrix may be wrapped in
+    `layers.LoRA` or `layers.Observed`."""
 
 
 class GPT(nn.Module):
-    """A compact GPT. `forward` gives hidden states; `loss` and `logits` put the softcapped head on top."""
+    """A compact GPT. `forward` returns hidden states; `loss` and `logits` apply the softcapped head to them."""
 
     def __init__(self, config: ModelConfig, *, seed: int = 1337):
-        """Initialize on the CPU from `seed`, as `golfgpt.model.parameters` says."""
+        """Initialize on the CPU from `seed`, as defined in `golfgpt.model.parameters`."""
         super().__init__()
         self.config, self.table, self.plan = config, parameter_table(config), layer_plan(config)
         self._head = "tok_emb" if config.tie_embeddings else "lm_head"
@@ -69,7 +69,7 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def weights(self, dtype: torch.dtype = torch.float32, stand_ins: Mapping[str, Tensor] | None = None) -> Weights:
-        """The parameters, ready for a forward in `dtype`; `stand_ins` take the place of those of their names."""
+        """The parameters, prepared for a forward in `dtype`. `stand_ins` replace the parameters of the same names."""
         values = dict(self.named_parameters()) | dict(stand_ins or {})
         if unknown := [name for name in values if name not in self.table]:
             raise ValueError(f"no parameter {unknown[0]} in this model; expected some of {', '.join(self.table)}")
@@ -89,17 +89,18 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Hidden states (B, T, D) in `dtype` after the final norm for token ids (B, T).
 
-        `weights` (None: the parameters) are in `dtype`, as `weights` gives them.
-
-        `suffix`: only the last `suffix` tokens, (B, suffix, D); the last layer computes keys and values of all tokens
-        and everything else of these. `document_start`, a token id: attention stops at the latest such token; what
-        SmearGate and BigramHash mix in is set by `config.document_start`. `cache`: the ids continue the cached tokens
-        (up to a window into an empty cache, then one at a time); it is extended in place and excludes the other two.
+        `weights`: result of the method `weights` in the same `dtype`; None: the parameters.
+        `suffix`: return only the last `suffix` tokens, (B, suffix, D). The last layer then computes keys and values for
+        all tokens, and everything else only for these.
+        `document_start`: token id that starts a document; tokens attend only within their document. What SmearGate and
+        BigramHash mix in depends on `config.document_start` instead.
+        `cache`: the ids continue the cached tokens. An empty cache takes up to a window of tokens, later calls take one
+        token. The cache is extended in place. It cannot be combined with `suffix` or `document_start`.
         """
         if cache is not None and (suffix is not None or document_start is not None):
-            raise ValueError("a cache continues one text: it goes with neither suffix nor document_start")
+            raise ValueError("a cache cannot be combined with suffix or document_start; drop one of them")
         if suffix is not None and not 1 <= suffix <= ids.size(1):
-            raise ValueError(f"suffix must lie in 1..{ids.size(1)} (the tokens given), got {suffix}")
+            raise ValueError(f"suffix is {suffix}; expected 1 to {ids.size(1)}, the number of tokens in ids")
         weights = self.weights(dtype) if weights is None else weights
         c, length = self.config, ids.size(1)
         past = 0 if cache is None else cache.seen
@@ -136,15 +137,15 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Mean cross entropy in nats, float32, of targets (B, T) given ids (B, T), computed in `dtype`.
 
-        `stand_ins` take the place of the parameters of their names; gradients go where theirs go.
+        `stand_ins` replace the parameters of the same names and receive their gradients.
         """
         hidden = self.forward(ids, dtype=dtype, weights=self.weights(dtype, stand_ins))
-        # The head goes in as float32, so that its gradient meets the embedding's unrounded.
+        # The head is passed as float32, so that its gradient is added to the embedding's without rounding.
         head = (stand_ins or {}).get(self._head, self.head_weight)
         return softcap_cross_entropy(hidden, head, targets, softcap=self.config.logit_softcap)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Softcapped logits (..., vocab_size) in float32 of hidden states (..., D)."""
+        """Softcapped logits (..., vocab_size), in float32, of hidden states (..., D)."""
         cap = self.config.logit_softcap
         return cap * torch.tanh(F.linear(hidden, self.head_weight.to(hidden.dtype)).float() / cap)
 

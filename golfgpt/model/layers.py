@@ -1,11 +1,11 @@
-"""A layer: attention, then the MLP, on the residual stream; and `linear`, the seam through which its matrices multiply.
+"""A layer: attention, then the MLP, on the residual stream. `linear` and `mlp` multiply by its matrices.
 
     x = x + attn_scale * attention(norm(x))
     x = x + mlp_scale * relu(norm(x) w_fcᵀ)² w_projᵀ
 
 Shapes: B sequences, T tokens, D model_dim, H query heads, K key-value heads, h head_dim. Norms have no weight and
-return their input's dtype (torch >= 2.12 puts rms_norm on autocast's float32 list; here nothing runs under autocast).
-NTK-aware scaling of the rotary base is from bloc97's note of 2023 on LLaMA's context.
+return the dtype of their input (torch >= 2.12 puts rms_norm on autocast's float32 list; nothing here runs under
+autocast). NTK-aware scaling of the rotary base is from bloc97's note of 2023 on the context length of LLaMA.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from golfgpt.model.kv_cache import KVCache
 
 
 class LoRA(NamedTuple):
-    """A matrix with a correction of low rank r, w + b a."""
+    """A matrix with a low-rank correction, w + b a, of rank r."""
 
     w: Weight
     """(out, in)."""
     a: Tensor
-    """(r, in), or (B, r, in) with one for each sequence."""
+    """(r, in), or (B, r, in) for one per sequence."""
     b: Tensor
-    """(out, r), or (B, out, r)."""
+    """(out, r), or (B, out, r) for one per sequence."""
 
 
 class Observed(NamedTuple):
-    """A matrix whose inputs are looked at."""
+    """A matrix with a callback that receives its inputs."""
 
     w: Weight
     see: Callable[[Tensor], None]
-    """Gets each input (..., in) before it is multiplied."""
+    """Called with each input (..., in) before the multiplication."""
 
 
 Weight = Tensor | LoRA | Observed
@@ -54,33 +54,34 @@ def linear(x: Tensor, w: Weight) -> Tensor:
 
 
 def mlp(x: Tensor, w_fc: Weight, w_proj: Weight) -> Tensor:
-    """relu(x w_fcᵀ)² w_projᵀ, (..., D) -> (..., D); one fused op for plain matrices."""
+    """relu(x w_fcᵀ)² w_projᵀ, (..., D) -> (..., D). For plain matrices it is one fused op."""
     if isinstance(w_fc, Tensor) and isinstance(w_proj, Tensor):
         return relu2_mlp(x, w_fc, w_proj)
     return linear(linear(x, w_fc).relu().square(), w_proj)
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """Divide by the root mean square of the last dimension; keeps the dtype, eps is float32's 1.19e-7."""
+    """Divide by the root mean square of the last dimension. Keeps the dtype; eps is 1.19e-7, that of float32."""
     return F.rms_norm(x, (x.size(-1),)).to(x.dtype)
 
 
 def rope_table(start: int, length: int, head_dim: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin (length, head_dim / 2) in float32 for positions start .. start + length - 1."""
+    """cos and sin, (length, head_dim / 2) in float32, for the positions start to start + length - 1."""
     frequency = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
     angle = torch.arange(start, start + length, device=device, dtype=torch.float32)[:, None] * frequency
     return angle.cos(), angle.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the half-split pairs of x (..., T, head_dim) by minus the table's angles."""
+    """Rotate x (..., T, head_dim) by minus the angles of the table; element i is paired with i + head_dim / 2."""
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
 
 
 def visible(ids: Tensor, queries: int, document_start: int | None) -> Tensor:
-    """Which of the tokens ids (B, T) each of the last `queries` ones may attend to: itself and those before it, with
-    `document_start` only those of its own document. Bool (queries, T), or (B, 1, queries, T) with documents."""
+    """Attention mask of the last `queries` tokens of ids (B, T). A token may attend to itself and to earlier tokens;
+    with `document_start`, only to those of its own document. Bool (queries, T), or (B, 1, queries, T) with
+    `document_start`."""
     position = torch.arange(ids.size(1), device=ids.device)
     mask = position[-queries:, None] >= position
     if document_start is None:
@@ -90,19 +91,19 @@ def visible(ids: Tensor, queries: int, document_start: int | None) -> Tensor:
 
 
 class Tokens(NamedTuple):
-    """The tokens that a forward is asked for, as attention sees them."""
+    """What attention needs to know about the tokens of a forward."""
 
     cos: Tensor
     sin: Tensor
     """Rotary table (T, h / 2) in the compute dtype."""
     mask: Tensor | None
-    """What each may attend to, as `visible` says; None: all before it."""
+    """Attention mask from `visible`; None: each token attends to itself and to all earlier tokens."""
     cache: KVCache | None
     past: int
-    """Tokens in the cache before these."""
+    """Number of tokens in the cache before these."""
 
     def last(self, count: int, mask: Tensor) -> Tokens:
-        """Only the last `count` of them. `mask` is needed: is_causal aligns the queries with the first keys."""
+        """Only the last `count` tokens. They need `mask`, because is_causal aligns the queries with the first keys."""
         return Tokens(self.cos[-count:], self.sin[-count:], mask, self.cache, self.past)
 
 
@@ -112,7 +113,8 @@ def heads(x: Tensor, head_dim: int) -> Tensor:
 
 
 def keys_and_values(n: Tensor, w: Mapping[str, Weight], index: int, tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """(B, K, T, h) each of normalized n (B, T, D), after those that the cache holds of layer `index` of the plan."""
+    """Keys and values, each (B, K, T, h), of the normalized input n (B, T, D). With a cache, those that it holds for
+    layer `index` of the plan come first."""
     head_dim = 2 * tokens.cos.size(-1)
     k, v = (heads(linear(n, w[name]), head_dim) for name in ("c_k", "c_v"))
     k = rotate(rms_norm(k), tokens.cos, tokens.sin)
@@ -120,7 +122,7 @@ def keys_and_values(n: Tensor, w: Mapping[str, Weight], index: int, tokens: Toke
 
 
 def attention(n: Tensor, k: Tensor, v: Tensor, w: Mapping[str, Weight], tokens: Tokens) -> Tensor:
-    """(B, T, D) of normalized n (B, T, D), whose queries attend to k and v (B, K, S, h)."""
+    """Output (B, T, D) for the normalized input n (B, T, D). Its queries attend to k and v (B, K, S, h)."""
     q = heads(linear(n, w["c_q"]), k.size(-1))
     q = rotate(rms_norm(q), tokens.cos, tokens.sin) * w["q_gain"][:, None, None]
     causal = tokens.mask is None and not tokens.past
@@ -131,8 +133,8 @@ def attention(n: Tensor, k: Tensor, v: Tensor, w: Mapping[str, Weight], tokens: 
 def layer(
     x: Tensor, w: Mapping[str, Weight], index: int, tokens: Tokens, last: tuple[int, Tensor] | None = None
 ) -> Tensor:
-    """The residual stream (B, T, D) after a layer with the weights w, by parameter name; (B, count, D) with
-    `last` = (count, mask), which keeps only the last `count` tokens; the others contribute keys and values only."""
+    """The residual stream (B, T, D) after a layer. `w` holds its weights by parameter name. With `last` = (count,
+    mask), the result has only the last `count` tokens, (B, count, D); the other tokens only provide keys and values."""
     n = rms_norm(x)
     k, v = keys_and_values(n, w, index, tokens)
     if last is not None:

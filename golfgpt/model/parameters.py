@@ -1,18 +1,17 @@
-"""The one table of what a model holds: shape, kind, initial values and published name of every parameter.
+"""The table of all parameters of a model: shape, kind, initial values and published name.
 
-A golfgpt model keeps the same-shaped matrices of all L layers in one bank of shape (L, out, in); the published scripts
-name one tensor a layer. Whatever depends on which parameters there are derives from this table: initialization, the
-optimizer's groups, storage formats, the order in artifacts, import and export. A new parameter is one line of
-`parameter_table` and its use; parameters of optional mechanisms come last, so that models of one seed start alike in
-all others.
+A golfgpt model stores the matrices of one kind of all L layers in one bank of shape (L, out, in). The published scripts
+have one tensor per layer. This table determines initialization, optimizer groups, storage formats, the order in
+artifacts, import and export. To add a parameter, add one line to `_rows` and use it. Parameters of optional mechanisms
+come last, so that models with the same seed have equal initial values in all other parameters.
 
-    kind        what it does             optimizer (golfgpt.optim)   stored by default (golfgpt.quant)
-    matrix      multiplies activations   Muon, matrix_lr             integers, small ones float16
-    embedding   is looked up             Adam, embedding's rate      the same; published ones train in bfloat16
-    head        makes logits             Adam, head_lr               the same
-    control     gains, scales, gates     Adam, scalar_lr             quant.control_dtype
+    kind        use                      optimizer (golfgpt.optim)        stored by default (golfgpt.quant)
+    matrix      multiplies activations   Muon, matrix_lr                  integers, small ones float16
+    embedding   lookup table             Adam, tied_embed_lr or embed_lr  the same; published ones train in bfloat16
+    head        computes logits          Adam, head_lr                    the same
+    control     gains, scales, gates     Adam, scalar_lr                  quant.control_dtype
 
-Published names are those of the scripts of recipes R0 to R5 and of PRs #162 and #180.
+The published names are those in the scripts of recipes R0 to R5 and of PRs #162 and #180.
 """
 
 from __future__ import annotations
@@ -39,8 +38,9 @@ def normal(w: Tensor, generator: torch.Generator, std: float) -> None:
 
 
 def matrices(w: Tensor, generator: torch.Generator, kind: str, scale: float = 1.0) -> None:
-    """(..., out, in): orthogonal where `kind` says so and both sides are at least 64, else U(±1/sqrt(in)); times scale.
-    Published orthogonal scripts leave narrower matrices as torch makes them, or zero."""
+    """Fill w (..., out, in): orthogonal if `kind` is "orthogonal" and both dimensions are at least 64, else
+    U(±1/sqrt(in)); then multiply by `scale`. The published scripts with orthogonal initialization leave smaller
+    matrices as torch initializes them, or zero."""
     if kind == "orthogonal" and min(w.shape[-2:]) >= 64:
         for matrix in w.view(-1, *w.shape[-2:]):
             nn.init.orthogonal_(matrix, generator=generator)
@@ -51,7 +51,8 @@ def matrices(w: Tensor, generator: torch.Generator, kind: str, scale: float = 1.
 
 
 def mix(w: Tensor, generator: torch.Generator, kind: str) -> None:
-    """Shares of x and x0 in each layer (L, 2, D): (1, 0), or with "phase" (p, 1 - p), p rising over depth."""
+    """Fill the weights of x and x0 in each layer, (L, 2, D): (1, 0), or with "phase" (p, 1 - p) with p rising over
+    depth."""
     depth = torch.arange(len(w)) / max(len(w) - 1, 1)
     share = torch.sigmoid(3 * (depth - 0.5)) if kind == "phase" else torch.ones(len(w))
     w[:, 0] = share[:, None]
@@ -60,20 +61,21 @@ def mix(w: Tensor, generator: torch.Generator, kind: str) -> None:
 
 @dataclass(frozen=True)
 class Param:
-    """One parameter: a bank of all layers' tensors, or a tensor of the model's own."""
+    """One parameter: a bank with the tensors of all layers, or a tensor that the model has once."""
 
     published_name: str
-    """Name of the tensor in the published scripts, or with {i} of layer i's."""
+    """Name of the tensor in the published scripts. In the name of a bank, {i} stands for the layer."""
     shape: tuple[int, ...]
     kind: Kind
     init: Callable[[Tensor, torch.Generator], None] = constant
-    """Fills a float32 tensor of the shape, in place; by default with zeros."""
+    """Fills a float32 tensor of this shape in place; by default with zeros."""
     present: bool = True
-    """Whether a model of this config has it."""
+    """Whether a model with this config has the parameter."""
 
     @property
     def layered(self) -> bool:
-        """Whether it is a bank: its first dimension counts layers, which are published one by one."""
+        """Whether it is a bank. The first dimension of a bank is the layer, and each layer has its own published
+        name."""
         return "{i}" in self.published_name
 
     @property
@@ -82,17 +84,17 @@ class Param:
 
 
 def parameter_table(c: ModelConfig) -> dict[str, Param]:
-    """Name -> parameter of a model, in the order in which they are drawn from the seed and stored in artifacts."""
+    """Name -> parameter of a model, in the order of initialization and of storage in artifacts."""
     return {name: param for name, param in _rows(c).items() if param.present}
 
 
 def parameter_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every parameter, in the table's order."""
+    """Name -> shape of every parameter, in the order of the table."""
     return {name: param.shape for name, param in parameter_table(c).items()}
 
 
 def of_kind(table: Mapping[str, Param], *kinds: Kind) -> list[str]:
-    """Names of the parameters of these kinds, in the table's order."""
+    """Names of the parameters of these kinds, in the order of the table."""
     return [name for name, param in table.items() if param.kind in kinds]
 
 
@@ -105,7 +107,7 @@ def _rows(c: ModelConfig) -> dict[str, Param]:
     smear, smears = 3.0 if c.smear_gate == "before_norm" else 0.0, c.smear_gate != "none"
     drawn, one = partial(matrices, kind=c.matrix_init), partial(constant, value=1.0)
     embed_std = c.tied_embed_init_std if c.tie_embeddings else 1.0
-    # Of BigramHash one factor starts at zero, so that it adds nothing at first: the table ("xor") or the projection.
+    # One factor of BigramHash starts at zero, the table ("xor") or the projection, so that it adds nothing at first.
     pair_table = constant if xor else partial(normal, std=0.01)
     pair_proj = partial(drawn, scale=(2 * L) ** -0.5) if xor else constant
     return {

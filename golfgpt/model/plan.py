@@ -1,4 +1,4 @@
-"""What the layers of a forward do, in order, as data that can be printed. Standard library only."""
+"""The sequence of layers in a forward, as data that can be printed. Standard library only."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from golfgpt.config import ModelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class LayerPlan:
-    """One pass through a layer."""
+    """One layer in the sequence."""
 
     row: int
-    """Its weights: the row of every bank."""
+    """Row of every bank that holds the weights of the layer."""
     skip_source: int | None = None
-    """Index in the plan of the layer whose output is added first, times a row of skip_weights."""
+    """Index in the plan of an earlier layer. Its output, times a row of skip_weights, is added to the input."""
     skip_row: int | None = None
-    """That row of skip_weights."""
+    """Row of skip_weights that multiplies the output."""
 
     def __str__(self) -> str:
         skip = "" if self.skip_source is None else f" + skip_weights[{self.skip_row}] * output of {self.skip_source}"
@@ -24,7 +24,8 @@ class LayerPlan:
 
 
 def layer_plan(config: ModelConfig) -> tuple[LayerPlan, ...]:
-    """A U-Net: the outputs of the first half of the layers are added before those of the second, the last one first."""
+    """A U-Net: the outputs of the first half of the layers are added to the inputs of the second half, in reverse
+    order."""
     half = config.num_encoder_layers
     plan = []
     for i in range(config.num_layers):

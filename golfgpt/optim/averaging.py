@@ -1,12 +1,14 @@
-"""Averages of the weights over training: what is exported in place of the last weights.
+"""Averages of the weights over training. The average is exported instead of the last weights.
 
-    swa   mean of the weights after every swa_every-th step whose learning-rate multiplier was below swa_start_lr
-          (Izmailov et al., arXiv:1803.05407; started by the learning rate as in the published recipes)
-    ema   m <- d m + (1 - d) w after every step; the mean is m / (1 - d^n), as in Adam, so the start weighs nothing
+    swa   mean of the weights after every swa_every-th step, counting only steps with a learning-rate multiplier below
+          swa_start_lr (Izmailov et al., arXiv:1803.05407; the start depends on the learning rate, as in the published
+          recipes)
+    ema   m <- d m + (1 - d) w after every step; the mean is m / (1 - d^n), which removes the bias toward the zero
+          start, as in Adam
 
-Sums are float32, on the parameters' device, a few fused launches a step without a synchronization. The published
-scripts add in each parameter's dtype (average.sums="parameter"), which for bfloat16 embeddings makes an
-error of about 2 % in 48 of them (tests/test_quant_aware.py measures it).
+Sums are float32 on the device of the parameters. An update is a few fused launches without a synchronization. The
+published scripts sum in the dtype of each parameter (average.sums="parameter"). For bfloat16 embeddings, that makes an
+error of about 2 % after 48 sums (measured in tests/test_quant_aware.py).
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ class Average:
     def __init__(
         self, parameters: Mapping[str, nn.Parameter], config: AverageConfig, bf16_params: frozenset[str] = frozenset()
     ):
-        """`bf16_params` names the parameters whose values are bfloat16 numbers, for average.sums="parameter"."""
+        """`bf16_params`: names of the parameters with bfloat16 values, for average.sums="parameter"."""
         self.config = config
         self._parameters = dict(parameters) if config.kind != "none" else {}
         self._bf16_params = bf16_params if config.sums == "parameter" else frozenset()
@@ -35,21 +37,21 @@ class Average:
 
     @property
     def count(self) -> int:
-        """Steps whose weights it holds; waits for the device."""
+        """Number of steps in the average. Waits for the device."""
         return int(self._count)
 
     @torch.no_grad()
     def update(self, step: int, multiplier: float, ok: Tensor | float = 1.0) -> None:
-        """Take the weights after `step` completed steps into account if they belong to the average. `multiplier` is the
-        last step's factor on the learning rate; where `ok`, a 0-d bool tensor on the device, is false, that step did
-        nothing, and nothing is taken."""
+        """Add the weights after `step` completed steps if they belong to the average. `multiplier` is the learning-rate
+        multiplier of the last step. If `ok`, a 0-d bool tensor on the device, is false, that step changed no weights,
+        and nothing is added."""
         c = self.config
         if c.kind == "none" or (c.kind == "swa" and not (multiplier < c.swa_start_lr and step % c.swa_every == 0)):
             return
         sums, weights = list(self._sums.values()), [p.detach() for p in self._parameters.values()]
         taken = self._count.new_ones(()) * ok
         self._count += taken
-        if c.kind == "ema":  # as m + (1 - d) (w - m), which leaves what does not change as it is
+        if c.kind == "ema":  # computed as m + (1 - d) (w - m), which is exact for weights that do not change
             change = torch._foreach_sub(weights, sums)
             torch._foreach_mul_(change, taken * (1 - c.ema_decay))
             torch._foreach_add_(sums, change)
@@ -60,11 +62,11 @@ class Average:
 
     @property
     def ready(self) -> bool:
-        """Whether there is something to average: as published, two samples of swa."""
+        """Whether there is enough to average: two samples for swa, as published, or one for ema."""
         return self.count >= (2 if self.config.kind == "swa" else 1)
 
     def weights(self) -> dict[str, Tensor]:
-        """The averaged parameters; empty where there are not enough."""
+        """The averaged parameters; empty if the average is not ready."""
         if not self.ready:
             return {}
         total = self.count if self.config.kind == "swa" else 1 - self.config.ema_decay**self.count
@@ -72,10 +74,10 @@ class Average:
         return means | {name: means[name].bfloat16().float() for name in self._bf16_params & means.keys()}
 
     def state(self) -> dict[str, Tensor]:
-        """Count and sums by name, for a checkpoint; empty without an average."""
+        """Count and sums by name, for a checkpoint; empty without averaging."""
         return {"count": self._count, **self._sums} if self._parameters else {}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore what `state` gave; an imported model has given nothing, which leaves nothing to average."""
+        """Restore the result of `state`. The empty state of an imported model resets the average."""
         for name, value in {"count": self._count, **self._sums}.items():
             value.copy_(tensors[name]) if tensors else value.zero_()

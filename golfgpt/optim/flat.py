@@ -1,12 +1,14 @@
-"""All gradients in one buffer, summed over ranks in few collectives; matrices grouped so that they can be sharded.
+"""All gradients in one buffer, summed over ranks with few collectives. Matrices are grouped so that they can be
+sharded.
 
-Layout: stacks of same-shaped matrices (their banks one after another), then every other parameter, then a few
-control numbers that travel with the gradients.
+Layout: stacks of matrices of equal shape (one bank after another), then all other parameters, then a few control
+numbers that are summed together with the gradients.
 
-Replicated: one all-reduce; every rank steps every matrix. Sharded (ZeRO stage 1, Rajbhandari et al.,
-arXiv:1910.02054): stacks are padded with zero matrices to a multiple of the ranks, a reduce-scatter leaves each
-rank the summed gradients of its share of every stack, it steps those, and an all-gather hands out the new
-weights, which lie in one buffer too. Reduce-scatter and all-gather together move what an all-reduce moves.
+Replicated: one all-reduce, and every rank updates every matrix. Sharded (ZeRO stage 1, Rajbhandari et al.,
+arXiv:1910.02054): stacks are padded with zero matrices to a multiple of the number of ranks. A reduce-scatter gives
+each rank the summed gradients of its shard of every stack. The rank updates these matrices, and an all-gather
+distributes the new weights, which are also in one buffer. Reduce-scatter and all-gather together move as many bytes as
+an all-reduce.
 """
 
 from __future__ import annotations
@@ -24,21 +26,21 @@ from golfgpt.model.parameters import of_kind
 
 @dataclass(frozen=True)
 class Stack:
-    """Banks of same-shaped matrices, one after another and padded; of a sharded one this rank steps `shard`."""
+    """Banks of matrices of equal shape, one after another, padded. If it is sharded, this rank updates only `shard`."""
 
     names: tuple[str, ...]
     counts: tuple[int, ...]
-    """Matrices of each bank."""
+    """Number of matrices in each bank."""
     gradients: Tensor
     """(padded, rows, cols), float32."""
     weights: Tensor | None
-    """The same of the parameters, whose storage it is; None where nothing is sharded."""
+    """The weights in the same layout, and the storage of the parameters; None if nothing is sharded."""
     shard: nn.Parameter | None
-    """This rank's matrices (padded / ranks, rows, cols), with their summed gradients."""
+    """The matrices of this rank (padded / ranks, rows, cols), with their summed gradients."""
 
 
 class FlatGradients:
-    """The gradients of a model's parameters, and their sum over ranks; `control` is the number of extra values."""
+    """The gradients of a model and their sum over ranks. `control` is the number of control numbers."""
 
     def __init__(self, model: GPT, ranks: Ranks, *, sharded: bool, control: int):
         self.ranks, self.sharded = ranks, sharded and ranks.world > 1
@@ -85,7 +87,8 @@ class FlatGradients:
         self._all.zero_()
 
     def sum_(self) -> None:
-        """Sum over ranks: everything, or of each stack this rank's share and of the rest everything."""
+        """Sum the buffer over ranks. If it is sharded, each rank gets the sum of its shard of every stack and of all
+        other parameters."""
         if not self.sharded:
             self.ranks.sum_(self._all)
             return
@@ -102,18 +105,19 @@ class FlatGradients:
         return (self.ranks.sum_(own) + rest).sqrt()
 
     def gather_weights(self) -> None:
-        """Hand this rank's stepped matrices to all ranks."""
+        """Send the updated matrices of this rank to all ranks."""
         if self.sharded:
             for stack in self.stacks:
                 stack.weights.copy_(self.ranks.all_gather(stack.shard.detach()))
 
     def gather(self, stack: Stack, shard: Tensor) -> dict[str, Tensor]:
-        """Bank name -> tensor (count, ...) of what every rank holds for its share of the stack, such as momentum."""
+        """Gather a tensor that every rank has for its shard of the stack, such as momentum. Returns bank name -> tensor
+        (count, ...)."""
         whole = self.ranks.all_gather(shard)[: sum(stack.counts)]
         return dict(zip(stack.names, whole.split(stack.counts), strict=True))
 
     def scatter(self, stack: Stack, banks: dict[str, Tensor]) -> Tensor:
-        """The inverse of `gather` on this rank; padding is zero."""
+        """Inverse of `gather`: the shard of this rank. Padding is zero."""
         parts = [
             banks[name].reshape(count, *banks[name].shape[-2:])
             for name, count in zip(stack.names, stack.counts, strict=True)

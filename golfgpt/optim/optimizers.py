@@ -1,16 +1,16 @@
-"""Muon for matrix banks, AdamW for the rest, behind one `Optimizers` that the training loop steps.
+"""Muon for matrix banks and AdamW for all other parameters. `Optimizers` combines them for the training loop.
 
 Muon (Keller Jordan, https://kellerjordan.github.io/posts/muon), over banks of matrices:
     buf <- mu buf + g;   u = g + mu buf (Nesterov);   O = newton_schulz(u) * sqrt(max(1, rows / cols))
     w <- w (1 - lr wd) - lr O
-Matrices of one shape are orthogonalized as one batch, whichever banks they come from. Learning rates and the
-momentum live on the device, so a schedule moves them without recapturing a CUDA graph of the whole step. As kernels
-that is one launch for all momenta, which sums the squares of u for the norms too, 1 + 3 ns_steps for each shape, and
-one for all updates and compute copies (one more for each further set of quantizer options).
+Matrices of equal shape are orthogonalized as one batch, even if they are from different banks. Learning rates and
+momentum are on the device, so a schedule can change them without a new capture of the CUDA graph of the step. With
+kernels, a step takes one launch for all momenta (it also sums the squares of u for the norms), 1 + 3 ns_steps launches
+for each shape, and one launch for all updates and compute copies (one more for each further set of quantizer options).
 
-Options, as torch operations around the orthogonalization: `row_norm` divides each row of u by its norm first
-(MuonEq-R); `variance_beta` divides each row of O by the root of a running mean of its squares and restores the
-matrix's norm (NorMuon, arXiv:2510.05491; the norm is kept as modded-nanogpt does).
+Two options add torch operations around the orthogonalization. `row_norm` first divides each row of u by its norm
+(MuonEq-R). `variance_beta` divides each row of O by the root of a running mean of its squares and then restores the
+norm of the matrix (NorMuon, arXiv:2510.05491; the norm is restored as in modded-nanogpt).
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from golfgpt.quant.compute_copies import ComputeCopies
 class Muon(torch.optim.Optimizer):
     """Momentum orthogonalized by Newton-Schulz, over parameters (..., rows, cols) with rows = out features.
 
-    `lr` and `momentum` of a group are numbers or 0-d float32 tensors on the parameters' device. `compute_copies` maps
-    parameters to tensors of their shape that get a rounded copy of every update, fake-quantized by the parameter's
-    entry in `quantizers` if it has one, while `enabled`, a 0-d bool tensor, is true (None: always).
-    `dtype` is the iteration's.
-    Raises ValueError for a parameter with fewer than two dimensions, or without a compute copy where it needs one.
+    `lr` and `momentum` of a group are numbers or 0-d float32 tensors on the device of the parameters. `compute_copies`
+    maps parameters to tensors of the same shape. Every update also writes the new weights to the copy, rounded to its
+    dtype. If the parameter has an entry in `quantizers`, the copy is also fake-quantized while `enabled`, a 0-d bool
+    tensor, is true (None: always). `dtype` is the dtype of the Newton-Schulz iteration. Raises ValueError for a
+    parameter with fewer than two dimensions, or with a quantizer but no compute copy.
     """
 
     def __init__(
@@ -69,13 +69,16 @@ class Muon(torch.optim.Optimizer):
         group = {**group, "params": [params] if isinstance(params, Tensor) else list(params)}
         for p in group["params"]:
             if p.ndim < 2:
-                raise ValueError(f"Muon takes matrices or banks of matrices, got shape {tuple(p.shape)}")
+                raise ValueError(f"Muon expected parameters with two or more dimensions, got shape {tuple(p.shape)}")
             if p in self.quantizers and p not in self.compute_copies:
-                raise ValueError(f"Muon: a quantizer but no compute copy for a parameter of shape {tuple(p.shape)}")
+                raise ValueError(
+                    f"Muon: got a quantizer but no compute copy for a parameter of shape {tuple(p.shape)}; expected "
+                    "one in compute_copies"
+                )
         super().add_param_group(group)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, which torch's own would leave without what lies outside the groups."""
+        """State for copies and pickles. torch's Optimizer alone would omit the attributes that are added here."""
         own = {name: getattr(self, name) for name in ("dtype", "compute_copies", "quantizers", "enabled", "impl")}
         return {**super().__getstate__(), **own}
 
@@ -83,8 +86,9 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable | None = None, *, ok: Tensor | None = None):
         """Update every parameter that has a gradient.
 
-        A gradient that is not finite refuses the step and leaves all state as it was: on a CPU with a ValueError, on
-        a GPU on the device, without waiting. Who has looked already passes `ok`, a 0-d bool tensor on the device.
+        If a gradient is not finite, no parameter and no state changes. A CPU raises ValueError; a GPU decides on the
+        device, without waiting. A caller that has already checked the gradients passes the result as `ok`, a 0-d bool
+        tensor on the device.
         """
         loss = None
         if closure is not None:
@@ -130,7 +134,7 @@ class Muon(torch.optim.Optimizer):
             updates,
             _scalar(group["momentum"], params[0].device),
             nesterov=group["nesterov"],
-            square_sums=None if group["row_norm"] else square_sums,  # of the rows as they are, not as divided below
+            square_sums=None if group["row_norm"] else square_sums,  # row_norm changes the rows below
             ok=ok,
             impl=self.impl,
         )
@@ -165,7 +169,7 @@ class Muon(torch.optim.Optimizer):
             )
 
     def _equalize(self, p: nn.Parameter, o: Tensor, beta: float, ok: Tensor | None) -> Tensor:
-        """Rows of o over the root of their running mean square, with the norm of the matrix kept."""
+        """Divide the rows of o by the root of their running mean square, then restore the norm of the matrix."""
         state = self.state[p]
         if "row_variance" not in state:
             state["row_variance"] = torch.zeros(*p.shape[:-1], 1, dtype=torch.float32, device=p.device)
@@ -177,16 +181,16 @@ class Muon(torch.optim.Optimizer):
 
 
 def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
-    """0-d float32 on the device; a fill and not a copy, which would make the host wait for a GPU."""
+    """0-d float32 tensor on the device. It is filled, because a copy would make the host wait for the GPU."""
     return value if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float32, device=device)
 
 
 class Optimizers:
-    """All optimizer groups of a model, each kind with its base learning rate.
+    """All optimizer groups of a model. Each kind of parameter has its base learning rate.
 
-    With `flat` the matrices are stepped as it says, replicated or sharded, and gathered afterwards. `compute_copies`
-    are kept up to date, by Muon's own launch where it can. `dtype` is that of Newton-Schulz. While `ok`, a 0-d bool
-    tensor on the device, is false, a step changes nothing.
+    `flat` determines whether matrices are replicated or sharded; sharded weights are gathered after the step.
+    `compute_copies` are updated with the weights, if possible in the same launch. `dtype` is that of Newton-Schulz.
+    While the attribute `ok`, a 0-d bool tensor on the device, is false, a step changes nothing.
     """
 
     def __init__(
@@ -239,13 +243,13 @@ class Optimizers:
         self._parameters, self._names = named, {p: name for name, p in named.items()}
         rounded = config.embed_dtype == "bfloat16"
         self.bf16_params = frozenset(of_kind(model.table, "embedding") if rounded else ())
-        """Parameters that are bfloat16 numbers: they, their gradients and moments are rounded around Adam's step, which
-        computes in float32 then as the fused kernel does for bfloat16 tensors."""
+        """Parameters with bfloat16 values. They, their gradients and their moments are rounded before and after Adam's
+        step, which runs in float32. The result is that of the fused kernel for bfloat16 tensors."""
         self._round([named[name].data for name in sorted(self.bf16_params)])
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def step(self, multiplier: float, momentum: float) -> None:
-        """Update every parameter from its .grad, which is finite, with learning rates base * multiplier."""
+        """Update every parameter from its .grad, which must be finite, with learning rates base * multiplier."""
         values = torch.tensor([base * multiplier for base in self._base] + [momentum])
         if self._scalars.is_cuda:
             values = values.pin_memory()
@@ -282,26 +286,26 @@ class Optimizers:
             tensor.copy_(tensor.bfloat16())
 
     def capture(self) -> None:
-        """Record the step of all groups in one CUDA graph, which `step` replays from then on.
+        """Record the step of all groups in one CUDA graph. From then on, `step` replays it.
 
-        Everything must have been stepped once, so that all state exists and all kernels are compiled. Parameters,
-        gradients and state keep their addresses from here on (`load_state` writes in place). Nothing is executed.
-        Raises RuntimeError without a GPU.
+        Every parameter must have been updated once before, so that all state exists and all kernels are compiled. After
+        the capture, parameters, gradients and state must keep their addresses (`load_state` writes in place). The
+        capture executes nothing. Raises RuntimeError without a GPU.
         """
         if not self._scalars.is_cuda:
-            raise RuntimeError("a CUDA graph needs parameters on a GPU")
+            raise RuntimeError(f"a CUDA graph needs parameters on a GPU, got {self._scalars.device}")
         self._graph = None
         addresses = self._addresses()
         if None in (address for addresses_of in addresses for address in addresses_of):
-            raise RuntimeError("take a step before the capture: some parameter has no gradient or no state yet")
+            raise RuntimeError("some parameter has no gradient or no state yet; take a step before the capture")
         graph = torch.cuda.CUDAGraph()
-        # Of this thread only: the data thread may allocate page-locked memory meanwhile, which "global" refuses.
+        # "thread_local": with "global", the data thread could not allocate page-locked memory during the capture.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._step()
         self._graph, self._captured = graph, addresses
 
     def _addresses(self) -> list[tuple[int | None, ...]]:
-        """Where each parameter, its gradient and its state lie; None for what is missing."""
+        """Addresses of each parameter, its gradient and its state; None for what does not exist."""
         return [
             (p.data_ptr(), None if p.grad is None else p.grad.data_ptr())
             + (tuple(value.data_ptr() for _, value in sorted(optimizer.state[p].items())) or (None,))
@@ -311,8 +315,8 @@ class Optimizers:
         ]
 
     def state(self) -> dict[str, Tensor]:
-        """State tensors by 'parameter.key', for a checkpoint; empty before the first step. The same for any number of
-        ranks and either strategy; all ranks call it together, since shards are gathered."""
+        """State tensors by 'parameter.key', for a checkpoint; empty before the first step. The result is the same for
+        any number of ranks, replicated or sharded. All ranks must call it together, because shards are gathered."""
         out = {
             f"{self._names[p]}.{key}": value
             for optimizer in (self.adam, self.muon)
@@ -321,7 +325,7 @@ class Optimizers:
             for key, value in state.items()
         }
         for stack in self._flat.stacks if self._flat is not None else ():
-            for key, shard in sorted(self.muon.state[stack.shard].items()):  # every rank in the same order
+            for key, shard in sorted(self.muon.state[stack.shard].items()):  # the same order on every rank
                 banks = self._flat.gather(stack, shard)
                 out |= {
                     f"{name}.{key}": bank.view(*self._parameters[name].shape[:-1], -1) for name, bank in banks.items()
@@ -329,7 +333,8 @@ class Optimizers:
         return out
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Restore what `state` gave, in place where there is state already; what is not named starts over from zero."""
+        """Restore the result of `state`. Existing state is overwritten in place; state that is not in `tensors` becomes
+        zero."""
         for optimizer in (self.adam, self.muon):
             for group in optimizer.param_groups:
                 for p in group["params"]:
@@ -345,7 +350,7 @@ class Optimizers:
                             state[key].copy_(value)
 
     def _tensors_of(self, p: nn.Parameter, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """State key -> tensor of one parameter, or of this rank's shard of a stack."""
+        """State key -> tensor, of one parameter or of this rank's shard of a stack."""
         if p in self._names:
             prefix = self._names[p] + "."
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

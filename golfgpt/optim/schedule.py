@@ -1,4 +1,4 @@
-"""Schedules as pure functions of (steps done, training seconds); standard library only."""
+"""Schedules as pure functions of completed steps and training seconds. Standard library only."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from golfgpt.config import OptimConfig, QuantConfig, ScheduleConfig
 
 
 def budget_used(step: int, seconds: float, config: ScheduleConfig) -> float:
-    """Fraction, at most 1, of the training budget that `step` completed steps in `seconds` have used: of steps or of
-    seconds, whichever is further along."""
+    """Fraction of the training budget that is used after `step` completed steps and `seconds`, at most 1. It is the
+    larger of the fraction of max_steps and the fraction of max_seconds."""
     done = step / config.max_steps
     if config.max_seconds is not None:
         done = max(done, seconds / config.max_seconds)
@@ -17,11 +17,11 @@ def budget_used(step: int, seconds: float, config: ScheduleConfig) -> float:
 
 
 def lr_multiplier(step: int, seconds: float, config: ScheduleConfig) -> float:
-    """Factor on every base learning rate for the step that follows `step` completed steps.
+    """Factor on every base learning rate for the step after `step` completed steps.
 
-    `seconds` is training time so far. kind="warmdown_steps" is upstream's rule: the warm-down's length in
-    time is warmdown_steps times the mean step time so far, so slow first steps depress the rate.
-    kind="warmdown_frac" decays over the last fraction of whichever budget is further along.
+    `seconds` is training time so far. kind="warmdown_steps" is the published rule: the warmdown takes warmdown_steps
+    times the mean step time so far, so slow first steps lower the rate. kind="warmdown_frac" decays over the last
+    fraction of the budget (`budget_used`).
     """
     if config.kind == "warmdown_frac":
         left, length = 1.0 - budget_used(step, seconds, config), config.warmdown_frac
@@ -40,13 +40,13 @@ def lr_multiplier(step: int, seconds: float, config: ScheduleConfig) -> float:
 
 
 def quantization_aware(used: float, multiplier: float, config: QuantConfig) -> bool:
-    """Whether a step is fake-quantized that begins with the fraction `used` of the budget gone, at this learning-rate
+    """Whether to fake-quantize a step that starts after the fraction `used` of the budget, with this learning-rate
     multiplier."""
     return config.qat != "off" and used >= config.qat_start and multiplier <= config.qat_below_lr
 
 
 def muon_momentum(step: int, config: OptimConfig) -> float:
-    """Muon's momentum for the step that follows `step` completed steps: a linear rise, then constant."""
+    """Muon's momentum for the step after `step` completed steps: it rises linearly, then stays constant."""
     if config.muon_momentum_warmup_steps == 0:
         return config.muon_momentum
     frac = min(step / config.muon_momentum_warmup_steps, 1.0)
@@ -54,8 +54,8 @@ def muon_momentum(step: int, config: OptimConfig) -> float:
 
 
 def crosses_cap(begun: float, step_seconds: float, config: ScheduleConfig) -> bool:
-    """Whether a step after the one that began at `begun` seconds could end beyond the cap.
+    """Whether the step after the one that began at `begun` seconds could end after the cap.
 
-    `step_seconds` is the slowest recent step; both steps are granted 5 % on top of it.
+    `step_seconds` is the duration of the slowest recent step. Each of the two steps may take 5 % longer.
     """
     return config.max_seconds is not None and begun + 2.1 * step_seconds > config.max_seconds

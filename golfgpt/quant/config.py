@@ -42,7 +42,7 @@ class QuantConfig(Section):
     scale per row, small tensors as floats."""
 
     bits: Annotated[int, Limit(">=", 2), Limit("<=", 8)] = 8
-    """Bits per matrix code, 2 to 8. Each code is stored as one byte; the compressor removes the unused bits."""
+    """Bits per matrix code, 2 to 8. Each code is stored as one byte; packing is left to the compressor."""
     rules: tuple[str, ...] = ()
     """Formats of single tensors, PATTERN=FORMAT[/GROUP], for example "*.mlp.*=int5" or "tok_emb.weight=float16". The
     first rule that matches applies. Patterns are globs over published names (blocks.3.attn.c_q.weight); layers can
@@ -87,8 +87,8 @@ class QuantConfig(Section):
             QuantRule.parse(rule)
         if self.qat == "off" and (self.qat_start, self.qat_below_lr) != (0, 1):
             raise ValueError(
-                f"quant.qat_start {self.qat_start:g} and quant.qat_below_lr {self.qat_below_lr:g} set when quant.qat "
-                "is on, but it is off; expected quant.qat export, r4 or r5"
+                f"quant.qat_start {self.qat_start:g} and quant.qat_below_lr {self.qat_below_lr:g} have no effect while "
+                "quant.qat is off; expected quant.qat export, r4 or r5"
             )
         if self.level is None:
             return

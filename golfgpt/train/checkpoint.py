@@ -1,4 +1,5 @@
-"""Checkpoints: one safetensors file each, atomic, digest inside, newest valid one wins, no pickle."""
+"""Checkpoints: one safetensors file each, without pickle, written atomically, with a digest. The newest valid one is
+used."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from golfgpt.files import write_bytes
 
 KEEP = 2
-"""Checkpoints kept: the newest, and the one before in case the newest turns out damaged."""
+"""Number of checkpoints to keep: the newest, and the one before in case the newest is damaged."""
 
 
 @dataclass(frozen=True)
@@ -27,17 +28,17 @@ class Checkpoint:
     finished: bool
     """Whether training is over and only export and scoring remain."""
     seconds: dict[str, float]
-    """The phase ledger."""
+    """Seconds per phase."""
     config: dict[str, Any]
-    """The run's resolved config; resuming under another one is refused."""
+    """Resolved config of the run. Resuming with another one is an error, except for the fields in saver.RESUMABLE."""
     dataset: str
     """Digest of the data set."""
     model: dict[str, Tensor]
     optimizers: dict[str, Tensor]
     average: dict[str, Tensor]
-    """Sums of averaged weights; empty without averaging."""
+    """State of the weight average; empty without averaging."""
     clock: float = 0.0
-    """Training seconds at the start of the last step, by which the next one decides about fake quantization."""
+    """Training seconds at the start of the last step. The next step needs it to decide about fake quantization."""
 
 
 def _digest(tensors: dict[str, Tensor], meta: dict[str, Any]) -> str:
@@ -51,7 +52,7 @@ def _digest(tensors: dict[str, Tensor], meta: dict[str, Any]) -> str:
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
     """Write the checkpoint atomically as step_NNNNNNNN.safetensors and remove all but the newest `KEEP`.
 
-    Raises OSError (a full disk, say) with earlier checkpoints intact.
+    Raises OSError, for example for a full disk; earlier checkpoints then stay intact.
     """
     tensors = {f"model.{k}": v for k, v in checkpoint.model.items()}
     tensors |= {f"optimizers.{k}": v for k, v in checkpoint.optimizers.items()}
@@ -69,20 +70,20 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     path = folder / f"step_{checkpoint.step:08d}.safetensors"
     write_bytes(path, safetensors.torch.save(tensors, {"golfgpt": json.dumps(meta)}))
     for old in sorted(folder.glob("step_*.safetensors"))[:-KEEP]:
-        if old != path:  # damaged newer files sort after it
+        if old != path:  # damaged files of later steps sort after it
             old.unlink()
     return path
 
 
 def load(path: Path) -> Checkpoint:
-    """Read one checkpoint. Raises ValueError when it is truncated, altered or not a checkpoint."""
+    """Read one checkpoint. Raises ValueError if it is truncated, altered or not a checkpoint."""
     try:
         with safe_open(path, "pt") as file:
             meta = json.loads((file.metadata() or {})["golfgpt"])
         tensors = safetensors.torch.load_file(path)
         sha256 = meta.pop("sha256")
     except (SafetensorError, KeyError, AttributeError, TypeError, json.JSONDecodeError, OSError) as error:
-        raise ValueError(f"{path} is not a whole checkpoint: {error}") from error
+        raise ValueError(f"{path} is truncated or not a checkpoint: {error}") from error
     if _digest(tensors, meta) != sha256:
         raise ValueError(f"{path} is damaged: its SHA-256 does not match its content")
 
@@ -93,7 +94,7 @@ def load(path: Path) -> Checkpoint:
 
 
 def latest(folder: Path) -> tuple[Checkpoint | None, dict[Path, str]]:
-    """The newest checkpoint that is whole, and the newer files that were passed over with the reasons."""
+    """The newest intact checkpoint, and the damaged newer files with the reasons."""
     refused = {}
     for path in sorted(folder.glob("step_*.safetensors"), reverse=True):
         try:

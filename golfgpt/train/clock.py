@@ -1,4 +1,4 @@
-"""Time: where the seconds of a run went, which of them count against the budget, and whether another step fits."""
+"""Time of a run: seconds per phase, which phases count against the budget, and whether another step fits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COUNTED = ("train",)
 
 
 class Ledger:
-    """Seconds per phase. Phases nest: the inner one pauses the outer one."""
+    """Seconds per phase. Phases can be nested; an inner phase pauses the outer one."""
 
     def __init__(self, seconds: dict[str, float] | None = None, now: Callable[[], float] = time.perf_counter):
         self.seconds = {phase: 0.0 for phase in PHASES} | (seconds or {})
@@ -25,7 +25,7 @@ class Ledger:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Book the time inside the block under `name`."""
+        """Count the time of the block as phase `name`."""
         self._book()
         self._stack.append(name)
         try:
@@ -41,53 +41,54 @@ class Ledger:
         self._since = now
 
     def elapsed(self, name: str) -> float:
-        """Seconds booked under `name` so far, the running block included."""
+        """Seconds of phase `name` so far, including the running block."""
         self._book()
         return self.seconds[name]
 
     def report(self) -> list[tuple[str, float, bool]]:
-        """(phase, seconds, counted against the budget) for every phase."""
+        """(phase, seconds, whether it counts against the budget) for every phase."""
         self._book()
         return [(name, self.seconds[name], name in COUNTED) for name in PHASES]
 
 
 class Pace:
-    """Rank 0's training clock as every rank knows it, and how long this rank's steps take.
+    """Rank 0's training clock as known on every rank, and the durations of this rank's steps.
 
-    The learning rate depends on the clock, so all ranks must read the same one: rank 0's, which is summed with the
-    gradients (`sync`). A step that is enqueued before the previous result is read does not know it yet and extrapolates
-    from the last two readings. Up to `ahead` steps may be enqueued like that.
+    The learning rate depends on the clock, so all ranks must use the same one: rank 0's, which is sent with the
+    gradients (`sync`). When a step is enqueued before the previous result is read, the clock is not known yet and is
+    extrapolated from the last two readings. Up to `ahead` steps may be enqueued like that.
     """
 
     def __init__(self, schedule: ScheduleConfig, ahead: int = 0):
         self._schedule, self._ahead = schedule, ahead
         self.known = (0, 0.0)
-        """A step, the last whose start on rank 0's clock is known, and that clock."""
+        """The last step with a known start time on rank 0's clock, and that time."""
         self._step_seconds = 0.0
         self._ended = 0.0
         self.settling = True
-        """True until the first two steps of this execution are over. The first includes work that is done once, so
-        there is no duration to judge by yet, and nothing is enqueued ahead."""
+        """True until the first two steps of this execution are over. The first step includes one-time work, so there is
+        no representative duration yet, and no step is enqueued ahead."""
         self._recent: deque[float] = deque(maxlen=32)
 
     def sync(self, step: int, seconds: float) -> None:
-        """Take `seconds` as rank 0's clock at the start of `step`; every rank calls it."""
+        """Set rank 0's clock at the start of `step` to `seconds`. Every rank must call it."""
         known, before = self.known
         if step > known:
             self._step_seconds = (seconds - before) / (step - known)
         self.known = (step, seconds)
 
     def seconds_at(self, step: int) -> float:
-        """Rank 0's clock at the start of `step`; the same on every rank."""
+        """Rank 0's clock at the start of `step`, known or extrapolated. It is the same on every rank."""
         known, seconds = self.known
         return seconds + (step - known) * self._step_seconds
 
     def start(self, seconds: float) -> None:
-        """Training begins, or goes on, at `seconds` of this rank's clock."""
+        """Called when training begins or continues, at `seconds` of this rank's clock."""
         self._ended = seconds
 
     def step_over(self, seconds: float) -> float:
-        """A step is known to be over at `seconds` of this rank's clock; returns its duration."""
+        """Called when a step is known to be over, at `seconds` of this rank's clock. Returns the duration of the
+        step."""
         duration, self._ended = seconds - self._ended, seconds
         if self.settling and len(self._recent) == 1:
             self._recent.clear()
@@ -97,20 +98,22 @@ class Pace:
 
     @property
     def taken(self) -> int:
-        """Recent durations known, at most 32; that of the first step is dropped when the second is over."""
+        """Number of recent durations, at most 32. The duration of the first step is dropped when the second step is
+        over."""
         return len(self._recent)
 
     @property
     def slowest(self) -> float:
-        """Seconds of the slowest recent step."""
+        """Duration of the slowest recent step in seconds."""
         return max(self._recent, default=0.0)
 
     @property
     def mean(self) -> float:
-        """Seconds of a recent step."""
+        """Mean duration of the recent steps in seconds."""
         return sum(self._recent) / len(self._recent)
 
     def crosses_cap(self, begun: float) -> bool:
-        """Whether steps beyond those on their way could end after the cap, when one began at `begun` of this clock."""
+        """Whether a step after those already enqueued could end after the cap. The current one began at `begun`
+        seconds."""
         slowest = 0.0 if self.settling else self.slowest
         return crosses_cap(begun, slowest * (1 + self._ahead), self._schedule)

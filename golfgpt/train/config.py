@@ -15,7 +15,7 @@ class RuntimeConfig(Section):
     """Where and how a run executes. These fields change results only by rounding."""
 
     device: Device = "auto"
-    """auto: cuda where available, else cpu."""
+    """auto: cuda if available, else cpu."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Dtype of activations and of all matmuls, including Newton-Schulz. auto: bfloat16 on cuda; on a CPU, bfloat16 if
     it is clearly faster than float32, which is timed at the start and remembered. Parameters are float32."""

@@ -1,4 +1,4 @@
-"""Trained weights as an artifact, on disk or in memory only, and the weights decoded from it on every rank."""
+"""Pack the trained weights into an artifact, on disk or in memory, and load the decoded weights on every rank."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from golfgpt.train.step import TrainStep
 
 
 class Exporter:
-    """Packs the weights of `step` on rank 0, which has the folder, and loads what they decode to on every rank."""
+    """Packs the weights of `step` on rank 0, which has the folder, and loads the decoded weights on every rank."""
 
     def __init__(
         self, config: RunConfig, dataset: Dataset, step: TrainStep, folder: RunFolder | None, reporter: Reporter
@@ -30,12 +30,13 @@ class Exporter:
         }
 
     def weights(self) -> dict[str, Tensor]:
-        """What is exported: the average where there is one, else the parameters as they are."""
+        """The weights to export: the average if there is one, else the parameters."""
         state = {name: value.cpu() for name, value in self.step.model.state_dict().items()}
         return state | {name: value.cpu() for name, value in self.step.average.weights().items()}
 
     def try_out(self) -> int | None:
-        """Give every rank the weights that an artifact of the present ones would decode to; rank 0 gets its bytes."""
+        """Pack the current weights in memory and load the decoded weights on every rank. Returns the size in bytes on
+        rank 0."""
         blob = None
         with self.step.ranks.raise_on_any():
             if self.folder:
@@ -45,8 +46,8 @@ class Exporter:
         return None if blob is None else len(blob)
 
     def export(self, steps: int) -> ArtifactInfo | None:
-        """Write model.golf of a run of `steps` steps, say what it holds, and give every rank the weights read back
-        from it; rank 0 gets the header. Raises on all ranks."""
+        """Write model.golf after `steps` steps, print what it holds, and load the weights read back from it on every
+        rank. Returns the header on rank 0. An error is raised on all ranks."""
         info = None
         with self.step.ranks.raise_on_any():
             if self.folder:
@@ -66,9 +67,9 @@ class Exporter:
             say(f"{c.average.kind}:exporting the average of {average.count} steps' weights")
         elif c.average.kind != "none":
             say(
-                f"warning: {c.average.kind}: {average.count} of {steps} steps were taken, too few to average: "
-                f"exporting the last weights (swa takes one every {c.average.swa_every} steps, once the learning rate "
-                f"is below {c.average.swa_start_lr:g} of its base: average.swa_every, average.swa_start_lr)"
+                f"warning: {c.average.kind}: {average.count} of {steps} steps are in the average, too few: exporting "
+                f"the last weights (swa uses a step every {c.average.swa_every} steps once the learning rate is below "
+                f"{c.average.swa_start_lr:g} of its base: average.swa_every, average.swa_start_lr)"
             )
         self.reporter.status("compressing")
         info = artifact.write(self.folder.artifact, state, **self._options)

@@ -1,7 +1,8 @@
-"""The training loop: steps until max_steps, or until rank 0 votes that another one could cross the cap.
+"""The training loop. It ends at max_steps, or when rank 0 votes that another step could cross the cap.
 
-On a GPU the next step is enqueued before the last one's result is read. When a result asks for a checkpoint or for the
-end, the steps already enqueued are finished first. All ranks read the same results in the same order.
+On a GPU, the next step is enqueued before the result of the previous one is read. If a result requires a checkpoint or
+the end of training, the steps that are already enqueued are finished first. All ranks read the same results in the same
+order.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from golfgpt.train.step import Pending, StepResult, TrainStep, Votes
 
 
 class Loop:
-    """Takes the steps of one execution of a run, from `done` completed ones on."""
+    """Takes the steps of one execution of a run. `done` steps are already completed."""
 
     def __init__(
         self,
@@ -40,22 +41,22 @@ class Loop:
         done: int,
         finished: bool,
     ):
-        """`finished`: training is already over; `run` only reports it."""
+        """`finished`: training is already over, and `run` only reports it."""
         self.config, self.step, self.saver, self.progress = config, step, saver, progress
         self.ledger, self.reporter, self.signals = ledger, reporter, signals
         self.scorer, self.exporter = scorer, exporter
         self.done, self.finished = done, finished
         self.loss = 0.0
-        """Of the last step."""
+        """Loss of the last step."""
         self._pending: deque[tuple[Pending, float]] = deque()
-        """Steps enqueued and not yet read, with their learning-rate multipliers."""
+        """Enqueued steps whose results have not been read, with their learning-rate multipliers."""
         self._stopping = False
-        """Whether the pending steps are the last."""
+        """Whether the pending steps are the last ones."""
         self._graphs = 0
-        """Graphs that torch.compile is known to have made."""
+        """Number of graphs made by torch.compile when it was last checked."""
 
     def run(self) -> None:
-        """Train; raises Interrupted after a signal and NonFiniteError after a bad step, with the state saved."""
+        """Train. Raises Interrupted after a signal and NonFiniteError after a bad step, with the state saved."""
         c, pace = self.config, self.step.pace
         pace.start(self.ledger.seconds["train"])
         self.saver.start()
@@ -99,7 +100,7 @@ class Loop:
             self._pending.append((pending, self.step.update(pending)))
 
     def _collect(self) -> StepResult:
-        """Read the oldest pending step's result."""
+        """Read the result of the oldest pending step."""
         pending, multiplier = self._pending.popleft()
         try:
             result = self.step.wait(pending)
@@ -120,14 +121,14 @@ class Loop:
         return result
 
     def _decide_for_all(self, seconds: float, duration: float) -> None:
-        """Whether another step fits, as rank 0 sees it after each of the first two of an execution, when there is no
-        duration to vote by yet."""
+        """Whether another step fits. Rank 0 decides it for all after each of the first two steps of an execution, when
+        there is no step duration yet for its vote."""
         cap = self.config.schedule.max_seconds
         stop, seconds, duration = self.step.ranks.broadcast_object((seconds + 1.05 * duration > cap, seconds, duration))
         if seconds > cap and self.done == 1:
             raise BudgetError(
-                f"schedule.max_seconds {cap:g} is too short for one step, which took {duration:.1f} s; "
-                "raise it or lower --data.batch-tokens"
+                f"schedule.max_seconds {cap:g} is too short for one step, which took {duration:.1f} s; raise "
+                "--schedule.max-seconds or lower --data.batch-tokens"
             )
         self._stopping = self._stopping or stop
         self.step.pace.sync(self.done, seconds)
@@ -137,16 +138,18 @@ class Loop:
             return
         if self.step.pace.taken > 1 or self.config.runtime.warmup_steps:
             self.reporter.line(
-                f"warning: torch.compile made {graphs - self._graphs} new graphs by step {self.done}, on the "
-                "training clock; TORCH_LOGS=recompiles says why"
+                f"warning: torch.compile made {graphs - self._graphs} new graphs by step {self.done} during training "
+                "time; to see why, run with TORCH_LOGS=recompiles"
             )
         self._graphs = graphs
 
     def _leave(self) -> None:
         """End the run after a signal, with the state saved."""
         saved = self.saver.save(self.done, self.finished)
-        self.signals.saved = f"state saved at step {self.done}" if saved else "the last step could not be saved"
-        self.step.ranks.barrier()  # torchrun ends the others as soon as one rank leaves
+        self.signals.saved = (
+            f"state saved at step {self.done}" if saved else "the state of the last step could not be saved"
+        )
+        self.step.ranks.barrier()  # torchrun stops the other ranks as soon as one rank exits
         raise self.signals.interrupted()
 
     def _say_how_it_ended(self) -> None:
@@ -157,13 +160,13 @@ class Loop:
         elif self.done < c.schedule.max_steps:
             self.reporter.line(
                 f"stopping_early: wallclock_cap train_time:{seconds * 1000:.0f}ms "
-                f"step:{self.done}/{c.schedule.max_steps} (the slowest of the last steps took "
-                f"{pace.slowest * 1000:.0f}ms: one more could cross {cap:g} s)"
+                f"step:{self.done}/{c.schedule.max_steps} (the slowest recent step took "
+                f"{pace.slowest * 1000:.0f}ms, so another step could cross {cap:g} s)"
             )
         if self.loss >= 0.99 * math.log(c.model.vocab_size):
             self.reporter.line(
                 f"warning: the training loss ended at {self.loss:.4f}, no better than guessing one of "
-                f"{c.model.vocab_size} tokens: lower learning rates, or more steps"
+                f"{c.model.vocab_size} tokens: lower the learning rates, or take more steps"
             )
         if cap is not None and seconds > cap:
             self.reporter.line(f"warning: training took {seconds:.3f} s, more than schedule.max_seconds {cap:g}")

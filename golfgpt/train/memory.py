@@ -1,4 +1,4 @@
-"""What to do about a first step that does not fit into memory."""
+"""Advice for a first step that does not fit into memory."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from golfgpt.errors import InputError
 
 
 def activation_bytes(model: ModelConfig, tokens: int, itemsize: int) -> int:
-    """About what a forward over `tokens` keeps for its backward: 14 values of width model_dim, keys and values, and two
-    of the MLP's width, per token and layer. It is 1.05 to 1.08 times the published peaks (8.5 to 18.9 GB)."""
+    """Estimate of the bytes that a forward over `tokens` tokens keeps for its backward. Per token and layer, it counts
+    14 values of width model_dim, keys and values, and two values of width mlp_hidden. The estimate is 1.05 to 1.08
+    times the published peaks (8.5 to 18.9 GB)."""
     per_layer = 14 * model.model_dim + 2 * model.kv_dim + 2 * model.mlp_hidden
     return tokens * model.num_layers * per_layer * itemsize
 
 
 @contextlib.contextmanager
 def memory_advice(config: RunConfig, itemsize: int, *, first: bool = True) -> Iterator[None]:
-    """Where the block runs out of memory, raise what to do about it if it is the `first` of its kind. Nothing is made
-    smaller unasked."""
+    """If the block runs out of memory and is the first step (`first`), raise an InputError that says what to do. Sizes
+    are never reduced automatically."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        # The last is what torch's CPU allocator raises.
+        # torch's CPU allocator raises RuntimeError.
         known = not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError)
         if first and (known or "can't allocate memory" in str(error)):
             raise out_of_memory(config, itemsize, error) from None
@@ -33,7 +34,7 @@ def memory_advice(config: RunConfig, itemsize: int, *, first: bool = True) -> It
 
 
 def out_of_memory(config: RunConfig, itemsize: int, error: Exception) -> InputError:
-    """What to say when the first step does not fit: about what it needs, and how to take the same step in less."""
+    """The error for a first step that does not fit: about how much it needs, and how to take it in less memory."""
     data = config.data
     micro = data.microbatch
     need = activation_bytes(config.model, micro, itemsize)
@@ -44,10 +45,10 @@ def out_of_memory(config: RunConfig, itemsize: int, error: Exception) -> InputEr
         f"--data.microbatch-tokens {smaller} takes the same steps in about "
         f"{activation_bytes(config.model, smaller, itemsize) / 2**30:.1f} GiB"
         if smaller
-        else "one sequence is the least: shorten --data.seq-len or take a smaller model"
+        else "one sequence is the minimum: lower --data.seq-len or choose a smaller model"
     )
     reason = str(error).splitlines()[0][:200]
     return InputError(
         f"out of memory in the first step: forward and backward of {micro:,} tokens need about {need / 2**30:.1f} GiB "
-        f"beside weights and optimizer; {advice} ({reason})"
+        f"in addition to weights and optimizer; {advice} ({reason})"
     )

@@ -1,4 +1,4 @@
-"""What a run says of itself while it trains: what was decided, then a line and a metric a step."""
+"""Messages of a run while it trains: first the settings, then a line and a metric per step."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from golfgpt.train.run_folder import Reporter
 from golfgpt.train.step import StepResult, TrainStep
 
 DECAY = 0.96
-"""Decay of the running mean of the losses, per step; it is as noisy as a plain mean over the last 49."""
+"""Decay of the running mean of the losses, per step. It is as noisy as a plain mean over the last 49 steps."""
 
 
 def announce(config: RunConfig, dataset: Dataset, step: TrainStep, attention: Selection, reporter: Reporter) -> None:
-    """Say once what was decided."""
+    """Print the settings of the run once."""
     c, say, ranks = config, reporter.line, step.ranks
     cap = f"{c.schedule.max_seconds:.3f}" if c.schedule.max_seconds else "none"
     say(f"train_loader:dataset:{c.data.path} train_shards:{len(dataset.train)} digest:{dataset.digest[:16]}")
@@ -59,14 +59,15 @@ class Progress:
         self._sum = self._weight = 0.0
 
     def within(self, step: int, done: int, of: int, waited: float) -> None:
-        """A sign of life in a step that takes long."""
+        """Show progress within a step that takes long."""
         if waited > 5:
             self.reporter.status(f"step {step + 1}: {done} of {of} microbatches after {waited:.0f} s")
 
     def step(
         self, done: int, result: StepResult, multiplier: float, seconds: float, mean: float, projection: str, last: bool
     ) -> None:
-        """Step number `done` is over, `seconds` of the training clock; recent ones took `mean` seconds."""
+        """Report step number `done`, which ended at `seconds` of the training clock. `mean` is the mean duration of
+        recent steps, `projection` the forecast size of the artifact, and `last` whether this is the last step."""
         c = self.config
         self._sum, self._weight = DECAY * self._sum + result.loss, DECAY * self._weight + 1
         smooth, bpb = self._sum / self._weight, None

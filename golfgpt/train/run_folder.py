@@ -1,10 +1,10 @@
-"""The run folder: everything a run leaves behind, and the one writer of it.
+"""The run folder: all files of a run. Only one process at a time writes to it.
 
-config.json      resolved config, strict              metrics.jsonl   append-only, one object a line
-env.json         versions, hardware, command          train.log       lines compatible with upstream's
-checkpoints/     resumable state                      tokenizer.model the tokenizer, copied
+config.json      resolved config, read strictly       metrics.jsonl   append-only, one object per line
+env.json         versions, hardware, command          train.log       lines in the published scripts' format
+checkpoints/     resumable state                      tokenizer.model copy of the tokenizer
 model.golf       the artifact                         result.json     score and bytes of model.golf
-eval_partial_R.json  sums of rank R in an unfinished `golfgpt eval`
+eval_partial_R.json  partial sums of rank R from an unfinished `golfgpt eval`
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FORMAT = 2
 
 
 class RunFolder:
-    """A run folder held by this process until `close`."""
+    """A run folder, locked by this process until `close`."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -47,16 +47,18 @@ class RunFolder:
         try:
             self._lock.acquire(timeout=0)
         except filelock.Timeout:
-            raise BusyError(f"{path} is in use by another process; wait for it or choose another name") from None
-        for left in self.checkpoints.glob(".*.tmp"):  # of a process that was killed while it wrote
+            raise BusyError(
+                f"{path} is in use by another process; wait until it ends or choose another --name"
+            ) from None
+        for left in self.checkpoints.glob(".*.tmp"):  # from a process that was killed while writing
             left.unlink()
         metrics = path / "metrics.jsonl"
         if metrics.exists() and not (data := metrics.read_bytes()).endswith(b"\n"):
-            write_bytes(metrics, data[: data.rfind(b"\n") + 1])  # a line torn by a kill or a full disk
+            write_bytes(metrics, data[: data.rfind(b"\n") + 1])  # drop a line cut off by a kill or a full disk
 
     @classmethod
     def create(cls, path: Path, config: RunConfig, tokenizer: bytes) -> RunFolder:
-        """Start a new run. Raises InputError when the folder already holds one, BusyError when it is in use."""
+        """Start a new run. Raises InputError if the folder already holds a run, BusyError if it is in use."""
         path.mkdir(parents=True, exist_ok=True)
         folder = cls(path)
         if (path / "config.json").exists():
@@ -65,18 +67,18 @@ class RunFolder:
         folder.checkpoints.mkdir(exist_ok=True)
         write_json(path / "env.json", environment())
         write_bytes(path / "tokenizer.model", tokenizer)
-        write_config(path, config)  # last: it makes the folder a run
+        write_config(path, config)  # last, because a folder with this file is a run
         return folder
 
     def discard(self) -> None:
-        """Give the name back: forget a run that never saved anything."""
+        """Delete the run if it never saved a checkpoint, so that its name can be used again."""
         if not any(self.checkpoints.iterdir()):
             for name in ("config.json", "metrics.jsonl", "train.log"):
                 (self.path / name).unlink(missing_ok=True)
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
-        """Hold an existing run. Raises InputError when there is none, BusyError when it is in use."""
+        """Open and lock an existing run. Raises InputError if there is none, BusyError if it is in use."""
         read_config(path)
         return cls(path)
 
@@ -89,13 +91,13 @@ class RunFolder:
         self._append("train.log", line)
 
     def _append(self, name: str, line: str) -> None:
-        """A full disk must not end a run over a log line: it is reported once."""
+        """Append a line to a file. A full disk must not end the run, so an OSError is only reported, once."""
         try:
             with open(self.path / name, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
         except OSError as error:
             if not self._warned:
-                print(f"warning: {self.path / name}: {error.strerror}; the run goes on", file=sys.stderr)
+                print(f"warning: {self.path / name}: {error.strerror}; the run continues", file=sys.stderr)
             self._warned = True
 
     def close(self) -> None:
@@ -110,7 +112,9 @@ def read_config(path: Path) -> RunConfig:
     """The resolved config of the run in `path`. Raises InputError if it is missing, of another format or not valid."""
     file = path / "config.json"
     if not file.is_file():
-        raise InputError(f"{path} holds no run: there is no {file}")
+        raise InputError(
+            f"{path} holds no run: there is no {file}; expected a folder that golfgpt train or import created"
+        )
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         found = values.pop("format", 1) if isinstance(values, dict) else FORMAT
@@ -124,7 +128,7 @@ def read_config(path: Path) -> RunConfig:
 
 
 def environment() -> dict[str, Any]:
-    """What a reader needs to repeat the run: versions, hardware, command, time."""
+    """What is needed to repeat the run: versions, hardware, command, time."""
     cuda = torch.cuda.is_available()
     return {
         "golfgpt": __import__("golfgpt").__version__,
@@ -140,41 +144,48 @@ def environment() -> dict[str, Any]:
 
 
 def artifact_file(path: Path) -> Path:
-    """The artifact of a run folder, or `path` itself if it is a file. Raises InputError when there is none."""
+    """The artifact of a run folder, or `path` itself if it is a file. Raises InputError if there is none."""
     file = path / "model.golf" if path.is_dir() else path
     if not file.is_file():
-        unfinished = f": finish the run with golfgpt train --resume {path}" if (path / "config.json").exists() else ""
-        raise InputError(f"there is no {file}{unfinished}")
+        finish = f"; finish the run with golfgpt train --resume {path}"
+        hint = finish if (path / "config.json").exists() else "; expected a run folder or a .golf file"
+        raise InputError(f"there is no {file}{hint}")
     return file
 
 
 def load(path: str | os.PathLike) -> tuple[GPT, Tokenizer]:
-    """Model decoded from `path`/model.golf and its tokenizer.
+    """Load the model from `path`/model.golf, and its tokenizer.
 
-    `path` is a run folder, or a .golf file with tokenizer.model beside it. The model is in float32 on the
-    CPU. Raises InputError when a file is missing, damaged, or the tokenizer is not the one of training.
+    `path` is a run folder, or a .golf file with tokenizer.model in the same folder. The model is in float32 on the CPU.
+    Raises InputError if a file is missing or damaged, or if the tokenizer is not the one used in training.
     """
     file = artifact_file(Path(path))
     loaded = artifact.read(file)
     tokenizer_file = file.parent / "tokenizer.model"
     if not tokenizer_file.is_file():
-        raise InputError(f"there is no {tokenizer_file}: put the run's tokenizer beside the artifact")
+        raise InputError(f"there is no {tokenizer_file}; copy tokenizer.model of the run to this path")
     tokenizer = Tokenizer.from_file(tokenizer_file)
     if tokenizer.digest != loaded.info.tokenizer_sha256:
-        raise InputError(f"{tokenizer_file} is not the tokenizer that {file} was trained with")
+        raise InputError(
+            f"{tokenizer_file} is not the tokenizer that {file} was trained with: its digest is "
+            f"{tokenizer.digest[:16]}, expected {loaded.info.tokenizer_sha256[:16]}; copy tokenizer.model of the run "
+            "to this path"
+        )
     return model_of(loaded), tokenizer
 
 
 def trained_weights(path: Path) -> dict[str, Tensor]:
-    """What the run's export quantized: the weights of its newest whole checkpoint, averaged if it averages.
+    """The weights that the export of the run quantized: those of its newest intact checkpoint, or their average if the
+    run averages.
 
-    Raises InputError for a run without one, or whose training has not ended.
+    Raises InputError if there is no intact checkpoint or if training has not ended.
     """
     saved, refused = checkpoint.latest(path / "checkpoints")
     if saved is None:
-        raise InputError(f"{path} has no whole checkpoint{': ' if refused else ''}{'; '.join(refused.values())}")
+        reasons = f" ({'; '.join(refused.values())})" if refused else ""
+        raise InputError(f"{path} has no intact checkpoint{reasons}; use --source artifact")
     if not saved.finished:
-        raise InputError(f"{path} stopped at step {saved.step}: finish it with golfgpt train --resume {path}")
+        raise InputError(f"{path} stopped at step {saved.step}; finish it with golfgpt train --resume {path}")
     config = read_config(path)
     embeddings = of_kind(parameter_table(config.model), "embedding")
     bf16_params = frozenset(embeddings if config.optim.embed_dtype == "bfloat16" else ())
@@ -184,18 +195,17 @@ def trained_weights(path: Path) -> dict[str, Tensor]:
 
 
 def model_of(loaded: artifact.Artifact) -> GPT:
-    """The model with the artifact's decoded weights."""
+    """A model with the decoded weights of the artifact."""
     model = GPT(loaded.info.model)
     model.load_state_dict(loaded.state)
     return model.eval()
 
 
 class Reporter:
-    """Says what happens: lines to the terminal and train.log, numbers to metrics.jsonl.
+    """Writes lines to the terminal and train.log, and numbers to metrics.jsonl.
 
-    On a terminal a live status line is kept under the printed lines; elsewhere there are only plain lines.
-    With `quiet` (--json) lines go to standard error. Other ranks than the first have `folder=None` and say
-    nothing.
+    On a terminal, a live status line is shown below the printed lines; otherwise there are only plain lines. With
+    `quiet` (--json), lines go to standard error. Ranks other than 0 have `folder=None` and print nothing.
     """
 
     def __init__(self, folder: RunFolder | None, *, speak: bool = True, quiet: bool = False):
@@ -221,7 +231,8 @@ class Reporter:
             self.folder.log(text)
 
     def status(self, text: str) -> None:
-        """Refresh the live line; without one, print the text when nothing was said for 5 and then for 30 seconds."""
+        """Update the live line. Without a live line, print the text if nothing was printed for 5 seconds, after that
+        for 30 seconds."""
         if self._status:
             self._status.update(text)
         elif self._speak and time.monotonic() - self._told >= self._patience:

@@ -1,4 +1,4 @@
-"""Saving a run to rank 0's disk, and restoring it on every rank."""
+"""Save a run to the disk of rank 0, and restore it on every rank."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from golfgpt.train.signals import Signals
 from golfgpt.train.step import TrainStep
 
 RESUMABLE = ("runtime.", "eval.", "budget.", "data.path")
-"""Fields that may change when a run is resumed; none of them changes what is trained."""
+"""Fields that may change when a run is resumed. None of them changes what is trained."""
 
 
 class Saver:
-    """Saves and restores a run: steps taken, parameters, optimizers, average, clocks. All ranks call it together,
-    because shards are gathered; rank 0, which has the folder, writes and reads."""
+    """Saves and restores a run: completed steps, parameters, optimizers, average, clocks. All ranks must call it
+    together, because shards are gathered. Only rank 0 has the folder; it writes and reads."""
 
     def __init__(
         self,
@@ -38,11 +38,11 @@ class Saver:
         self.config, self.path, self.dataset, self.step, self.ledger = config, path, dataset, step, ledger
         self.folder, self.reporter, self.signals = folder, reporter, signals
         self.projection = ""
-        """Forecast of the artifact's bytes at the last checkpoint."""
+        """Forecast of the size of the artifact at the last checkpoint."""
         self._saved_at = time.monotonic()
 
     def start(self) -> None:
-        """Start the interval between checkpoints, when training begins."""
+        """Start the interval until the first checkpoint. Called when training begins."""
         self._saved_at = time.monotonic()
 
     def due(self) -> bool:
@@ -50,9 +50,11 @@ class Saver:
         return bool(every) and time.monotonic() - self._saved_at >= every
 
     def save(self, done: int, finished: bool) -> bool:
-        """Checkpoint after `done` steps, off the training clock. A full disk is a warning: training goes on.
+        """Write a checkpoint after `done` steps. The time is not counted as training time. Returns whether the state is
+        on disk.
 
-        Returns whether the state is on disk. State that is not finite is not written: the last good one stays.
+        If the disk is full, a warning is printed and training continues. A state that is not finite is not written, so
+        the last good checkpoint stays.
         """
         with self.ledger.phase("checkpoint"):
             optimizers = self.step.optimizers.state()
@@ -78,15 +80,16 @@ class Saver:
                 return False
             self.signals.saved = f"state saved at step {done}"
             projected = None
-            with contextlib.suppress(InputError):  # weights that the export could not hold end the run there
+            with contextlib.suppress(InputError):  # weights that the format cannot store; the export reports them
                 projected = Quantizer(self.config.model, self.config.quant).projected_bytes(state.model)
                 self.projection = f"about {projected:,} bytes"
             self.reporter.metric("checkpoint", step=done, projected_artifact_bytes=projected)
             return True
 
     def restore(self) -> tuple[int, bool]:
-        """Load rank 0's newest whole checkpoint on every rank; returns the steps it had taken, and whether training was
-        over. Without one the run starts over from step 0. Raises InputError for one that does not fit."""
+        """Load rank 0's newest intact checkpoint on every rank. Returns its number of completed steps, and whether
+        training was over. Without a checkpoint, the run starts from step 0. Raises InputError if the checkpoint does
+        not fit the run."""
         saved = None
         with self.step.ranks.raise_on_any():
             saved = self._newest() if self.folder else None
@@ -106,22 +109,30 @@ class Saver:
         return saved.step, saved.finished
 
     def _newest(self) -> checkpoint.Checkpoint | None:
-        """The newest whole checkpoint; damaged newer ones are set aside."""
+        """The newest intact checkpoint. Damaged newer ones are renamed to .damaged."""
         saved, refused = checkpoint.latest(self.folder.checkpoints)
         try:
             started = from_dict(RunConfig, saved.config) if saved else read_config(self.path)
         except ValueError as error:
-            raise InputError(f"{self.path} was written by another version: {error}") from None
+            raise InputError(
+                f"{self.path} was written by another version of golfgpt: {error}; resume it with that version"
+            ) from None
         changed = [d for d in differences(started, self.config) if not d.startswith(RESUMABLE)]
         if changed:
             what = "; ".join(changed)
             raise InputError(
-                f"the run in {self.path} has another config ({what}); start a new --name or drop the change"
+                f"the run in {self.path} has another config ({what}); drop the change, or start a new run with another "
+                "--name"
             )
         if saved and not saved.dataset:
-            raise InputError(f"{self.path} was imported: there is no training to continue; eval, sample or export it")
+            raise InputError(
+                f"{self.path} was imported: there is no training to continue; use golfgpt eval, sample or export"
+            )
         if saved and saved.dataset != self.dataset.digest:
-            raise InputError(f"{self.config.data.path} has changed since the checkpoint was written")
+            raise InputError(
+                f"{self.config.data.path} has changed since the checkpoint was written: its digest is "
+                f"{self.dataset.digest[:16]}, expected {saved.dataset[:16]}; set --data.path to the original data"
+            )
         for path, reason in refused.items():
             self.reporter.line(f"warning: {reason}")
             path.rename(path.with_suffix(".damaged"))

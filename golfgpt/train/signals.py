@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT end a run with its state saved and a line that says how to continue."""
+"""SIGTERM and SIGINT end a run. The state is saved, and a message tells how to continue."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from golfgpt.errors import Interrupted
 
 
 class Signals:
-    """SIGTERM and SIGINT: raise Interrupted at once, or, while `deferred`, wait for the end of the step.
+    """Handles SIGTERM and SIGINT: raises Interrupted immediately, or, while `deferred`, at the end of the step.
 
-    A second signal of a kind does not wait. Outside the main thread the handlers are left alone.
+    A second signal of the same kind raises it immediately. Outside the main thread, no handlers are installed.
     """
 
     def __init__(self, path: Path):
@@ -43,14 +43,14 @@ class Signals:
             os.write(2, f"{name}: the run is saved and ends after this step; another {name} ends it now\n".encode())
 
     def release(self) -> None:
-        """Stop deferring; raises for a signal that came after the last step had voted."""
+        """Stop deferring. Raises Interrupted if a signal came after the votes of the last step."""
         self.deferred = False
         if self.caught:
             raise self.interrupted()
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Do not defer in the block: the state is saved, and what it does may take long."""
+        """Do not defer signals in the block. The state must be saved before; the block may take long."""
         self.release()
         try:
             yield
@@ -58,7 +58,7 @@ class Signals:
             self.deferred = True
 
     def interrupted(self) -> Interrupted:
-        """The exception that ends the run; its message says what is saved and how to continue."""
+        """The exception that ends the run. Its message tells what is saved and how to continue."""
         signum = self.caught[0] if self.caught else signal.SIGTERM
         begun = (self._path / "config.json").exists()
         hint = f" Resume with: golfgpt train --resume {self._path}" if begun else ""

@@ -1,17 +1,17 @@
-"""One training step on one rank: spans in, summed gradients, one update, without waiting for the device.
+"""One training step on one rank: read spans, sum gradients over ranks, update, without waiting for the device.
 
-Gradients of this rank's spans accumulate in views of one flat buffer; one all-reduce (or its sharded
-equivalent) sums them together with the loss, rank 0's clock and its votes; every rank then takes the same
-update. A step reads `data.spans` spans of span_tokens + 1 tokens. They are dealt to the ranks, so one rank or
-eight see the same tokens, and gradients are token-weighted sums, so they agree within rounding.
+The gradients of this rank's spans accumulate in views of one flat buffer. One all-reduce (or its sharded equivalent)
+sums them over ranks, together with the loss, rank 0's clock and the votes. Every rank then takes the same update. A
+step reads `data.spans` spans of span_tokens + 1 tokens, which are divided among the ranks. One rank or eight therefore
+see the same tokens. Gradients are token-weighted sums, so they agree within rounding.
 
-`backward`, `sum` and `update` only enqueue work on a GPU; `wait` reads what became of a step, when the next one is
-already enqueued. So decisions lag: the learning rate follows the last clock of rank 0 that has come back, carried
-forward at the pace of the last known step, which is the same on every rank, and a vote to stop counts the steps that
-are on their way. On a CPU nothing is asynchronous and nothing lags.
+On a GPU, `backward`, `sum` and `update` only enqueue work. `wait` reads the result of a step after the next one is
+enqueued, so decisions lag by a step. The learning rate uses the last clock of rank 0 that has been read, extrapolated
+by the duration of the last known step; the value is the same on every rank. A vote to stop includes the steps that are
+already enqueued. On a CPU, nothing is asynchronous and nothing lags.
 
-Whether loss and gradient are finite is decided on the device, for good: from the first step that is not, no update
-changes anything, until the host has read so and ends the run.
+The device decides whether loss and gradient are finite. From the first step in which they are not, no update changes
+anything, until the host reads the result and ends the run.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ _CONTROL = 5  # loss, clock, stop, save, signaled
 
 
 class Votes(NamedTuple):
-    """What a rank sends along with its gradients. For `stop` and `save` only rank 0's vote counts."""
+    """What a rank sends with its gradients. For `stop` and `save`, only the vote of rank 0 counts."""
 
     stop: bool = False
-    """Steps beyond those on their way could cross the cap."""
+    """A step after those already enqueued could cross the cap."""
     save: bool = False
     """A checkpoint is due."""
     signaled: bool = False
-    """This rank was told to stop."""
+    """This rank received a signal to stop."""
 
 
 NO_VOTES = Votes()
@@ -59,20 +59,20 @@ NO_VOTES = Votes()
 
 @dataclass(frozen=True)
 class StepResult:
-    """What all ranks agree on after the gradients of a step are summed."""
+    """Values that are equal on all ranks after the gradients of a step are summed."""
 
     loss: float
-    """Mean nats over the step's tokens."""
+    """Mean loss over the tokens of the step, in nats."""
     seconds: float
     """Rank 0's training clock at the start of the step."""
     stop: bool
-    """Rank 0 expects that steps beyond those on their way could cross the cap."""
+    """Rank 0 estimates that a step after those already enqueued could cross the cap."""
     save: bool
-    """Rank 0's clock says that a checkpoint is due."""
+    """A checkpoint is due by rank 0's clock."""
     signaled: bool
-    """Some rank was told to stop."""
+    """Some rank received a signal to stop."""
     grad_norm: float
-    """Global norm before clipping."""
+    """Global gradient norm before clipping."""
 
     @property
     def finite(self) -> bool:
@@ -81,17 +81,17 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Pending:
-    """A step on its way."""
+    """An enqueued step."""
 
     step: int
     norm: Tensor
-    """Of the summed gradients, 0-d, on the device."""
+    """Norm of the summed gradients, 0-d, on the device."""
     values: Tensor
-    """Loss, clock, votes and gradient norm, on the host once `copied` has happened."""
+    """Loss, clock, votes and gradient norm. They are on the host after the event `copied`."""
     copied: torch.cuda.Event | None
 
     def result(self) -> StepResult:
-        """Waits for the device."""
+        """Wait for the device and return the result."""
         if self.copied is not None:
             self.copied.synchronize()
         loss, seconds, stop, save, signaled, norm = self.values.tolist()
@@ -99,22 +99,23 @@ class Pending:
 
 
 class TrainStep:
-    """Model, optimizers, data and the flat gradient buffer of one rank, and the step that they take."""
+    """Model, optimizers, data and gradient buffer of one rank, and the training step that uses them."""
 
     def __init__(self, config: RunConfig, dataset: Dataset, ranks: Ranks):
         """Raises InputError for a configuration that does not fit the ranks or the device."""
         if ranks.world > config.data.spans:
             raise InputError(
-                f"{ranks.world} ranks, but a step has data.spans = {config.data.spans} spans to deal; "
-                f"raise --data.spans to at least {ranks.world}"
+                f"got {ranks.world} ranks; expected at most data.spans = {config.data.spans}, because each rank reads "
+                f"at least one span: raise --data.spans to at least {ranks.world}, or use fewer ranks"
             )
         self.config, self.ranks = config, ranks
         self.cuda = ranks.device.type == "cuda"
         self.compiled = config.runtime.compile == "on" or (config.runtime.compile == "auto" and self.cuda)
         if config.runtime.optimizer_graph and not (self.compiled and self.cuda and config.runtime.warmup_steps):
             raise InputError(
-                f"runtime.optimizer_graph is captured in the warm-up of a compiled run on a GPU; got device "
-                f"{ranks.device}, compile {self.compiled}, warmup_steps {config.runtime.warmup_steps}"
+                "runtime.optimizer_graph expected a GPU, compilation and warmup_steps >= 1, got device "
+                f"{ranks.device}, compile {self.compiled}, warmup_steps {config.runtime.warmup_steps}; change these "
+                "or drop it"
             )
         self.model = GPT(config.model, seed=config.seed).to(ranks.device)
         self.dtype_choice = select_dtype(config.runtime.dtype, self.model, config.data, ranks)
@@ -136,39 +137,38 @@ class TrainStep:
         self._loss = torch.compile(self.loss, dynamic=False, fullgraph=True) if self.compiled else self.loss
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """Mean nats of targets (B, T) given ids (B, T), by the weights that training is aware of."""
+        """Mean loss in nats of targets (B, T) given ids (B, T), computed with the compute copies of the weights."""
         return self.model.loss(ids, targets, dtype=self.dtype, stand_ins=self.compute_copies.stand_ins())
 
     @property
     def ahead(self) -> int:
-        """Steps that may be on their way when another is enqueued."""
+        """Number of steps that may be pending when another one is enqueued."""
         return int(self.cuda)
 
     def multiplier(self, step: int) -> float:
-        """Factor on the learning rates of the step that follows `step` completed ones."""
+        """Factor on the learning rates of the step after `step` completed ones."""
         return lr_multiplier(step, self.pace.seconds_at(step), self.config.schedule)
 
     def quantization_aware(self, step: int) -> bool:
-        """Whether the forward of the step that follows `step` completed ones is fake-quantized."""
+        """Whether the forward of the step after `step` completed ones is fake-quantized."""
         used = budget_used(step, self.pace.seconds_at(step), self.config.schedule)
         return quantization_aware(used, self.multiplier(step), self.config.quant)
 
     def prepare(self, step: int) -> None:
-        """Make the weights that the forward uses ready for `step`: at the start, and after weights were loaded.
-        Between steps the update does it."""
+        """Prepare the compute copies for `step`, at the start and after loading weights. `update` does it between steps."""
         if self._enabled is not None:
             self._enabled.fill_(self.quantization_aware(step))
         self.compute_copies.refresh()
 
     def launch(self, step: int, seconds: float = 0.0, votes: Votes = NO_VOTES) -> Pending:
-        """`backward` of all microbatches and `sum`."""
+        """Run `backward` for all microbatches, then `sum`."""
         for _ in self.backward(step):
             pass
         return self.sum(step, seconds, votes)
 
     def backward(self, step: int) -> Iterator[tuple[int, int]]:
-        """Forward and backward of this rank's spans of step number `step`; before each microbatch yields how many are
-        done, of how many."""
+        """Forward and backward of this rank's spans of step number `step`. Before each microbatch, yields the number of
+        completed microbatches and their total."""
         data = self.config.data
         if self.compute_copies.stale():
             self.prepare(step)
@@ -185,8 +185,8 @@ class TrainStep:
             self._loss_sum += part.detach()
 
     def sum(self, step: int, seconds: float = 0.0, votes: Votes = NO_VOTES) -> Pending:
-        """Sum over ranks the gradients that `backward` left, with the loss, this rank's training clock `seconds` and
-        its `votes`."""
+        """Sum the gradients of `backward` over ranks, together with the loss, the training clock `seconds` of rank 0
+        and the `votes`."""
         clock = (seconds, votes.stop, votes.save) if self.ranks.is_main else (0.0, False, False)
         control = torch.tensor([0.0, *clock, votes.signaled], pin_memory=self.cuda)
         self.flat.control.copy_(control, non_blocking=True)
@@ -204,8 +204,9 @@ class TrainStep:
         return Pending(step, norm, values, copied)
 
     def update(self, pending: Pending) -> float:
-        """Clip, step all optimizers, average, make the weights ready for the next step; returns the learning-rate
-        multiplier. Changes nothing where `sum` met a loss or gradient that is not finite, now or before."""
+        """Clip, update all parameters and the average, and prepare the weights for the next step. Returns the
+        learning-rate multiplier. If the loss or a gradient was not finite in this or an earlier step, nothing
+        changes."""
         step, limit = pending.step, self.config.optim.grad_clip_norm
         if limit:
             self.flat.gradients.mul_((limit / (pending.norm + 1e-6)).clamp(max=1.0).nan_to_num(nan=1.0))
@@ -217,14 +218,14 @@ class TrainStep:
         return multiplier
 
     def wait(self, pending: Pending) -> StepResult:
-        """What became of a step.
+        """Wait for a step and return its result.
 
-        Raises NonFiniteError, with parameters and optimizer state as before that step, when the loss or a gradient is
-        not finite; the message names the first such tensor.
+        Raises NonFiniteError if the loss or a gradient is not finite; the message names the first such tensor.
+        Parameters and optimizer state are then as before that step.
         """
         result = pending.result()
         if not result.finite:
-            if self.ahead:  # a later step has overwritten its gradients: take it again
+            if self.ahead:  # a later step has overwritten the gradients: compute them again
                 self.launch(pending.step)
             raise NonFiniteError(f"step {pending.step}: {self._culprit(result)} is not finite; nothing was updated")
         self.pace.sync(pending.step, result.seconds)
@@ -232,7 +233,7 @@ class TrainStep:
 
     def _culprit(self, result: StepResult) -> str:
         grads = to_published({name: p.grad for name, p in self.model.named_parameters()})
-        # Sharded, a rank sees the sum of its own share only: whoever sees a bad one tells the others.
+        # If sharded, a rank has only the sums of its shard, so the flags are summed over ranks.
         flags = torch.stack([~torch.isfinite(grad).all() for grad in grads.values()]).float()
         flags = self.ranks.sum_(flags).tolist()
         bad = [name for name, flag in zip(grads, flags, strict=True) if flag]
@@ -241,13 +242,13 @@ class TrainStep:
         return " and ".join(filter(None, (loss, grad))) or f"the gradient norm ({result.grad_norm})"
 
     def check_finite(self) -> None:
-        """Raises NonFiniteError naming a parameter that the last update made NaN or infinite."""
+        """Raises NonFiniteError if the last update made a parameter NaN or infinite; the message names it."""
         for name, p in self.model.named_parameters():
             if not torch.isfinite(p).all():
                 raise NonFiniteError(f"parameter {name} is not finite after the last update; nothing was exported")
 
     def warm_up(self, steps: int, say: Callable[[str], None] = lambda text: None) -> None:
-        """Run `steps` full steps to compile everything, then undo them; `say` is told which one it is."""
+        """Run `steps` full steps to compile everything, then undo them. `say` receives a progress message for each."""
         model = {k: v.clone() for k, v in self.model.state_dict().items()}
         optimizers = {k: v.clone() for k, v in self.optimizers.state().items()}
         known = self.pace.known

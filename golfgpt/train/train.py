@@ -1,4 +1,4 @@
-"""A training run from start to score: set up, warm up, train, export `model.golf`, reload it, score it."""
+"""A training run from set-up to score: set up, warm up, train, export `model.golf`, reload it, score it."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ from golfgpt.train.step import TrainStep
 
 
 def train(config: RunConfig, path: Path, *, resume: bool = False, quiet: bool = False) -> dict:
-    """Train, export to `path`/model.golf, score the reloaded file; returns what result.json holds.
+    """Train, export to `path`/model.golf and score the reloaded file. Returns the content of result.json.
 
-    Run under torchrun for several ranks; other ranks than the first return {}. With `resume` the newest
-    whole checkpoint in `path` continues. Raises InputError for configurations and data that do not fit,
-    BusyError for a folder in use, NonFiniteError for a diverged run, Interrupted after a signal (state saved),
-    VerificationError for a score that cannot be proved, BudgetError when no width fits the budget, when the clock is
-    too short for one step or, after scoring, when the artifact exceeds its budget (it is kept).
+    For several ranks, run under torchrun; ranks other than 0 return {}. With `resume`, the run continues from the
+    newest intact checkpoint in `path`. Raises InputError for configurations and data that do not fit together,
+    BusyError for a folder in use, NonFiniteError for a diverged run, Interrupted after a signal (state saved), and
+    VerificationError for a score that fails its checks. Raises BudgetError if no width fits the budget, if the time is
+    too short for one step, or, after scoring, if the artifact exceeds its budget (the artifact is kept).
     """
     ledger = Ledger()
     with contextlib.ExitStack() as stack:
@@ -73,7 +73,8 @@ def train(config: RunConfig, path: Path, *, resume: bool = False, quiet: bool = 
             scorer = ModelScorer(config, dataset, step, ledger, reporter, signals)
             progress = Progress(config, dataset, reporter)
             with ledger.phase("setup"):
-                for p in step.model.parameters():  # an orthogonal start is a QR, whose rounding differs between CPUs
+                # Orthogonal initialization uses QR, which rounds differently on other CPUs.
+                for p in step.model.parameters():
                     ranks.broadcast_(p.data)
                 step.prepare(0)
                 done, finished = saver.restore() if resume else (0, False)
@@ -91,34 +92,37 @@ def train(config: RunConfig, path: Path, *, resume: bool = False, quiet: bool = 
 
 
 def check(config: RunConfig, ranks: Ranks, resume: bool) -> tuple[RunConfig, Dataset]:
-    """The config with what is decided before training, and its data, checked against each other. Raises
-    InputError, and BudgetError where no width fits the budget."""
+    """Open the data, fit the MLP width, and check config and data against each other. Returns the final config and the
+    data. Raises InputError, and BudgetError if no width fits the budget."""
     require_compressor(config.quant.compressor)
     dataset = open_dataset(config, ranks)
-    config = config if resume else fitted(config)  # a run keeps the width that it was started with
+    config = config if resume else fitted(config)  # a resumed run keeps its width
     artifact.check_payload_bytes(Quantizer(config.model, config.quant).formats)
     return config, dataset
 
 
 def open_dataset(config: RunConfig, ranks: Ranks) -> Dataset:
-    """The data set of `config`, checked against the model; each rank reads its share. Raises InputError."""
+    """Open the data set of `config` and check it against the model. Each rank reads a part of it. Raises InputError."""
     if config.data.path is None:
-        raise InputError("no data: name a prepared folder with --data.path DIR (see golfgpt data prepare)")
+        raise InputError("no data: expected a prepared folder, --data.path DIR (see golfgpt data prepare)")
     dataset = Dataset.open(Path(config.data.path))
     bos, start = dataset.need_tokenizer().bos_id, config.model.document_start
     if start is not None and start != bos:
-        raise InputError(f"model.document_start is {start}, but texts in {config.data.path} start with token {bos}")
+        raise InputError(
+            f"model.document_start is {start}; expected {bos}, the token that starts documents in {config.data.path}"
+        )
     if dataset.vocab_size != config.model.vocab_size:
         raise InputError(
-            f"the tokenizer of {config.data.path} has {dataset.vocab_size} tokens, the model "
-            f"{config.model.vocab_size}; use --model.vocab-size {dataset.vocab_size}"
+            f"model.vocab_size is {config.model.vocab_size}; expected {dataset.vocab_size}, the size of the tokenizer "
+            f"in {config.data.path}: use --model.vocab-size {dataset.vocab_size}"
         )
-    plan_windows(dataset, config)  # fail now, not after training
+    plan_windows(dataset, config)  # fail here and not after training
     m = config.model
     if config.eval.document_aware and m.document_start is None and (m.smear_gate, m.bigram_hash) != ("none", "none"):
         raise InputError(
-            f"eval.document_aware: smear_gate {m.smear_gate} and bigram_hash {m.bigram_hash} of this model mix "
-            "documents; train with --model.document-start 1 (the BOS id), or score without it"
+            f"eval.document_aware expected a model that does not mix documents, got smear_gate {m.smear_gate} and "
+            f"bigram_hash {m.bigram_hash} without document_start; train with --model.document-start 1 (the BOS id), or "
+            "score without eval.document_aware"
         )
     dataset.check_token_ids(config.model.vocab_size, deal=(ranks.rank, ranks.world))
     return dataset
@@ -137,14 +141,14 @@ def choose_kernels(config: RunConfig, ranks: Ranks) -> set_implementation:
 
 
 def choose_attention(config: RunConfig, step: TrainStep) -> Selection:
-    """The backend of attention in training and scoring, for the process."""
+    """Select the attention backend of this process, for training and scoring."""
     data = config.data
     shapes = [(data.microbatch // data.seq_len, data.seq_len), (1, config.window)]
     return select_backend(config.runtime.attention, config.model, shapes, step.ranks, step.dtype)
 
 
 def warm_up(config: RunConfig, step: TrainStep, attention: str, ledger: Ledger, reporter: Reporter) -> None:
-    """Compile before the clock starts."""
+    """Compile the step before the clock starts."""
     if not (step.compiled and config.runtime.warmup_steps):
         return
     with ledger.phase("compile"), memory_advice(config, step.dtype.itemsize):
@@ -160,8 +164,8 @@ def warm_up(config: RunConfig, step: TrainStep, attention: str, ledger: Ledger, 
 def export_and_score(
     config: RunConfig, path: Path, dataset: Dataset, exporter: Exporter, scorer: ModelScorer, steps: int
 ) -> dict:
-    """Export, reload, score, report. The artifact is on disk before the scoring starts, the score before the
-    yardsticks."""
+    """Export, reload, score, report. The artifact is on disk before scoring starts, and the score before the
+    yardsticks are computed."""
     ranks, ledger, reporter, say = exporter.step.ranks, scorer.ledger, exporter.reporter, exporter.reporter.line
     with ledger.phase("export"):
         info = exporter.export(steps)
