@@ -127,7 +127,7 @@ def _load(content: bytes) -> Any:
             raise InputError("bytes precede or follow the archive")
         stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
         if not stored or sum(entry.file_size for entry in entries) > len(content):
-            raise InputError("its entries claim more bytes than the file holds")
+            raise InputError("its entries are compressed, or claim more bytes than the file holds")
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # foreign parsers meet hostile bytes with any type of exception
         text = str(error) or type(error).__name__
@@ -221,7 +221,7 @@ def _mixed(tensors: Any, how: Any) -> Contents:
             case {"type": "int5" | "int6" | "int8" as type} if len(kind) == 1:
                 coded[name] = left.pop(f"{name}.q", None), left.pop(f"{name}.scale", None), int(type[3:])
             case _:
-                raise InputError(f"{name} is stored as {reprlib.repr(kind)}, which is unknown")
+                raise InputError(f"{name} is stored as {reprlib.repr(kind)}, expected passthrough, int5, int6 or int8")
     if left:
         raise InputError(f"unexpected tensors: {listed(left)}")
     return coded, passthrough, {name: "bfloat16" if name in _BFLOAT16 else "float32" for name in how}

@@ -66,13 +66,13 @@ class TensorFormat:
 
     def __post_init__(self) -> None:
         if self.format not in DTYPES:
-            raise InputError(f"unknown tensor format {self.format!r}")
+            raise InputError(f"tensor format {self.format!r}, expected one of {', '.join(DTYPES)}")
         if not self.quantized:
             if (self.scale, self.group) != (None, None):
                 raise InputError(f"format {self.format} has no scales, got {self.scale!r} for {self.group!r} columns")
             return
         if self.scale not in ("float16", "float32"):
-            raise InputError(f"unknown scale dtype {self.scale!r} of format {self.format}")
+            raise InputError(f"format {self.format} with scales of {self.scale!r}, expected float16 or float32")
         if len(self.shape) < 2:
             raise InputError(f"format {self.format} needs rows, got a tensor of shape {self.shape}")
         if self.group is not None and (type(self.group) is not int or self.group < 1 or self.shape[-1] % self.group):
@@ -150,7 +150,7 @@ def parse_layer_group(name: str) -> tuple[str, slice]:
     """Bank of the layer group `name`, and the layers that it holds. Raises InputError."""
     match = re.fullmatch(r"(\w+)(?:\[(\d{1,5}):(\d{1,5})\])?", name, re.ASCII)
     if not match or (match[2] and int(match[2]) >= int(match[3])):
-        raise InputError(f"{name!a} is not the name of a bank or of some of its layers, as c_k[0:7]")
+        raise InputError(f"layer group {name!a}, expected a bank or some of its layers, such as c_k or c_k[0:7]")
     return match[1], slice(int(match[2]), int(match[3])) if match[2] else slice(None)
 
 
@@ -306,8 +306,8 @@ class Quantizer:
         banks = {bank: groups for bank, groups in banks.items() if any(rounding for _, rounding in groups)}
         if not banks:
             raise InputError(
-                f"quant.qat {self.config.qat} changes no weight: quant.bits, rules and keep_numel give no matrix that "
-                "it quantizes an integer format"
+                f"quant.qat {self.config.qat} changes no weight: with this quant.bits, rules and keep_numel, none of "
+                "the matrices that it quantizes is stored as integers"
             )
         return banks
 
