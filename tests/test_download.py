@@ -223,9 +223,9 @@ def test_the_next_call_goes_on_inside_a_file(hub, tmp_path, monkeypatch, ignored
     hub.faults[TRAIN_0] = ["busy"]
     with pytest.raises(InputError, match=f"cannot fetch {SHARDS}/{TRAIN_0} at .*503"):
         get(hub, tmp_path)
-    part = tmp_path / f".{TRAIN_0}.part"
-    part.write_bytes(hub.files[f"{SHARDS}/{TRAIN_0}"][:5000])  # as much as an earlier call got
+    (tmp_path / f".{TRAIN_0}.part").write_bytes(hub.files[f"{SHARDS}/{TRAIN_0}"][:5000])
     (tmp_path / f".{TRAIN_1}.part").write_bytes(b"x" * 3000)
+    (tmp_path / TRAIN_1).unlink(missing_ok=True)
     hub.got.clear()
     hub.faults[TRAIN_0] = ["ignore-range"] if ignored else []
     report = get(hub, tmp_path)

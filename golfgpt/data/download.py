@@ -47,6 +47,8 @@ REVISION = "a85b0e6035c3c94bc23685a07c81a8f3bf89db80"
 RECORD = "download.json"
 RETRIES = 2
 """Attempts to continue a file after one that brought no byte."""
+GRACE = 3.0
+"""Seconds that the threads have to stop."""
 
 _FILE = re.compile(
     r"datasets/datasets/fineweb10B_(?P<variant>sp\d+)/fineweb_(train|val)_\d{6}\.bin"
@@ -256,8 +258,15 @@ class _Download:
 
     def run(self, workers: int, progress: Progress) -> None:
         """Bring all files, `workers` at a time; the first error, or ctrl-C, stops the others at their next piece."""
+        slots = threading.Semaphore(workers)
+
+        def work(file: RemoteFile) -> RemoteFile:
+            with slots:
+                self._bring(file)
+            return file
+
         pool = ThreadPool(workers)  # of daemons: one that waits for a silent server does not hold the command
-        outcomes = pool.imap_unordered(self._bring, self._files)
+        outcomes = pool.imap_unordered(work, self._files)
         finished: set[RemoteFile] = set()
         try:
             while len(finished) < len(self._files):
@@ -268,16 +277,18 @@ class _Download:
         finally:
             self._stop.set()
             pool.terminate()
+            for _ in range(workers):
+                slots.acquire(timeout=GRACE / workers)
 
     def _part(self, file: RemoteFile) -> Path:
         return self._out / f".{file.name}.part"
 
-    def _bring(self, file: RemoteFile) -> RemoteFile:
+    def _bring(self, file: RemoteFile) -> None:
         """Check `file`; if it is missing or wrong, fetch it beside its place, check that and rename it."""
         path, part = self._out / file.name, self._part(file)
         if path.exists():
             if not (found := file.problem(path)):
-                return file
+                return
             self.damaged.append(f"{file.name}: {found}")
             path.unlink()
         self.fetched.append(max(0, file.bytes - _size(part)))
@@ -285,7 +296,7 @@ class _Download:
             self._fetch(file, part)
             if not (found := file.problem(part)):
                 os.replace(part, path)
-                return file
+                return
             self.damaged.append(f"{file.name}: {found}")
             part.unlink()
         raise InputError(
