@@ -26,13 +26,8 @@ def r4b(targets: int, window: int, stride: int) -> tuple[np.ndarray, np.ndarray,
     """R4b (PR #66): windows go on while S targets are left, so the last ones are shorter than L.
 
     The first window scores all its targets, each later one its last S: the last S of the text are scored again by
-    every short window. The published script cuts the text to a multiple of L targets first (`whole_windows`).
+    every short window. The published script cuts the text to a multiple of L targets first.
     """
     start = np.arange(0, targets - stride + 1, stride, dtype=np.int64)
     length = np.minimum(targets - start, window)
     return start, length, np.where(start == 0, 0, length - stride)
-
-
-def whole_windows(targets: int, window: int) -> int:
-    """The targets that R4b's script keeps of a text of one window or more."""
-    return targets // window * window

@@ -14,7 +14,6 @@ Like the scorer it predicts every val token but the first.
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import lzma
 import zlib
@@ -38,8 +37,8 @@ CACHE = "yardsticks.json"
 def yardsticks(data: Dataset) -> dict[str, float]:
     """Bits per byte of "gzip", "xz", "zstd" and "bigram" on the val text of `data`.
 
-    Kept in `yardsticks.json` in the data folder, under the data set's digest, where the folder can be
-    written. Proves the divisor first (`Dataset.prove_val_bytes`) and raises what that raises.
+    Kept with the data set's digest in `yardsticks.json` in the data folder, if that can be written. Proves the divisor
+    first (`Dataset.prove_val_bytes`) and raises what that raises.
     """
     cache = data.path / CACHE
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -56,18 +55,16 @@ def yardsticks(data: Dataset) -> dict[str, float]:
 
 
 def _compressed_sizes(data: Dataset, nbytes: int) -> dict[str, int]:
+    def size(compressor: Any) -> int:
+        return sum(len(compressor.compress(text)) for text in _decoded_text(data)) + len(compressor.flush())
+
     compressors = {
         "gzip": zlib.compressobj(9, wbits=31),
         "xz": lzma.LZMACompressor(preset=9),
         "zstd": zstandard.ZstdCompressor(level=22).compressobj(size=nbytes),
     }
     with ThreadPoolExecutor() as pool:  # they release Python's lock; one after another: xz 14 s, zstd 11 s for 7.6 MB
-        sizes = pool.map(functools.partial(_compressed_size, data), compressors.values())
-        return dict(zip(compressors, sizes, strict=True))
-
-
-def _compressed_size(data: Dataset, compressor: Any) -> int:
-    return sum(len(compressor.compress(text)) for text in _decoded_text(data)) + len(compressor.flush())
+        return dict(zip(compressors, pool.map(size, compressors.values()), strict=True))
 
 
 def _decoded_text(data: Dataset) -> Iterator[bytes]:
@@ -89,18 +86,19 @@ class Bigram:
         self.vocab_size = data.need_tokenizer().vocab_size
         keys, counts = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
         unigrams = np.zeros(self.vocab_size)
-        left = max_tokens
+        remaining = max_tokens
         for shard in data.train:
-            for start in range(0, min(len(shard), left), 4 * CHUNK_TOKENS):
-                stop = min(start + 4 * CHUNK_TOKENS, left, len(shard))
+            for start in range(0, min(len(shard), remaining), 4 * CHUNK_TOKENS):
+                stop = min(start + 4 * CHUNK_TOKENS, remaining, len(shard))
                 unigrams += np.bincount(shard[start:stop], minlength=self.vocab_size)
                 new, new_counts = np.unique(self._keys(shard[start : stop + 1]), return_counts=True)
                 keys, where = np.unique(np.concatenate([keys, new]), return_inverse=True)
                 counts = np.bincount(where, np.concatenate([counts, new_counts])).astype(np.int64)
-            left -= min(len(shard), left)
+            remaining -= min(len(shard), remaining)
         if not unigrams.sum():
             raise InputError(f"{data.path}: train holds no token to fit a bigram on; prepare the data again")
-        self._pairs, self._counts = keys, counts
+        self._pairs = np.append(keys, self.vocab_size**2)  # above any pair, so that a search always ends inside
+        self._counts = np.append(counts, 0)
         self._unigram = (unigrams + 1) / (unigrams.sum() + self.vocab_size)
         first = keys // self.vocab_size
         self._context = np.bincount(first, counts, minlength=self.vocab_size)
@@ -112,8 +110,8 @@ class Bigram:
     def probabilities(self, ids: np.ndarray) -> np.ndarray:
         """p(ids[t + 1] | ids[t]) for t = 0 .. T-2 (float64) of tokens (T,)."""
         keys = self._keys(ids)
-        at = np.minimum(np.searchsorted(self._pairs, keys), max(len(self._pairs) - 1, 0))
-        seen = np.where(self._pairs[at] == keys, self._counts[at], 0) if len(self._pairs) else np.zeros(len(keys))
+        at = np.searchsorted(self._pairs, keys)
+        seen = np.where(self._pairs[at] == keys, self._counts[at], 0)
         context, distinct = self._context[ids[:-1]], self._distinct[ids[:-1]]
         unigram = self._unigram[ids[1:]]
         known = np.maximum(context + distinct, 1)

@@ -64,9 +64,9 @@ class Checks:
         everyone = ranks.all_gather(mine[None].to(ranks.device))
         sampled, compared = everyone[:, :2].sum(0).tolist()
         sums, later, outside, documents = everyone[:, 2:].max(0).values.tolist()
-        changes = max(later, 0.0), max(outside, 0.0), None if documents < 0 else documents
-        fewest = windows.first_scored[min(1, len(windows) - 1) :].min() + 1
-        return cls(int(sampled), int(compared), sums, *changes, int(fewest), windows.window)
+        documents = None if documents < 0 else documents
+        fewest = int(windows.first_scored[min(1, len(windows) - 1) :].min()) + 1
+        return cls(int(sampled), int(compared), sums, later, outside, documents, fewest, windows.window)
 
     def __str__(self) -> str:
         what, shorter = "later tokens and tokens outside the window", ""
@@ -103,7 +103,7 @@ class _Checker:
 
     def __init__(self, scorer: Scorer, windows: Windows, read: Read):
         self.scorer, self.windows, self.read = scorer, windows, read
-        self.worst = dict.fromkeys(("sums", "later", "outside", "documents"), -1.0)  # -1: nothing was compared
+        self.worst = {"sums": 0.0, "later": 0.0, "outside": 0.0, "documents": -1.0}  # -1: nothing was compared
         self.sampled, self.compared = set(), 0
         self.random = torch.Generator().manual_seed(0)
 
@@ -114,9 +114,8 @@ class _Checker:
         place = torch.arange(self.windows.window, device=base.ids.device)
         first, count = base.scored.int().argmax(1, keepdim=True), base.scored.sum(1, keepdim=True)
         some = torch.rand(len(chosen), 1, generator=self.random).to(place.device) * (count - 1)
-        until = (
-            place <= first + some.long() + self.windows.window - num_scored
-        )  # of two scored targets and more not all
+        last = first + some.long()  # a scored target; of two and more not the last one
+        until = place <= self.windows.window - num_scored + last
         later = base._replace(ids=base.ids.where(until, self.others(base.ids)))
         outside = self.batch(chosen, num_scored, change_outside=True)
         changes = {"later": (later, base.scored & until[:, -num_scored:]), "outside": (outside, base.scored)}

@@ -8,8 +8,8 @@ tokens attend within their document only, and a document's BOS is still a target
 
 A score is printed only with proof: the windows cover every target once, the scored tokens are counted, their bytes
 are counted twice, and `score.checks` checks a sample of the windows first. Sums stay on the device in float64 and
-are read once a second. Memory depends on eval.batch_tokens and, with 40 bytes, on the number of windows; running out
-of it is an error, because a silently smaller batch would hide that the one asked for does not fit.
+are read once a second. Memory depends on eval.batch_tokens, plus 40 bytes a window on the CPU; running out of it is an
+error, because a silently smaller batch would hide that the one asked for does not fit.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from golfgpt.data.shards import Dataset
 from golfgpt.distributed import Ranks
 from golfgpt.errors import GolfError, Interrupted, VerificationError
 from golfgpt.model.gpt import GPT
-from golfgpt.published.windows import whole_windows
 from golfgpt.score.checks import Checks, check
 from golfgpt.score.sums import PartialSums, Sums
 from golfgpt.score.windows import Scorer, Windows, score_windows
@@ -79,7 +78,7 @@ def plan_windows(dataset: Dataset, config: RunConfig) -> Windows:
     """The windows that `evaluate` scores. Raises InputError when they do not fit the text."""
     targets = min(dataset.val_tokens - 1, config.eval.max_tokens or dataset.val_tokens)
     if config.eval.rule == "r4b" and targets > config.window:
-        targets = whole_windows(targets, config.window)
+        targets -= targets % config.window  # its published script cuts the text to whole windows
     return Windows(targets, config.window, config.stride, config.eval.rule)
 
 
@@ -131,11 +130,14 @@ def evaluate(
             dataset.check_token_ids(model.config.vocab_size, "val")
             sums = keep.open(key, sums)
             findings = check(scorer, windows, read, mine, most)
-            report = _Report(progress, windows.num_targets(mine), sums)
+            resumed, began = sums, time.perf_counter()
+            told = began
             for stop, batch, logprobs in score_windows(scorer, read, windows, range(sums.next, mine.stop), most):
                 sums = sums.plus(stop, batch, logprobs)
-                if report.due() or stop == mine.stop:
-                    report(sums)
+                now = time.perf_counter()
+                if now - told >= PROGRESS_SECONDS or stop == mine.stop:
+                    told = now
+                    progress(_progress_line(sums, resumed, windows.num_targets(mine), now - began))
                     keep.save(sums, every=SAVE_SECONDS)
             if ranks.world > 1:
                 keep.save(sums)  # another rank may still be stopped
@@ -170,25 +172,15 @@ def evaluate(
     )
 
 
-class _Report:
-    """Tells `progress` about the sums of `total` targets; raises NonFiniteError when they are not finite."""
-
-    def __init__(self, progress: Callable[[str], None], total: int, sums: Sums):
-        self._progress, self._total, self._already = progress, total, int(sums.values[1])
-        self._begun = self._told = time.perf_counter()
-
-    def due(self) -> bool:
-        return time.perf_counter() - self._told >= PROGRESS_SECONDS
-
-    def __call__(self, sums: Sums) -> None:
-        nats, tokens, nbytes = sums.read()
-        self._told = time.perf_counter()
-        rate = (tokens - self._already) / (self._told - self._begun)
-        running = f"{bits_per_byte(nats, nbytes):.4f}" if nbytes else "none"
-        self._progress(
-            f"{tokens:,} of {self._total:,} tokens, {running} bits per byte so far, {rate:,.0f} tokens/s, "
-            f"{(self._total - tokens) / max(rate, 1e-9):.0f} s left"
-        )
+def _progress_line(sums: Sums, resumed: Sums, total: int, seconds: float) -> str:
+    """How far this rank is after `seconds` since `resumed`. Raises NonFiniteError when the sums are not finite."""
+    nats, tokens, nbytes = sums.read()
+    rate = (tokens - resumed.read()[1]) / seconds
+    running = f"{bits_per_byte(nats, nbytes):.4f}" if nbytes else "none"
+    return (
+        f"{tokens:,} of {total:,} tokens, {running} bits per byte so far, {rate:,.0f} tokens/s, "
+        f"{(total - tokens) / max(rate, 1e-9):.0f} s left"
+    )
 
 
 def _proved_bytes(dataset: Dataset, runs: list[tuple[range, int]]) -> int:

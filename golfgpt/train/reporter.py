@@ -12,7 +12,7 @@ from golfgpt.score.evaluate import Score
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Aligned columns: text to the left, numbers to the right."""
+    """Aligned columns: text to the left, whole numbers to the right."""
     rows = [list(row) for row in rows]
     cells = [list(head)] + [[f"{c:,}" if isinstance(c, int) else str(c) for c in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -25,18 +25,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def tensor_table(reports: Iterable[TensorReport]) -> str:
-    """The per-tensor byte table; errors where they are known."""
-    rows = [
-        (
-            r.name,
-            r.format,
-            r.elements,
-            r.value_bytes,
-            r.scale_bytes,
-            *((f"{r.relative_rms_error:.2e}", f"{r.snr_db:.1f}") if r.snr_db is not None else ()),
-        )
-        for r in reports
-    ]
+    """The per-tensor byte table, with errors if they are known."""
+    rows = []
+    for r in reports:
+        errors = () if r.snr_db is None else (f"{r.relative_rms_error:.2e}", f"{r.snr_db:.1f}")
+        rows.append((r.name, r.format, r.elements, r.value_bytes, r.scale_bytes, *errors))
     head = ["tensor", "format", "elements", "value bytes", "scale bytes", "rel. error", "SNR dB"]
     return table(head[: len(rows[0])], rows)
 
@@ -54,7 +47,7 @@ YARDSTICKS = {"gzip": "gzip -9", "xz": "xz", "zstd": "zstd -22", "bigram": "toke
 
 
 def score_lines(score: Score, yardsticks: dict[str, float] | None) -> str:
-    """A score and what was checked of it, with the yardsticks on the same text below where all of it was scored."""
+    """A score and its checks; below them the yardsticks, if all of the text was scored."""
     line = (
         f"{score.label} {score.val_bpb:.4f}   val_loss {score.val_loss:.4f}   window {score.window} stride "
         f"{score.stride}   {score.dtype}   {score.tokens:,} tokens, {score.bytes:,} bytes, {score.seconds:.1f} s\n"

@@ -1,4 +1,4 @@
-"""Scores of the model in training: validations on the way, and of the exported file at the end."""
+"""Scores of the model in training, and of the exported file at the end."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from golfgpt.train.step import TrainStep
 
 
 class ModelScorer:
-    """Scores the model of `step` as it is on the validation split of `dataset`."""
+    """Scores the weights that `step` holds now on the validation split of `dataset`."""
 
     def __init__(
         self,
@@ -31,7 +31,7 @@ class ModelScorer:
         self.ledger, self.reporter, self.signals = ledger, reporter, signals
 
     def score(self, what: str, eval: EvalConfig, keep: PartialSums | None = None) -> Score:
-        """`what` says on the live line what is being done."""
+        """`what` stands on the live line before the progress."""
         return evaluate(
             self.step.model,
             self.dataset,
@@ -43,8 +43,8 @@ class ModelScorer:
         )
 
     def validate(self, done: int, exporter: Exporter) -> None:
-        """Score the unquantized weights after `done` steps in chunks, off the training clock. With runtime.probe the
-        weights as an export would leave them, too: averaged, quantized, decoded."""
+        """Score the unquantized weights after `done` steps in chunks, off the training clock. With runtime.probe, score
+        them also as an export would leave them: averaged, quantized, decoded."""
         chunks = replace(self.config.eval, stride=None)
         probe_bpb = probe_bytes = None
         with self.signals.at_once(), self.ledger.phase("validate"):
