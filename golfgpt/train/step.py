@@ -155,7 +155,7 @@ class TrainStep:
         return quantization_aware(used, self.multiplier(step), self.config.quant)
 
     def prepare(self, step: int) -> None:
-        """Prepare the compute copies for `step`, at the start and after loading weights. `update` does it between steps."""
+        """Prepare the compute copies for `step`, at the start and after loading weights; else `update` does it."""
         if self._enabled is not None:
             self._enabled.fill_(self.quantization_aware(step))
         self.compute_copies.refresh()
