@@ -32,7 +32,7 @@ import golfgpt_kernels
 import torch
 
 import golfgpt
-from golfgpt.config import AverageConfig, QuantConfig, RunConfig, differences
+from golfgpt.config import AverageConfig, BigramConfig, QuantConfig, RunConfig, differences
 from golfgpt.data.shards import Dataset
 from golfgpt.distributed import Ranks
 from golfgpt.errors import NonFiniteError
@@ -56,7 +56,7 @@ def vary(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
 BASE = vary(
     RunConfig(seed=SEEDS[0]),
     model=dict(num_layers=4, model_dim=192, num_heads=3, num_kv_heads=1, mlp_hidden=384, matrix_init="orthogonal",
-               smear_gate="after_norm", bigram_hash="xor", bigram_vocab_size=1024, bigram_dim=32, document_start=1),
+               smear_gate="after_norm", bigram=BigramConfig(rows=1024, dim=32), document_start=1),
     optim=dict(matrix_lr=0.02, scalar_lr=0.02, tied_embed_lr=0.025, muon_momentum_warmup_steps=50),
     schedule=dict(max_steps=160, max_seconds=None, warmdown_frac=0.6),
     data=dict(batch_tokens=1024, seq_len=256, spans=1),
@@ -105,7 +105,7 @@ BRIEF = vary(PLAIN, schedule={"warmdown_frac": 0.05})
 SLIDING = vary(BASE, eval={"stride": 64})
 INT5_HIDDEN, NO_BIGRAM_HIDDEN = 480, 416
 """MLP widths that bring the forecast of these two variants back to the base's bytes, as budget.fit would."""
-NO_BIGRAM = {"bigram_hash": "none", "bigram_vocab_size": 0, "bigram_dim": 0, "mlp_hidden": NO_BIGRAM_HIDDEN}
+NO_BIGRAM = {"bigram": BigramConfig(), "mlp_hidden": NO_BIGRAM_HIDDEN}
 
 PARTS = {
     "all parts": BASE,

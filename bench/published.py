@@ -137,8 +137,8 @@ class Smear(nn.Module):
 class Bigram(nn.Module):
     def __init__(self, c: ModelConfig, grid: Grid):
         super().__init__()
-        self.embed = nn.Embedding(c.bigram_vocab_size, c.bigram_dim)
-        self.proj = Linear(c.bigram_dim, c.model_dim, grid)
+        self.embed = nn.Embedding(c.bigram.rows, c.bigram.dim)
+        self.proj = Linear(c.bigram.dim, c.model_dim, grid)
         self.scale = nn.Parameter(torch.zeros(()))
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ class Model(nn.Module):
 
     def __init__(self, c: ModelConfig, seq_len: int, grid: Grid, dtype: torch.dtype):
         super().__init__()
-        variants = c.smear_gate in ("none", "after_norm") and c.bigram_hash in ("none", "xor")
+        variants = c.smear_gate in ("none", "after_norm") and c.bigram.hash == "xor"
         if not (variants and c.tie_embeddings and c.document_start is None and grid in ("off", "r4", "r5")):
             raise ValueError(
                 "bench.published has tied embeddings, SmearGate after the norm, the xor BigramHash, and the grids of "
@@ -167,7 +167,7 @@ class Model(nn.Module):
         if c.num_skips:
             self.skip_weights = nn.Parameter(torch.zeros(c.num_skips, c.model_dim))
         self.smear = Smear(c.model_dim) if c.smear_gate != "none" else None
-        self.bigram = Bigram(c, grid) if c.bigram_hash != "none" else None
+        self.bigram = Bigram(c, grid) if c.bigram.rows else None
         if self.bigram is not None:
             self.bigram.embed.to(dtype)
 

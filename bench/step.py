@@ -69,7 +69,7 @@ from torch import Tensor
 
 from bench import published, report
 from bench.roofs import driver, roofs
-from golfgpt.config import DataConfig, ModelConfig, RunConfig, RuntimeConfig, ScheduleConfig
+from golfgpt.config import BigramConfig, DataConfig, ModelConfig, RunConfig, RuntimeConfig, ScheduleConfig
 from golfgpt.data.shards import open_shard
 from golfgpt.distributed import Ranks
 from golfgpt.errors import InputError
@@ -117,7 +117,7 @@ class Setup:
         model, quant = config.model, config.quant
         data = DataConfig(batch_tokens=config.data.batch_tokens // RANKS, seq_len=config.data.seq_len, spans=1)
         if small:
-            pairs = {"bigram_vocab_size": 64, "bigram_dim": 32} if model.bigram_hash != "none" else {}
+            pairs = {"bigram": BigramConfig(rows=64, dim=32)} if model.bigram.rows else {}
             model = replace(
                 model, vocab_size=128, num_layers=model.num_layers // 3, model_dim=64, num_heads=4, num_kv_heads=2,
                 mlp_hidden=64 * model.mlp_hidden // model.model_dim, **pairs,
@@ -173,7 +173,7 @@ def read_tokens(folder: Path, vocab_size: int) -> np.ndarray:
 def matrix_parameters(c: ModelConfig) -> int:
     """Weights that multiply activations: the layers' matrices, the pair projection and the head, tied or not."""
     layer = 2 * c.model_dim**2 + 2 * c.model_dim * c.kv_dim + 2 * c.model_dim * c.mlp_hidden
-    return c.num_layers * layer + c.vocab_size * c.model_dim + c.model_dim * c.bigram_dim
+    return c.num_layers * layer + c.vocab_size * c.model_dim + c.model_dim * c.bigram.dim
 
 
 def matrix_flops(c: ModelConfig, tokens: int) -> int:
@@ -203,7 +203,7 @@ def floor_ms(c: ModelConfig, tokens: int, seq_len: int, tflops: float, gbps: flo
     matrices = [
         *c.num_layers * (2 * [(c.model_dim, c.model_dim)] + 2 * [(c.kv_dim, c.model_dim)]),
         *c.num_layers * (2 * [sorted((c.mlp_hidden, c.model_dim))]),
-        *([sorted((c.bigram_dim, c.model_dim))] if c.bigram_dim else []),
+        *([sorted((c.bigram.dim, c.model_dim))] if c.bigram.dim else []),
     ]
     parameters = sum(math.prod(shape) for shape in parameter_shapes(c).values())
     flops = matrix_flops(c, tokens) + 3.5 * attention_flops(c, tokens, seq_len)

@@ -8,14 +8,12 @@ overrides any field. This module uses the standard library only, so a config can
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import types
-import typing
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from golfgpt.data.config import DataConfig
-from golfgpt.model.config import ModelConfig
+from golfgpt.files import from_json
+from golfgpt.model.config import BigramConfig, ModelConfig
 from golfgpt.optim.config import AverageConfig, OptimConfig, ScheduleConfig
 from golfgpt.quant.config import BudgetConfig, QuantConfig, QuantRule
 from golfgpt.score.config import EvalConfig
@@ -23,6 +21,7 @@ from golfgpt.train.config import RuntimeConfig
 
 __all__ = [
     "AverageConfig",
+    "BigramConfig",
     "BudgetConfig",
     "DataConfig",
     "EvalConfig",
@@ -82,47 +81,12 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type[Config], values: dict[str, Any], path: str = "") -> Config:
-    """Rebuild a config from the output of `to_dict`, strictly.
+    """Rebuild a config from the output of `to_dict`, strictly; `path` leads to it in messages.
 
     Raises ValueError with the full path for an unknown key, a missing key, a value of the wrong type, or a value that
     the dataclass rejects.
     """
-    if not isinstance(values, dict):
-        raise ValueError(f"config {path or 'root'}: expected an object, got {values!r}")
-    fields = {item.name: item for item in dataclasses.fields(cls)}
-    hints = typing.get_type_hints(cls)
-    for key in values:
-        if key not in fields:
-            close = difflib.get_close_matches(key, fields, n=1)
-            hint = f"; did you mean {path}{close[0]}?" if close else f"; expected {', '.join(fields)}"
-            raise ValueError(f"config: unknown key {path}{ascii(key)[1:-1][:80]}{hint}")
-    if missing := [name for name in fields if name not in values]:
-        raise ValueError(f"config: missing key {path}{missing[0]}")
-    return cls(**{key: _convert(hints[key], value, path + key) for key, value in values.items()})
-
-
-def _convert(hint: Any, value: Any, path: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return from_dict(hint, value, path + ".")
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        ok = value in args
-    elif origin is tuple:  # tuple[str, ...], a list in JSON
-        ok = isinstance(value, list | tuple) and all(type(item) is args[0] for item in value)
-        value = tuple(value) if ok else value
-    elif origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in args:
-            return None
-        return _convert(next(arg for arg in args if arg is not type(None)), value, path)
-    elif hint is float:
-        ok = isinstance(value, int | float) and not isinstance(value, bool)
-        value = float(value) if ok else value
-    else:
-        ok = type(value) is hint
-    if not ok:
-        expected = hint.__name__ if isinstance(hint, type) else hint
-        raise ValueError(f"config: {path} = {value!r}; expected {expected}")
-    return value
+    return from_json(cls, values, path)
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[str]:

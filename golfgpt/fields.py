@@ -42,8 +42,11 @@ class Section:
     """Base class of the config dataclasses. Raises ValueError for a value outside the limits of its field. If fields
     depend on each other, the section checks that in its own `__post_init__`."""
 
+    SECTION = ""
+    """Its name in RunConfig and on the command line, if that is not the name of the class before "Config"."""
+
     def __post_init__(self) -> None:
-        section = type(self).__name__.removesuffix("Config").lower()
+        section = self.SECTION or type(self).__name__.removesuffix("Config").lower()
         for name, limits in _limits(type(self)).items():
             value = getattr(self, name)
             if value is not None and not _within(value, limits):

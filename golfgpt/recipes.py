@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from golfgpt.config import (
     AverageConfig,
+    BigramConfig,
     BudgetConfig,
     DataConfig,
     EvalConfig,
@@ -108,9 +109,7 @@ _int5_int6_swa_base = RunConfig(
         mlp_hidden=1536,
         matrix_init="orthogonal",
         smear_gate="after_norm",
-        bigram_hash="xor",
-        bigram_vocab_size=10_240,
-        bigram_dim=128,
+        bigram=BigramConfig(rows=10_240, dim=128),
     ),
     optim=replace(_slow_optim, grad_clip_norm=0.3, weight_decay=0.04),
     schedule=ScheduleConfig(kind="warmdown_steps", warmdown_steps=3000),

@@ -40,7 +40,7 @@ SIZES = (
     "--quant.compressor zlib --eval.window 64 --eval.stride 32 --eval.max-tokens 3000 --runtime.device cpu "
     "--runtime.dtype float32 --runtime.checkpoint-seconds 0 --runtime.threads 1 --runtime.log-every 1"
 )
-PAIRS = "--model.bigram-vocab-size 1100 --model.bigram-dim 64"
+PAIRS = "--model.bigram.rows 1100 --model.bigram.dim 64"
 R5 = f"{PAIRS} --model.num-layers 10 --average.swa-every 4 --schedule.warmdown-max-frac None"
 NTK = "--model.rope-reference-len 48"
 RECIPES = {
@@ -61,9 +61,8 @@ MECHANISMS = {
     "untied": "--model.no-tie-embeddings",
     "one layer": "--model.num-layers 1",
     "five layers": "--model.num-layers 5",
-    "before_norm and linear": f"--model.smear-gate before_norm --model.bigram-hash linear {PAIRS}",
-    "documents": f"--model.smear-gate after_norm --model.bigram-hash xor {PAIRS} --model.document-start 1 "
-    "--eval.document-aware",
+    "before_norm and linear": f"--model.smear-gate before_norm --model.bigram.hash linear {PAIRS}",
+    "documents": f"--model.smear-gate after_norm {PAIRS} --model.document-start 1 --eval.document-aware",
     "phase and orthogonal": "--model.resid-mix-init phase --model.matrix-init orthogonal",
     "muon options": "--optim.muon-row-norm --optim.muon-variance-beta 0.9 --optim.weight-decay 0.02",
     "clip and microbatches": "--optim.grad-clip-norm 0.1 --data.microbatch-tokens 64",

@@ -16,7 +16,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from golfgpt.config import BudgetConfig, ModelConfig, QuantConfig, to_dict
+from golfgpt.config import BigramConfig, BudgetConfig, ModelConfig, QuantConfig, to_dict
 from golfgpt.errors import BudgetError, InputError
 from golfgpt.model.parameters import parameter_shapes
 from golfgpt.quant import artifact
@@ -85,9 +85,7 @@ def test_round_trip(vocab, layers, head_dim, tied, pairs, quant, seed):
         mlp_hidden=5,
         tie_embeddings=tied,
         smear_gate="none" if pairs == "none" else "after_norm",
-        bigram_hash=pairs,
-        bigram_vocab_size=0 if pairs == "none" else 11,
-        bigram_dim=0 if pairs == "none" else 3,
+        bigram=BigramConfig() if pairs == "none" else BigramConfig(rows=11, dim=3, hash=pairs),
     )
     blob, quantizer = packed(model, quant, seed), Quantizer(model, quant)
     assert blob == packed(model, quant, seed)
@@ -266,7 +264,7 @@ def test_forged_damage_is_refused_or_decodes_to_finite_weights(data):
     ("offset", "value", "message"),
     [
         (0, b"PK\3\4\0\0\0\0", "magic"),
-        (8, b"\1\0\0\0", "version 1, this program reads version 3"),
+        (8, b"\1\0\0\0", "version 1, this program reads version 4"),
         (12, (10**6 + 1).to_bytes(4, "little"), "header of 1000001 bytes"),
         (16, b"\xff" * 8, "truncated: .* bytes are missing"),
         (24, bytes(32), "SHA-256 does not match"),

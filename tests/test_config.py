@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from golfgpt import recipes
 from golfgpt.config import (
+    BigramConfig,
     BudgetConfig,
     DataConfig,
     EvalConfig,
@@ -59,10 +60,10 @@ def test_strict_loading(edit, message):
         (lambda: ModelConfig(model_dim=24, num_heads=8), "head_dim 3 must be even"),
         (lambda: ModelConfig(rope_reference_len=0), "model.rope_reference_len is 0; expected >= 1"),
         (lambda: ModelConfig(model_dim=16, rope_reference_len=8), "needs head_dim > 2"),
-        (lambda: ModelConfig(bigram_dim=128), "bigram_vocab_size 0 and model.bigram_dim 128 need a model.bigram_hash"),
-        (lambda: ModelConfig(bigram_hash="xor", bigram_dim=128), "bigram_vocab_size of at least 2 .* got 0 and 128"),
-        (lambda: ModelConfig(bigram_hash="linear", bigram_vocab_size=9), "bigram_dim of at least 1, got 9 and 0"),
-        (lambda: ModelConfig(document_start=1), "changes nothing without model.smear_gate or model.bigram_hash"),
+        (lambda: BigramConfig(dim=128), "model.bigram.rows is 0 and model.bigram.dim is 128; expected at least 2 rows"),
+        (lambda: BigramConfig(rows=9, hash="linear"), "model.bigram.dim is 0"),
+        (lambda: BigramConfig(rows=-1), "model.bigram.rows is -1; expected >= 0"),
+        (lambda: ModelConfig(document_start=1), "changes nothing without model.smear_gate or model.bigram.rows"),
         (lambda: ModelConfig(smear_gate="after_norm", document_start=1024), "is 1024; expected a token id below 1024"),
         (lambda: OptimConfig(matrix_lr=-1.0), "optim.matrix_lr is -1.0; expected >= 0"),
         (lambda: OptimConfig(muon_momentum=1.0), "optim.muon_momentum is 1.0; expected >= 0 and < 1"),

@@ -21,6 +21,7 @@ from safetensors import safe_open
 
 from golfgpt.config import (
     AverageConfig,
+    BigramConfig,
     DataConfig,
     ModelConfig,
     OptimConfig,
@@ -77,9 +78,7 @@ def model_config(v: Vectors) -> ModelConfig:
         rope_reference_len=reference,
         resid_mix_init=v.meta.get("resid_mix_init", "identity"),
         smear_gate="after_norm" if any(name.endswith("smear.gate") for name in v) else "none",
-        bigram_hash="xor" if pairs else "none",
-        bigram_vocab_size=pairs,
-        bigram_dim=config.pop("bigram_dim", 0) if pairs else 0,
+        bigram=BigramConfig(rows=pairs, dim=config.pop("bigram_dim", 0)) if pairs else BigramConfig(),
         **config,
     )
 

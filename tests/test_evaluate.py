@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from models import SMALL, lively
 
 from golfgpt import distributed
-from golfgpt.config import EvalConfig, RunConfig, from_dict, to_dict
+from golfgpt.config import BigramConfig, EvalConfig, RunConfig, from_dict, to_dict
 from golfgpt.data.shards import Dataset
 from golfgpt.distributed import Ranks
 from golfgpt.errors import GolfError, InputError, Interrupted, NonFiniteError, VerificationError
@@ -118,7 +118,7 @@ def nats_alone(model: GPT, tokens: np.ndarray, expected: list[tuple[int, range]]
     return out.float()
 
 
-GATES = {"smear_gate": "after_norm", "bigram_hash": "xor", "bigram_vocab_size": 50, "bigram_dim": 8}
+GATES = {"smear_gate": "after_norm", "bigram": BigramConfig(rows=50, dim=8)}
 MODELS = [SMALL, replace(SMALL, num_layers=1), replace(SMALL, document_start=1, **GATES)]
 
 
@@ -319,7 +319,7 @@ CHEATS = [
     *(({"token_logprobs": excess(nats)}, {}, FLAT | {"stride": 16}, UNNORMALIZED) for nats in (1e-3, -1e-3, 2.0)),
     ({"forward": mixes_documents}, {}, WITHIN, "depends on another document"),
     ({}, {"smear_gate": "after_norm"}, WITHIN, "depends on another document"),
-    ({}, {"bigram_hash": "xor", "bigram_vocab_size": 40, "bigram_dim": 8}, WITHIN, "depends on another document"),
+    ({}, {"bigram": BigramConfig(rows=40, dim=8)}, WITHIN, "depends on another document"),
 ]
 
 

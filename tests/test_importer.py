@@ -186,7 +186,10 @@ def test_a_run_is_stored_in_other_formats_from_its_trained_weights(trained, caps
         (["--out", "{run}/model.golf"], "must end in .safetensors"),
         (["--quant.bits", "5"], "quant.bits: 6 -> 5 has no effect on --to safetensors"),
         (["--to", "golf", "--quant.qat", "export"], "quant.qat: 'off' -> 'export' has no effect on export"),
-        (["--to", "golf", "--quant.rules", "nothing=int6"], "'nothing' decides nothing: it matches no tensor of this model"),
+        (
+            ["--to", "golf", "--quant.rules", "nothing=int6"],
+            "'nothing' decides nothing: it matches no tensor",
+        ),
     ],
 )
 def test_exports_that_make_no_sense_are_refused(trained, options, message, capsys):

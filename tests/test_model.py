@@ -10,7 +10,7 @@ import torch
 from golfgpt_kernels import RowQuant, fake_quantize_rows
 from models import SMALL, fake_quantized, lively
 
-from golfgpt.config import ModelConfig, OptimConfig
+from golfgpt.config import BigramConfig, ModelConfig, OptimConfig
 from golfgpt.model.gpt import GPT
 from golfgpt.model.kv_cache import KVCache
 from golfgpt.model.layers import LoRA, Observed, rms_norm
@@ -28,17 +28,16 @@ R5 = ModelConfig(
     matrix_init="orthogonal",
     resid_mix_init="phase",
     smear_gate="after_norm",
-    bigram_hash="xor",
-    bigram_vocab_size=10_240,
-    bigram_dim=128,
+    bigram=BigramConfig(rows=10_240, dim=128),
 )
-PAIRS = replace(SMALL, bigram_hash="xor", bigram_vocab_size=60, bigram_dim=12)
+PAIRS = replace(SMALL, bigram=BigramConfig(rows=60, dim=12))
+LINEAR = replace(PAIRS.bigram, hash="linear")
 VARIANTS = {
     "plain": SMALL,
     "r5": replace(PAIRS, smear_gate="after_norm"),
-    "pr65": replace(PAIRS, smear_gate="before_norm", bigram_hash="linear"),
+    "pr65": replace(PAIRS, smear_gate="before_norm", bigram=LINEAR),
     "r5-documents": replace(PAIRS, smear_gate="after_norm", document_start=1),
-    "pr65-documents": replace(PAIRS, smear_gate="before_norm", bigram_hash="linear", document_start=1),
+    "pr65-documents": replace(PAIRS, smear_gate="before_norm", bigram=LINEAR, document_start=1),
     "ntk": replace(SMALL, rope_reference_len=10),
 }
 variants = pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
@@ -58,8 +57,8 @@ def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
         (ModelConfig(mlp_hidden=992), 16_765_000),
         (ModelConfig(mlp_hidden=1536), 21_778_504),
         (R5, 25_517_137),
-        (replace(R5, num_layers=9, bigram_vocab_size=4096), 22_368_841),
-        (replace(R5, num_layers=9, bigram_vocab_size=4096, bigram_hash="linear"), 22_368_840),
+        (replace(R5, num_layers=9, bigram=BigramConfig(rows=4096, dim=128)), 22_368_841),
+        (replace(R5, num_layers=9, bigram=BigramConfig(rows=4096, dim=128, hash="linear")), 22_368_840),
     ],
     ids=["r0", "r1", "r3-r4", "r5-and-180", "162", "65"],
 )
@@ -69,7 +68,7 @@ def test_models_have_the_published_number_of_parameters(config, count):
 
 def test_initialization():
     config = replace(R5, vocab_size=64, num_layers=4, model_dim=128, num_heads=4, num_kv_heads=2, mlp_hidden=192)
-    config = replace(config, bigram_vocab_size=300, bigram_dim=64)
+    config = replace(config, bigram=replace(config.bigram, rows=300, dim=64))
     model = GPT(config, seed=5)
     for bank in (model.c_q, model.c_k, model.c_v, model.mlp_fc.mT, model.bigram_proj.mT * (2 * 4) ** 0.5):
         torch.testing.assert_close(bank @ bank.mT, torch.eye(bank.size(-2)).expand(bank.shape[:-1] + bank.shape[-2:-1]))
@@ -80,7 +79,7 @@ def test_initialization():
     assert not model.attn_proj.any() and not model.mlp_proj.any()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), GPT(config, seed=5).parameters(), strict=True))
 
-    other = GPT(replace(config, bigram_hash="linear", smear_gate="before_norm"), seed=5)
+    other = GPT(replace(config, bigram=replace(config.bigram, hash="linear"), smear_gate="before_norm"), seed=5)
     assert not other.bigram_proj.any() and (other.smear_gate == 3).all()
     assert 0.008 < other.bigram_table.std() < 0.012
 
@@ -95,7 +94,7 @@ def test_models_of_one_seed_share_their_other_weights(config):
 def test_a_narrow_pair_projection_can_learn():
     """Orthogonal matrices need 64 columns; zeros beside a table of zeros would never have a gradient."""
     model = GPT(replace(PAIRS, matrix_init="orthogonal"))
-    assert 0 < model.bigram_proj.abs().max() <= (2 * SMALL.num_layers * PAIRS.bigram_dim) ** -0.5
+    assert 0 < model.bigram_proj.abs().max() <= (2 * SMALL.num_layers * PAIRS.bigram.dim) ** -0.5
     ids = tokens(2, 30)
     with torch.no_grad():
         model.mlp_proj.normal_()
@@ -108,13 +107,11 @@ def published_embedding(model: GPT, ids: torch.Tensor) -> torch.Tensor:
     c, out, last = model.config, [], None
     for t, token in enumerate(ids.tolist()):
         prev = ids[t - 1].item() if t and token != c.document_start else None
-        if c.bigram_hash == "xor":
-            row = (
-                c.bigram_vocab_size - 1 if prev is None else (36313 * token ^ 27191 * prev) % (c.bigram_vocab_size - 1)
-            )
+        if c.bigram.hash == "xor":
+            row = c.bigram.rows - 1 if prev is None else (36313 * token ^ 27191 * prev) % (c.bigram.rows - 1)
             pair = model.bigram_scale * (model.bigram_proj @ model.bigram_table[row])
         else:
-            pair = model.bigram_proj @ model.bigram_table[((prev or 0) * 92821 + token) % c.bigram_vocab_size]
+            pair = model.bigram_proj @ model.bigram_table[((prev or 0) * 92821 + token) % c.bigram.rows]
         x = model.tok_emb[token] + pair
         x = rms_norm(x) if c.smear_gate == "after_norm" else x
         before = torch.zeros_like(x) if prev is None else last

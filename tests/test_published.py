@@ -19,14 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from golfgpt.config import ModelConfig
+from golfgpt.config import BigramConfig, ModelConfig
 from golfgpt.errors import InputError
 from golfgpt.model.gpt import GPT
 from golfgpt.published import assumed_fields, from_published, infer_config, read_export, to_published
 
 SMALL = ModelConfig(vocab_size=24, num_layers=3, model_dim=16, num_heads=4, num_kv_heads=2, mlp_hidden=20)
-XOR = {"bigram_hash": "xor", "bigram_vocab_size": 30, "bigram_dim": 6, "smear_gate": "after_norm"}
-LINEAR = {"bigram_hash": "linear", "bigram_vocab_size": 30, "bigram_dim": 6, "smear_gate": "before_norm"}
+XOR = {"bigram": BigramConfig(rows=30, dim=6), "smear_gate": "after_norm"}
+LINEAR = {"bigram": BigramConfig(rows=30, dim=6, hash="linear"), "smear_gate": "before_norm"}
 MODELS = {
     "baseline": SMALL,
     "untied": dataclasses.replace(SMALL, tie_embeddings=False),

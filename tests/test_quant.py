@@ -9,7 +9,7 @@ from golfgpt_kernels import fake_quantize_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from golfgpt.config import ModelConfig, QuantConfig
+from golfgpt.config import BigramConfig, ModelConfig, QuantConfig
 from golfgpt.errors import InputError
 from golfgpt.model.parameters import parameter_shapes, parameter_table
 from golfgpt.quant.quantizer import (
@@ -26,15 +26,15 @@ from golfgpt.recipes import RECIPES
 pytestmark = pytest.mark.numeric
 
 SMALL = ModelConfig(vocab_size=24, num_layers=3, model_dim=16, num_heads=4, num_kv_heads=2, mlp_hidden=20)
-PAIRS = {"smear_gate": "before_norm", "bigram_vocab_size": 9, "bigram_dim": 5}
+PAIRS = BigramConfig(rows=9, dim=5)
 MODELS = [
     SMALL,
     replace(SMALL, num_layers=1, tie_embeddings=False, vocab_size=1, mlp_hidden=1),
-    replace(SMALL, bigram_hash="xor", **PAIRS),
-    replace(SMALL, bigram_hash="linear", num_kv_heads=4, **PAIRS),
+    replace(SMALL, smear_gate="before_norm", bigram=PAIRS),
+    replace(SMALL, smear_gate="before_norm", bigram=replace(PAIRS, hash="linear"), num_kv_heads=4),
 ]
 DEEP = replace(SMALL, num_layers=4, model_dim=36, num_heads=3, num_kv_heads=1, mlp_hidden=50)
-DEEP = replace(DEEP, bigram_hash="xor", smear_gate="after_norm", bigram_vocab_size=33, bigram_dim=9)
+DEEP = replace(DEEP, bigram=BigramConfig(rows=33, dim=9), smear_gate="after_norm")
 
 
 def random_state(config: ModelConfig, seed: int = 0, std: float = 0.5) -> dict[str, torch.Tensor]:
@@ -49,7 +49,7 @@ def random_state(config: ModelConfig, seed: int = 0, std: float = 0.5) -> dict[s
 def test_plan_decides_by_the_size_of_one_layer():
     shapes = {"tok_emb": (10, 10), "c_q": (9, 10, 10), "c_k": (9, 10, 11), "resid_mix": (9, 2, 100)}
     shapes |= {"bigram_table": (11, 10), "smear_gate": (200,), "bigram_scale": ()}
-    model = ModelConfig(smear_gate="after_norm", bigram_hash="xor", bigram_vocab_size=11, bigram_dim=10)
+    model = ModelConfig(smear_gate="after_norm", bigram=BigramConfig(rows=11, dim=10))
     table = {name: replace(parameter_table(model)[name], shape=shape) for name, shape in shapes.items()}
     formats = plan_formats(table, QuantConfig(bits=6, keep_numel=100))
     assert formats == {

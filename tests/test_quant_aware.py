@@ -9,7 +9,7 @@ import pytest
 import torch
 from models import fake_quantized
 
-from golfgpt.config import AverageConfig, ModelConfig, OptimConfig, QuantConfig, RunConfig, ScheduleConfig
+from golfgpt.config import AverageConfig, BigramConfig, ModelConfig, OptimConfig, QuantConfig, RunConfig, ScheduleConfig
 from golfgpt.distributed import Ranks
 from golfgpt.errors import NonFiniteError
 from golfgpt.model.gpt import GPT
@@ -30,9 +30,7 @@ MODEL = ModelConfig(
     num_kv_heads=1,
     mlp_hidden=50,
     smear_gate="after_norm",
-    bigram_hash="xor",
-    bigram_vocab_size=33,
-    bigram_dim=9,
+    bigram=BigramConfig(rows=33, dim=9),
 )
 MIXED = QuantConfig(
     bits=6,

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 pytest.importorskip("sentencepiece")  # bare GPU machines may lack it
 
 from bench import published, report, step
-from golfgpt.config import ModelConfig
+from golfgpt.config import BigramConfig, ModelConfig
 from golfgpt.errors import InputError
 from golfgpt.model.gpt import GPT
 from golfgpt.recipes import get
@@ -309,7 +309,7 @@ def test_floor_knows_pairs_and_tall_matrices():
     small = ModelConfig(num_layers=1, model_dim=64, num_heads=4, num_kv_heads=2, mlp_hidden=192)
     pairs = ModelConfig(
         num_layers=1, model_dim=64, num_heads=4, num_kv_heads=2, mlp_hidden=192,
-        bigram_hash="xor", bigram_vocab_size=100, bigram_dim=32,
+        bigram=BigramConfig(rows=100, dim=32),
     )  # fmt: skip
     flops = 6 * 64 * 32 * 1000 + 5 * (3 * 32 * 32 * 64 + 32**3)
     more = step.floor_ms(pairs, 1000, 10, 1e-3, math.inf) - step.floor_ms(small, 1000, 10, 1e-3, math.inf)

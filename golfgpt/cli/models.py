@@ -7,7 +7,7 @@ import math
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tyro.conf import Positional
 
@@ -44,7 +44,7 @@ def inspect(args: Inspect) -> int:
         "compressor": f"{info.compressor} level {info.level}",
         "tokenizer_sha256": info.tokenizer_sha256,
         "seq_len": info.seq_len,
-        **{f"model.{key}": value for key, value in to_dict(info.model).items()},
+        **_flat(to_dict(info.model), "model."),
     }
     plan = layer_plan(info.model)
     if args.json:
@@ -55,6 +55,14 @@ def inspect(args: Inspect) -> int:
         print("\n" + tensor_table(info.table()))
         print("\n" + table(("layer", "does"), [(i, str(layer)) for i, layer in enumerate(plan)]))
     return 0
+
+
+def _flat(values: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Nested fields by their whole names."""
+    out = {}
+    for key, value in values.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -247,12 +247,12 @@ class Dataset:
         self,
         vocab_size: int | None = None,
         split: Literal["train", "val"] | None = None,
-        deal: tuple[int, int] = (0, 1),
+        assigned: tuple[int, int] = (0, 1),
     ) -> None:
         """Raises InputError naming the first shard (of one split, or of both) with a token id that is not below
-        `vocab_size` (None: the tokenizer's). `deal` = (rank, world) reads only every world-th shard."""
+        `vocab_size` (None: the tokenizer's). `assigned` = (rank, world) reads only every world-th shard."""
         limit = vocab_size or self.need_tokenizer().vocab_size
-        for name, file, shard in self._shards()[deal[0] :: deal[1]]:
+        for name, file, shard in self._shards()[assigned[0] :: assigned[1]]:
             if split not in (None, name):
                 continue
             for start in range(0, len(shard), CHUNK_TOKENS):

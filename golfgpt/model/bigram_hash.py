@@ -18,8 +18,8 @@ from golfgpt.config import ModelConfig
 def pair_rows(ids: Tensor, prev: Tensor, config: ModelConfig) -> Tensor:
     """Rows of the pair table for token ids (B, T) with previous tokens prev (B, T), where -1 means no previous
     token."""
-    rows = config.bigram_vocab_size
-    if config.bigram_hash == "xor":
+    rows = config.bigram.rows
+    if config.bigram.hash == "xor":
         return torch.where(prev < 0, rows - 1, ((36313 * ids) ^ (27191 * prev)) % (rows - 1))
     return (92821 * prev.clamp(min=0) + ids) % rows
 
@@ -30,4 +30,4 @@ def pair_embedding(
     """Embedding of the pairs, (B, T, D) in `dtype`, to be added to the token embedding."""
     pairs = F.embedding(pair_rows(ids, prev, config), weights["bigram_table"]).to(dtype)
     pairs = F.linear(pairs, weights["bigram_proj"].to(dtype))
-    return pairs * weights["bigram_scale"].to(dtype) if config.bigram_hash == "xor" else pairs
+    return pairs * weights["bigram_scale"].to(dtype) if config.bigram.hash == "xor" else pairs

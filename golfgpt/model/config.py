@@ -5,14 +5,36 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from golfgpt.fields import Count, Limit, NotNegative, Positive, Section
+from golfgpt.fields import Count, CountOrZero, Limit, NotNegative, Positive, Section
+
+
+@dataclass(frozen=True, kw_only=True)
+class BigramConfig(Section):
+    """BigramHash: an embedding of hashed token pairs (golfgpt.model.bigram_hash has the equations)."""
+
+    SECTION = "model.bigram"
+
+    rows: CountOrZero = 0
+    """Rows of the pair table; 0: no BigramHash. R5 has 10240, the last for tokens without a predecessor."""
+    dim: CountOrZero = 0
+    """Columns of the pair table, which are projected to model_dim. R5 has 128."""
+    hash: Literal["xor", "linear"] = "xor"
+    """xor: as in R5, with a learned scale; linear: as in PR #65, without one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.rows, self.dim) != (0, 0) and (self.rows < 2 or self.dim < 1):
+            raise ValueError(
+                f"model.bigram.rows is {self.rows} and model.bigram.dim is {self.dim}; expected at least 2 rows and "
+                "1 column, or 0 of both"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Section):
     """A GPT with grouped-query attention, relu^2 MLP, U-Net skips and a softcapped head. The defaults are those
     of recipe R0. SmearGate and BigramHash mix the previous token into each embedding; golfgpt.model.smear_gate and
-    golfgpt.model.bigram_hash contain the equations."""
+    golfgpt.model.bigram_hash have the equations."""
 
     vocab_size: Annotated[Count, Limit("<=", 65_536)] = 1024
     """Tokens in the vocabulary; must equal the vocabulary size of the tokenizer."""
@@ -46,13 +68,7 @@ class ModelConfig(Section):
     smear_gate: Literal["none", "after_norm", "before_norm"] = "none"
     """Mix each embedding with the previous one. after_norm: after the norm of the embedding (R5); before_norm: before
     it (PR #65)."""
-    bigram_hash: Literal["none", "xor", "linear"] = "none"
-    """Add an embedding of hashed token pairs. xor: as in R5, with a learned scale; linear: as in PR #65, without
-    one."""
-    bigram_vocab_size: int = 0
-    """Rows of the pair table. R5 has 10240; the last is for tokens without a predecessor."""
-    bigram_dim: int = 0
-    """Columns of the pair table, which are projected to model_dim. R5 has 128."""
+    bigram: BigramConfig = BigramConfig()
     document_start: int | None = None
     """Token id that starts a document (BOS, 1 in published and prepared data). SmearGate and BigramHash treat it as the
     first token of a sequence. None, as published: they mix in the last token of the previous document."""
@@ -79,28 +95,22 @@ class ModelConfig(Section):
                 "model.rope_reference_len needs head_dim > 2, got 2, because the base grows by length^(h / (h - 2)) "
                 "with h = head_dim; raise model.model_dim or drop rope_reference_len"
             )
-        rows, columns = self.bigram_vocab_size, self.bigram_dim
-        if self.bigram_hash == "none" and (rows or columns):
-            raise ValueError(
-                f"model.bigram_vocab_size {rows} and model.bigram_dim {columns} need a model.bigram_hash, got none; "
-                "expected xor or linear"
-            )
-        if self.bigram_hash != "none" and (rows < 2 or columns < 1):
-            raise ValueError(
-                f"model.bigram_hash {self.bigram_hash} needs a model.bigram_vocab_size of at least 2 and a "
-                f"model.bigram_dim of at least 1, got {rows} and {columns}"
-            )
         if self.document_start is None:
             return
         if not 0 <= self.document_start < self.vocab_size:
             raise ValueError(
                 f"model.document_start is {self.document_start}; expected a token id below {self.vocab_size}"
             )
-        if self.smear_gate == self.bigram_hash == "none":
+        if not self.mixes_tokens:
             raise ValueError(
                 f"model.document_start {self.document_start} changes nothing without model.smear_gate or "
-                "model.bigram_hash; set one of them or drop document_start"
+                "model.bigram.rows; set one of them or drop document_start"
             )
+
+    @property
+    def mixes_tokens(self) -> bool:
+        """Whether the previous token is mixed into an embedding."""
+        return self.smear_gate != "none" or self.bigram.rows > 0
 
     def rope_base_at(self, length: int) -> float:
         """Rotary base for sequences of `length` tokens. Beyond the reference length, the base is multiplied by

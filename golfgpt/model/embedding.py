@@ -36,7 +36,7 @@ def embed(
     if config.document_start is not None:
         prev = prev.masked_fill(ids == config.document_start, -1)
     last["ids"] = ids[:, -1:]
-    if config.bigram_hash != "none":
+    if config.bigram.rows:
         x = x + pair_embedding(ids, prev, weights, dtype, config)
     if config.smear_gate != "before_norm":
         x = rms_norm(x)

@@ -102,8 +102,8 @@ def of_kind(table: Mapping[str, Param], *kinds: Kind) -> list[str]:
 def _rows(c: ModelConfig) -> dict[str, Param]:
     """Every parameter that any config has."""
     L, D, H, KV, V, F = c.num_layers, c.model_dim, c.num_heads, c.kv_dim, c.vocab_size, c.mlp_hidden
-    pairs, pair_dim = c.bigram_vocab_size, c.bigram_dim
-    xor = c.bigram_hash == "xor"
+    pairs, pair_dim = c.bigram.rows, c.bigram.dim
+    xor = c.bigram.hash == "xor"
     smear, smears = 3.0 if c.smear_gate == "before_norm" else 0.0, c.smear_gate != "none"
     drawn, one = partial(matrices, kind=c.matrix_init), partial(constant, value=1.0)
     embed_std = c.tied_embed_init_std if c.tie_embeddings else 1.0
@@ -127,7 +127,7 @@ def _rows(c: ModelConfig) -> dict[str, Param]:
         "smear_gate":   Param("smear.gate", (D,), "control", partial(constant, value=smear), present=smears),
         "bigram_table": Param("bigram.embed.weight", (pairs, pair_dim), "embedding", pair_table, present=pairs > 0),
         "bigram_proj":  Param("bigram.proj.weight", (D, pair_dim), "matrix", pair_proj, present=pairs > 0),
-        "bigram_scale": Param("bigram.scale", (), "control", partial(constant, value=0.05), present=xor),
+        "bigram_scale": Param("bigram.scale", (), "control", partial(constant, value=0.05), present=xor and pairs > 0),
     }
 # fmt: on
 

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from golfgpt.config import ModelConfig
+from golfgpt.config import BigramConfig, ModelConfig
 from golfgpt.errors import InputError
 from golfgpt.model.parameters import PUBLISHED_NAMES, parameter_table
 
@@ -119,13 +119,13 @@ def infer_config(
     (heads,) = sizes("blocks.0.attn.q_gain", 1)
     (hidden, _), (kv_dim, _) = sizes("blocks.0.mlp.fc.weight", 2), sizes("blocks.0.attn.c_k.weight", 2)
     rows, columns = sizes("bigram.embed.weight", 2) if "bigram.embed.weight" in tensors else (0, 0)
-    bigram_hash = "none" if not rows else "xor" if "bigram.scale" in tensors else "linear"
+    linear = rows > 0 and "bigram.scale" not in tensors
     if "smear.gate" not in tensors:
         if smear_gate is not None:
             raise InputError(f"smear_gate {smear_gate} was asked for, and there is no tensor smear.gate: choose none")
         smear_gate = "none"
     elif smear_gate is None:
-        smear_gate = "before_norm" if "smeargate.gate" in state or bigram_hash == "linear" else "after_norm"
+        smear_gate = "before_norm" if "smeargate.gate" in state or linear else "after_norm"
     try:
         config = ModelConfig(
             vocab_size=vocab_size,
@@ -139,9 +139,7 @@ def infer_config(
             rope_base=rope_base,
             rope_reference_len=rope_reference_len,
             smear_gate=smear_gate,
-            bigram_hash=bigram_hash,
-            bigram_vocab_size=rows,
-            bigram_dim=columns,
+            bigram=BigramConfig(rows=rows, dim=columns, hash="linear" if linear else "xor"),
             document_start=document_start,
         )
     except ValueError as error:

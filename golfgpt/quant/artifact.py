@@ -59,8 +59,8 @@ from golfgpt.quant.quantizer import (
 )
 
 MAGIC = b"golfgpt\0"
-VERSION = 3
-"""2 until layers of one bank could differ in format and codes had layouts."""
+VERSION = 4
+"""3 until each mechanism of the model had a config of its own."""
 MAX_HEADER_BYTES = 10**6
 MAX_PAYLOAD_BYTES = 256 * 2**20
 """Largest payload, compressed or not."""
@@ -263,7 +263,7 @@ def _parse_header(text: bytes, compressed_bytes: int) -> ArtifactInfo:
         expected = {"columns", "compressor", "model", "payload_bytes", "seq_len", "tensors", "tokenizer_sha256"}
         if fields.keys() != expected:
             raise InputError(f"its fields are {sorted(fields)}, expected {sorted(expected)}")
-        model = from_dict(ModelConfig, fields["model"], "model.")
+        model = from_dict(ModelConfig, fields["model"], "model")
         formats = _parse_formats(fields["tensors"], parameter_shapes(model))
         check_payload_bytes(formats)
         seq_len, digest, (compressor, level) = (fields[key] for key in ("seq_len", "tokenizer_sha256", "compressor"))

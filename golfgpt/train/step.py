@@ -129,9 +129,9 @@ class TrainStep:
         self.compute_copies = ComputeCopies(self.model, fake_quant, self.dtype, self._enabled)
         self.optimizers = Optimizers(self.model, config.optim, self.flat, self.compute_copies, self.dtype)
         self.average = Average(named, config.average, self.optimizers.bf16_params)
-        deal = spans_of_rank(ranks.rank, ranks.world, config.data.spans)
+        assigned = spans_of_rank(ranks.rank, ranks.world, config.data.spans)
         stream = TokenStream(dataset.train)
-        self.data = Prefetcher(stream, config.data.batch_tokens, config.data.spans, deal, pin=self.cuda)
+        self.data = Prefetcher(stream, config.data.batch_tokens, config.data.spans, assigned, pin=self.cuda)
         self.pace = Pace(config.schedule, self.ahead)
         self._loss_sum = torch.zeros((), device=ranks.device)
         self._loss = torch.compile(self.loss, dynamic=False, fullgraph=True) if self.compiled else self.loss

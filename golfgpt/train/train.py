@@ -118,13 +118,13 @@ def open_dataset(config: RunConfig, ranks: Ranks) -> Dataset:
         )
     plan_windows(dataset, config)  # fail here and not after training
     m = config.model
-    if config.eval.document_aware and m.document_start is None and (m.smear_gate, m.bigram_hash) != ("none", "none"):
+    if config.eval.document_aware and m.document_start is None and m.mixes_tokens:
         raise InputError(
             f"eval.document_aware expected a model that does not mix documents, got smear_gate {m.smear_gate} and "
-            f"bigram_hash {m.bigram_hash} without document_start; train with --model.document-start 1 (the BOS id), or "
+            f"{m.bigram.rows} bigram rows without document_start; train with --model.document-start 1 (the BOS id), or "
             "score without eval.document_aware"
         )
-    dataset.check_token_ids(config.model.vocab_size, deal=(ranks.rank, ranks.world))
+    dataset.check_token_ids(config.model.vocab_size, assigned=(ranks.rank, ranks.world))
     return dataset
 
 
