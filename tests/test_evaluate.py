@@ -52,7 +52,7 @@ def plain_windows(targets: int, window: int, stride: int, rule: str) -> list[tup
     return out
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(st.integers(1, 300), st.integers(1, 64), st.sampled_from(sorted(scoring.RULES)), st.data())
 def test_windows_are_those_of_a_plain_loop(targets, window, rule, data):
     window = min(window, targets)
