@@ -87,7 +87,7 @@ class PartialSums:
         return sums
 
     def save(self, sums: Sums, every: float = 0.0) -> None:
-        """Write the file, unless that was less than `every` seconds ago. If it cannot be written, there is one warning."""
+        """Write the file, unless that was less than `every` seconds ago. One that fails is one warning."""
         if not self._file or time.monotonic() - self._saved < every:
             return
         self._saved, values = time.monotonic(), sums.values.tolist()
