@@ -52,7 +52,7 @@ def plain_windows(targets: int, window: int, stride: int, rule: str) -> list[tup
     return out
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(st.integers(1, 300), st.integers(1, 64), st.sampled_from(sorted(scoring.RULES)), st.data())
 def test_windows_are_those_of_a_plain_loop(targets, window, rule, data):
     window = min(window, targets)
@@ -144,6 +144,11 @@ def test_batches_of_suffixes_score_what_each_window_alone_does(rule, targets, wi
             torch.testing.assert_close(nats_of(model, tokens, windows, 1, **options), ours, atol=2e-5, rtol=0)
 
 
+def test_a_suffix_has_limits():
+    with pytest.raises(ValueError, match=r"suffix must lie in 1\.\.4"):
+        lively()(torch.zeros(1, 4, dtype=torch.int64), suffix=5)
+
+
 @pytest.mark.numeric
 def test_document_aware_scores_are_those_of_the_documents_alone():
     model = lively(replace(SMALL, smear_gate="after_norm", document_start=1))
@@ -198,7 +203,10 @@ def test_the_score_divides_by_the_bytes_of_the_text(tiny, corpus):
 )
 def test_a_score_names_what_it_leaves_out_or_counts_again(tiny, corpus, rule, stride, max_tokens, targets, label):
     got = score(tiny, rule=rule, stride=stride, max_tokens=max_tokens)
-    parts = [part for _, part in plain_windows(targets, 64, stride, rule)]
+    plain = plain_windows(targets, 64, stride, rule)
+    parts = [part for _, part in plain]
+    fewest = min(part.start - start for start, part in plain[1:]) + 1
+    assert (got.checks.min_context, got.checks.max_context) == (fewest, 64)
     counts = Dataset.open(corpus).byte_counts(1, targets + 1).astype(int)
     assert (got.tokens, got.bytes) == (sum(map(len, parts)), sum(counts[part].sum() for part in parts))
     assert (got.label, got.partial) == (label, True)

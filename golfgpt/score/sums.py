@@ -58,7 +58,7 @@ class PartialSums:
         self, folder: Path | None, rank: int = 0, model_digest: str = "", say: Callable[[str], None] = lambda line: None
     ):
         self._file = folder and folder / f"eval_partial_{rank}.json"
-        self._model, self._say = model_digest, say
+        self._model, self._say, self._warned = model_digest, say, False
         self._begun = self._saved = time.monotonic()
 
     @property
@@ -87,7 +87,7 @@ class PartialSums:
         return sums
 
     def save(self, sums: Sums, every: float = 0.0) -> None:
-        """Write the file, unless that was less than `every` seconds ago. If it cannot be written, a warning is all."""
+        """Write the file, unless that was less than `every` seconds ago. One that fails is one warning."""
         if not self._file or time.monotonic() - self._saved < every:
             return
         self._saved, values = time.monotonic(), sums.values.tolist()
@@ -96,8 +96,9 @@ class PartialSums:
         try:
             write_json(self._file, {"key": self._key, "next": sums.next, "values": values, "seconds": self.seconds})
         except OSError as error:
-            self._say(f"warning: {self._file}: {error.strerror}; an interrupted evaluation would start over")
-            self._file = None
+            if not self._warned:
+                self._say(f"warning: {self._file}: {error.strerror}; an interrupted evaluation would start over")
+            self._warned = True
 
     def clear(self) -> None:
         """Delete the file."""
