@@ -1,9 +1,5 @@
 """What `python -m bench.kernels` times: the ops at the trainer's sizes, what they are compared with, and their costs.
-
-Wanted, with backward: relu2_mlp in at most 0.75 x the time of torch.compile and at least 65 % of the roof;
-fake_quant_linear in at most 1.05 x the plain linear layer; softcap_cross_entropy at 65,536 x 512 x {1024, 8192} in at
-most 0.85 x torch.compile, its forward 0.6 x. All 54 matrices are fake-quantized in at most 2 x the time of reading fp32
-and writing bf16 once.
+report.py has the ratios that are wanted.
 """
 
 from __future__ import annotations
@@ -104,7 +100,7 @@ def _loss_backward(m: int, k: int, vocab: int) -> tuple[int, int]:
 
 
 def _newton_schulz(batch: int, rows: int, cols: int, steps: int = 5) -> tuple[int, int]:
-    """X Xᵀ, A A and P X a step, of the first two the half that determines the rest."""
+    """X Xᵀ, A A and P X per step; of the first two, the half that determines the rest."""
     m, n = sorted((rows, cols))
     traffic = 2 * ((m * n + m * m) + 2 * m * m + (2 * m * n + m * m))
     return batch * steps * (3 * m * m * n + m**3), batch * (steps * traffic + 4 * m * n)

@@ -2,11 +2,11 @@
 
     python -m bench.tune [KERNEL ...] [--seconds N] [--out DIR]      search the tiles of all kernels, or of those named
 
-The search takes each tile table at the sizes that the cases of golfgpt_kernels meet it at. Candidates are powers of two
-around the shipped tile that fit into shared memory and registers, tried nearest to the best so far first, as long as
-the time lasts. A candidate counts if it compiles without spills and the op's results agree with eager's; its time is
-that of the kernel's own launches, recorded from a run of the op, in a CUDA graph. DIR/tiles-*.json has all that was
-tried, written as it goes:
+Each tile table is searched at the sizes at which the benchmark's cases use it. Candidates are powers of two around the
+shipped tile that fit into shared memory and registers; those nearest to the best so far are tried first, until the time
+is up. A candidate counts if it compiles without spills and the op's results agree with eager's. Its time is that of the
+kernel's own launches, recorded from a run of the op, in a CUDA graph. DIR/tiles-*.json, written after each candidate,
+has all that was tried:
 
     gpu, sm, torch, triton, date, command
     searches   [{kernel, itemsize, size, cases, shipped, best, tried}]; shipped, best and each of tried are

@@ -81,8 +81,8 @@ class Case:
 
 
 def op_cases(rows: int, k: int, hidden: int, vocab: int, layers: int) -> dict[str, Case]:
-    """A case of each op, what a step spends most in first. The banks are a model's, with half as many key and value
-    channels as `k`."""
+    """A case of each op, those in which a training step spends most first. The banks are those of a model with half as
+    many key and value channels as `k`."""
     banks = (2 * layers, k, k), (2 * layers, k // 2, k), (layers, hidden, k), (layers, k, hidden)
     count, numel = sum(bank[0] for bank in banks), sum(map(math.prod, banks))
     scales = [max(1.0, n / k) ** 0.5 for _, n, k in banks]

@@ -121,8 +121,8 @@ def straight_through(w: Tensor, w_hat: Tensor) -> Tensor:
 
 
 class _CodesLinear(torch.autograd.Function):
-    """(x codesᵀ) scale with the gradients of x ŵᵀ, that of ŵ passed to w. A kernel wants x (M, K) and codes in its
-    dtype."""
+    """(x codesᵀ) scale with the gradients of x ŵᵀ, that of ŵ passed to w. A kernel needs x (M, K) and codes in
+    its dtype."""
 
     @staticmethod
     def forward(ctx, x: Tensor, w: Tensor, codes: Tensor, scale: Tensor, by_kernel: bool) -> Tensor:

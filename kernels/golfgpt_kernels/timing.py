@@ -72,7 +72,7 @@ def _graph(calls: Callable[[], None], device: torch.device) -> tuple[int, str | 
                 calls()
     except TimeoutError:
         raise
-    except Exception as error:  # whatever an op does that a graph does not allow
+    except Exception as error:  # an op may do what a graph does not allow
         torch.cuda.set_stream(before)  # a capture that fails to end leaves its own
         return 1, f"timed without a CUDA graph: {type(error).__name__}: {error}", calls
     return rounds, None, graph.replay

@@ -197,14 +197,14 @@ def within(seconds: float, cases: Sequence[Case], measure: Callable[[Case], dict
             if left > 0:
                 with time_limit(left):
                     entry = measure(case)
-        except Exception:  # after the limit whatever was raised may be the limit, wrapped
+        except Exception:  # after the limit, this may be the limit itself, wrapped
             if time.monotonic() < stop:
                 raise
         yield entry if time.monotonic() < stop else None
 
 
 class CannotTune(RuntimeError):
-    """There is nothing here to time: no CUDA device, no triton, or a GPU that kernels do not run on."""
+    """No CUDA device, no triton, or a GPU on which kernels do not run."""
 
 
 def tune(
