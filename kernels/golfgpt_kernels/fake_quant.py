@@ -40,7 +40,7 @@ Kernels.
   (`tl.div_rn`), no fused multiply-add, half to even by adding and subtracting 1.5 x 2^23. Only the quantile's
   interpolation is fused, as torch.lerp's is: it is computed in float64 and rounded once.
 - codes x scale: a persistent GEMM over TMA tiles. Quantizing inside a GEMM's loop is left out: every row block repeats
-  it, 402 M element operations per matmul at 65,536 rows (bench/in_loop.py).
+  it, 402 M element operations per matmul at 65,536 rows.
 
 Weights that are NaN or infinite are a ValueError on CPU, and not looked for on CUDA and under torch.compile.
 
