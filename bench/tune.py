@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from golfgpt_kernels import _jit, tuning
+from golfgpt_kernels import _cases, _jit, timing, tuning
 from golfgpt_kernels._dispatch import slug
 from golfgpt_kernels._tiles import TABLES, TileTable
 from golfgpt_kernels.tuning import Case
@@ -177,9 +177,9 @@ class Evaluation:
     def __init__(self, unit: Unit, cases: Sequence[Case], device: torch.device):
         self.unit, self.device = unit, device
         self.cases = list(cases)
-        self.sets = [tuning.input_sets(case, device) for case in cases]
+        self.sets = [_cases.input_sets(case, device) for case in cases]
         self.eager = [case.run(case.make(device, 0)) for case in cases]
-        self.allowed = [tuning.allowed_difference(case, device) for case in cases]
+        self.allowed = [_cases.allowed_difference(case, device) for case in cases]
 
     def __call__(self, tiles: Sequence[Launch]) -> Iterator[Outcome]:
         self.compile(tiles)
@@ -210,7 +210,7 @@ class Evaluation:
             outputs, launches = self.record(case, case.make(self.device, 0), tile, run=True)
             if spills := max(this.spills for this in launches):
                 return f"spills {spills} registers"
-            if wrong := tuning.disagreement(outputs, eager, allowed):
+            if wrong := _cases.disagreement(outputs, eager, allowed):
                 return wrong
             del outputs
             calls = [self.record(case, inputs, tile, run=True)[1] for inputs in sets]
@@ -223,10 +223,10 @@ def time_launches(calls: Sequence[Sequence[Recorded]], device: torch.device) -> 
         for this in launches:
             this.launch()
 
-    timing = tuning.time_us(run, calls, device, seconds=0.1)
-    if timing.how:
-        raise RuntimeError(timing.how)
-    return timing.us
+    took = timing.time_us(run, calls, device, seconds=0.1)
+    if took.how:
+        raise RuntimeError(took.how)
+    return took.us
 
 
 # ---- search

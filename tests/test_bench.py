@@ -14,7 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
-from golfgpt_kernels import __main__, _dispatch, tuning
+from golfgpt_kernels import __main__, _dispatch, timing, tuning
 from golfgpt_kernels._jit import INTERPRETING, MISSING
 from golfgpt_kernels._tiles import TABLES, Tile
 
@@ -169,8 +169,8 @@ def test_an_entry_has_times_of_what_is_right_and_the_reason_of_what_is_not(case,
 
 def test_calls_rotate_over_the_inputs():
     seen = []
-    timing = tuning.time_us(seen.append, ["a", "b", "c"], CPU, seconds=0)
-    assert seen == ["a", "b", "c"] * 7 and timing.us > 0 and timing.how is None
+    took = timing.time_us(seen.append, ["a", "b", "c"], CPU, seconds=0)
+    assert seen == ["a", "b", "c"] * 7 and took.us > 0 and took.how is None
 
 
 def test_the_time_limit_interrupts_and_skips():
@@ -187,10 +187,10 @@ def test_the_time_limit_interrupts_and_skips():
         return case
 
     start = time.monotonic()
-    assert list(tuning.within(60, ["a", "b"], measure)) == ["a", "b"]
-    assert list(tuning.within(0.2, ["a", "slow", "b"], measure)) == ["a", None, None]
+    assert list(timing.within(60, ["a", "b"], measure)) == ["a", "b"]
+    assert list(timing.within(0.2, ["a", "slow", "b"], measure)) == ["a", None, None]
     with pytest.raises(RuntimeError, match="broken"):
-        list(tuning.within(60, ["broken"], measure))
+        list(timing.within(60, ["broken"], measure))
     assert time.monotonic() - start < 50
 
 
@@ -243,13 +243,13 @@ class FakeCuda:
 @pytest.mark.parametrize("forbidden", [None, "b"], ids=["captured", "not captured"])
 def test_calls_are_captured_in_a_graph_of_at_least_5_ms_or_the_reason_is_kept(forbidden, monkeypatch):
     cuda = FakeCuda(monkeypatch, forbidden)
-    timing = tuning.time_us(cuda.call, ["a", "b"], CUDA)
+    took = timing.time_us(cuda.call, ["a", "b"], CUDA)
     if forbidden is None:
         assert cuda.captured == 6, "three rounds of 2 ms"
-        assert cuda.replays >= 6 and timing.us == pytest.approx(2000 / 6) and timing.how is None
+        assert cuda.replays >= 6 and took.us == pytest.approx(2000 / 6) and took.how is None
     else:
-        assert cuda.replays == 0 and timing.us == pytest.approx(2000 / 2)
-        assert "not permitted when stream is capturing" in timing.how
+        assert cuda.replays == 0 and took.us == pytest.approx(2000 / 2)
+        assert "not permitted when stream is capturing" in took.how
 
 
 @pytest.mark.skipif(MISSING is not None, reason="without triton auto is eager")
