@@ -1,10 +1,10 @@
-"""Run the tests that are about a GPU, and keep their outcomes as they come.
+"""Run the tests that need a GPU or use one where there is one, and write each outcome at once.
 
     python -m bench.gpu_test [--seconds N] [--out DIR] [further options of pytest]
 
-Those are the tests marked gpu, and those of the fixture `device`, which interpret kernels on a CPU and run them where
-there is a GPU. Only files with such tests are collected: the others may need what the machine does not have. In up to 8
-processes where pytest-xdist is installed.
+Those are the tests marked gpu, and those with the fixture `device`, which interpret kernels on a machine without a GPU.
+Only files with such tests are collected: the others may need packages that the machine lacks. Tests run in up to 8
+processes if pytest-xdist is installed.
 DIR/tests-*.json: gpu, sm, torch, triton, date, command, and tests, a list of {test, outcome, seconds, why}.
 """
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from golfgpt_kernels import tuning
+from golfgpt_kernels import timing, tuning
 
 from bench import cases, report
 from bench.peers import PEERS
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         flops, traffic = cases.cost(case)
         return tuning.measure(case, device, command=COMMAND, columns=columns) | {"flops": flops, "bytes": traffic}
 
-    for case, entry in zip(chosen, tuning.within(options.seconds, chosen, measure), strict=True):
+    for case, entry in zip(chosen, timing.within(options.seconds, chosen, measure), strict=True):
         if entry is None:
             print(f"{case.name}: not measured, the time is up")
             continue

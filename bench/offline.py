@@ -93,7 +93,7 @@ def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def banks(dtype: torch.dtype) -> list[torch.Tensor]:
-    """The matrices of 9 layers, as the trainer keeps them. They take no memory: nobody writes them."""
+    """The matrices of 9 layers, as the trainer keeps them. They take no memory, since they are never written."""
     return [empty(*shape, dtype=dtype) for shape in ((18, 512, 512), (18, 256, 512), (9, 1536, 512), (9, 512, 1536))]
 
 

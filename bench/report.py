@@ -132,7 +132,7 @@ def _floor(entry: dict, result: dict) -> float | None:
 
 
 def choice(op: str, entries: Sequence[dict]) -> str:
-    """What "auto" would do with these entries alone; nothing for what it is not asked about."""
+    """What impl="auto" would choose by these entries alone; empty for an op that it does not choose for."""
     if op not in ASKED:
         return ""
     measured = [entry for entry in entries if entry["op"] == op and decides(entry)]

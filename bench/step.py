@@ -64,7 +64,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from golfgpt_kernels import set_implementation, tuning
+from golfgpt_kernels import set_implementation, timing, tuning
 from torch import Tensor
 
 from bench import published, report
@@ -425,7 +425,7 @@ def fake_quant_ms(trainer: TrainStep) -> float:
     def quantize(_inputs: object) -> None:
         trainer.compute_copies.refresh(trainer.compute_copies.quantized)
 
-    return tuning.time_us(quantize, [{}], trainer.ranks.device).us / 1e3
+    return timing.time_us(quantize, [{}], trainer.ranks.device).us / 1e3
 
 
 def trace(form: Form, step: int, file: Path) -> None:
@@ -597,7 +597,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tuning.write_json(out / report.step_result_name(result), result)
 
     try:
-        with tuning.time_limit(stop - time.monotonic()):
+        with timing.time_limit(stop - time.monotonic()):
             result["roofs"] = roofs(device) if cuda else None
             for recipe in options.recipes:
                 setup = Setup.of(recipe, small=options.small, device=device, dtype=dtype, folder=options.data)

@@ -2,11 +2,11 @@
 
     python -m bench.tune [KERNEL ...] [--seconds N] [--out DIR]      search the tiles of all kernels, or of those named
 
-The search takes each tile table at the sizes that the cases of golfgpt_kernels meet it at. Candidates are powers of two
-around the shipped tile that fit into shared memory and registers, tried nearest to the best so far first, as long as
-the time lasts. A candidate counts if it compiles without spills and the op's results agree with eager's; its time is
-that of the kernel's own launches, recorded from a run of the op, in a CUDA graph. DIR/tiles-*.json has all that was
-tried, written as it goes:
+Each tile table is searched at the sizes at which the benchmark's cases use it. Candidates are powers of two around the
+shipped tile that fit into shared memory and registers; those nearest to the best so far are tried first, until the time
+is up. A candidate counts if it compiles without spills and the op's results agree with eager's. Its time is that of the
+kernel's own launches, recorded from a run of the op, in a CUDA graph. DIR/tiles-*.json, written after each candidate,
+has all that was tried:
 
     gpu, sm, torch, triton, date, command
     searches   [{kernel, itemsize, size, cases, shipped, best, tried}]; shipped, best and each of tried are
@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from golfgpt_kernels import _jit, tuning
+from golfgpt_kernels import _cases, _jit, timing, tuning
 from golfgpt_kernels._dispatch import slug
 from golfgpt_kernels._tiles import TABLES, TileTable
 from golfgpt_kernels.tuning import Case
@@ -177,9 +177,9 @@ class Evaluation:
     def __init__(self, unit: Unit, cases: Sequence[Case], device: torch.device):
         self.unit, self.device = unit, device
         self.cases = list(cases)
-        self.sets = [tuning.input_sets(case, device) for case in cases]
+        self.sets = [_cases.input_sets(case, device) for case in cases]
         self.eager = [case.run(case.make(device, 0)) for case in cases]
-        self.allowed = [tuning.allowed_difference(case, device) for case in cases]
+        self.allowed = [_cases.allowed_difference(case, device) for case in cases]
 
     def __call__(self, tiles: Sequence[Launch]) -> Iterator[Outcome]:
         self.compile(tiles)
@@ -210,7 +210,7 @@ class Evaluation:
             outputs, launches = self.record(case, case.make(self.device, 0), tile, run=True)
             if spills := max(this.spills for this in launches):
                 return f"spills {spills} registers"
-            if wrong := tuning.disagreement(outputs, eager, allowed):
+            if wrong := _cases.disagreement(outputs, eager, allowed):
                 return wrong
             del outputs
             calls = [self.record(case, inputs, tile, run=True)[1] for inputs in sets]
@@ -223,10 +223,10 @@ def time_launches(calls: Sequence[Sequence[Recorded]], device: torch.device) -> 
         for this in launches:
             this.launch()
 
-    timing = tuning.time_us(run, calls, device, seconds=0.1)
-    if timing.how:
-        raise RuntimeError(timing.how)
-    return timing.us
+    took = timing.time_us(run, calls, device, seconds=0.1)
+    if took.how:
+        raise RuntimeError(took.how)
+    return took.us
 
 
 # ---- search

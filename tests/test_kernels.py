@@ -134,15 +134,6 @@ def test_ties_round_half_to_even():
     assert codes.tolist() == [[0, 2, 2, 4, 0, -2, -2, 31]]
 
 
-def test_codes_from_the_stored_scale_decode_closer():
-    w = randn(64, 512)
-    errors = {}
-    for codes_from in ("stored_scale", "float32_scale"):
-        codes, scale = gk.quantize_rows(w, gk.RowQuant(bits=8, codes_from=codes_from, scale_dtype=torch.bfloat16))
-        errors[codes_from] = (gk.dequantize_rows(codes, scale) - w).norm()
-    assert errors["stored_scale"] < errors["float32_scale"]
-
-
 @pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("clip", ["max", "quantile"])
 def test_zero_rows(clip, scale_dtype):
@@ -421,17 +412,13 @@ def test_shadow_write_compiles():
         assert torch.equal(out, gk.fake_quantize_rows(W, spec).bfloat16())
 
 
-def test_empty_batch():
-    x, targets = torch.zeros(2, 0, 8), torch.zeros(2, 0, dtype=torch.int64)
-    assert gk.relu2_mlp(x, W, W2).shape == (2, 0, 8)
-    assert gk.fake_quant_linear(x, W, gk.RowQuant(bits=4)).shape == (2, 0, 5)
+def test_nothing_to_compute():
     assert gk.newton_schulz(torch.zeros(0, 4, 5)).shape == (0, 4, 5)
     codes, scale = gk.quantize_rows(torch.zeros(3, 0, 8), gk.RowQuant(bits=4, clip="quantile"))
     assert codes.shape == (3, 0, 8) and scale.shape == (3, 0)
-    assert gk.softcap_cross_entropy(x, W, targets, reduction="none").shape == (2, 0)
-    assert gk.softcap_cross_entropy(x, W, targets, reduction="sum") == 0
-    assert gk.softcap_cross_entropy(x, W, targets).isnan()  # a mean of nothing, as in torch
-    assert gk.token_logprobs(x, W, targets).shape == (2, 0)
+    nothing = torch.zeros(2, 0, 8), W, torch.zeros(2, 0, dtype=torch.int64)
+    assert gk.softcap_cross_entropy(*nothing, reduction="sum") == 0
+    assert gk.softcap_cross_entropy(*nothing).isnan()  # a mean of nothing, as in torch
 
 
 @each_op

@@ -76,7 +76,9 @@ def test_loss_and_gradients(shape, dtype, device):
     inputs, targets = make(shape, dtype, device)
     grad = randn(shape[0], seed=3, device=device)
     ours = check_against_eager(loss_of(targets, z_loss=1e-2), inputs, grad)
-    assert ours["head_weight"].dtype == torch.float32
+    in_fp32 = ours["head_weight"]
+    assert in_fp32.dtype == torch.float32
+    assert dtype == torch.float32 or (in_fp32 != in_fp32.to(dtype).float()).float().mean() > 0.5, "not rounded to dtype"
     for dropped in (targets == -100).nonzero():
         assert not ours["out"][dropped].any() and not ours["hidden"][dropped].any()
 
@@ -149,12 +151,6 @@ def test_the_gradients_of_a_tied_embedding_meet_in_fp32(device, monkeypatch):
     assert embedding.any() and head[0].any()
     assert torch.equal(ours, embedding + head[0].float())
     assert_within_budget(ours, gradient(torch.bfloat16, "eager"), gradient(torch.float64, "eager").double())
-
-
-def test_fp32_weights_get_gradients_without_bf16_rounding(device):
-    inputs, targets = make((33, 64, 129), torch.bfloat16, device)
-    grad = gradients(partial(loss_of(targets), impl="triton"), inputs, torch.ones(33, device=device))["head_weight"]
-    assert grad.dtype == torch.float32 and (grad != grad.bfloat16().float()).float().mean() > 0.9
 
 
 @pytest.mark.gpu
@@ -285,14 +281,6 @@ def test_ignored_rows_do_not_count(impl, z_loss, device):
     leaves = [value.nan_to_num().requires_grad_() for value in inputs.values()]
     nothing = loss_of(torch.full_like(targets, -100), reduction="mean", z_loss=z_loss)(*leaves, impl)
     assert nothing.isnan() and not any(grad.any() for grad in torch.autograd.grad(nothing, leaves))
-
-
-def test_nothing_to_score(device):
-    inputs, targets = make((5, 16, 40), torch.float32, device)
-    ignored = torch.full_like(targets, -100)
-    assert gk.softcap_cross_entropy(**inputs, targets=ignored, impl="triton").isnan()  # a mean of nothing, as in torch
-    assert gk.softcap_cross_entropy(**inputs, targets=ignored, reduction="sum", impl="triton") == 0
-    assert not gk.token_logprobs(**inputs, targets=ignored, mask=targets > 99, impl="triton").any()
 
 
 @pytest.mark.parametrize("softcap", [30.0, None])

@@ -1,7 +1,8 @@
-"""The ops that impl="auto" asks about, at the sizes of a model, with random inputs: what is checked and timed."""
+"""The ops that impl="auto" chooses for, at the sizes of a model, with random inputs, and the check of their kernels."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from .muon import muon_momentum_, muon_momentum_ref_, muon_update_, muon_update_
 from .newton_schulz import newton_schulz
 from .relu2_mlp import linear_relu2, relu2_mlp
 from .softcap_logprobs import softcap_cross_entropy, token_logprobs
+from .testing import budget_violation, poisoned
 
 COLUMNS = ("eager", "compile", "triton")
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -81,8 +83,8 @@ class Case:
 
 
 def op_cases(rows: int, k: int, hidden: int, vocab: int, layers: int) -> dict[str, Case]:
-    """A case of each op, what a step spends most in first. The banks are a model's, with half as many key and value
-    channels as `k`."""
+    """A case of each op, those in which a training step spends most first. The banks are those of a model with half as
+    many key and value channels as `k`."""
     banks = (2 * layers, k, k), (2 * layers, k // 2, k), (layers, hidden, k), (layers, k, hidden)
     count, numel = sum(bank[0] for bank in banks), sum(map(math.prod, banks))
     scales = [max(1.0, n / k) ** 0.5 for _, n, k in banks]
@@ -166,3 +168,69 @@ def op_cases(rows: int, k: int, hidden: int, vocab: int, layers: int) -> dict[st
 
 # 65,536 rows are one of eight GPUs' part of a step of 524,288 tokens; the banks are the 54 matrices of 9 layers.
 QUICK = tuple(op_cases(65_536, 512, 1024, 1024, 9).values())
+
+
+def input_sets(case: Case, device: torch.device) -> list[tuple[Tensor, ...]]:
+    """Sets of random inputs, more than four times L2 together and two at least."""
+    first, count = case.make(device, 0), 2
+    if device.type == "cuda":
+        size = sum(value.numel() * value.element_size() for value in first)
+        count = max(2, math.ceil(4 * torch.cuda.get_device_properties(device).L2_cache_size / size))
+    return [first, *(case.make(device, seed) for seed in range(1, count))]
+
+
+def column_function(case: Case, column: str) -> Callable[[tuple[Tensor, ...]], object]:
+    """What `column` times. Compiled anew, so that recompilation limits do not add up over cases."""
+    if column != "compile":
+        return partial(case.run, impl=column)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *inputs: case.call(*inputs, impl="eager"), fullgraph=True, dynamic=False)
+    return partial(case.run, call=compiled)
+
+
+# ---- check
+
+
+def check(case: Case, device: torch.device, rows: int = 4096) -> str | None:
+    """Why the kernel of `case` is wrong on `device`, or None. One that is not exact keeps the error budget against
+    float64 on `rows` rows, and differs from eager at full size by no more than is allowed."""
+    if not case.exact:
+        ours, eager, oracle = (outputs(case, device, rows, *way) for way in (("triton",), ("eager",), ("eager", True)))
+        for name, actual in ours.items():
+            if violation := budget_violation(actual, eager[name], oracle[name]):
+                return f"{name} at {min(rows, case.rows)} rows: {violation}"
+        del ours, eager, oracle, actual
+    actual, eager = (outputs(case, device, case.rows, impl) for impl in ("triton", "eager"))
+    return disagreement(actual, eager, allowed_difference(case, device, rows))
+
+
+def allowed_difference(case: Case, device: torch.device, rows: int = 4096) -> dict[str, float]:
+    """Between two good results, relative in the 2-norm: 4 times eager's own error on `rows` rows."""
+    if case.exact:
+        return {}
+    eager, oracle = (outputs(case, device, rows, "eager", double) for double in (False, True))
+    return {name: 4 * relative(out, oracle[name]) + torch.finfo(out.dtype).eps for name, out in eager.items()}
+
+
+def outputs(case: Case, device: torch.device, rows: int, impl: str, double: bool = False) -> dict[str, Tensor]:
+    """Of new inputs each time, since some ops change theirs."""
+    inputs = case.make(device, 1, min(rows, case.rows), double)
+    with poisoned() if impl == "triton" else contextlib.nullcontext():
+        return case.run(inputs, impl)
+
+
+def disagreement(actual: dict[str, Tensor], eager: dict[str, Tensor], allowed: dict[str, float]) -> str | None:
+    """Why they differ too much; where nothing is allowed they must be equal."""
+    for name, value in actual.items():
+        if torch.equal(value, eager[name]):
+            continue
+        if name not in allowed:
+            return f"{name}: {(value != eager[name]).sum().item()} of {value.numel()} values differ from eager's"
+        if not (difference := relative(value, eager[name])) <= allowed[name]:
+            return f"{name}: differs from eager by {difference:.2e}, expected at most {allowed[name]:.2e}"
+    return None
+
+
+def relative(value: Tensor, reference: Tensor) -> float:
+    reference = reference.to(torch.promote_types(reference.dtype, torch.float32))
+    return ((value - reference).norm() / reference.norm()).item()

@@ -1,4 +1,4 @@
-"""What kernel files need of Triton, and what its interpreter needs to compute what a GPU computes.
+"""What kernel files need of Triton, and what makes its interpreter compute what a GPU computes.
 
 Triton has no wheels for macOS. Where it is missing or too old `jit` returns the function as it is, `MISSING` says
 why, and everything but impl="triton" works. Kernel files postpone annotations, so that `tl.constexpr` is never
@@ -89,7 +89,7 @@ def descriptor(tensor: Tensor, block: Sequence[int]) -> TensorDescriptor:
 
     TMA wants 16-byte aligned rows with unit stride. A tensor without them is copied into padded rows first, so
     ragged widths cost one pass over the operand and no second form of the kernel. Outputs must come aligned
-    (`empty_rows`), for a copy would be written in their place.
+    (`empty_rows`), because a copy would be written in their place.
     """
     if not _addressable(tensor):
         padded = empty_rows(tensor.shape, tensor.dtype, tensor.device)

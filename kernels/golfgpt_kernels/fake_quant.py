@@ -40,7 +40,7 @@ Kernels.
   (`tl.div_rn`), no fused multiply-add, half to even by adding and subtracting 1.5 x 2^23. Only the quantile's
   interpolation is fused, as torch.lerp's is: it is computed in float64 and rounded once.
 - codes x scale: a persistent GEMM over TMA tiles. Quantizing inside a GEMM's loop is left out: every row block repeats
-  it, 402 M element operations per matmul at 65,536 rows (bench/in_loop.py).
+  it, 402 M element operations per matmul at 65,536 rows.
 
 Weights that are NaN or infinite are a ValueError on CPU, and not looked for on CUDA and under torch.compile.
 
@@ -121,8 +121,8 @@ def straight_through(w: Tensor, w_hat: Tensor) -> Tensor:
 
 
 class _CodesLinear(torch.autograd.Function):
-    """(x codesᵀ) scale with the gradients of x ŵᵀ, that of ŵ passed to w. A kernel wants x (M, K) and codes in its
-    dtype."""
+    """(x codesᵀ) scale with the gradients of x ŵᵀ, that of ŵ passed to w. A kernel needs x (M, K) and codes in
+    its dtype."""
 
     @staticmethod
     def forward(ctx, x: Tensor, w: Tensor, codes: Tensor, scale: Tensor, by_kernel: bool) -> Tensor:

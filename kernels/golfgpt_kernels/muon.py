@@ -17,17 +17,18 @@ that Newton-Schulz divides by the root of.
 
 `specs` (a RowQuant for all matrices, or one or None for each) makes the shadows Ŵ = codes × stored scale of the new
 W, bit for bit what fake_quantize_rows(W, spec, enabled=...) gives; where the spec is None they are W.
-Matrices whose specs differ in more than bits are a launch each.
+Matrices whose specs differ only in bits share a launch.
 
 Precision: fp32 in registers, rounded once to each tensor's dtype. The update with quantized shadows fuses no
 multiplication with an addition, as the quantizer must not: its W may differ from the plain one's in the last bit.
 
 Kernels. A program finds its tensor among ranges of blocks.
-- momentum and update with plain shadows: elementwise, BLOCK weights a program. Reading G and B and writing B and U
-  is 4 + 4 + 4 + 2 bytes a weight, reading W and O and writing W and a bf16 shadow 4 + 2 + 4 + 2; eager torch reads
-  and writes B three times and makes two temporaries. A block of the momentum lies in one matrix and stores its sums
-  of squares where nobody else does: no atomics, the same sums every time. They replace a launch that reads U again.
-- update with quantized shadows: whole rows a program. Rows up to BLOCK long stay in registers between the
+- momentum and update with plain shadows: elementwise, BLOCK weights per program. Per weight, the momentum reads G and
+  B and writes B and U, 4 + 4 + 4 + 2 bytes; the update reads W and O and writes W and a bf16 shadow, 4 + 2 + 4 + 2.
+  Eager torch reads and writes B three times and makes two temporaries. A block of the momentum lies in one matrix and
+  stores its sums of squares where no other block does: no atomics, the same sums every time. They replace a launch that
+  reads U again.
+- update with quantized shadows: whole rows per program. Rows up to BLOCK long stay in registers between the
   maximum and the codes; longer ones are updated twice, the second time from L2. It moves what the plain one
   moves; fake_quantize_banks afterwards would read W once more (85 MB for 21 M weights, by arithmetic 18 us at
   4.8 TB/s) and write a second time.
@@ -125,7 +126,7 @@ def muon_update_ref_(
             shadows[i].copy_(shadow if ok is None else torch.where(ok, shadow, shadows[i]))
 
 
-# ---- tiles: BLOCK weights a program
+# ---- tiles: BLOCK weights per program
 
 
 def _table(kernel: str, measure: str = "elements") -> TileTable:
@@ -451,9 +452,9 @@ def _check_scalar(op: str, tensors: Sequence[Tensor], dtype: torch.dtype, **scal
 
 
 def _by_kernel(op: str, impl: Impl, **lists: Sequence[Tensor]) -> bool:
-    """Whether the kernel runs; it wants contiguous tensors of its dtypes, where "auto" takes eager for others.
+    """Whether the kernel runs. It needs contiguous tensors of its dtypes; for others "auto" is eager.
 
-    What was measured is looked up by the dtype of the first list.
+    Measurements are looked up by the dtype of the first list.
     """
     first, *others = (tensors[0] for tensors in lists.values() if tensors)
     if not runs_triton(op, impl, first, 1 << 62):

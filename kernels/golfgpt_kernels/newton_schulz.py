@@ -23,7 +23,7 @@ for its norm. They change no gradient: it is that of the ‖x‖ computed from x
 
 A zero matrix stays zero. With ‖X‖_F below about 100 eps, X0 has visibly less than unit norm.
 
-Kernels. Two launches for X0, one with `square_sums`; three per step, whatever the batch:
+Kernels. Two launches for X0, one with `square_sums`; three per step for any batch:
 - X0: sums of squares per tile of X unless they are given, then every program adds its matrix's sums in one order
   and divides: the norm is deterministic. X is read by pointers here, with any strides, and only here.
 - symmetric: A = X Xᵀ, then P = b A + c A Aᵀ. Tiles on and below the diagonal are computed; one below it is

@@ -1,7 +1,7 @@
 """relu² MLP:  y = relu(x W1ᵀ)² W2ᵀ, and its first half, linear_relu2:  h = relu(x Wᵀ)².
 
 Shapes: x (..., K); w (N, K); w_fc (H, K); w_proj (N, H). Any leading dimensions, any strides. Weights are
-rounded to x's dtype, as a fp32 master weight under bf16 activations wants it; their gradients have the
+rounded to x's dtype, as is right for a fp32 master weight under bf16 activations; their gradients have the
 weights' dtype. Under autocast x is rounded first, as F.linear does.
 
 `negative_slope` s gives LeakyReLU²: h = leaky_relu(z, s)², which is z² for z > 0 and s²z² otherwise: the

@@ -35,7 +35,7 @@ Softmax without a maximum. With r = 1 / (1 + exp(2 u / cap)), z - cap = -2 cap r
 instructions per logit (ex2, rcp, ex2), no cancellation, and 1 - (z / cap)² = 4 r (1 - r). Every exp(z - cap)
 lies in [exp(-2 cap), 1], so no maximum is needed while exp(-2 cap) is a normal fp32 number (cap <= 43) and
 V exp(cap) is finite. It is used up to cap = 40 (65,536 exp(40) = 1.5e22). lse is log(exp(cap) Σ exp(z - cap)):
-in cap + log Σ the terms would cancel. z[target] is one value a row and gets an accurate tanh. lse is within 2e-6
+in cap + log Σ the terms would cancel. z[target] is one value per row and gets an accurate tanh. lse is within 2e-6
 of float64 at cap = 30 and V = 8192 (interpreted). Larger caps, no cap, and fp32 operands take a running maximum
 and the accurate tanh everywhere: z from r errs by 2e-6, and eager in fp32 by less.
 

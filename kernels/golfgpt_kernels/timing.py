@@ -1,10 +1,12 @@
-"""How long a call takes: on a GPU without what the host adds, on a CPU by the clock."""
+"""How long a call takes, on a GPU without what the host adds, on a CPU by the clock; and limits of time."""
 
 from __future__ import annotations
 
+import contextlib
 import math
+import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -72,7 +74,38 @@ def _graph(calls: Callable[[], None], device: torch.device) -> tuple[int, str | 
                 calls()
     except TimeoutError:
         raise
-    except Exception as error:  # whatever an op does that a graph does not allow
+    except Exception as error:  # an op may do what a graph does not allow
         torch.cuda.set_stream(before)  # a capture that fails to end leaves its own
         return 1, f"timed without a CUDA graph: {type(error).__name__}: {error}", calls
     return rounds, None, graph.replay
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """TimeoutError in the main thread when the time is up, and every second after it: compilers wrap or swallow one."""
+
+    def stop(*_args) -> None:
+        raise TimeoutError(f"the time is up: {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6), 1.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def within(seconds: float, cases: Sequence[Any], measure: Callable[[Any], Any]) -> Iterator[Any]:
+    """measure(case) of each case, in the main thread; None where the time did not suffice."""
+    stop = time.monotonic() + seconds
+    for case in cases:
+        entry, left = None, stop - time.monotonic()
+        try:
+            if left > 0:
+                with time_limit(left):
+                    entry = measure(case)
+        except Exception:  # after the limit, this may be the limit itself, wrapped
+            if time.monotonic() < stop:
+                raise
+        yield entry if time.monotonic() < stop else None

@@ -17,75 +17,20 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from . import _dispatch
-from ._cases import COLUMNS, QUICK, Case
+from ._cases import COLUMNS, QUICK, Case, check, column_function, input_sets
 from ._dispatch import environment, tuned_file
-from .testing import budget_violation, poisoned
-from .timing import time_us
+from .timing import time_us, within
 
 COMMAND = "python -m golfgpt_kernels tune"
 NEEDS_GPU = "tuning needs a CUDA device that this torch can use: interpreted kernels are never timed"
-
-
-# ---- check
-
-
-def check(case: Case, device: torch.device, rows: int = 4096) -> str | None:
-    """Why the kernel of `case` is wrong on `device`, or None. One that is not exact keeps the error budget against
-    float64 on `rows` rows, and differs from eager at full size by no more than is allowed."""
-    if not case.exact:
-        ours, eager, oracle = (outputs(case, device, rows, *way) for way in (("triton",), ("eager",), ("eager", True)))
-        for name, actual in ours.items():
-            if violation := budget_violation(actual, eager[name], oracle[name]):
-                return f"{name} at {min(rows, case.rows)} rows: {violation}"
-        del ours, eager, oracle, actual
-    actual, eager = (outputs(case, device, case.rows, impl) for impl in ("triton", "eager"))
-    return disagreement(actual, eager, allowed_difference(case, device, rows))
-
-
-def allowed_difference(case: Case, device: torch.device, rows: int = 4096) -> dict[str, float]:
-    """Between two good results, relative in the 2-norm: 4 times eager's own error on `rows` rows."""
-    if case.exact:
-        return {}
-    eager, oracle = (outputs(case, device, rows, "eager", double) for double in (False, True))
-    return {name: 4 * relative(out, oracle[name]) + torch.finfo(out.dtype).eps for name, out in eager.items()}
-
-
-def outputs(case: Case, device: torch.device, rows: int, impl: str, double: bool = False) -> dict[str, Tensor]:
-    """Of new inputs each time, since some ops change theirs."""
-    inputs = case.make(device, 1, min(rows, case.rows), double)
-    with poisoned() if impl == "triton" else contextlib.nullcontext():
-        return case.run(inputs, impl)
-
-
-def disagreement(actual: dict[str, Tensor], eager: dict[str, Tensor], allowed: dict[str, float]) -> str | None:
-    """Why they differ too much; where nothing is allowed they must be equal."""
-    for name, value in actual.items():
-        if torch.equal(value, eager[name]):
-            continue
-        if name not in allowed:
-            return f"{name}: {(value != eager[name]).sum().item()} of {value.numel()} values differ from eager's"
-        if not (difference := relative(value, eager[name])) <= allowed[name]:
-            return f"{name}: differs from eager by {difference:.2e}, expected at most {allowed[name]:.2e}"
-    return None
-
-
-def relative(value: Tensor, reference: Tensor) -> float:
-    reference = reference.to(torch.promote_types(reference.dtype, torch.float32))
-    return ((value - reference).norm() / reference.norm()).item()
-
-
-# ---- measure
 
 
 def measure(case: Case, device: torch.device, *, command: str, columns: Sequence[str] | None = None) -> dict:
@@ -127,24 +72,6 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def input_sets(case: Case, device: torch.device) -> list[tuple[Tensor, ...]]:
-    """Sets of random inputs, more than four times L2 together and two at least."""
-    first, count = case.make(device, 0), 2
-    if device.type == "cuda":
-        size = sum(value.numel() * value.element_size() for value in first)
-        count = max(2, math.ceil(4 * torch.cuda.get_device_properties(device).L2_cache_size / size))
-    return [first, *(case.make(device, seed) for seed in range(1, count))]
-
-
-def column_function(case: Case, column: str) -> Callable[[tuple[Tensor, ...]], object]:
-    """What `column` times. Compiled anew, so that recompilation limits do not add up over cases."""
-    if column != "compile":
-        return partial(case.run, impl=column)
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda *inputs: case.call(*inputs, impl="eager"), fullgraph=True, dynamic=False)
-    return partial(case.run, call=compiled)
-
-
 def decides(entry: dict) -> bool:
     """Whether impl="auto" can read it: all three columns, or a kernel that failed."""
     return set(COLUMNS) <= entry["us"].keys() or "triton" in entry["failed"]
@@ -172,39 +99,8 @@ def write_json(file: str | os.PathLike, value: object) -> None:
 # ---- tune
 
 
-@contextlib.contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """TimeoutError in the main thread when the time is up, and every second after it: compilers wrap or swallow one."""
-
-    def stop(*_args) -> None:
-        raise TimeoutError(f"the time is up: {seconds:.0f} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6), 1.0)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def within(seconds: float, cases: Sequence[Case], measure: Callable[[Case], dict]) -> Iterator[dict | None]:
-    """The entry of each case, None where the time did not suffice."""
-    stop = time.monotonic() + seconds
-    for case in cases:
-        entry, left = None, stop - time.monotonic()
-        try:
-            if left > 0:
-                with time_limit(left):
-                    entry = measure(case)
-        except Exception:  # after the limit whatever was raised may be the limit, wrapped
-            if time.monotonic() < stop:
-                raise
-        yield entry if time.monotonic() < stop else None
-
-
 class CannotTune(RuntimeError):
-    """There is nothing here to time: no CUDA device, no triton, or a GPU that kernels do not run on."""
+    """No CUDA device, no triton, or a GPU on which kernels do not run."""
 
 
 def tune(
