@@ -18,7 +18,7 @@ from golfgpt.data.prepare import prepare
 from golfgpt.data.shards import Dataset, gather, open_shard, verify, write_shard
 from golfgpt.data.tokenizer import Tokenizer, train_tokenizer
 from golfgpt.errors import InputError, VerificationError
-from golfgpt.score.baselines import Bigram, yardsticks
+from golfgpt.score.baselines import Bigram, baselines
 
 DOCUMENTS = [f"Document {i}: the value of {i * i} is é▁🙂\n\n  and {'more ' * (i % 7)}\n" for i in range(120)]
 
@@ -302,18 +302,18 @@ def test_bigram_sums_to_one(folder):
         assert bigram.probabilities(pairs)[::2].sum() == pytest.approx(1)
 
 
-def test_yardsticks_are_kept_and_use_the_divisor(folder):
+def test_baselines_are_kept_and_use_the_divisor(folder):
     data = Dataset.open(folder)
-    values = yardsticks(data)
+    values = baselines(data)
     assert set(values) == {"gzip", "xz", "zstd", "bigram"} and all(0 < value < 8 for value in values.values())
     ids = data.val_ids(0, data.val_tokens)
     text = data.tokenizer.decode(ids).encode()
     assert values["xz"] == pytest.approx(8 * len(lzma.compress(text, preset=9)) / len(text))
     assert values["gzip"] == pytest.approx(8 * (len(zlib.compress(text, 9)) + 12) / len(text))
-    cache = json.loads((folder / "yardsticks.json").read_text())
+    cache = json.loads((folder / "baselines.json").read_text())
     assert cache["bits_per_byte"] == values
     cache["bits_per_byte"]["gzip"] = 7.5
-    (folder / "yardsticks.json").write_text(json.dumps(cache))
-    assert yardsticks(data)["gzip"] == 7.5
-    (folder / "yardsticks.json").write_text("{}")
-    assert yardsticks(data) == values
+    (folder / "baselines.json").write_text(json.dumps(cache))
+    assert baselines(data)["gzip"] == 7.5
+    (folder / "baselines.json").write_text("{}")
+    assert baselines(data) == values

@@ -150,7 +150,7 @@ def evaluate(args: Eval) -> int:
 
     from golfgpt import distributed
     from golfgpt.files import sha256_file
-    from golfgpt.score.baselines import yardsticks
+    from golfgpt.score.baselines import baselines
     from golfgpt.score.evaluate import batch_windows, evaluate
     from golfgpt.score.sums import PartialSums
     from golfgpt.train.attention_backend import select_backend
@@ -192,7 +192,7 @@ def evaluate(args: Eval) -> int:
             score = evaluate(
                 model.to(ranks.device), dataset, config, ranks, dtype=dtype, progress=reporter.status, keep=keep
             )
-        known = yardsticks(dataset) if ranks.is_main and not score.partial else None
+        known = baselines(dataset) if ranks.is_main and not score.partial else None
     except Interrupted as error:
         signum = error.exit_code - 128
         raise Interrupted(f"stopped by {signal.Signals(signum).name}; the same command continues", signum) from None
@@ -201,7 +201,7 @@ def evaluate(args: Eval) -> int:
         ranks.close()
     if ranks.is_main:
         if args.json:
-            print_json({"score": asdict(score), "yardsticks_bpb": known})
+            print_json({"score": asdict(score), "baselines_bpb": known})
         else:
             print(score_lines(score, known))
     return 0

@@ -31,13 +31,13 @@ from golfgpt.files import write_json
 
 BIGRAM_TRAIN_TOKENS = 50_000_000
 """Train tokens that the bigram is fitted on at most, from the start of the stream."""
-CACHE = "yardsticks.json"
+CACHE = "baselines.json"
 
 
-def yardsticks(data: Dataset) -> dict[str, float]:
+def baselines(data: Dataset) -> dict[str, float]:
     """Bits per byte of "gzip", "xz", "zstd" and "bigram" on the val text of `data`.
 
-    Kept with the data set's digest in `yardsticks.json` in the data folder, if that can be written. Proves the divisor
+    Kept with the data set's digest in `baselines.json` in the data folder, if that can be written. Proves the divisor
     first (`Dataset.prove_val_bytes`) and raises what that raises.
     """
     cache = data.path / CACHE

@@ -43,18 +43,18 @@ def budget_lines(info: ArtifactInfo, budget: BudgetConfig) -> str:
     )
 
 
-YARDSTICKS = {"gzip": "gzip -9", "xz": "xz", "zstd": "zstd -22", "bigram": "token bigram, fitted on train"}
+BASELINES = {"gzip": "gzip -9", "xz": "xz", "zstd": "zstd -22", "bigram": "token bigram, fitted on train"}
 
 
-def score_lines(score: Score, yardsticks: dict[str, float] | None) -> str:
-    """A score and its checks; below them the yardsticks, if all of the text was scored."""
+def score_lines(score: Score, baselines: dict[str, float] | None) -> str:
+    """A score and its checks; below them the baselines, if all of the text was scored."""
     line = (
         f"{score.label} {score.val_bpb:.4f}   val_loss {score.val_loss:.4f}   window {score.window} stride "
         f"{score.stride}   {score.dtype}   {score.tokens:,} tokens, {score.bytes:,} bytes, {score.seconds:.1f} s\n"
         f"{score.checks}"
     )
-    if not yardsticks:
+    if not baselines:
         return line
     rows = [("this model", f"{score.val_bpb:.4f}")]
-    rows += [(YARDSTICKS[name], f"{value:.4f}") for name, value in yardsticks.items()]
+    rows += [(BASELINES[name], f"{value:.4f}") for name, value in baselines.items()]
     return line + "\n" + table(("bits per byte of the same text", score.label), rows)
