@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 from unittest import mock
 
@@ -22,6 +23,7 @@ from golfgpt.config import (
 from golfgpt.model.gpt import GPT
 from golfgpt.quant import compute_copies
 from golfgpt.quant.quantizer import FakeQuant
+from golfgpt.train import checkpoint
 
 SMALL = ModelConfig(vocab_size=97, num_layers=5, model_dim=48, num_heads=4, num_kv_heads=2, mlp_hidden=80)
 
@@ -56,3 +58,14 @@ def tiny_config(corpus: Path) -> RunConfig:
         eval=EvalConfig(window=64, stride=48, max_tokens=4000),
         runtime=RuntimeConfig(device="cpu", dtype="float32", checkpoint_seconds=0),
     )
+
+
+def metrics(path: Path, kind: str) -> list[dict]:
+    lines = (path / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+def final_weights(path: Path) -> dict[str, torch.Tensor]:
+    found, refused = checkpoint.latest(path / "checkpoints")
+    assert not refused
+    return found.model

@@ -10,19 +10,18 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from golfgpt_kernels import implementation
+from models import final_weights, metrics
 
 import golfgpt
-from golfgpt.config import AverageConfig, BudgetConfig, DataConfig, ScheduleConfig, to_dict
+from golfgpt.config import AverageConfig, BudgetConfig, ScheduleConfig, to_dict
 from golfgpt.data.shards import Dataset
 from golfgpt.distributed import Ranks
-from golfgpt.errors import BudgetError, BusyError, InputError, Interrupted, NonFiniteError
+from golfgpt.errors import BudgetError, InputError, Interrupted, NonFiniteError
 from golfgpt.optim.flat import FlatGradients
 from golfgpt.quant import artifact
 from golfgpt.quant.quantizer import Quantizer
@@ -31,22 +30,11 @@ from golfgpt.train import checkpoint
 from golfgpt.train.clock import Ledger
 from golfgpt.train.memory import activation_bytes
 from golfgpt.train.progress import DECAY
-from golfgpt.train.run_folder import Reporter, RunFolder, read_config
+from golfgpt.train.run_folder import Reporter
 from golfgpt.train.step import TrainStep
 from golfgpt.train.train import choose_kernels, train
 
 CPU = Ranks(0, 1, torch.device("cpu"))
-
-
-def metrics(path: Path, kind: str) -> list[dict]:
-    lines = (path / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if row["kind"] == kind]
-
-
-def final_weights(path: Path) -> dict[str, torch.Tensor]:
-    found, refused = checkpoint.latest(path / "checkpoints")
-    assert not refused
-    return found.model
 
 
 def test_end_to_end(tiny, tmp_path):
@@ -149,32 +137,6 @@ def test_gloo_processes_agree_with_one(tiny, tmp_path, world, optimizer):
     assert f"world_size:{world}" in (tmp_path / "many" / "train.log").read_text()
 
 
-@pytest.mark.numeric
-def test_resume_is_bit_identical(tiny, tmp_path, monkeypatch, capfd):
-    train(tiny, tmp_path / "unbroken")
-
-    update = TrainStep.update
-
-    def stop_after_step_4(self, pending):
-        if pending.step == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return update(self, pending)
-
-    monkeypatch.setattr(TrainStep, "update", stop_after_step_4)
-    path = tmp_path / "broken"
-    with pytest.raises(Interrupted, match=r"SIGTERM; state saved at step 6\. Resume with: golfgpt train --resume") as e:
-        train(tiny, path)
-    assert e.value.exit_code == 143
-    assert not (path / "model.golf").exists()
-    assert "SIGTERM: the run is saved and ends after this step" in capfd.readouterr().err
-    monkeypatch.undo()
-    train(tiny, path, resume=True)
-    assert metrics(path, "resume") == [{**metrics(path, "resume")[0], "step": 6}]
-    a, b = final_weights(tmp_path / "unbroken"), final_weights(path)
-    assert all(torch.equal(a[k], b[k]) for k in a)
-    assert (path / "model.golf").read_bytes() == (tmp_path / "unbroken" / "model.golf").read_bytes()
-
-
 def test_running_mean_of_the_losses(tiny, tmp_path, monkeypatch):
     """Each loss weighs DECAY of the next one; a resumed run starts the mean anew."""
     told, wait = [], TrainStep.wait
@@ -237,47 +199,6 @@ def test_steps_enqueued_ahead_train_the_same(tiny, tmp_path, monkeypatch):
     assert scores[0] == scores[1] and len(scores[0]) == 2
     files = [(tmp_path / name / "model.golf").read_bytes() for name in rows]
     assert files[0] == files[1] == files[2]
-
-
-def test_killed_outright_and_resumed(tiny, tmp_path, monkeypatch):
-    """SIGKILL in the middle of the run: the last interval checkpoint continues."""
-    config = replace(
-        tiny,
-        schedule=ScheduleConfig(max_steps=400, max_seconds=None),
-        runtime=replace(tiny.runtime, checkpoint_seconds=0.2),
-    )
-    path = tmp_path / "run"
-    (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
-    code = (
-        "import json\nfrom pathlib import Path\n"
-        "from golfgpt.config import RunConfig, from_dict\nfrom golfgpt.train.train import train\n"
-        f"config = json.loads(Path({str(tmp_path / 'config.json')!r}).read_text())\n"
-        f"train(from_dict(RunConfig, config), Path({str(path)!r}))"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not list(path.glob("checkpoints/step_*")):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    found, _ = checkpoint.latest(path / "checkpoints")
-    assert 0 < found.step < 400
-    short = replace(config, schedule=ScheduleConfig(max_steps=found.step + 2, max_seconds=None))
-    with pytest.raises(InputError, match=r"another config \(schedule\.max_steps: 400 -> "):
-        train(short, path, resume=True)
-    update, killed = TrainStep.update, []
-
-    def interrupt_once(self, pending):
-        if not killed:
-            killed.append(os.kill(os.getpid(), signal.SIGINT))
-        return update(self, pending)
-
-    monkeypatch.setattr(TrainStep, "update", interrupt_once)
-    with pytest.raises(Interrupted, match="SIGINT; state saved at step") as error:
-        train(config, path, resume=True)
-    assert error.value.exit_code == 130
-    again, _ = checkpoint.latest(path / "checkpoints")
-    assert again.step > found.step
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
@@ -398,15 +319,6 @@ def test_a_training_that_learned_nothing_is_said(tiny, tmp_path):
     assert found == [True, False]
 
 
-def test_a_fitted_run_keeps_its_width_when_the_budget_changes(tiny, tmp_path):
-    budget = BudgetConfig(artifact_bytes=200_000, reserve_bytes=0, fit="mlp_hidden")
-    first = train(replace(tiny, budget=budget), tmp_path / "run")
-    config = read_config(tmp_path / "run")
-    again = replace(config, budget=replace(budget, artifact_bytes=300_000))
-    result = train(again, tmp_path / "run", resume=True)
-    assert result["parameters"] == first["parameters"] and result["margin_bytes"] == first["margin_bytes"] + 100_000
-
-
 @pytest.mark.parametrize(("every", "taken"), [(100, 0), (8, 1), (3, 2)])
 def test_an_average_of_too_few_is_not_exported_and_the_log_says_so(tiny, tmp_path, every, taken):
     average = AverageConfig(kind="swa", swa_start_lr=1.0, swa_every=every)
@@ -419,17 +331,6 @@ def test_an_average_of_too_few_is_not_exported_and_the_log_says_so(tiny, tmp_pat
         else "swa:exporting the average of 2 steps"
     )
     assert said in log
-
-
-def test_a_folder_in_use_is_refused(tiny, tmp_path):
-    path = tmp_path / "run"
-    folder = RunFolder.create(path, tiny, b"")
-    done = subprocess.run(
-        [sys.executable, "-m", "golfgpt", "train", "--resume", str(path)], capture_output=True, text=True, timeout=120
-    )
-    folder.close()
-    assert done.returncode == BusyError.exit_code
-    assert "in use by another process" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -459,27 +360,6 @@ def test_more_ranks_than_spans(tiny, corpus):
         TrainStep(tiny, Dataset.open(corpus), Ranks(8, 9, CPU.device))
 
 
-def test_a_changed_data_set_is_refused_on_resume(tiny, tmp_path, corpus):
-    shutil.copytree(corpus, tmp_path / "data")
-    config = replace(tiny, data=DataConfig(path=str(tmp_path / "data"), batch_tokens=1024, seq_len=64))
-    train(config, tmp_path / "run")
-    (tmp_path / "data" / "manifest.json").unlink()
-    for file in (tmp_path / "data").glob("*.bytes"):
-        file.unlink()
-    with pytest.raises(InputError, match="has changed since the checkpoint"):
-        train(config, tmp_path / "run", resume=True)
-
-
-def test_full_disk_during_training_is_a_warning(tiny, tmp_path, monkeypatch):
-    def full(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "write_bytes", full)
-    result = train(tiny, tmp_path / "run")
-    assert result["steps"] == 8
-    assert "warning: no checkpoint at step 8" in (tmp_path / "run" / "train.log").read_text()
-
-
 def test_compiled_warm_up_leaves_no_trace(tiny, corpus):
     dataset = Dataset.open(corpus)
     trainer = TrainStep(tiny, dataset, CPU)
@@ -497,24 +377,6 @@ def test_compiled_warm_up_leaves_no_trace(tiny, corpus):
         assert torch.equal(a, b)
 
 
-def test_run_config_is_what_the_folder_holds(tiny, tmp_path):
-    from golfgpt.train.run_folder import read_config
-
-    folder = RunFolder.create(tmp_path / "run", tiny, b"")
-    folder.close()
-    assert read_config(tmp_path / "run") == tiny
-    values = json.loads((tmp_path / "run" / "config.json").read_text())
-    older = {key: value for key, value in values.items() if key != "format"}
-    more = values | {"model": values["model"] | {"layers": 3}}
-    for text, message in (
-        (more, r"unknown key model\.layers"),
-        (older, "the run has format 1, expected 2"),
-    ):
-        (tmp_path / "run" / "config.json").write_text(json.dumps(text))
-        with pytest.raises(InputError, match=message):
-            read_config(tmp_path / "run")
-
-
 def test_runtime_kernels_is_the_meaning_of_auto_while_a_run_lasts(tiny, monkeypatch):
     def chosen():
         return implementation("relu2_mlp", CPU.device, torch.float32)[0]
@@ -526,35 +388,6 @@ def test_runtime_kernels_is_the_meaning_of_auto_while_a_run_lasts(tiny, monkeypa
     monkeypatch.setattr("golfgpt.train.train.cannot_run", lambda device, dtype: "no CUDA device")
     with pytest.raises(InputError, match="is triton, which cannot run: no CUDA device; use"):
         choose_kernels(config, CPU)
-
-
-def test_a_stop_during_validation_loses_nothing(tiny, tmp_path, monkeypatch):
-    def stopped(*args, **kwargs):
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(1)
-
-    monkeypatch.setattr("golfgpt.train.score.evaluate", stopped)
-    config = replace(tiny, runtime=replace(tiny.runtime, val_every=3))
-    with pytest.raises(Interrupted, match="state saved at step 3"):
-        train(config, tmp_path / "run")
-    monkeypatch.undo()
-    assert train(tiny, tmp_path / "run", resume=True)["steps"] == 8
-
-
-@pytest.mark.parametrize(("val_every", "step"), [(3, 3), (0, 8)], ids=["before validation", "before export"])
-def test_a_signal_after_the_vote_does_not_wait_for_an_evaluation(tiny, tmp_path, monkeypatch, val_every, step):
-    """It comes while the checkpoint is written, when the step has already voted."""
-    save = checkpoint.save
-
-    def signaled(*args):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return save(*args)
-
-    monkeypatch.setattr(checkpoint, "save", signaled)
-    monkeypatch.setattr("golfgpt.train.score.evaluate", lambda *a, **k: pytest.fail("evaluated after SIGTERM"))
-    config = replace(tiny, runtime=replace(tiny.runtime, val_every=val_every))
-    with pytest.raises(Interrupted, match=f"state saved at step {step}"):
-        train(config, tmp_path / "run")
 
 
 def test_a_diverged_last_update_is_not_exported(tiny, tmp_path, monkeypatch):
@@ -570,47 +403,6 @@ def test_a_diverged_last_update_is_not_exported(tiny, tmp_path, monkeypatch):
     with pytest.raises(NonFiniteError, match="parameter mlp_fc is not finite"):
         train(tiny, tmp_path / "run")
     assert not (tmp_path / "run" / "model.golf").exists()
-
-
-def test_a_run_may_move_and_its_evaluation_change(tiny, tmp_path, corpus):
-    train(replace(tiny, eval=replace(tiny.eval, max_tokens=500)), tmp_path / "run")
-    shutil.copytree(corpus, tmp_path / "moved")
-    moved = replace(tiny, data=replace(tiny.data, path=str(tmp_path / "moved")))
-    assert train(moved, tmp_path / "run", resume=True)["score"]["tokens"] == 4000
-
-
-def test_without_a_checkpoint_the_stored_config_still_rules(tiny, tmp_path):
-    RunFolder.create(tmp_path / "run", tiny, b"").close()
-    with pytest.raises(InputError, match=r"another config \(optim\.matrix_lr: 0\.04 -> 0\.1"):
-        train(replace(tiny, optim=replace(tiny.optim, matrix_lr=0.1)), tmp_path / "run", resume=True)
-
-
-def test_torn_metrics_and_leftovers_are_cleaned(tiny, tmp_path):
-    path = tmp_path / "run"
-    folder = RunFolder.create(path, tiny, b"")
-    folder.metric("train", step=1)
-    folder.close()
-    with open(path / "metrics.jsonl", "a") as file:
-        file.write('{"kind": "tr')
-    (path / "checkpoints" / ".step_00000001.safetensors.x.tmp").write_bytes(b"half")
-    folder = RunFolder.open(path)
-    folder.metric("resume", step=1)
-    folder.close()
-    assert [row["kind"] for row in map(json.loads, (path / "metrics.jsonl").read_text().splitlines())] == [
-        "train",
-        "resume",
-    ]
-    assert list((path / "checkpoints").iterdir()) == []
-
-
-def test_a_full_disk_does_not_end_a_run_over_a_log_line(tiny, tmp_path, monkeypatch, capsys):
-    folder = RunFolder.create(tmp_path / "run", tiny, b"")
-    monkeypatch.setattr("builtins.open", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    folder.metric("train", step=1)
-    folder.log("a line")
-    monkeypatch.undo()
-    folder.close()
-    assert capsys.readouterr().err.count("No space left on device") == 1
 
 
 def test_a_rank_without_windows_and_an_error_on_one_rank(tiny, corpus):
