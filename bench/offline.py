@@ -37,6 +37,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import torch
 from golfgpt_kernels import _jit, _tiles
@@ -370,13 +371,9 @@ def compile_all(jobs: Iterable[Job], workers: int | None = None) -> list[dict]:
     from triton.runtime.cache import triton_key
 
     triton_key()  # a hash of all of triton. Both take longer than to compile a small kernel; forks inherit them.
-    with tempfile.TemporaryDirectory() as cache:
-        ours = os.environ.setdefault("TRITON_CACHE_DIR", cache) == cache
-        try:
-            rows = dict(in_processes(list(jobs), workers or len(os.sched_getaffinity(0))))
-        finally:
-            if ours:
-                del os.environ["TRITON_CACHE_DIR"]
+    with tempfile.TemporaryDirectory() as cache, mock.patch.dict(os.environ):
+        os.environ.setdefault("TRITON_CACHE_DIR", cache)
+        rows = dict(in_processes(list(jobs), workers or len(os.sched_getaffinity(0))))
     rows = [row for _, found in sorted(rows.items()) for row in found]
     count_instructions(rows)
     return rows
@@ -442,21 +439,13 @@ def failures(row: dict) -> list[str]:
     return found
 
 
-COLUMNS = {
-    "registers": "regs", "stack": "stack", "STL": "STL", "LDL": "LDL", "shared": "shared", "tensor_memory": "tmem",
-    "HGMMA": "HGMMA", "HMMA": "HMMA", "UTCMMA": "UTCMMA", "UTMALDG": "TMAld", "UTMASTG": "TMAst", "LDGSTS": "LDGSTS",
-    "FFMA": "FFMA", "MUFU": "MUFU", "instructions": "total",
-}  # fmt: skip
-
-
-def print_table(rows: list[dict]) -> None:
-    width = max((len(str(job_of(row))) for row in rows), default=0) + 2
-    for kernel, group in itertools.groupby(rows, lambda row: row.get("kernel", "not compiled")):
-        print(f"\n{kernel:{width}}" + "".join(f"{title:>7}" for title in COLUMNS.values()))
-        for row in group:
-            print(f"  {job_of(row)!s:{width - 2}}" + "".join(f"{row.get(column, '-'):>7}" for column in COLUMNS))
-            for failure in failures(row):
-                print(f"    FAILS: {failure}")
+def print_rows(rows: list[dict]) -> None:
+    """A line per kernel, and one for each reason why it fails."""
+    for row in rows:
+        if "error" not in row:
+            print(f"{row['kernel']:40} {job_of(row)}: {row['registers']} registers, {row['shared']} bytes shared")
+        for failure in failures(row):
+            print(f"{row.get('kernel', 'not compiled'):40} {job_of(row)} FAILS: {failure}")
 
 
 def versions() -> dict[str, str]:
@@ -487,7 +476,7 @@ def main() -> int:
     if _jit.MISSING or _jit.INTERPRETING:
         parser.error(_jit.MISSING or "nothing compiles under TRITON_INTERPRET=1; unset it")
     rows = compile_all(job for job in all_jobs(options.sm) if options.only in job.case)
-    print_table(rows)
+    print_rows(rows)
     failing = sum(bool(failures(row)) for row in rows)
     print(f"\n{len(rows)} kernels, {failing} fail. " + ", ".join(f"{k} {v}" for k, v in versions().items()))
     everything = not options.only and set(options.sm) == set(ARCHITECTURES)

@@ -101,7 +101,7 @@ def test_gate_has_teeth(expected, compiled):
 def test_report(compiled, tmp_path):
     rows = [row for found in compiled.values() for row in found]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        offline.print_table(rows)
+        offline.print_rows(rows)
     assert printed.getvalue().count("FAILS") >= len(BAD)
     assert json.loads(offline.write_json(rows, tmp_path).read_text())["rows"] == rows
 
