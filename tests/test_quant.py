@@ -5,12 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from golfgpt_kernels import fake_quantize_rows
+from golfgpt_kernels import _dispatch, fake_quantize_rows, set_implementation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from golfgpt.config import BigramConfig, ModelConfig, QuantConfig
 from golfgpt.errors import InputError
+from golfgpt.model.gpt import GPT
 from golfgpt.model.parameters import parameter_shapes, parameter_table
 from golfgpt.quant.quantizer import (
     Quantizer,
@@ -173,6 +174,14 @@ def test_decoding_errs_by_half_a_step_and_encoding_it_again_changes_nothing(bits
             bound = tensor.scale.float() * (0.5 + tensor.format.max_code * 2**-11)
             assert ((tensor.decode() - state[name]).abs() <= bound.unsqueeze(-1)).all(), name
     assert torch.count_nonzero(once["c_q"].decode()[1]) == 0
+
+
+def test_an_artifact_is_made_on_the_cpu_whatever_kernels_a_run_takes(monkeypatch):
+    monkeypatch.setattr(_dispatch, "INTERPRETING", False)
+    quantizer, state = Quantizer(SMALL, QuantConfig(keep_numel=64)), GPT(SMALL).state_dict()
+    with set_implementation("triton"):
+        decoded = quantizer.decode(quantizer.encode(state))
+    assert decoded.keys() == state.keys()
 
 
 def test_table_reports_bytes_and_errors():

@@ -333,8 +333,8 @@ class Quantizer:
             if not w.isfinite().all():
                 raise InputError(f"tensor {name} has {int((~w.isfinite()).sum())} non-finite weights")
             w = pruned(self.parameters[parse_layer_group(name)[0]], w, self.config.prune)
-            if format.quantized:
-                encoded[name] = QuantizedTensor(format, *quantize_rows(w, self.spec(name)))
+            if format.quantized:  # on the CPU, whatever runtime.kernels says
+                encoded[name] = QuantizedTensor(format, *quantize_rows(w, self.spec(name), impl="eager"))
                 continue
             encoded[name] = QuantizedTensor(format, w.to(DTYPES[format.format]))
             if not encoded[name].values.isfinite().all():
