@@ -2,7 +2,8 @@
 
     python -m bench.offline [--sm 80 90 100] [--only CASE] [--out DIR]
 
-Prints a line per compiled kernel and writes offline-triton<version>.json to DIR (default: results/ beside this file).
+Prints a line per compiled kernel. A whole run writes offline-triton<version>.json to DIR (default: results/ beside this
+file); one of fewer cases or architectures writes only to a DIR that is named.
 Exit code 1 if a kernel fails its gate. Needs torch, triton and the standard library, and no GPU; takes minutes.
 TRITON_CACHE_DIR, if set, keeps what was compiled.
 

@@ -1,7 +1,7 @@
 """Which implementation of an op runs, and the input checks that ops share.
 
-`impl` is "auto", "eager" or "triton", the last keyword of every op. A named implementation runs or raises
-its reason; it never falls back. "auto" is "eager" (which torch.compile fuses with the rest of a model)
+`impl` is "auto", "eager" or "triton", the last keyword of every op that has a kernel. A named implementation
+runs or raises its reason; it never falls back. "auto" is "eager" (which torch.compile fuses with the rest of a model)
 unless a measurement says that the kernel wins: an entry of measured.json for this architecture, or of the
 file that `python -m golfgpt_kernels tune` wrote on this machine for this GPU and these versions. It logs once
 per op what it chose on a GPU and why. `set_implementation` gives "auto" another meaning for the whole process.
@@ -93,7 +93,10 @@ def implementation(op: str, device: torch.device, dtype: torch.dtype) -> tuple[s
         if not worst["correct"]:
             return "eager", f"{worst['gpu']}, {worst['date']}: the kernel failed its check"
         ratio = f"at worst {against_best(worst):.2f} x the faster of eager and torch.compile"
-        return ("triton" if against_best(worst) < 1 else "eager"), f"{worst['gpu']}, {worst['date']}: {ratio}"
+        why = f"{worst['gpu']}, {worst['date']}: {ratio}"
+        if against_best(worst) >= 1:
+            return "eager", why
+        return "triton", f"{why}; from {_rows_needed(entries):,} rows of input on"
     return "eager", f"the kernel was never measured on {gpu}; `python -m golfgpt_kernels tune` does"
 
 
@@ -134,7 +137,11 @@ def least_rows_cached(op: str, device: torch.device, dtype: torch.dtype) -> int 
     log.warning("%s on %s in %s: %s (%s)", op, device, str(dtype).removeprefix("torch."), chosen, why)
     if chosen == "eager":
         return None
-    return min(entry["rows"] for entry in _measurements(op, device, dtype)) // 2
+    return _rows_needed(_measurements(op, device, dtype))
+
+
+def _rows_needed(entries: list[dict]) -> int:
+    return min(entry["rows"] for entry in entries) // 2
 
 
 def against_best(entry: dict) -> float:
