@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from golfgpt.config import ModelConfig, OptimConfig, RunConfig
 from golfgpt.data.stream import TokenStream, step_spans
 from golfgpt.optim.schedule import lr_multiplier, muon_momentum
-from golfgpt.published import to_published
+from golfgpt.published.names import to_published
 
 Grid = Literal["off", "r4", "r5"]  # quant.qat of a recipe
 

@@ -18,7 +18,8 @@ from golfgpt.data.tokenizer import Tokenizer
 from golfgpt.errors import InputError
 from golfgpt.files import write_bytes
 from golfgpt.model.parameters import parameter_table
-from golfgpt.published import Export, canonical_name, from_published, infer_config
+from golfgpt.published.files import Export
+from golfgpt.published.names import canonical_name, from_published, infer_config
 from golfgpt.quant import artifact
 from golfgpt.quant.quantizer import DTYPES, QuantizedTensor, Quantizer, TensorFormat, layer_groups
 from golfgpt.train import checkpoint

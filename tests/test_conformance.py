@@ -36,7 +36,8 @@ from golfgpt.model.gpt import GPT
 from golfgpt.model.layers import rope_table
 from golfgpt.model.parameters import parameter_shapes, parameter_table
 from golfgpt.optim.optimizers import Muon
-from golfgpt.published import from_published, infer_config, read_export, to_published
+from golfgpt.published.files import read_export
+from golfgpt.published.names import from_published, infer_config, to_published
 from golfgpt.quant.quantizer import Quantizer, parse_layer_group, prune_threshold, pruned
 from golfgpt.recipes import RECIPES
 from golfgpt.score.windows import Scorer, Windows, score_windows

@@ -14,7 +14,8 @@ from models import tiny_config
 from golfgpt.cli import main
 from golfgpt.config import AverageConfig, QuantConfig
 from golfgpt.importer import layer_groups_of
-from golfgpt.published import from_published, read_export, to_published
+from golfgpt.published.files import read_export
+from golfgpt.published.names import from_published, to_published
 from golfgpt.quant import artifact
 from golfgpt.quant.quantizer import Quantizer
 from golfgpt.train.run_folder import trained_weights

@@ -67,6 +67,7 @@ LAYERS = (
     {"recipes", "model"},
     {"published", "quant"},
     {"optim", "score"},
+    {"tables"},
     {"train"},
     {"importer", "doctor"},
     {"cli", "__main__"},
@@ -114,7 +115,7 @@ def test_no_torch_at_import(module):
 
 
 def test_data_needs_no_torch():
-    run_python("import sys, golfgpt.data.prepare, golfgpt.bpb; assert 'torch' not in sys.modules")
+    run_python("import sys, golfgpt.data.prepare, golfgpt.bpb, golfgpt.tables; assert 'torch' not in sys.modules")
 
 
 def test_trains_with_triton_blocked():

@@ -13,10 +13,10 @@ from models import SMALL, fake_quantized, lively
 from golfgpt.config import BigramConfig, ModelConfig, OptimConfig
 from golfgpt.model.gpt import GPT
 from golfgpt.model.kv_cache import KVCache
-from golfgpt.model.layers import LoRA, Observed, rms_norm
+from golfgpt.model.linear import LoRA, Observed, rms_norm
 from golfgpt.model.plan import layer_plan
 from golfgpt.optim.optimizers import Optimizers
-from golfgpt.published import from_published, to_published
+from golfgpt.published.names import from_published, to_published
 from golfgpt.quant import compute_copies
 
 pytestmark = pytest.mark.numeric

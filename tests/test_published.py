@@ -22,7 +22,8 @@ from torch import nn
 from golfgpt.config import BigramConfig, ModelConfig
 from golfgpt.errors import InputError
 from golfgpt.model.gpt import GPT
-from golfgpt.published import assumed_fields, from_published, infer_config, read_export, to_published
+from golfgpt.published.files import read_export
+from golfgpt.published.names import assumed_fields, from_published, infer_config, to_published
 
 SMALL = ModelConfig(vocab_size=24, num_layers=3, model_dim=16, num_heads=4, num_kv_heads=2, mlp_hidden=20)
 XOR = {"bigram": BigramConfig(rows=30, dim=6), "smear_gate": "after_norm"}

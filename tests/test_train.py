@@ -30,7 +30,7 @@ from golfgpt.train import checkpoint
 from golfgpt.train.clock import Ledger
 from golfgpt.train.memory import activation_bytes
 from golfgpt.train.progress import DECAY
-from golfgpt.train.run_folder import Reporter
+from golfgpt.train.reporter import Reporter
 from golfgpt.train.step import TrainStep
 from golfgpt.train.train import choose_kernels, train
 

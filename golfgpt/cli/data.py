@@ -53,7 +53,7 @@ def data_prepare(args: DataPrepare) -> int:
 def prepare_folder(args: DataPrepare) -> Any:
     from golfgpt.data.demo_text import demo_text
     from golfgpt.data.prepare import prepare
-    from golfgpt.train.reporter import table
+    from golfgpt.tables import table
 
     say = sys.stderr if args.json else sys.stdout
     if args.vocab_size is not None and args.tokenizer is not None:
@@ -157,7 +157,7 @@ class DataVerify:
 
 def data_verify(args: DataVerify) -> int:
     from golfgpt.data.shards import verify
-    from golfgpt.train.reporter import table
+    from golfgpt.tables import table
 
     with progress_bars(sys.stderr if args.json else sys.stdout) as progress:
         report = asdict(verify(args.path, progress=progress))

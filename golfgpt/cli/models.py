@@ -30,7 +30,7 @@ def inspect(args: Inspect) -> int:
     from golfgpt.files import sha256_file
     from golfgpt.model.plan import layer_plan
     from golfgpt.quant import artifact
-    from golfgpt.train.reporter import table, tensor_table
+    from golfgpt.tables import table, tensor_table
     from golfgpt.train.run_folder import artifact_file
 
     file = artifact_file(args.artifact)
@@ -82,7 +82,7 @@ def budget(args: Budget) -> int:
     from golfgpt.model.parameters import parameter_shapes
     from golfgpt.quant.budget import fitted, forecast_bytes
     from golfgpt.quant.quantizer import Quantizer
-    from golfgpt.train.reporter import tensor_table
+    from golfgpt.tables import tensor_table
 
     config = args.config
     if args.run:
@@ -123,7 +123,7 @@ def _budget_of_artifact(path: Path, as_json: bool, config: RunConfig) -> int:
     """Print the exact bytes of a file. Raises BudgetError if they are over the cap."""
     from golfgpt.quant import artifact
     from golfgpt.quant.budget import budget_report, check_budget
-    from golfgpt.train.reporter import budget_lines, tensor_table
+    from golfgpt.tables import budget_lines, tensor_table
     from golfgpt.train.run_folder import artifact_file
 
     started = stored_config(path) if path.is_dir() else RunConfig()
@@ -168,9 +168,9 @@ def export(args: Export) -> int:
     import safetensors.torch
 
     from golfgpt.files import write_bytes
-    from golfgpt.published import to_published
+    from golfgpt.published.names import to_published
     from golfgpt.quant import artifact
-    from golfgpt.train.reporter import tensor_table
+    from golfgpt.tables import tensor_table
     from golfgpt.train.run_folder import artifact_file, trained_weights
 
     folder = args.run.parent if args.run.is_file() else args.run
@@ -246,8 +246,9 @@ class Import:
 def import_file(args: Import) -> int:
     from golfgpt.data.tokenizer import Tokenizer
     from golfgpt.importer import import_model
-    from golfgpt.published import assumed_fields, read_export
-    from golfgpt.train.reporter import tensor_table
+    from golfgpt.published.files import read_export
+    from golfgpt.published.names import assumed_fields
+    from golfgpt.tables import tensor_table
 
     export = read_export(args.file)
     path = RUNS / run_name(args.name, args.file.name.split(".")[0])

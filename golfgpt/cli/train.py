@@ -153,10 +153,11 @@ def evaluate(args: Eval) -> int:
     from golfgpt.score.baselines import baselines
     from golfgpt.score.evaluate import batch_windows, evaluate
     from golfgpt.score.sums import PartialSums
+    from golfgpt.tables import score_lines
     from golfgpt.train.attention_backend import select_backend
     from golfgpt.train.compute_dtype import select_dtype
-    from golfgpt.train.reporter import score_lines
-    from golfgpt.train.run_folder import Reporter, artifact_file, load
+    from golfgpt.train.reporter import Reporter
+    from golfgpt.train.run_folder import artifact_file, load
     from golfgpt.train.signals import Signals
     from golfgpt.train.train import choose_kernels, open_dataset
 

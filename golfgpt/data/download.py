@@ -4,7 +4,7 @@
     .fineweb_train_000000.bin.part  what has arrived of one; the next call continues it
     download.json                   `Record`: dataset, commit, and path, size and digest of every file
 
-The layout at the hub is upstream's (`data/cached_challenge_fineweb.py`, its default `datasets/` prefix):
+The layout at the hub is the publishers' (`data/cached_challenge_fineweb.py`, its default `datasets/` prefix):
 
     datasets/datasets/fineweb10B_sp1024/fineweb_{train,val}_%06d.bin
     datasets/tokenizers/fineweb_1024_bpe.model

@@ -1,4 +1,4 @@
-"""Token shards on disk, upstream's format, and what golfgpt keeps beside them so that a score can be proved.
+"""Token shards on disk, the published format, and what golfgpt keeps beside them so that a score can be proved.
 
     golf_train_000000.bin    256 little-endian int32 (20240520, 1, token count, 0 ...), then uint16 LE tokens
     golf_val_000000.bin      the same; a document is BOS + its tokens and may run across shard edges

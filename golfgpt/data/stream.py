@@ -4,7 +4,7 @@
 
 so a step consumes B + S tokens and spans share none: each span holds B/S inputs and the target of the last.
 The stream wraps at its end, has no shuffling and no state but the position, so a run resumes from the step
-number, and the data of a step are the same for every number of ranks. With S = 8 this is upstream's order.
+number, and the data of a step are the same for every number of ranks. With S = 8 this is the published order.
 """
 
 from __future__ import annotations

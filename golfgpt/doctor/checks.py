@@ -34,9 +34,9 @@ import golfgpt
 from golfgpt.doctor import probe
 from golfgpt.doctor.probe import Gpu
 from golfgpt.errors import InputError
+from golfgpt.tables import table
 from golfgpt.train.compute_dtype import DtypeChoice
 from golfgpt.train.machine_cache import package_version
-from golfgpt.train.reporter import table
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from golfgpt.config import ModelConfig
 from golfgpt.model.bigram_hash import pair_embedding
-from golfgpt.model.layers import rms_norm
+from golfgpt.model.linear import rms_norm
 from golfgpt.model.smear_gate import smear
 
 

@@ -30,7 +30,8 @@ from golfgpt.config import ModelConfig
 from golfgpt.model.embedding import embed
 from golfgpt.model.generate import generate
 from golfgpt.model.kv_cache import KVCache
-from golfgpt.model.layers import Tokens, Weight, layer, rms_norm, rope_table, visible
+from golfgpt.model.layers import Tokens, layer, rope_table, visible
+from golfgpt.model.linear import Weight, rms_norm
 from golfgpt.model.parameters import parameter_table
 from golfgpt.model.plan import layer_plan
 

@@ -10,7 +10,7 @@ autocast). NTK-aware scaling of the rotary base is from bloc97's note of 2023 on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -19,38 +19,7 @@ from golfgpt_kernels import relu2_mlp
 from torch import Tensor
 
 from golfgpt.model.kv_cache import KVCache
-
-
-class LoRA(NamedTuple):
-    """A matrix with a low-rank correction, w + b a, of rank r."""
-
-    w: Weight
-    """(out, in)."""
-    a: Tensor
-    """(r, in), or (B, r, in) for one per sequence."""
-    b: Tensor
-    """(out, r), or (B, out, r) for one per sequence."""
-
-
-class Observed(NamedTuple):
-    """A matrix with a callback that receives its inputs."""
-
-    w: Weight
-    see: Callable[[Tensor], None]
-    """Called with each input (..., in) before the multiplication."""
-
-
-Weight = Tensor | LoRA | Observed
-
-
-def linear(x: Tensor, w: Weight) -> Tensor:
-    """x wᵀ, (..., in) -> (..., out)."""
-    if isinstance(w, LoRA):
-        return linear(x, w.w) + x @ w.a.mT @ w.b.mT
-    if isinstance(w, Observed):
-        w.see(x)
-        return linear(x, w.w)
-    return F.linear(x, w)
+from golfgpt.model.linear import Weight, linear, rms_norm
 
 
 def mlp(x: Tensor, w_fc: Weight, w_proj: Weight) -> Tensor:
@@ -58,11 +27,6 @@ def mlp(x: Tensor, w_fc: Weight, w_proj: Weight) -> Tensor:
     if isinstance(w_fc, Tensor) and isinstance(w_proj, Tensor):
         return relu2_mlp(x, w_fc, w_proj)
     return linear(linear(x, w_fc).relu().square(), w_proj)
-
-
-def rms_norm(x: Tensor) -> Tensor:
-    """Divide by the root mean square of the last dimension. Keeps the dtype; eps is 1.19e-7, that of float32."""
-    return F.rms_norm(x, (x.size(-1),)).to(x.dtype)
 
 
 def rope_table(start: int, length: int, head_dim: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:

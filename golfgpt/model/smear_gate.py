@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from golfgpt.model.layers import rms_norm
+from golfgpt.model.linear import rms_norm
 
 
 def smear(kind: str, x: Tensor, before: Tensor, smear_gate: Tensor) -> Tensor:

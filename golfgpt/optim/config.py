@@ -27,9 +27,9 @@ class OptimConfig(Section):
     scalar_lr: NotNegative = 0.04
     """Adam's base learning rate for gains, scales and mixes."""
     tied_embed_lr: NotNegative = 0.05
-    """Adam's base learning rate for a tied embedding."""
+    """Adam's base learning rate for a tied embedding and, with it, the pair table."""
     embed_lr: NotNegative = 0.6
-    """Adam's base learning rate for an untied embedding."""
+    """Adam's base learning rate for an untied embedding and, with it, the pair table."""
     head_lr: NotNegative = 0.008
     """Adam's base learning rate for an untied head."""
     muon_momentum: FractionBelowOne = 0.95

@@ -1,7 +1,7 @@
 """`model.golf`: the container of a trained model.
 
     magic        8 bytes   b"golfgpt\\0"
-    version      uint32    3                                     numbers are little-endian
+    version      uint32    4                                     numbers are little-endian
     header       uint32    bytes of the header, at most 1 MB
     compressed   uint64    bytes of the compressed payload
     digest      32 bytes   SHA-256 of everything else, in file order
@@ -60,7 +60,7 @@ from golfgpt.quant.quantizer import (
 
 MAGIC = b"golfgpt\0"
 VERSION = 4
-"""3 until each mechanism of the model had a config of its own."""
+"""3 until model.bigram became a config of its own. A new field of ModelConfig raises it."""
 MAX_HEADER_BYTES = 10**6
 MAX_PAYLOAD_BYTES = 256 * 2**20
 """Largest payload, compressed or not."""

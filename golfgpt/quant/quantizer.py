@@ -333,7 +333,7 @@ class Quantizer:
             if not w.isfinite().all():
                 raise InputError(f"tensor {name} has {int((~w.isfinite()).sum())} non-finite weights")
             w = pruned(self.parameters[parse_layer_group(name)[0]], w, self.config.prune)
-            if format.quantized:  # on the CPU, whatever runtime.kernels says
+            if format.quantized:  # eager, also for CPU tensors of a run with runtime.kernels triton
                 encoded[name] = QuantizedTensor(format, *quantize_rows(w, self.spec(name), impl="eager"))
                 continue
             encoded[name] = QuantizedTensor(format, w.to(DTYPES[format.format]))

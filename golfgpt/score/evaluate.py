@@ -3,8 +3,9 @@
     val_loss = sum of nats / targets          val_bpb = sum of nats / ln 2 / bytes of the decoded text
 
 Windows of L tokens start at 0, S, 2S, … (`score.windows`), so a token is predicted from L - S + 1 tokens or more,
-except near the start of the text. Windows ignore document boundaries, as upstream's do; with eval.document_aware
-tokens attend within their document only, and a document's BOS is still a target, predicted from the document before.
+except near the start of the text. Windows ignore document boundaries, as those of the published scripts do. With
+eval.document_aware tokens attend within their document only, and a document's BOS is still a target, predicted from the
+document before.
 
 A score is printed only with proof: the windows cover every target once, the scored tokens are counted, their bytes
 are counted twice, and `score.checks` checks a sample of the windows first. Sums stay on the device in float64 and

@@ -9,8 +9,9 @@ from golfgpt.data.shards import Dataset
 from golfgpt.quant import artifact
 from golfgpt.quant.artifact import ArtifactInfo
 from golfgpt.quant.quantizer import Quantizer
-from golfgpt.train.reporter import budget_lines, tensor_table
-from golfgpt.train.run_folder import Reporter, RunFolder
+from golfgpt.tables import budget_lines, tensor_table
+from golfgpt.train.reporter import Reporter
+from golfgpt.train.run_folder import RunFolder
 from golfgpt.train.step import TrainStep
 
 

@@ -17,7 +17,7 @@ from golfgpt.train.clock import Ledger
 from golfgpt.train.export import Exporter
 from golfgpt.train.memory import memory_advice
 from golfgpt.train.progress import Progress
-from golfgpt.train.run_folder import Reporter
+from golfgpt.train.reporter import Reporter
 from golfgpt.train.saver import Saver
 from golfgpt.train.score import ModelScorer
 from golfgpt.train.signals import Signals

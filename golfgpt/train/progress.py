@@ -11,7 +11,7 @@ from golfgpt.data.shards import Dataset
 from golfgpt.quant.budget import forecast_bytes
 from golfgpt.quant.quantizer import Quantizer
 from golfgpt.train.attention_backend import Selection
-from golfgpt.train.run_folder import Reporter
+from golfgpt.train.reporter import Reporter
 from golfgpt.train.step import StepResult, TrainStep
 
 DECAY = 0.96

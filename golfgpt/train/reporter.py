@@ -1,60 +1,56 @@
-"""Plain text tables for terminals and logs."""
+"""What a run says: lines, a live status, metrics."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import sys
+import time
+from typing import Any
 
-from golfgpt.config import BudgetConfig
-from golfgpt.quant.artifact import ArtifactInfo
-from golfgpt.quant.budget import budget_report
-from golfgpt.quant.quantizer import TensorReport
-from golfgpt.score.evaluate import Score
+from golfgpt.train.run_folder import RunFolder
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Aligned columns: text to the left, whole numbers to the right."""
-    rows = [list(row) for row in rows]
-    cells = [list(head)] + [[f"{c:,}" if isinstance(c, int) else str(c) for c in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    right = [all(not isinstance(row[i], str) for row in rows) for i in range(len(head))]
-    lines = []
-    for line in cells:
-        padded = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True))
-        lines.append("  ".join(padded).rstrip())
-    return "\n".join(lines)
+class Reporter:
+    """Writes lines to the terminal and train.log, and numbers to metrics.jsonl.
 
+    On a terminal, a live status line is shown below the printed lines; otherwise there are only plain lines. With
+    `quiet` (--json), lines go to standard error. Ranks other than 0 have `folder=None` and print nothing.
+    """
 
-def tensor_table(reports: Iterable[TensorReport]) -> str:
-    """The per-tensor byte table, with errors if they are known."""
-    rows = []
-    for r in reports:
-        errors = () if r.snr_db is None else (f"{r.relative_rms_error:.2e}", f"{r.snr_db:.1f}")
-        rows.append((r.name, r.format, r.elements, r.value_bytes, r.scale_bytes, *errors))
-    head = ["tensor", "format", "elements", "value bytes", "scale bytes", "rel. error", "SNR dB"]
-    return table(head[: len(rows[0])], rows)
+    def __init__(self, folder: RunFolder | None, *, speak: bool = True, quiet: bool = False):
+        self.folder, self._speak = folder, speak
+        self._told, self._patience = time.monotonic(), 5.0
+        self._file = sys.stderr if quiet else sys.stdout
+        self._status = None
+        if speak and self._file.isatty():
+            from rich.console import Console
 
+            self._status = Console(file=self._file, highlight=False).status("", spinner="dots")
+            self._status.start()
 
-def budget_lines(info: ArtifactInfo, budget: BudgetConfig) -> str:
-    """Sizes of an artifact against its budget."""
-    return (
-        f"payload {info.payload_bytes:,} bytes -> {info.compressor} level {info.level}: {info.compressed_bytes:,}, "
-        f"header {info.header_bytes:,}, model.golf {info.file_bytes:,} bytes\n"
-        f"{budget_report(info.file_bytes, budget)}"
-    )
+    def line(self, text: str) -> None:
+        if not self._speak:
+            return
+        self._told, self._patience = time.monotonic(), 5.0
+        if self._status:
+            self._status.console.print(text, markup=False)
+        else:
+            print(text, file=self._file, flush=True)
+        if self.folder:
+            self.folder.log(text)
 
+    def status(self, text: str) -> None:
+        """Update the live line. Without a live line, print the text if nothing was printed for 5 seconds, after that
+        for 30 seconds."""
+        if self._status:
+            self._status.update(text)
+        elif self._speak and time.monotonic() - self._told >= self._patience:
+            self._told, self._patience = time.monotonic(), 30.0
+            print(text, file=self._file, flush=True)
 
-BASELINES = {"gzip": "gzip -9", "xz": "xz", "zstd": "zstd -22", "bigram": "token bigram, fitted on train"}
+    def metric(self, kind: str, **values: Any) -> None:
+        if self.folder:
+            self.folder.metric(kind, **values)
 
-
-def score_lines(score: Score, baselines: dict[str, float] | None) -> str:
-    """A score and its checks; below them the baselines, if all of the text was scored."""
-    line = (
-        f"{score.label} {score.val_bpb:.4f}   val_loss {score.val_loss:.4f}   window {score.window} stride "
-        f"{score.stride}   {score.dtype}   {score.tokens:,} tokens, {score.bytes:,} bytes, {score.seconds:.1f} s\n"
-        f"{score.checks}"
-    )
-    if not baselines:
-        return line
-    rows = [("this model", f"{score.val_bpb:.4f}")]
-    rows += [(BASELINES[name], f"{value:.4f}") for name, value in baselines.items()]
-    return line + "\n" + table(("bits per byte of the same text", score.label), rows)
+    def close(self) -> None:
+        if self._status:
+            self._status.stop()

@@ -32,7 +32,7 @@ from golfgpt.quant import artifact
 from golfgpt.train import checkpoint
 
 FORMAT = 2
-"""Of config.json; runs from before 2026-11-28 have none and count as 1."""
+"""Of config.json; runs without one count as 1. A new or changed field of RunConfig raises it."""
 
 
 class RunFolder:
@@ -199,50 +199,3 @@ def model_of(loaded: artifact.Artifact) -> GPT:
     model = GPT(loaded.info.model)
     model.load_state_dict(loaded.state)
     return model.eval()
-
-
-class Reporter:
-    """Writes lines to the terminal and train.log, and numbers to metrics.jsonl.
-
-    On a terminal, a live status line is shown below the printed lines; otherwise there are only plain lines. With
-    `quiet` (--json), lines go to standard error. Ranks other than 0 have `folder=None` and print nothing.
-    """
-
-    def __init__(self, folder: RunFolder | None, *, speak: bool = True, quiet: bool = False):
-        self.folder, self._speak = folder, speak
-        self._told, self._patience = time.monotonic(), 5.0
-        self._file = sys.stderr if quiet else sys.stdout
-        self._status = None
-        if speak and self._file.isatty():
-            from rich.console import Console
-
-            self._status = Console(file=self._file, highlight=False).status("", spinner="dots")
-            self._status.start()
-
-    def line(self, text: str) -> None:
-        if not self._speak:
-            return
-        self._told, self._patience = time.monotonic(), 5.0
-        if self._status:
-            self._status.console.print(text, markup=False)
-        else:
-            print(text, file=self._file, flush=True)
-        if self.folder:
-            self.folder.log(text)
-
-    def status(self, text: str) -> None:
-        """Update the live line. Without a live line, print the text if nothing was printed for 5 seconds, after that
-        for 30 seconds."""
-        if self._status:
-            self._status.update(text)
-        elif self._speak and time.monotonic() - self._told >= self._patience:
-            self._told, self._patience = time.monotonic(), 30.0
-            print(text, file=self._file, flush=True)
-
-    def metric(self, kind: str, **values: Any) -> None:
-        if self.folder:
-            self.folder.metric(kind, **values)
-
-    def close(self) -> None:
-        if self._status:
-            self._status.stop()

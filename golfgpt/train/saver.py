@@ -12,7 +12,8 @@ from golfgpt.errors import InputError, NonFiniteError
 from golfgpt.quant.quantizer import Quantizer
 from golfgpt.train import checkpoint
 from golfgpt.train.clock import Ledger
-from golfgpt.train.run_folder import Reporter, RunFolder, read_config, write_config
+from golfgpt.train.reporter import Reporter
+from golfgpt.train.run_folder import RunFolder, read_config, write_config
 from golfgpt.train.signals import Signals
 from golfgpt.train.step import TrainStep
 

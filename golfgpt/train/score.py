@@ -10,7 +10,7 @@ from golfgpt.score.evaluate import Score, evaluate
 from golfgpt.score.sums import PartialSums
 from golfgpt.train.clock import Ledger
 from golfgpt.train.export import Exporter
-from golfgpt.train.run_folder import Reporter
+from golfgpt.train.reporter import Reporter
 from golfgpt.train.signals import Signals
 from golfgpt.train.step import TrainStep
 

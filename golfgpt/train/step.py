@@ -34,7 +34,7 @@ from golfgpt.optim.averaging import Average
 from golfgpt.optim.flat import FlatGradients
 from golfgpt.optim.optimizers import Optimizers
 from golfgpt.optim.schedule import budget_used, lr_multiplier, muon_momentum, quantization_aware
-from golfgpt.published import to_published
+from golfgpt.published.names import to_published
 from golfgpt.quant.compute_copies import ComputeCopies
 from golfgpt.quant.quantizer import Quantizer
 from golfgpt.train.clock import Pace
@@ -249,6 +249,7 @@ class TrainStep:
 
     def warm_up(self, steps: int, say: Callable[[str], None] = lambda text: None) -> None:
         """Run `steps` full steps to compile everything, then undo them. `say` receives a progress message for each."""
+        enabled = None if self._enabled is None else self._enabled.clone()
         model = {k: v.clone() for k, v in self.model.state_dict().items()}
         optimizers = {k: v.clone() for k, v in self.optimizers.state().items()}
         known = self.pace.known
@@ -263,3 +264,5 @@ class TrainStep:
         self.optimizers.load_state(optimizers)
         self.optimizers.ok.fill_(True)
         self.pace.known = known
+        if enabled is not None:  # a resumed run may be past the start of fake quantization
+            self._enabled.copy_(enabled)

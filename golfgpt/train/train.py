@@ -22,6 +22,7 @@ from golfgpt.quant.quantizer import Quantizer
 from golfgpt.score.baselines import baselines
 from golfgpt.score.evaluate import plan_windows
 from golfgpt.score.sums import PartialSums
+from golfgpt.tables import score_lines, table
 from golfgpt.train import compile_cache
 from golfgpt.train.attention_backend import Selection, select_backend
 from golfgpt.train.clock import Ledger
@@ -29,8 +30,8 @@ from golfgpt.train.export import Exporter
 from golfgpt.train.loop import Loop
 from golfgpt.train.memory import memory_advice
 from golfgpt.train.progress import Progress, announce
-from golfgpt.train.reporter import score_lines, table
-from golfgpt.train.run_folder import Reporter, RunFolder
+from golfgpt.train.reporter import Reporter
+from golfgpt.train.run_folder import RunFolder
 from golfgpt.train.saver import Saver
 from golfgpt.train.score import ModelScorer
 from golfgpt.train.signals import Signals

@@ -11,7 +11,7 @@ singular values converge to 1. A tuple (a, b, c), or one triple per step, is tak
 
 Precision: the norm and the division in fp32 (float64 if X or `dtype` is), then the iteration in `dtype`,
 every operation rounded to it, matmuls accumulated in fp32. The polynomial is b A + (c A) A, the order
-that upstream rounds in: other orders differ by up to 3.5e-2 in bf16. The result has X's dtype, with
+that the published code rounds in: other orders differ by up to 3.5e-2 in bf16. The result has X's dtype, with
 values rounded to `dtype`.
 
 Backward: autograd through the iteration. With P = b A + c A², Y = a X + P X, both A and P symmetric, a step is
