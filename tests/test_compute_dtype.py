@@ -90,7 +90,7 @@ def test_a_fast_machine_measures_a_microbatch_in_turn(clock):
     assert set(Counter(calls).values()) == {compute_dtype.ROUNDS}
 
 
-@pytest.mark.parametrize("us, largest", [(20, 256), (100, 64), (500, 16), (3000, 16)])
+@pytest.mark.parametrize("us, largest", [(20, 256), (100, 64), (500, 16), (900, 16)])
 def test_a_slow_machine_measures_less(clock, us, largest):
     calls = clock(bfloat16=10e-6 * us, float32=1e-6 * us)
     assert f"float32 {us:.1f} us" in choose().why and choose().name == "float32"
@@ -100,7 +100,7 @@ def test_a_slow_machine_measures_less(clock, us, largest):
 def test_a_machine_too_slow_or_busy_to_measure(clock):
     """One call is all it gets; nothing is kept, so that the next run tries again."""
     calls = clock(bfloat16=1.0, float32=50.0)
-    assert str(choose()) == "float32 (no measurement within 2 s: the CPU is slow or busy)"
+    assert str(choose()) == "float32 (no measurement within 0.5 s: the CPU is slow or busy)"
     assert len(calls) == 1
     clock(bfloat16=3e-6, float32=5e-6)
     assert choose().why.endswith("measured now") and choose().why.endswith("measured in an earlier run")
