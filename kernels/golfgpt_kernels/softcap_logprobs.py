@@ -95,7 +95,7 @@ def softcap_cross_entropy_ref(
     ignore_index: int = -100,
     z_loss: float = 0.0,
 ) -> Tensor:
-    z = _logits(hidden, head_weight, softcap).reshape(targets.numel(), head_weight.shape[0])
+    z = _logits(hidden.reshape(targets.numel(), hidden.shape[-1]), head_weight, softcap)
     flat = targets.flatten()
     loss = F.cross_entropy(z, flat, ignore_index=ignore_index, reduction="none")
     if z_loss:
