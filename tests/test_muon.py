@@ -1,4 +1,4 @@
-"""The Muon step: its kernels, its optimizer, and the same update however many ranks there are."""
+"""Muon: the optimizer, and the same update on any number of ranks."""
 
 from __future__ import annotations
 
@@ -23,17 +23,8 @@ from golfgpt.optim.optimizers import Muon, Optimizers
 
 pytestmark = pytest.mark.numeric
 
-SHAPES = [(2, 24, 40), (3, 40, 24), (0, 8, 8), (24, 40), (5, 1, 7)]
 INT6 = RowQuant(bits=6)
 SMALL = ModelConfig(vocab_size=64, num_layers=3, model_dim=24, num_heads=3, num_kv_heads=1, mlp_hidden=40)
-
-
-def tensors(seed, dtype=torch.float32, device="cpu"):
-    return [randn(*shape, seed=seed + i, dtype=dtype, device=device) for i, shape in enumerate(SHAPES)]
-
-
-def scalar(value, device):
-    return torch.full((), value, device=device)
 
 
 # ---- the optimizer

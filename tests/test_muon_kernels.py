@@ -12,13 +12,10 @@ from golfgpt_kernels import muon as kernels
 from golfgpt_kernels.fake_quant import fake_quantize_rows_ref
 from golfgpt_kernels.testing import poisoned, randn
 
-from golfgpt.config import ModelConfig
-
 pytestmark = pytest.mark.numeric
 
 SHAPES = [(2, 24, 40), (3, 40, 24), (0, 8, 8), (24, 40), (5, 1, 7)]
 INT6 = RowQuant(bits=6)
-SMALL = ModelConfig(vocab_size=64, num_layers=3, model_dim=24, num_heads=3, num_kv_heads=1, mlp_hidden=40)
 
 
 def tensors(seed, dtype=torch.float32, device="cpu"):

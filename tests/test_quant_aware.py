@@ -114,6 +114,18 @@ def trainer_of(config: RunConfig) -> TrainStep:
     return TrainStep(config, Tokens, Ranks(0, 1, torch.device("cpu")))
 
 
+def test_a_warm_up_leaves_late_quantization_switched_on():
+    """A resumed run warms up past its start. Without compute copies nothing else would switch it on again."""
+    rules = ("tok_emb.weight=int2", "*=float32")
+    trainer = trainer_of(run(QuantConfig(rules=rules, keep_numel=0, qat="export", qat_start=0.5)))
+    trainer.prepare(7)
+    before = trainer.wait(trainer.launch(7)).loss
+    trainer.warm_up(1)
+    assert trainer.wait(trainer.launch(7)).loss == before
+    trainer.prepare(0)
+    assert trainer.wait(trainer.launch(7)).loss != before
+
+
 @pytest.mark.parametrize(("start", "below", "expected"), [(0.5, 1.0, 4), (0.0, 0.6, 6), (0.0, 1.0, 0)])
 def test_late_quantization_begins_on_its_step_without_recompiling(start, below, expected, monkeypatch):
     """warmdown_frac 0.5 of 8 steps: multipliers 1 for steps 0 to 4, then .75, .5, .25."""

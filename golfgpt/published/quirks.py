@@ -1,4 +1,5 @@
-"""What published scripts do that costs bits. Each is a field of the configuration, off by default, and one hook here.
+"""What published quantizers do that costs bits. Each is a field of the configuration, off by default; the quantizer
+calls the two functions below.
 
 quant.clip_floor      R0 to R4b clip rows at 1 or more, so rows whose largest weight is smaller lose levels
 quant.codes_from      R0 divides by the scale before its rounding to float16, and decodes with the rounded one

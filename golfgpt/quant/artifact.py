@@ -60,7 +60,7 @@ from golfgpt.quant.quantizer import (
 
 MAGIC = b"golfgpt\0"
 VERSION = 4
-"""3 until model.bigram became a config of its own. A new field of ModelConfig raises it."""
+"""3 until model.bigram became a config of its own. A release with new fields of ModelConfig raises it."""
 MAX_HEADER_BYTES = 10**6
 MAX_PAYLOAD_BYTES = 256 * 2**20
 """Largest payload, compressed or not."""

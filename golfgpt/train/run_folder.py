@@ -32,7 +32,7 @@ from golfgpt.quant import artifact
 from golfgpt.train import checkpoint
 
 FORMAT = 2
-"""Of config.json; runs without one count as 1. A new or changed field of RunConfig raises it."""
+"""Of config.json; runs without one count as 1. A release with new or changed fields of RunConfig raises it."""
 
 
 class RunFolder:

@@ -64,7 +64,8 @@ def train(config: RunConfig, path: Path, *, resume: bool = False, quiet: bool = 
             folder = None
             with ranks.raise_on_any():
                 if ranks.is_main:
-                    folder = RunFolder.open(path) if resume else create_folder(path, config, dataset)
+                    tokenizer = dataset.need_tokenizer().model_bytes
+                    folder = RunFolder.open(path) if resume else RunFolder.create(path, config, tokenizer)
                     stack.callback(folder.close)
         try:
             reporter = Reporter(folder, speak=ranks.is_main, quiet=quiet)
@@ -127,10 +128,6 @@ def open_dataset(config: RunConfig, ranks: Ranks) -> Dataset:
         )
     dataset.check_token_ids(config.model.vocab_size, assigned=(ranks.rank, ranks.world))
     return dataset
-
-
-def create_folder(path: Path, config: RunConfig, dataset: Dataset) -> RunFolder:
-    return RunFolder.create(path, config, dataset.need_tokenizer().model_bytes)
 
 
 def choose_kernels(config: RunConfig, ranks: Ranks) -> set_implementation:
