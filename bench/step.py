@@ -3,12 +3,8 @@
     python -m bench.step [--recipes NAME ...] [--data DIR] [--seconds N] [--out DIR] [--trace]
     python -m bench.step --small            tiny models, on a CPU in a minute; shows that it works and no more
 
-The work is that of one rank of 8: its span of tokens in one forward and backward, then the update. The forms:
-
-    eager           golfgpt's model and optimizer, not compiled, no kernels
-    published       bench/published.py as rank 0 of 8, which orthogonalizes every eighth matrix; no communication
-    published_all   the same orthogonalizing all matrices
-    golfgpt         golfgpt.train.step, compiled, with whatever kernels "auto" picks
+The forms, eager, published, published_all and golfgpt, are described in bench/forms.py; each does the work of one rank
+of 8.
 
 All start from the same weights and read the same tokens; the losses of their first steps show that they do the same
 work (published_all stands for published, whose other matrices do not move). Then they take turns, a few steps each, so
@@ -23,8 +19,8 @@ triton, cuda, driver, date, command, roofs, small, dtype, and
 
     entries     one per recipe
         recipe, tokens, seq_len, parameters, matrix_parameters
-        flops       {"matrices", "attention"}, see `matrix_flops` and `attention_flops`
-        floor_ms    see `floor_ms`, at the measured roofs (null without a GPU)
+        flops       {"matrices", "attention"}, of bench/flops.py
+        floor_ms    of bench/flops.py, at the measured roofs (null without a GPU)
         ready_seconds       {form: to compile and warm up}
         losses      {form: nats of each checked step}; loss_difference: {form: from golfgpt's, relative, at the worst
                     step}; same_work: whether all are in bounds
@@ -57,261 +53,32 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import torch
-from golfgpt_kernels import set_implementation, timing, tuning
+from golfgpt_kernels import timing, tuning
 from torch import Tensor
 
-from bench import published, report
+from bench import report
+from bench.flops import attention_flops, floor_ms, matrix_flops, matrix_parameters, mfu
+from bench.forms import FORMS, Form, Setup, build, dtype_name
 from bench.roofs import driver, roofs
-from golfgpt.config import BigramConfig, DataConfig, ModelConfig, RunConfig, RuntimeConfig, ScheduleConfig
-from golfgpt.data.shards import open_shard
 from golfgpt.distributed import Ranks
 from golfgpt.errors import InputError
-from golfgpt.model.gpt import GPT
-from golfgpt.model.parameters import of_kind, parameter_shapes, parameter_table
+from golfgpt.model.parameters import parameter_shapes
 from golfgpt.recipes import get
 from golfgpt.train.attention_backend import select_backend, use_flash3
 from golfgpt.train.step import Pending, TrainStep
 
 RECIPES = ("baseline", "mixed-qat", "int5-int6-swa")
-FORMS = ("eager", "published_all", "published", "golfgpt")
 PHASES = report.STEP_PHASES
-PEAK_FLOPS = 989e12  # bf16, dense, of an H100 or H200: what MFU is a share of
-RANKS = 8
-WARM_UP, CHECKED_STEPS = 3, 5  # codes that flip carry the forms apart in more steps
+CHECKED_STEPS = 5  # codes that flip carry the forms apart in more steps
 TURNS, STEPS_A_TURN = 6, 6
 CURVE_STEPS, SMALL_CURVE_STEPS = 200, 20
 # Relative. Tiny models on a CPU are within 4e-6 in float32 and 1e-3 in bf16; never measured on a GPU.
 LOSS_BOUND = {torch.float32: 1e-4, torch.bfloat16: 0.01}
 RESERVE = 20.0  # seconds of the budget for imports, the picture and the end of the process
-
-Mark = Callable[[str], None]  # is told the phase that begins
-
-
-# ---- what is run
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What all forms of a recipe have in common."""
-
-    config: RunConfig
-    tokens: np.ndarray
-    source: str
-    """What the tokens are."""
-    device: torch.device
-    dtype: torch.dtype
-
-    @classmethod
-    def of(
-        cls, recipe: str, *, small: bool, device: torch.device, dtype: torch.dtype, folder: Path | None = None
-    ) -> Setup:
-        """One rank's share of a recipe, at a constant learning rate; `dtype` is the embeddings' too."""
-        config = get(recipe).config
-        model, quant = config.model, config.quant
-        data = DataConfig(batch_tokens=config.data.batch_tokens // RANKS, seq_len=config.data.seq_len, spans=1)
-        if small:
-            pairs = {"bigram": BigramConfig(rows=64, dim=32)} if model.bigram.rows else {}
-            model = replace(
-                model, vocab_size=128, num_layers=model.num_layers // 3, model_dim=64, num_heads=4, num_kv_heads=2,
-                mlp_hidden=64 * model.mlp_hidden // model.model_dim, **pairs,
-            )  # fmt: skip
-            data = DataConfig(batch_tokens=512, seq_len=64, spans=1)
-            quant = replace(quant, keep_numel=0)
-        optim = replace(config.optim, embed_dtype=_name(dtype))
-        schedule = ScheduleConfig(kind="warmdown_steps", warmdown_steps=0, max_seconds=None)
-        config = replace(config, model=model, data=data, quant=quant, optim=optim, schedule=schedule)
-        made_up = folder is None
-        tokens = made_up_tokens(model.vocab_size) if made_up else read_tokens(folder, model.vocab_size)
-        return cls(config, tokens, "made up" if made_up else folder.name, device, dtype)
-
-    def weights(self, seed: int = 0) -> dict[str, Tensor]:
-        """golfgpt's first ones, matrices and tables rounded as published models keep them. Those that start at zero are
-        drawn, so that a loss depends on every part of the model from the first step on."""
-        generator = torch.Generator().manual_seed(seed)
-        weights = GPT(self.config.model, seed=self.config.seed + seed).state_dict()
-        table = parameter_table(self.config.model)
-        for name in [name for name in weights if name in of_kind(table, "matrix", "embedding")]:
-            w = weights[name].float()
-            if not w.any():
-                w = torch.randn(w.shape, generator=generator) * w.size(-1) ** -0.5
-            weights[name] = w.to(self.dtype).float()
-        return weights
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def made_up_tokens(vocab_size: int, count: int = 2_000_000) -> np.ndarray:
-    """uint16 (count,): Zipf's frequencies, and in half of the places the token that follows from the one before."""
-    random = np.random.default_rng(0)
-    weights = 1 / (np.arange(vocab_size) + 10)
-    drawn = random.choice(vocab_size, count, p=weights / weights.sum())
-    follows = random.permutation(vocab_size)
-    drawn[1:] = np.where(random.random(count - 1) < 0.5, follows[drawn[:-1]], drawn[1:])
-    return drawn.astype(np.uint16)
-
-
-def read_tokens(folder: Path, vocab_size: int) -> np.ndarray:
-    """uint16, all train shards of a prepared folder. Raises InputError for one of another vocabulary."""
-    shards = [open_shard(file) for file in sorted(folder.glob("*_train_*.bin"))]
-    if not shards or max(int(shard.max()) for shard in shards) >= vocab_size:
-        raise InputError(f"{folder} holds no train shards with a vocabulary of {vocab_size}")
-    return np.concatenate(shards)
-
-
-# ---- what a step must do at least
-
-
-def matrix_parameters(c: ModelConfig) -> int:
-    """Weights that multiply activations: the layers' matrices, the pair projection and the head, tied or not."""
-    layer = 2 * c.model_dim**2 + 2 * c.model_dim * c.kv_dim + 2 * c.model_dim * c.mlp_hidden
-    return c.num_layers * layer + c.vocab_size * c.model_dim + c.model_dim * c.bigram.dim
-
-
-def matrix_flops(c: ModelConfig, tokens: int) -> int:
-    """A multiplication and an addition per weight and token, in the forward and for both gradients: 6."""
-    return 6 * matrix_parameters(c) * tokens
-
-
-def attention_flops(c: ModelConfig, tokens: int, seq_len: int) -> int:
-    """Causal forward: q kᵀ and its product with v, 2 flops per channel and pair of positions each; half the pairs."""
-    return c.num_layers * tokens * seq_len * 2 * c.model_dim
-
-
-def mfu(c: ModelConfig, tokens: int, seq_len: int, ms: float) -> float:
-    """Share of the peak: 6 flops per matrix weight and token, and attention's backward counted as two forwards."""
-    return (matrix_flops(c, tokens) + 3 * attention_flops(c, tokens, seq_len)) / (ms / 1e3 * PEAK_FLOPS)
-
-
-def floor_ms(c: ModelConfig, tokens: int, seq_len: int, tflops: float, gbps: float) -> float:
-    """No step is faster at these roofs, as far as is known how to fuse it. The sum of
-
-    - matrix products, and attention with a backward of 2.5 forwards (it computes q kᵀ again), at `tflops`
-    - Newton-Schulz of M x N, M <= N: 5 (3 M² N + M³) flops, half of each symmetric product
-    - 15 passes over the residual stream per layer, which remain when all that may be fused into a GEMM is
-    - logits written, read, and read and written again, in bf16
-    - the update: 20 bytes per parameter, gradient read, momentum and weight read and written
-    """
-    matrices = [
-        *c.num_layers * (2 * [(c.model_dim, c.model_dim)] + 2 * [(c.kv_dim, c.model_dim)]),
-        *c.num_layers * (2 * [sorted((c.mlp_hidden, c.model_dim))]),
-        *([sorted((c.bigram.dim, c.model_dim))] if c.bigram.dim else []),
-    ]
-    parameters = sum(math.prod(shape) for shape in parameter_shapes(c).values())
-    flops = matrix_flops(c, tokens) + 3.5 * attention_flops(c, tokens, seq_len)
-    flops += sum(5 * (3 * m * m * n + m**3) for m, n in matrices)
-    traffic = 2 * tokens * (15 * c.num_layers * c.model_dim + 4 * c.vocab_size) + 20 * parameters
-    return flops / tflops / 1e9 + traffic / gbps / 1e6
-
-
-# ---- the forms
-
-
-class Published:
-    """bench.published. The forms of all matrices and of rank 0's share are one model, compiled once."""
-
-    def __init__(self, setup: Setup, loop: published.Loop | None = None):
-        self.world = 1 if loop is None else RANKS
-        self.loop = loop or published.Loop(setup.config, setup.tokens, setup.device, setup.dtype)
-        if loop is None:
-            self.restart(setup.weights())
-            for step in range(WARM_UP):
-                self.loop.step(step, lambda phase: None)
-            self.restart(setup.weights())
-
-    def restart(self, weights: Mapping[str, Tensor]) -> None:
-        self.loop.load(weights)
-
-    def step(self, step: int, mark: Mark) -> Tensor:
-        self.loop.muon.world = self.world
-        return self.loop.step(step, mark)
-
-
-class Golfgpt:
-    """golfgpt.train.step's step, told apart into phases at the places where its parts meet."""
-
-    def __init__(self, setup: Setup, *, compile: str, graph: bool):
-        runtime = RuntimeConfig(
-            device=setup.device.type, dtype=_name(setup.dtype), compile=compile,
-            optimizer_graph=graph, warmup_steps=WARM_UP,
-        )  # fmt: skip
-        dataset = SimpleNamespace(train=[setup.tokens])
-        self.trainer = TrainStep(replace(setup.config, runtime=runtime), dataset, Ranks(0, 1, setup.device))
-        self.trainer.model.load_state_dict(setup.weights())
-        self.trainer.warm_up(WARM_UP)
-        self.loss, self.graph = self.trainer._loss, graph
-        self.last: Pending | None = None
-
-    def restart(self, weights: Mapping[str, Tensor]) -> None:
-        self.trainer.model.load_state_dict(weights)
-        self.trainer.optimizers.load_state({})
-        self.trainer.prepare(0)
-
-    def step(self, step: int, mark: Mark) -> Pending:
-        """Like the training loop: the result of the step before is read when this one is enqueued."""
-
-        def loss(*args, **options) -> Tensor:
-            mark("forward")
-            out = self.loss(*args, **options)
-            mark("backward")
-            return out
-
-        mark("data")
-        self.trainer._loss = loss
-        for _ in self.trainer.backward(step):
-            pass
-        mark("rest")
-        pending = self.trainer.sum(step)
-        mark("optimizer")
-        self.trainer.update(pending)
-        mark("rest")
-        if self.last is not None:
-            self.trainer.wait(self.last)
-        self.last = pending
-        return pending
-
-
-class Eager(Golfgpt):
-    """Without compiler and kernels, whatever was measured to be faster here."""
-
-    def __init__(self, setup: Setup):
-        with set_implementation("eager"):
-            super().__init__(setup, compile="off", graph=False)
-
-    def step(self, step: int, mark: Mark) -> Pending:
-        with set_implementation("eager"):
-            return super().step(step, mark)
-
-
-Form = Published | Golfgpt
-
-
-def build(name: str, setup: Setup, built: Mapping[str, Form]) -> Form:
-    """A form with the first weights that compiles nothing any more."""
-    if name == "published":
-        return Published(setup, built["published_all"].loop)  # KeyError: that one failed
-    if name == "published_all":
-        return Published(setup)
-    if name == "eager":
-        return Eager(setup)
-    if setup.device.type != "cuda":
-        return Golfgpt(setup, compile="off", graph=False)
-    try:
-        return Golfgpt(setup, compile="on", graph=True)
-    except TimeoutError:
-        raise
-    except Exception as error:
-        made = Golfgpt(setup, compile="on", graph=False)
-        made.graph = tuning.reason(error)
-        return made
 
 
 # ---- timing
@@ -589,7 +356,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--trace needs --out DIR on a CPU")
     result = tuning.environment(device) | {"date": time.strftime("%Y-%m-%d"), "command": "python -m bench.step"}
     result |= {"cuda": torch.version.cuda, "driver": driver(), "roofs": None, "small": options.small}
-    result |= {"dtype": _name(dtype), "entries": [], "unfinished": list(options.recipes)}
+    result |= {"dtype": dtype_name(dtype), "entries": [], "unfinished": list(options.recipes)}
     stop = time.monotonic() + options.seconds - min(RESERVE, options.seconds / 4)
 
     def save() -> None:

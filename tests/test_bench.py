@@ -1,4 +1,4 @@
-"""The benchmark's machinery on a CPU: what is checked, timed, searched, reported and adopted. No time is judged."""
+"""The benchmark's machinery on a CPU: what is checked, timed and kept. No time is judged."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from unittest import mock
 
 import pytest
 import torch
+from fake_gpu import FakeCuda, made_up
 from golfgpt_kernels import __main__, _dispatch, timing, tuning
 from golfgpt_kernels._jit import INTERPRETING, MISSING
-from golfgpt_kernels._tiles import TABLES, Tile
 
-from bench import cases, gpu_test, kernels, peers, report, tune
+from bench import cases, gpu_test, kernels, peers, tune
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 TINY = {case.name: case for case in cases.bench_cases(64, 32, ((64, 96),), 1)}
@@ -194,52 +194,6 @@ def test_the_time_limit_interrupts_and_skips():
     assert time.monotonic() - start < 50
 
 
-class FakeCuda:
-    """Streams, events and graphs that do their work on the CPU at once; a capture of `forbidden` fails."""
-
-    def __init__(self, monkeypatch, forbidden=None):
-        self.capturing, self.captured, self.replays, self.forbidden = False, 0, 0, forbidden
-        nothing = contextlib.nullcontext
-        for name, value in {
-            "Stream": lambda device: self,
-            "current_stream": lambda device: self,
-            "Event": lambda enable_timing: self,
-            "CUDAGraph": lambda: self,
-            "device": lambda device: nothing(),
-            "stream": lambda stream: nothing(),
-            "graph": self.graph,
-            "set_stream": lambda stream: None,
-            "synchronize": lambda device: None,
-            "is_available": lambda: True,
-            "get_device_name": lambda device=None: "Fixture GPU",
-            "get_device_capability": lambda device=None: (9, 0),
-        }.items():
-            monkeypatch.setattr(torch.cuda, name, value)
-
-    @contextlib.contextmanager
-    def graph(self, graph, stream):
-        self.capturing = True
-        try:
-            yield
-        finally:
-            self.capturing = False
-
-    def call(self, inputs):
-        if self.capturing and inputs == self.forbidden:
-            raise RuntimeError("operation not permitted when stream is capturing")
-        self.captured += self.capturing
-
-    def replay(self):
-        self.replays += 1
-
-    def elapsed_time(self, end):
-        return 2.0  # milliseconds
-
-    def wait_stream(self, stream): ...
-
-    record = synchronize = lambda self: None
-
-
 @pytest.mark.parametrize("forbidden", [None, "b"], ids=["captured", "not captured"])
 def test_calls_are_captured_in_a_graph_of_at_least_5_ms_or_the_reason_is_kept(forbidden, monkeypatch):
     cuda = FakeCuda(monkeypatch, forbidden)
@@ -325,171 +279,6 @@ def test_the_installed_command_keeps_what_it_measured(monkeypatch, tmp_path, cap
     (file,) = tmp_path.glob("tune-Fixture-GPU-*.json")
     result = json.loads(file.read_text())
     assert result["entries"] == [{"op": "relu2_mlp", "seconds": 7.0}] and result["gpu"] == "Fixture GPU"
-
-
-# ---- search
-
-GEMM = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4}
-
-
-def test_candidates_are_powers_of_two_that_fit():
-    tiles = tune.candidates(GEMM, 2, 227 * 1024)
-    assert GEMM in tiles and len(tiles) > 100
-    assert all(value & (value - 1) == 0 for tile in tiles for name, value in tile.items() if name != "num_stages")
-    for tile in tiles:
-        m, n, k = (tile[f"BLOCK_{axis}"] for axis in "MNK")
-        assert (m + n) * k * 2 * tile["num_stages"] <= 227 * 1024
-        assert m * n / (32 * tile["num_warps"]) <= 128, "accumulators in registers"
-    assert len(tune.candidates(GEMM, 2, 99 * 1024)) < len(tiles)
-    assert tune.candidates({"BLOCK": 4096, "num_warps": 1}, 4, 0)[0] == {"BLOCK": 1024, "num_warps": 1}
-
-
-def test_search_starts_with_the_shipped_tile_and_walks_downhill():
-    target = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
-    tiles = tune.candidates(GEMM, 2, 227 * 1024)
-
-    def evaluate(batch):
-        for tile in batch:
-            yield "spills" if tile["num_stages"] == 6 else 100 + tune.distance(tile, target)
-
-    steps = list(tune.best_first(GEMM, tiles, evaluate, 60))
-    assert steps[0][0] == GEMM and len(steps) == len(tiles)
-    tried = [tile for tile, _ in steps]
-    assert tried.index(target) < len(tiles) / 2
-    assert [tile for tile, _ in tune.best_first(GEMM, tiles, evaluate, -1)] == [GEMM], "when the time is up it ends"
-
-
-@interpreted
-def test_recorded_launches_are_those_of_the_table_with_its_tile():
-    found = tune.units([LINEAR, MLP], CPU)
-    assert {unit.kernel for unit in found} == {"linear_relu2_fwd", "relu2_mlp_dz", "weight_grad"}
-    unit = next(unit for unit in found if unit.kernel == "linear_relu2_fwd")
-    assert found[unit] == [LINEAR], "the case without backward is enough"
-    tile = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1}
-    inputs = MLP.make(CPU, 0)
-    with tune.recording({unit: tile}, run=True) as launches:
-        out = MLP.run(inputs, "triton")
-    (ours,) = (launch for launch in launches if launch.unit == unit)
-    assert ours.options == tile and len(launches) > 1
-    assert torch.equal(out["out0"], MLP.run(inputs, "triton")["out0"]), "and afterwards all is as before"
-    select = TABLES["linear_relu2_fwd"].select(CPU, torch.bfloat16, 64)
-    assert "unit" not in select
-
-
-@interpreted
-def test_evaluation_refuses_wrong_results_and_survives_errors(monkeypatch):
-    monkeypatch.setattr(tune, "time_launches", lambda calls, device: float(len(calls)))
-    monkeypatch.setattr(tune.Evaluation, "compile", lambda self, tiles: None)
-    (unit,) = tune.units([LINEAR], CPU)
-    evaluation = tune.Evaluation(unit, [LINEAR], CPU)
-    tile = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1}
-    good, bad = evaluation([tile, {**tile, "BLOCK_M": 24}])
-    assert good == 2.0 and isinstance(bad, str)
-    evaluation.eager = [{"out0": torch.zeros_like(evaluation.eager[0]["out0"])}]
-    assert "differs from eager" in next(evaluation([tile]))
-
-
-def test_the_winning_line_is_python_that_makes_a_tile():
-    this = {"kernel": "k", "itemsize": 2, "size": 65536, "cases": ["c"]}
-    this |= {"shipped": {"launch": GEMM, "us": 100.0}, "best": {"launch": GEMM | {"num_stages": 3}, "us": 90.0}}
-    (tile,) = eval(tune.tile_line(this, made_up(gpu="GH")), {"Tile": Tile})
-    assert tile.launch == this["best"]["launch"] and (tile.sm, tile.itemsize) == (90, 2)
-    assert "GH" in tile.source and "90.0 us" in tile.source and "100.0" in tile.source
-
-
-# ---- report: a made-up result of a GPU that does not exist
-
-
-def made_up(**fields):
-    return {
-        "op": "relu2_mlp", "sm": 90, "gpu": "Fixture GPU", "dtype": "bfloat16", "rows": 65536,
-        "shape": [65536, 512, 1024], "direction": "forward+backward",
-        "us": {"eager": 1000.0, "compile": 800.0, "triton": 500.0}, "spread": {}, "how": {}, "failed": {},
-        "correct": True, "flops": 200_000_000_000, "bytes": 800_000_000,
-        "torch": "2.11.0", "triton": "3.6.0", "command": "fixture", "date": "2026-01-01",
-    } | fields  # fmt: skip
-
-
-@pytest.fixture
-def result(tmp_path):
-    """Roofs of 800 TFLOP/s and 4,000 GB/s: the floor of 0.2 TFLOP and 0.8 GB is 250 us."""
-    entries = [
-        made_up(),
-        made_up(op="linear_relu2", correct=False, failed={"triton": "out0: differs"}),
-        made_up(op="linear", us={"eager": 3.0, "compile": 2.0}, correct=False),
-    ]
-    value = made_up(cuda="13.0", driver="1", roofs={"tflops": 800.0, "gbps": 4000.0}, entries=entries)
-    file = tmp_path / report.result_name(value)
-    tuning.write_json(file, value)
-    return file
-
-
-def test_report_makes_a_table(result, tmp_path, capsys):
-    assert result.name == "gpu-Fixture-GPU-torch2.11.0-triton3.6.0.json"
-    report.main(["--results", str(tmp_path)])
-    printed = capsys.readouterr().out
-    rows = [line for line in printed.splitlines() if line.startswith("| ")]
-    mlp, failed, plain = ([cell.strip() for cell in row.split("|")[1:-1]] for row in rows[1:])
-    assert mlp[:3] == ["relu2_mlp", "65,536 x 512 x 1,024", "forward+backward"]
-    assert mlp[3:] == ["1,000.0", "800.0", "500.0", "250.0", "0.62", "400", "1,600", "50%", "triton"]
-    assert failed[5:] == ["failed", "250.0", "-", "-", "-", "-", "eager"], "no speed of a wrong kernel"
-    assert plain[3:6] == ["3.0", "2.0", "-"] and plain[-1] == "", "auto is not asked"
-    figures = [line for line in printed.splitlines() if line.startswith("- ")]
-    assert figures == [
-        "- relu2_mlp 65536 x 512 x 1024 forward+backward / torch.compile: wanted at most 0.75; 0.62, reached",
-        "- relu2_mlp 65536 x 512 x 1024 forward+backward / floor: wanted at most 1.54; 2.00, missed",
-    ], "of a wrong kernel there is none"
-
-
-def test_report_goes_between_the_markers(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    for _ in range(2):
-        report.main(["--results", str(tmp_path / "none"), "--readme", str(readme)])
-        assert readme.read_text() == f"before\n{report.BEGIN}\n{report.NOTHING}\n{report.END}\nafter\n"
-    readme.write_text("no markers")
-    with pytest.raises(ValueError, match="bench:begin"):
-        report.main(["--results", str(tmp_path / "none"), "--readme", str(readme)])
-
-
-@pytest.mark.skipif(MISSING is not None, reason="without triton auto is eager")
-def test_adopted_entries_decide_auto(result, tmp_path, monkeypatch):
-    measured = tmp_path / "measured.json"
-    tuning.write_json(measured, [made_up(us={"eager": 1.0, "compile": 1.0, "triton": 2.0}), made_up(op="other")])
-    report.main(["--adopt", str(result), "--measured", str(measured)])
-    entries = json.loads(measured.read_text())
-    assert [entry["op"] for entry in entries] == ["relu2_mlp", "other", "linear_relu2"], "no kernel, no entry"
-    assert entries[0]["us"]["triton"] == 500.0, "the old measurement of the same is replaced"
-
-    FakeCuda(monkeypatch)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(_dispatch, "__file__", str(tmp_path / "_dispatch.py"))
-    ops = ("relu2_mlp", "linear_relu2", "linear")
-    assert [_dispatch.implementation(op, CUDA, torch.bfloat16)[0] for op in ops] == ["triton", "eager", "eager"]
-
-
-def test_an_adopted_step_is_what_doctor_compares_with(tmp_path):
-    probe = pytest.importorskip("golfgpt.doctor.probe")  # bare GPU machines lack what it imports
-    file, steps = tmp_path / "step-gpu.json", tmp_path / "steps.json"
-    ms = {"step": 30.0, "forward": 20.0, "backward": 60.0}
-    forms = {"eager": {"ms": ms}, "golfgpt": {"ms": ms}}
-    result = {"gpu": "GH", "small": False, "torch": "2.13.0", "date": "2026-01-02", "triton": "3"}
-    entries = [{"recipe": "baseline", "forms": forms}]
-    for date, torch_version in (("2026-01-02", "2.13.0"), ("2026-01-03", "2.13.0"), ("2026-01-04", "2.14.0")):
-        file.write_text(json.dumps(result | {"date": date, "torch": torch_version, "entries": entries}))
-        report.main(["--adopt", str(file), "--steps", str(steps)])
-    kept = json.loads(steps.read_text())
-    assert [(step["torch"], step["date"]) for step in kept] == [("2.13.0", "2026-01-03"), ("2.14.0", "2026-01-04")]
-    assert probe.expected_step("GH", steps) == kept[1]
-    assert (kept[1]["eager"], kept[1]["golfgpt"]) == (80.0, 30.0)
-    for unfit in (
-        {"small": True, "entries": entries},
-        {"entries": []},
-        {"entries": [{"recipe": "baseline", "forms": {}}]},
-    ):
-        file.write_text(json.dumps(result | unfit))
-        with pytest.raises(SystemExit, match="no step of the baseline"):
-            report.main(["--adopt", str(file), "--steps", str(steps)])
 
 
 def test_a_half_written_file_is_never_seen(tmp_path, monkeypatch):

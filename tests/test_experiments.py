@@ -9,24 +9,20 @@ from dataclasses import replace
 import pytest
 
 from bench import experiments
-from bench.experiments import (
+from bench.experiment_report import judged, noise, report, variances
+from bench.experiment_table import (
     BASE,
     EXPERIMENTS,
+    NO_BIGRAM_HIDDEN,
     PARTS,
     SEEDS,
     Claim,
     Experiment,
-    jobs,
-    judged,
     key,
-    noise,
-    read_rows,
-    report,
-    run,
     trained,
-    variances,
     vary,
 )
+from bench.experiments import jobs, read_rows, run
 from golfgpt.config import RunConfig
 from golfgpt.quant.budget import forecast_bytes
 from golfgpt.quant.quantizer import Quantizer
@@ -61,7 +57,7 @@ def test_variants_of_other_formats_are_forecast_at_equal_bytes():
     width = vary(BASE, model={"mlp_hidden": BASE.model.mlp_hidden + 16})
     step = forecast_bytes(Quantizer(width.model, width.quant)) - sizes["all parts"]
     assert {label for label, size in sizes.items() if abs(size - sizes["all parts"]) > step / 2} == set()
-    assert PARTS["int5 MLP, wider"].model.mlp_hidden > BASE.model.mlp_hidden < experiments.NO_BIGRAM_HIDDEN
+    assert PARTS["int5 MLP, wider"].model.mlp_hidden > BASE.model.mlp_hidden < NO_BIGRAM_HIDDEN
 
 
 def test_keys_depend_on_what_differs_from_the_defaults_and_not_on_the_data_folder():

@@ -20,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("sentencepiece")  # bare GPU machines may lack it
 
-from bench import published, report, step
+from bench import forms, published, report, step
+from bench.flops import attention_flops, floor_ms, matrix_flops, matrix_parameters, mfu
 from golfgpt.config import BigramConfig, ModelConfig
 from golfgpt.errors import InputError
 from golfgpt.model.gpt import GPT
@@ -30,8 +31,8 @@ CPU = torch.device("cpu")
 BASELINE, MIXED_QAT = get("baseline").config.model, get("mixed-qat").config.model
 
 
-def setup_of(recipe: str) -> step.Setup:
-    return step.Setup.of(recipe, small=True, device=CPU, dtype=torch.float32)
+def setup_of(recipe: str) -> forms.Setup:
+    return forms.Setup.of(recipe, small=True, device=CPU, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +69,8 @@ def test_forms_agree_over_several_steps(result, recipe):
 def test_other_work_has_other_losses(result, recipe, monkeypatch):
     """The published form without its grid, or, where there is none, with every eighth matrix moving only."""
     monkeypatch.setattr(published, "on_grid", lambda w, grid, levels: w)
-    form = step.Published(setup_of(recipe))
-    form.world = step.RANKS if recipe == "baseline" else 1
+    form = forms.Published(setup_of(recipe))
+    form.world = forms.RANKS if recipe == "baseline" else 1
     losses = [form.step(i, lambda phase: None) for i in range(step.CHECKED_STEPS)]
     (entry,) = [entry for entry in result["entries"] if entry["recipe"] == recipe]
     changed = {"losses": {"golfgpt": entry["losses"]["golfgpt"], "published_all": losses}, "loss_difference": {}}
@@ -94,12 +95,12 @@ def test_losses_of_published_are_nearer_than_those_of_another_seed(result, tmp_p
 
 
 def test_tokens_of_a_prepared_folder(corpus):
-    tokens = step.read_tokens(corpus, 384)
+    tokens = forms.read_tokens(corpus, 384)
     assert tokens.dtype == "uint16" and len(tokens) > 10_000 and tokens.max() < 384
     with pytest.raises(InputError, match="no train shards with a vocabulary of 300"):
-        step.read_tokens(corpus, 300)
+        forms.read_tokens(corpus, 300)
     with pytest.raises(InputError, match="holds no train shards"):
-        step.read_tokens(corpus / "nowhere", 384)
+        forms.read_tokens(corpus / "nowhere", 384)
 
 
 @pytest.mark.parametrize("theirs", [[4.0, 3.0004], [4.0, math.nan], [math.nan, 3.0]])
@@ -125,7 +126,7 @@ def test_rank_0_of_8_orthogonalizes_every_eighth_matrix():
     muon = published.Muon(matrices, config.optim, torch.float32, orthogonalize)
     for p in matrices:
         p.grad = torch.zeros_like(p)
-    muon.world = step.RANKS
+    muon.world = forms.RANKS
     muon.step(0.5, 0.9)
     assert len(matrices) == 54
     assert seen == [(512, 512), (256, 512), (1024, 512), (512, 512), (256, 512), (1024, 512), (512, 512)]
@@ -170,7 +171,7 @@ def test_a_form_that_fails_says_why_and_the_others_go_on(monkeypatch, tmp_path):
     def out_of_memory(*_args):
         raise torch.cuda.OutOfMemoryError("eager needs 200 GiB")
 
-    monkeypatch.setattr(step, "Eager", out_of_memory)
+    monkeypatch.setattr(forms, "Eager", out_of_memory)
     monkeypatch.setattr(step, "FORMS", ("eager", "golfgpt"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert step.main(["--small", "--recipes", "baseline", "--out", str(tmp_path)]) == 1
@@ -282,19 +283,19 @@ def test_matrix_flops_are_those_that_run():
         GPT(config).loss(ids[:, :-1], ids[:, 1:]).backward()
     counted = counter.get_flop_counts()["Global"]
     products = sum(flops for op, flops in counted.items() if op.__name__ in ("mm", "addmm", "bmm"))
-    assert products == step.matrix_flops(config, 64)
+    assert products == matrix_flops(config, 64)
 
 
 def test_baseline_by_hand():
     layer = 2 * 512 * 512 + 2 * 256 * 512 + 2 * 1024 * 512
-    assert step.matrix_parameters(BASELINE) == 9 * layer + 1024 * 512 == 17_039_360
-    assert step.matrix_flops(BASELINE, 65_536) == 6 * 17_039_360 * 65_536
+    assert matrix_parameters(BASELINE) == 9 * layer + 1024 * 512 == 17_039_360
+    assert matrix_flops(BASELINE, 65_536) == 6 * 17_039_360 * 65_536
     # Pairs of positions, 4 flops per channel each; a query's own position counts half.
     sequences, pairs = 64, sum(i + 0.5 for i in range(1024))
     attention = 9 * sequences * pairs * 4 * 512
-    assert step.attention_flops(BASELINE, 65_536, 1024) == attention
+    assert attention_flops(BASELINE, 65_536, 1024) == attention
     seconds = 0.04354
-    assert step.mfu(BASELINE, 65_536, 1024, 43.54) == pytest.approx(
+    assert mfu(BASELINE, 65_536, 1024, 43.54) == pytest.approx(
         (6 * 17_039_360 * 65_536 + 3 * attention) / seconds / 989e12
     )
 
@@ -302,7 +303,7 @@ def test_baseline_by_hand():
 @pytest.mark.parametrize(("config", "known"), [(BASELINE, 14.2), (MIXED_QAT, 16.5)], ids=["baseline", "mixed-qat"])
 def test_floor_is_near_the_one_that_was_summed_by_hand(config, known):
     """On an H100; that sum rounds each of its terms and counts some 0.3 ms of communication."""
-    assert step.floor_ms(config, 65_536, 1024, tflops=790, gbps=3350) == pytest.approx(known, abs=0.5)
+    assert floor_ms(config, 65_536, 1024, tflops=790, gbps=3350) == pytest.approx(known, abs=0.5)
 
 
 def test_floor_knows_pairs_and_tall_matrices():
@@ -312,7 +313,7 @@ def test_floor_knows_pairs_and_tall_matrices():
         bigram=BigramConfig(rows=100, dim=32),
     )  # fmt: skip
     flops = 6 * 64 * 32 * 1000 + 5 * (3 * 32 * 32 * 64 + 32**3)
-    more = step.floor_ms(pairs, 1000, 10, 1e-3, math.inf) - step.floor_ms(small, 1000, 10, 1e-3, math.inf)
+    more = floor_ms(pairs, 1000, 10, 1e-3, math.inf) - floor_ms(small, 1000, 10, 1e-3, math.inf)
     assert more == pytest.approx(flops / 1e-3 / 1e9)
 
 

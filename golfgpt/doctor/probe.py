@@ -139,7 +139,7 @@ def all_reduce(device: str, processes: int) -> tuple[float, str]:
     raise CommandFailed(reasons[0][:200] if reasons else f"exit code {code}")
 
 
-STEP_TOKENS = 65_536  # one of eight ranks' share of the baseline's step, as in bench/step.py
+STEP_TOKENS = 65_536  # one of eight ranks' share of the baseline's step, as in bench/forms.py
 # Of the baseline's step: [{"gpu", "torch", "date", "eager": ms of eager's forward and backward, "golfgpt": ms of the
 # whole step in golfgpt}]; `python -m bench.report --adopt` adds to it.
 STEPS = Path(__file__).parent / "steps.json"
