@@ -28,7 +28,7 @@ def bench_cases(rows: int, k: int, sizes: Sequence[tuple[int, int]], layers: int
     """All ops at each of `sizes`, (hidden, vocabulary), with and without backward; banks are those of the last one."""
     for hidden, vocab in sizes:
         ops = op_cases(rows, k, hidden, vocab, layers)
-        quantized = partial(fake_quant_linear, spec=INT6, form="shadow")
+        quantized = partial(fake_quant_linear, spec=INT6, form="compute_copy")
         like = replace(ops["codes_linear"], columns=COLUMNS)
         ops["linear"] = replace(like, op="linear", call=linear, columns=("eager", "compile"))
         ops["fake_quant_linear"] = replace(like, op="fake_quant_linear", call=quantized)

@@ -44,11 +44,11 @@ def test_kernels_pass_and_cases_name_the_rows_that_dispatch_counts(case, monkeyp
 
         monkeypatch.setattr(module, "runs_triton", runs_triton)
     assert tuning.check(case, CPU) is None
-    shadow = "fake_quantize_rows" if case.op == "fake_quant_linear" else case.op  # which has no dispatch of its own
+    dispatched = "fake_quantize_rows" if case.op == "fake_quant_linear" else case.op  # which has no dispatch of its own
     rows = {
         rows
         for op, impl, dtype, rows in asked
-        if (op, impl) == (shadow, "triton") and dtype in (case.dtype, torch.float32)
+        if (op, impl) == (dispatched, "triton") and dtype in (case.dtype, torch.float32)
     }
     assert rows in ({case.rows}, {1 << 62}), "1 << 62: any number of rows"
 

@@ -38,11 +38,11 @@ def assert_same_quantization(w, **options):
     spec = RowQuant(**options)
     with poisoned():
         codes, scale = gk.quantize_rows(w, spec, impl="triton")
-        shadow = gk.fake_quantize_rows(w, spec, impl="triton")
+        copy = gk.fake_quantize_rows(w, spec, impl="triton")
     expected_codes, expected_scale = quantize_rows_ref(w, spec)
     assert torch.equal(scale, expected_scale)
     assert torch.equal(codes, expected_codes)
-    assert torch.equal(shadow, fake_quantize_rows_ref(w, spec))
+    assert torch.equal(copy, fake_quantize_rows_ref(w, spec))
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -137,13 +137,13 @@ def test_compute_dtype_with_gradient(impl, device):
 
 
 @pytest.mark.parametrize("impl", ["eager", "triton"])
-def test_switched_off_the_shadow_is_the_rounded_weight(impl, device):
+def test_switched_off_the_copy_is_the_rounded_weight(impl, device):
     w, enabled = hard_rows(40, device=device), torch.tensor(False, device=device)
     for on in (False, True):
         enabled.fill_(on)
-        shadow = gk.fake_quantize_rows(w, INT6, torch.empty_like(w, dtype=torch.bfloat16), enabled=enabled, impl=impl)
+        copy = gk.fake_quantize_rows(w, INT6, torch.empty_like(w, dtype=torch.bfloat16), enabled=enabled, impl=impl)
         expected = fake_quantize_rows_ref(w, INT6, dtype=torch.bfloat16) if on else w.bfloat16()
-        assert torch.equal(shadow, expected)
+        assert torch.equal(copy, expected)
 
 
 @pytest.mark.parametrize("impl", ["eager", "triton"])
@@ -179,7 +179,7 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("form", ["shadow", "codes"])
+@pytest.mark.parametrize("form", ["compute_copy", "codes"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_linear_forward_and_gradients(shape, dtype, form, device):
@@ -191,7 +191,7 @@ def test_linear_forward_and_gradients(shape, dtype, form, device):
     eager = gradients(lambda x, w: fake_quant_linear_ref(x, w, INT6), inputs, grad)
     codes, scale = quantize_rows_ref(inputs["w"], INT6)
     w_hat = codes.double() * scale.double().unsqueeze(-1)
-    if form == "shadow":
+    if form == "compute_copy":
         w_hat = w_hat.to(dtype).double()
     oracle = gradients(F.linear, {"input": inputs["x"].double(), "weight": w_hat}, grad.double())
     for name, exact in (("out", "out"), ("x", "input"), ("w", "weight")):

@@ -68,12 +68,12 @@ def test_update_kernel(dtype, decay, device):
     for impl in ("triton", "eager"):
         params, updates = tensors(0, device=device), tensors(10, dtype, device)
         with poisoned():
-            shadows = [torch.empty_like(p, dtype=torch.bfloat16) for p in params]
+            copies = [torch.empty_like(p, dtype=torch.bfloat16) for p in params]
         scales = [1.0, 1.29, 1.0, 0.5, 2.0]
         gk.muon_update_(
-            params, updates, scalar(0.02, device), scales=scales, weight_decay=decay, shadows=shadows, impl=impl
+            params, updates, scalar(0.02, device), scales=scales, weight_decay=decay, compute_copies=copies, impl=impl
         )
-        assert all(torch.equal(s, p.bfloat16()) for s, p in zip(shadows, params, strict=True))
+        assert all(torch.equal(s, p.bfloat16()) for s, p in zip(copies, params, strict=True))
         results.append(params)
     for ours, eager in zip(*results, strict=True):
         torch.testing.assert_close(ours, eager, rtol=1e-6, atol=1e-6)
@@ -91,29 +91,29 @@ def hard_banks(device, dtype=torch.float32):
     return params, updates
 
 
-def quantized_update(impl, device, dtype=torch.float32, specs=INT6, shadow_dtype=torch.bfloat16, **options):
+def quantized_update(impl, device, dtype=torch.float32, specs=INT6, copy_dtype=torch.bfloat16, **options):
     params, updates = hard_banks(device, dtype)
     with poisoned():
-        shadows = [torch.empty_like(p, dtype=shadow_dtype) for p in params]
+        copies = [torch.empty_like(p, dtype=copy_dtype) for p in params]
     gk.muon_update_(
-        params, updates, scalar(0.02, device), scales=[1.0, 2.0, 1.29, 1.0, 0.5], weight_decay=0.1, shadows=shadows,
-        specs=specs, impl=impl, **options,
+        params, updates, scalar(0.02, device), scales=[1.0, 2.0, 1.29, 1.0, 0.5], weight_decay=0.1,
+        compute_copies=copies, specs=specs, impl=impl, **options,
     )  # fmt: skip
-    return params, shadows
+    return params, copies
 
 
 @pytest.mark.parametrize("impl", ["eager", "triton"])
 @pytest.mark.parametrize("clip", ["max", "quantile"])
 @pytest.mark.parametrize("bits", [5, 6, 8, [5, 6, 6, 8, 2]], ids=str)
-def test_quantized_shadow_is_of_the_new_weight(bits, clip, impl, device):
+def test_quantized_copy_is_of_the_new_weight(bits, clip, impl, device):
     """Bit for bit what fake_quantize_rows makes of it."""
     plain, _ = quantized_update("eager", device)
     specs = [RowQuant(bits=n, clip=clip) for n in (bits if isinstance(bits, list) else [bits] * 5)]
-    params, shadows = quantized_update(impl, device, specs=specs)
-    for p, shadow, expected, spec in zip(params, shadows, plain, specs, strict=True):
+    params, copies = quantized_update(impl, device, specs=specs)
+    for p, copy, expected, spec in zip(params, copies, plain, specs, strict=True):
         assert torch.equal(p, expected)  # it fuses no multiply-add, as eager does not
-        assert torch.equal(shadow, fake_quantize_rows_ref(p, spec, dtype=torch.bfloat16))
-    assert not torch.equal(shadows[0], params[0].bfloat16())
+        assert torch.equal(copy, fake_quantize_rows_ref(p, spec, dtype=torch.bfloat16))
+    assert not torch.equal(copies[0], params[0].bfloat16())
 
 
 QUANTIZERS = {
@@ -127,33 +127,33 @@ QUANTIZERS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("spec", QUANTIZERS.values(), ids=QUANTIZERS.keys())
 def test_quantizer_options(spec, dtype, impl, device):
-    params, shadows = quantized_update(impl, device, dtype, spec, torch.float16)
-    for p, shadow in zip(params, shadows, strict=True):
-        assert torch.equal(shadow, fake_quantize_rows_ref(p, spec, dtype=torch.float16))
+    params, copies = quantized_update(impl, device, dtype, spec, torch.float16)
+    for p, copy in zip(params, copies, strict=True):
+        assert torch.equal(copy, fake_quantize_rows_ref(p, spec, dtype=torch.float16))
 
 
 @pytest.mark.parametrize("impl", ["eager", "triton"])
 def test_quantizer_in_groups(impl, device):
     p, o = randn(3, 5, 48, device=device), randn(3, 5, 48, seed=1, device=device)
-    shadow = torch.empty_like(p)
+    copy = torch.empty_like(p)
     spec = RowQuant(bits=4, group_size=12)
-    gk.muon_update_([p], [o], scalar(0.02, device), scales=[1.0], shadows=[shadow], specs=spec, impl=impl)
-    assert torch.equal(shadow, fake_quantize_rows_ref(p, spec))
+    gk.muon_update_([p], [o], scalar(0.02, device), scales=[1.0], compute_copies=[copy], specs=spec, impl=impl)
+    assert torch.equal(copy, fake_quantize_rows_ref(p, spec))
 
 
 @pytest.mark.parametrize("impl", ["eager", "triton"])
 def test_switched_off_and_guarded(impl, device):
-    """Without `enabled` the shadow is the rounded weight; without `ok` it stays as it was."""
+    """Without `enabled` the compute copy is the rounded weight; without `ok` it stays as it was."""
     off = torch.tensor(False, device=device)
-    params, shadows = quantized_update(impl, device, enabled=off)
-    assert all(torch.equal(s, p.bfloat16()) for s, p in zip(shadows, params, strict=True))
-    params, shadows = quantized_update(impl, device, enabled=~off)
-    assert torch.equal(shadows[0], fake_quantize_rows_ref(params[0], INT6, dtype=torch.bfloat16))
-    params, shadows = quantized_update(impl, device, ok=off)
+    params, copies = quantized_update(impl, device, enabled=off)
+    assert all(torch.equal(s, p.bfloat16()) for s, p in zip(copies, params, strict=True))
+    params, copies = quantized_update(impl, device, enabled=~off)
+    assert torch.equal(copies[0], fake_quantize_rows_ref(params[0], INT6, dtype=torch.bfloat16))
+    params, copies = quantized_update(impl, device, ok=off)
     assert all(torch.equal(p, before) for p, before in zip(params, hard_banks(device)[0], strict=True))
-    assert all(s.isnan().all() for s in shadows)
-    params, shadows = quantized_update(impl, device, ok=~off)
-    assert torch.equal(shadows[0], fake_quantize_rows_ref(params[0], INT6, dtype=torch.bfloat16))
+    assert all(s.isnan().all() for s in copies)
+    params, copies = quantized_update(impl, device, ok=~off)
+    assert torch.equal(copies[0], fake_quantize_rows_ref(params[0], INT6, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("impl", ["eager", "triton"])
@@ -178,16 +178,16 @@ def test_all_tensors_are_one_launch_each(device, monkeypatch):
     gk.muon_update_(buffers, grads, scalar(0.1, device), scales=[1.0] * 5, impl="triton")
     assert len(launches) == 2
     quantized = functools.partial(
-        gk.muon_update_, buffers, grads, scalar(0.1, device), scales=[1.0] * 5, shadows=outs, impl="triton"
+        gk.muon_update_, buffers, grads, scalar(0.1, device), scales=[1.0] * 5, compute_copies=outs, impl="triton"
     )
     quantized(specs=[RowQuant(bits=bits) for bits in (5, 6, 6, 8, 2)])
     assert len(launches) == 3
     specs = [INT6, None, RowQuant(bits=5), RowQuant(bits=5, clip="quantile"), None]
     quantized(specs=specs)
     assert len(launches) == 6, "a clip is a launch more, and rounding is"
-    for w, shadow, spec in zip(buffers, outs, specs, strict=True):
+    for w, copy, spec in zip(buffers, outs, specs, strict=True):
         rounded = w.bfloat16() if spec is None else fake_quantize_rows_ref(w, spec, dtype=torch.bfloat16)
-        assert torch.equal(shadow, rounded)
+        assert torch.equal(copy, rounded)
 
 
 def test_a_quantizer_that_no_kernel_has_changes_nothing(device):
@@ -196,7 +196,7 @@ def test_a_quantizer_that_no_kernel_has_changes_nothing(device):
     specs = [INT6, RowQuant(bits=6, scale_dtype=torch.float64)]
     with pytest.raises(RuntimeError, match=r"stores no scale in torch\.float64"):
         gk.muon_update_(
-            p, before, scalar(0.1, device), scales=[1.0] * 2, shadows=[t.bfloat16() for t in p], specs=specs,
+            p, before, scalar(0.1, device), scales=[1.0] * 2, compute_copies=[t.bfloat16() for t in p], specs=specs,
             impl="triton",
         )  # fmt: skip
     assert all(torch.equal(a, b) for a, b in zip(p, before, strict=True))
@@ -209,7 +209,7 @@ def test_auto_asks_about_the_first_dtype(device, monkeypatch):
     monkeypatch.setattr(kernels, "runs_triton", lambda op, impl, tensor, rows: tensor.dtype == torch.float32)
     grads, outs = tensors(0, device=device), tensors(1, torch.bfloat16, device)
     gk.muon_momentum_(grads, tensors(2, device=device), outs, scalar(0.9, device))
-    gk.muon_update_(grads, outs, scalar(0.1, device), scales=[1.0] * 5, shadows=outs)
+    gk.muon_update_(grads, outs, scalar(0.1, device), scales=[1.0] * 5, compute_copies=outs)
     assert len(launches) == 2
     gk.muon_update_(grads, [g.double() for g in grads], scalar(0.1, device), scales=[1.0] * 5)
     assert len(launches) == 2, "kernels do not compute in float64"
@@ -237,25 +237,25 @@ REFUSED = {
         r"outs have shapes \[\(4,\)\]; expected \(..., rows, cols\)",
     ),
     "bits": (
-        lambda: gk.muon_update_(G, G, scalar(0.1, "cpu"), scales=[1.0], shadows=G, specs=6),
+        lambda: gk.muon_update_(G, G, scalar(0.1, "cpu"), scales=[1.0], compute_copies=G, specs=6),
         r"spec=6 for params\[0\]; expected a RowQuant",
     ),
-    "no shadows": (
+    "no compute copies": (
         lambda: gk.muon_update_(G, G, scalar(0.1, "cpu"), scales=[1.0], specs=INT6),
-        r"a spec for params\[0\] and no shadows; expected",
+        r"a spec for params\[0\] and no compute_copies; expected",
     ),
     "too few specs": (
-        lambda: gk.muon_update_(G, G, scalar(0.1, "cpu"), scales=[1.0], shadows=G, specs=[]),
+        lambda: gk.muon_update_(G, G, scalar(0.1, "cpu"), scales=[1.0], compute_copies=G, specs=[]),
         "0 specs for 1 matrices",
     ),
     "groups": (
         lambda: gk.muon_update_(
-            G, G, scalar(0.1, "cpu"), scales=[1.0], shadows=G, specs=RowQuant(bits=6, group_size=3)
+            G, G, scalar(0.1, "cpu"), scales=[1.0], compute_copies=G, specs=RowQuant(bits=6, group_size=3)
         ),
         "group_size=3; expected None or a divisor of 4 columns",
     ),
     "switch": (
-        lambda: gk.muon_update_(G, G, scalar(0.1, "cpu"), scales=[1.0], shadows=G, enabled=torch.ones(())),
+        lambda: gk.muon_update_(G, G, scalar(0.1, "cpu"), scales=[1.0], compute_copies=G, enabled=torch.ones(())),
         "enabled has dtype torch.float32",
     ),
 }

@@ -28,11 +28,11 @@ triton = pytest.mark.skipif(MISSING is not None, reason="without triton no kerne
 
 
 INT6 = gk.RowQuant(bits=6)
-QUANTIZED = {form: partial(gk.fake_quant_linear, spec=INT6, form=form) for form in ("shadow", "codes")}
+QUANTIZED = {form: partial(gk.fake_quant_linear, spec=INT6, form=form) for form in ("compute_copy", "codes")}
 LAYERS = {
     "linear_relu2": gk.linear_relu2,
     "relu2_mlp": partial(gk.relu2_mlp, negative_slope=0.5),
-    "fake_quant_linear": QUANTIZED["shadow"],
+    "fake_quant_linear": QUANTIZED["compute_copy"],
     "codes_linear": QUANTIZED["codes"],
     "softcap_cross_entropy": partial(gk.softcap_cross_entropy, reduction="none", z_loss=0.1),
     "token_logprobs": gk.token_logprobs,

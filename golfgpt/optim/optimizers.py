@@ -161,7 +161,7 @@ class Muon(torch.optim.Optimizer):
                 _scalar(group["lr"], params[0].device),
                 scales=[max(1.0, p.size(-2) / p.size(-1)) ** 0.5 for p in members],
                 weight_decay=group["weight_decay"],
-                shadows=[self.compute_copies[p] for p in members] if copied else None,
+                compute_copies=[self.compute_copies[p] for p in members] if copied else None,
                 specs=[self.quantizers.get(p) for p in members],
                 enabled=self.enabled,
                 ok=ok,

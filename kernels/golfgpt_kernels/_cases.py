@@ -94,13 +94,13 @@ def op_cases(rows: int, k: int, hidden: int, vocab: int, layers: int) -> dict[st
 
     def codes_linear(x, w, impl):
         """Against eager, and against the kernel of the other form."""
-        form = "codes" if impl == "triton" else "shadow"
-        return fake_quant_linear(x, w, INT6, form=form, impl="triton" if impl == "shadow" else impl)
+        form = "codes" if impl == "triton" else "compute_copy"
+        return fake_quant_linear(x, w, INT6, form=form, impl="triton" if impl == "compute_copy" else impl)
 
     def fake_quantize(*ws, impl):
-        shadows = [torch.empty_like(w, dtype=BF16) for w in ws]
-        fake_quantize_banks(ws, shadows, INT6, impl=impl)
-        return tuple(shadows)
+        copies = [torch.empty_like(w, dtype=BF16) for w in ws]
+        fake_quantize_banks(ws, copies, INT6, impl=impl)
+        return tuple(copies)
 
     # The reference stands for eager in both, since the op would refuse the float64 scalar that goes with float64 input.
 
@@ -114,10 +114,10 @@ def op_cases(rows: int, k: int, hidden: int, vocab: int, layers: int) -> dict[st
 
     def update(*ws_and_os, impl, spec=None):
         w, o = ws_and_os[: len(banks)], ws_and_os[len(banks) :]
-        shadows = [torch.empty_like(t) for t in o]
+        copies = [torch.empty_like(t) for t in o]
         op = muon_update_ref_ if impl == "eager" and spec is None else partial(muon_update_, specs=spec, impl=impl)
-        op(w, o, w[0].new_full((), 0.02), scales=scales, weight_decay=0.01, shadows=shadows)
-        return *w, *shadows
+        op(w, o, w[0].new_full((), 0.02), scales=scales, weight_decay=0.01, compute_copies=copies)
+        return *w, *copies
 
     def mlp(r, m):
         return r.normal(m, k), r.weight(hidden, k), r.weight(k, hidden)
@@ -147,7 +147,7 @@ def op_cases(rows: int, k: int, hidden: int, vocab: int, layers: int) -> dict[st
             lambda x, impl: newton_schulz(x, dtype=x.dtype, impl=impl),
         ),
         Case("fake_quantize_rows", *model, draw_banks(FP32), fake_quantize, dtype=FP32, exact=True),
-        Case("codes_linear", rows, (rows, k, hidden), linear, codes_linear, True, columns=(*COLUMNS, "shadow")),
+        Case("codes_linear", rows, (rows, k, hidden), linear, codes_linear, True, columns=(*COLUMNS, "compute_copy")),
         Case("token_logprobs", rows, (rows, k, vocab), head, token_logprobs),
         Case("muon_momentum_", *model, draw_banks(FP32, FP32), momentum, dtype=FP32),
         Case("muon_update_", *model, draw_banks(FP32, BF16), update, dtype=FP32),

@@ -3,7 +3,7 @@
 Matrices come as tuples of pointers; the program finds its own among ranges of blocks, in a branch that is
 compiled for the columns of that matrix. A block is BLOCK // WIDTH rows of WIDTH columns, WIDTH the power of
 two that holds a row, BLOCK at most. fake_quant.py, whose op it is, explains the arithmetic; the Muon step writes its
-shadows with it too.
+compute copies with it too.
 """
 
 from __future__ import annotations

@@ -28,10 +28,10 @@ Backward of the fake-quantized ops is straight-through, without a mask for clipp
 `enabled`, a 0-d bool tensor on w's device, turns fake quantization on in the middle of a run without a recompilation
 or a host synchronization: while it is false ŵ is w, rounded to the dtype asked for.
 
-Forms of fake_quant_linear. "shadow" rounds ŵ to x's dtype, which is what evaluation of a decoded artifact computes
-with, and multiplies: y = x ŵᵀ. "codes" multiplies by the integers, exact in every 16-bit dtype, and scales the fp32
-accumulator: y = (x qᵀ) s; it needs one scale per row and `enabled` None. Both have the same gradients. "auto" is
-"shadow" where no measurement shows "codes" to be faster.
+Forms of fake_quant_linear. "compute_copy" rounds ŵ to x's dtype, which is what evaluation of a decoded artifact
+computes with, and multiplies: y = x ŵᵀ. "codes" multiplies by the integers, exact in every 16-bit dtype, and scales the
+fp32 accumulator: y = (x qᵀ) s; it needs one scale per row and `enabled` None. Both have the same gradients. "auto" is
+"compute_copy" where no measurement shows "codes" to be faster.
 
 Kernels.
 - quantize: one launch for all rows of any number of matrices. Matrices come as tuples, and the branch that a program
@@ -93,7 +93,7 @@ from ._rows import (
 )
 from ._tiles import INTERPRETED_GEMM, Tile, TileTable, gemm_tile
 
-Form = Literal["auto", "shadow", "codes"]
+Form = Literal["auto", "compute_copy", "codes"]
 
 
 def fake_quant_linear_ref(x: Tensor, w: Tensor, spec: RowQuant, *, enabled: Tensor | None = None) -> Tensor:
@@ -390,7 +390,7 @@ def fake_quantize_rows(
 ) -> Tensor:
     """dequantize_rows(quantize_rows(w, spec)) in `dtype` (None: w's), rounded once, with straight-through gradient.
 
-    With `out`, of w's shape and any float dtype (a bf16 shadow of a fp32 master), the decoded weights are written
+    With `out`, of w's shape and any float dtype (a bf16 compute copy of a fp32 master), the decoded weights are written
     there, rounded once from fp32, without gradient, and `out` is returned.
     """
     if dtype is not None and (out is not None or dtype not in FLOAT_DTYPES):
@@ -446,14 +446,14 @@ def fake_quant_linear(
     check_floats(op, x=x, w=w)
     check_linear(op, x, w)
     _check(op, w, spec, enabled)
-    if form not in ("auto", "shadow", "codes"):
-        raise ValueError(f"{op}: form={form!r}; expected 'auto', 'shadow' or 'codes'")
+    if form not in ("auto", "compute_copy", "codes"):
+        raise ValueError(f"{op}: form={form!r}; expected 'auto', 'compute_copy' or 'codes'")
     per_row = spec.group_size is None and enabled is None
     if form == "codes" and not per_row:
         raise ValueError(f"{op}: form='codes' with group_size={spec.group_size}, enabled={enabled}; expected both None")
     x, lead = autocast(x), x.shape[:-1]
     kernel = _runs_triton("fake_quantize_rows", impl, w, spec)
-    codes_kernel = form != "shadow" and per_row and _runs_triton("codes_linear", impl, x, spec, lead.numel())
+    codes_kernel = form != "compute_copy" and per_row and _runs_triton("codes_linear", impl, x, spec, lead.numel())
     if form == "codes" or (codes_kernel and impl == "auto"):
         dtype = x.dtype if codes_kernel else torch.int8
         codes, scale = _quantize(w.detach(), codes_dtype=dtype, by_kernel=codes_kernel, **to_fields([spec]))

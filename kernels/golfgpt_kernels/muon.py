@@ -1,34 +1,35 @@
 """The two halves of a Muon step around the orthogonalization, each one launch for all matrices of a model.
 
     momentum:   B ← μ B + G      U = G + μ B  (Nesterov; else U = B)      n = sums of U²
-    update:     W ← W (1 − η λ) − η s O       shadow ← W or its quantized Ŵ, rounded
+    update:     W ← W (1 − η λ) − η s O       C ← W or its quantized Ŵ, rounded
 
-with O = newton_schulz(U, square_sums=n) in between, λ the weight decay and s a factor per matrix,
-max(1, rows / cols)^½ as published. Shapes: lists of tensors (..., rows, cols), the same in each list; G, B, W fp32
-(fp16 and bf16 are taken too), U and O in any float dtype. B, W and the outputs are changed in place.
+with O = newton_schulz(U, square_sums=n) in between, λ the weight decay, s a factor per matrix, max(1, rows / cols)^½ as
+published, and C the compute copy, the weights in the dtype in which a forward reads them. Shapes: lists of tensors
+(..., rows, cols), the same in each list; G, B, W fp32 (fp16 and bf16 are taken too), U, O and C in any float dtype.
+B, W and the outputs are changed in place.
 
 μ and η are 0-d fp32 tensors on the device, so a schedule moves them without recapturing a CUDA graph. `ok`,
-a 0-d bool tensor on the device, guards a step: if it is false B, W and the shadows keep their values, without a host
+a 0-d bool tensor on the device, guards a step: if it is false B, W and C keep their values, without a host
 synchronization.
 
 `square_sums` (..., square_parts(rows, cols)) fp32, one for each U: part i of a matrix is its elements i PART to
 (i + 1) PART in row-major order, and the sum is of the squares of U as stored, so that the parts add up to the ‖U‖²
 that Newton-Schulz divides by the root of.
 
-`specs` (a RowQuant for all matrices, or one or None for each) makes the shadows Ŵ = codes × stored scale of the new
-W, bit for bit what fake_quantize_rows(W, spec, enabled=...) gives; where the spec is None they are W.
+`specs` (a RowQuant for all matrices, or one or None for each) makes C the Ŵ = codes × stored scale of the new W,
+bit for bit what fake_quantize_rows(W, spec, enabled=...) gives; where the spec is None it is W.
 Matrices whose specs differ only in bits share a launch.
 
-Precision: fp32 in registers, rounded once to each tensor's dtype. The update with quantized shadows fuses no
+Precision: fp32 in registers, rounded once to each tensor's dtype. The update with quantized copies fuses no
 multiplication with an addition, as the quantizer must not: its W may differ from the plain one's in the last bit.
 
 Kernels. A program finds its tensor among ranges of blocks.
-- momentum and update with plain shadows: elementwise, BLOCK weights per program. Per weight, the momentum reads G and
-  B and writes B and U, 4 + 4 + 4 + 2 bytes; the update reads W and O and writes W and a bf16 shadow, 4 + 2 + 4 + 2.
+- momentum and update with plain copies: elementwise, BLOCK weights per program. Per weight, the momentum reads G and
+  B and writes B and U, 4 + 4 + 4 + 2 bytes; the update reads W and O and writes W and a bf16 C, 4 + 2 + 4 + 2.
   Eager torch reads and writes B three times and makes two temporaries. A block of the momentum lies in one matrix and
   stores its sums of squares where no other block does: no atomics, the same sums every time. They replace a launch that
   reads U again.
-- update with quantized shadows: whole rows per program. Rows up to BLOCK long stay in registers between the
+- update with quantized copies: whole rows per program. Rows up to BLOCK long stay in registers between the
   maximum and the codes; longer ones are updated twice, the second time from L2. It moves what the plain one
   moves; fake_quantize_banks afterwards would read W once more (85 MB for 21 M weights, by arithmetic 18 us at
   4.8 TB/s) and write a second time.
@@ -110,7 +111,7 @@ def muon_update_ref_(
     *,
     scales: Sequence[float],
     weight_decay: float = 0.0,
-    shadows: Sequence[Tensor] | None = None,
+    compute_copies: Sequence[Tensor] | None = None,
     specs: Sequence[RowQuant | None] | None = None,
     enabled: Tensor | None = None,
     ok: Tensor | None = None,
@@ -119,11 +120,11 @@ def muon_update_ref_(
         wide = accumulate_dtype(w.dtype)
         new = w.to(wide) * (1 - lr * weight_decay) - lr * s * o.to(wide)
         w.copy_(new if ok is None else torch.where(ok, new, w))
-        if shadows is not None:
-            shadow = w.to(shadows[i].dtype)
+        if compute_copies is not None:
+            copy = w.to(compute_copies[i].dtype)
             if specs is not None and specs[i] is not None:
-                shadow = fake_quantize_rows_ref(w, specs[i], dtype=shadow.dtype, enabled=enabled)
-            shadows[i].copy_(shadow if ok is None else torch.where(ok, shadow, shadows[i]))
+                copy = fake_quantize_rows_ref(w, specs[i], dtype=copy.dtype, enabled=enabled)
+            compute_copies[i].copy_(copy if ok is None else torch.where(ok, copy, compute_copies[i]))
 
 
 # ---- tiles: BLOCK weights per program
@@ -182,8 +183,8 @@ def _momentum_kernel(
 
 @jit
 def _update_kernel(
-    w_ptrs, o_ptrs, shadow_ptrs, lr_ptr, ok_ptr, starts, numels, scales, weight_decay,
-    COUNT: tl.constexpr, SHADOW: tl.constexpr, GUARDED: tl.constexpr, BLOCK: tl.constexpr,
+    w_ptrs, o_ptrs, copy_ptrs, lr_ptr, ok_ptr, starts, numels, scales, weight_decay,
+    COUNT: tl.constexpr, COPY: tl.constexpr, GUARDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     lr = tl.load(lr_ptr)
@@ -196,8 +197,8 @@ def _update_kernel(
             o = tl.load(o_ptrs[i] + offs, mask=mask, other=0).to(tl.float32)
             w = narrow(w * (1 - lr * weight_decay) - lr * scales[i] * o, w_ptrs[i].dtype.element_ty)
             tl.store(w_ptrs[i] + offs, w, mask=mask)
-            if SHADOW:
-                tl.store(shadow_ptrs[i] + offs, narrow(w.to(tl.float32), shadow_ptrs[i].dtype.element_ty), mask=mask)
+            if COPY:
+                tl.store(copy_ptrs[i] + offs, narrow(w.to(tl.float32), copy_ptrs[i].dtype.element_ty), mask=mask)
 
 
 @jit
@@ -210,7 +211,7 @@ def _updated(w_ptr, o_ptr, keep, step, rows, offs_r, start, COLS: tl.constexpr, 
 
 @jit
 def _update_rows(
-    w_ptr, o_ptr, shadow_ptr, ok, on, keep, step, block, rows, qmax, fraction, floor,
+    w_ptr, o_ptr, copy_ptr, ok, on, keep, step, block, rows, qmax, fraction, floor,
     COLS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     QUANTILE: tl.constexpr, FULL: tl.constexpr, STORED: tl.constexpr,
     SCALE: tl.constexpr, TINY: tl.constexpr, STEP: tl.constexpr, MAX: tl.constexpr,
@@ -230,15 +231,15 @@ def _update_rows(
     for start in tl.range(0, COLS, WIDTH):
         if COLS > WIDTH:
             w = _updated(w_ptr, o_ptr, keep, step, rows, offs_r, start, COLS, WIDTH)
-        shadow = tl.where(on, row_codes(w, c, s, qmax, FULL) * decode[:, None], w)
+        copy = tl.where(on, row_codes(w, c, s, qmax, FULL) * decode[:, None], w)
         offs, mask = row_offsets(rows, offs_r, start, COLS, WIDTH)
         tl.store(w_ptr + offs, narrow(w, w_ptr.dtype.element_ty), mask=mask & ok)
-        tl.store(shadow_ptr + offs, narrow(shadow, shadow_ptr.dtype.element_ty), mask=mask & ok)
+        tl.store(copy_ptr + offs, narrow(copy, copy_ptr.dtype.element_ty), mask=mask & ok)
 
 
 @jit
 def _update_rows_kernel(
-    w_ptrs, o_ptrs, shadow_ptrs, lr_ptr, ok_ptr, on_ptr, scales, weight_decay, starts, rows, qmax, fraction, floor,
+    w_ptrs, o_ptrs, copy_ptrs, lr_ptr, ok_ptr, on_ptr, scales, weight_decay, starts, rows, qmax, fraction, floor,
     COLS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     QUANTILE: tl.constexpr, FULL: tl.constexpr, STORED: tl.constexpr,
     SCALE: tl.constexpr, TINY: tl.constexpr, STEP: tl.constexpr, MAX: tl.constexpr,
@@ -252,7 +253,7 @@ def _update_rows_kernel(
     for i in tl.static_range(len(COLS)):
         if (pid >= starts[i]) & (pid < starts[i + 1]):
             _update_rows(
-                w_ptrs[i], o_ptrs[i], shadow_ptrs[i], ok, on, 1 - lr * weight_decay, lr * scales[i], pid - starts[i],
+                w_ptrs[i], o_ptrs[i], copy_ptrs[i], ok, on, 1 - lr * weight_decay, lr * scales[i], pid - starts[i],
                 rows[i], qmax[i], fraction[i], floor,
                 COLS[i], WIDTH[i], BLOCK, QUANTILE, FULL, STORED, SCALE, TINY, STEP, MAX,
             )  # fmt: skip
@@ -274,23 +275,25 @@ def momentum_launch(grads, buffers, outs, square_sums, momentum, nesterov, ok, t
         )  # fmt: skip
 
 
-def update_launch(params, updates, lr, scales, weight_decay, shadows, ok, tile=None) -> None:
+def update_launch(params, updates, lr, scales, weight_decay, compute_copies, ok, tile=None) -> None:
     tile = tile or _UPDATE_TILES.select(lr.device, params[0].dtype, 0)
     numels = tuple(p.numel() for p in params)
     starts = _starts(ceil_div(n, tile["BLOCK"]) for n in numels)
     if starts[-1]:
         launch(
-            _update_kernel, (starts[-1],), lr.device, tuple(params), tuple(updates), tuple(shadows or params), lr,
-            lr if ok is None else ok, starts, numels, tuple(scales), weight_decay,
-            COUNT=len(numels), SHADOW=bool(shadows), GUARDED=ok is not None, **tile,
+            _update_kernel, (starts[-1],), lr.device, tuple(params), tuple(updates), tuple(compute_copies or params),
+            lr, lr if ok is None else ok, starts, numels, tuple(scales), weight_decay,
+            COUNT=len(numels), COPY=bool(compute_copies), GUARDED=ok is not None, **tile,
         )  # fmt: skip
 
 
-def update_rows_launch(params, updates, lr, scales, weight_decay, shadows, ok, enabled, specs, tile=None) -> None:
+def update_rows_launch(
+    params, updates, lr, scales, weight_decay, compute_copies, ok, enabled, specs, tile=None
+) -> None:
     programs, numbers, options = row_arguments(params, specs, _UPDATE_ROWS_TILES, tile)
     if programs:
         launch(
-            _update_rows_kernel, (programs,), lr.device, tuple(params), tuple(updates), tuple(shadows), lr,
+            _update_rows_kernel, (programs,), lr.device, tuple(params), tuple(updates), tuple(compute_copies), lr,
             lr if ok is None else ok, lr if enabled is None else enabled, tuple(scales), weight_decay, *numbers,
             GUARDED=ok is not None, SWITCH=enabled is not None, **options,
         )  # fmt: skip
@@ -310,20 +313,20 @@ _momentum_op = torch.library.custom_op(
 _update_op = torch.library.custom_op(
     add_op_namespace_prefix("muon_update_"),
     update_launch,
-    mutates_args=("params", "shadows"),
+    mutates_args=("params", "compute_copies"),
     schema="(Tensor(a!)[] params, Tensor[] updates, Tensor lr, float[] scales, float weight_decay, "
-    "Tensor(b!)[] shadows, Tensor? ok) -> ()",
+    "Tensor(b!)[] compute_copies, Tensor? ok) -> ()",
 )
 
 
 @torch.library.custom_op(
     add_op_namespace_prefix("muon_update_rows_"),
-    mutates_args=("params", "shadows"),
+    mutates_args=("params", "compute_copies"),
     schema="(Tensor(a!)[] params, Tensor[] updates, Tensor lr, float[] scales, float weight_decay, "
-    f"Tensor(b!)[] shadows, Tensor? ok, Tensor? enabled, *, {SPEC_SCHEMA}) -> ()",
+    f"Tensor(b!)[] compute_copies, Tensor? ok, Tensor? enabled, *, {SPEC_SCHEMA}) -> ()",
 )
-def _update_rows_op(params, updates, lr, scales, weight_decay, shadows, ok, enabled, **fields):
-    update_rows_launch(params, updates, lr, scales, weight_decay, shadows, ok, enabled, from_fields(**fields))
+def _update_rows_op(params, updates, lr, scales, weight_decay, compute_copies, ok, enabled, **fields):
+    update_rows_launch(params, updates, lr, scales, weight_decay, compute_copies, ok, enabled, from_fields(**fields))
 
 
 @_momentum_op.register_fake
@@ -371,16 +374,17 @@ def muon_update_(
     *,
     scales: Sequence[float],
     weight_decay: float = 0.0,
-    shadows: Sequence[Tensor] | None = None,
+    compute_copies: Sequence[Tensor] | None = None,
     specs: RowQuant | Sequence[RowQuant | None] | None = None,
     enabled: Tensor | None = None,
     ok: Tensor | None = None,
     impl: Impl = "auto",
 ) -> None:
-    """Weight decay and update of all matrices, and their low-precision shadows if there are any: fake-quantized by
+    """Weight decay and update of all matrices, and their compute copies if there are any: fake-quantized by
     the matrix's spec, where that is None rounded. One launch for all whose specs differ in bits only."""
     op, impl = "muon_update_", resolve(impl)
-    _check_lists(op, params=params, updates=updates, **({} if shadows is None else {"shadows": shadows}))
+    copies = {} if compute_copies is None else {"compute_copies": compute_copies}
+    _check_lists(op, params=params, updates=updates, **copies)
     _check_scalar(op, params, torch.float32, lr=lr)
     _check_scalar(op, params, torch.bool, ok=ok, enabled=enabled)
     if len(scales) != len(params):
@@ -389,18 +393,18 @@ def muon_update_(
     for i, (p, spec) in enumerate(zip(params, specs, strict=True)):
         if spec is not None:
             check_rows(op, f"params[{i}]", p, spec)
-            if shadows is None:
-                raise ValueError(f"{op}: a spec for params[{i}] and no shadows; expected shadows where there are specs")
+            if compute_copies is None:
+                raise ValueError(f"{op}: a spec for params[{i}] and no compute_copies; expected them with specs")
     calls = []  # made when all are known to be possible
     for members in by_launch(specs):
-        lists = params, updates, scales, shadows or [], specs
+        lists = params, updates, scales, compute_copies or [], specs
         ws, os, factors, copies, quants = ([each[i] for i in members] if each else [] for each in lists)
         spec = quants[0]
         measured = op if spec is None else "muon_update_rows_"  # two kernels, of which "auto" asks one by one
-        kernel = _by_kernel(measured, impl, params=ws, updates=os, shadows=copies)
+        kernel = _by_kernel(measured, impl, params=ws, updates=os, compute_copies=copies)
         args = ws, os, lr, factors, weight_decay, copies, ok
         if not kernel or (spec is not None and not stores_scale(op, impl, spec)):
-            options = dict(scales=factors, weight_decay=weight_decay, shadows=copies or None, specs=quants)
+            options = dict(scales=factors, weight_decay=weight_decay, compute_copies=copies or None, specs=quants)
             calls.append(partial(muon_update_ref_, ws, os, lr, **options, enabled=enabled, ok=ok))
         elif spec is None:
             calls.append(partial(_update_op, *args))

@@ -10,7 +10,7 @@ An entry is what impl="auto" reads, from measured.json or from the file that `tu
     torch, triton, command, date
 
 Columns are "eager", "compile" (torch.compile of eager), "triton" (the kernel), and for "codes_linear" the kernel of the
-"shadow" form, which it must beat too.
+"compute_copy" form, which it must beat too.
 """
 
 from __future__ import annotations
