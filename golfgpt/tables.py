@@ -46,18 +46,18 @@ def budget_lines(info: ArtifactInfo, budget: BudgetConfig) -> str:
     )
 
 
-BASELINES = {"gzip": "gzip -9", "xz": "xz", "zstd": "zstd -22", "bigram": "token bigram, fitted on train"}
+COMPRESSORS = {"gzip": "gzip -9", "xz": "xz", "zstd": "zstd -22", "bigram": "token bigram, fitted on train"}
 
 
-def score_lines(score: Score, baselines: dict[str, float] | None) -> str:
-    """A score and its checks; below them the baselines, if all of the text was scored."""
+def score_lines(score: Score, compressors: dict[str, float] | None) -> str:
+    """A score and its checks; below them the reference compressors, if all of the text was scored."""
     line = (
         f"{score.label} {score.val_bpb:.4f}   val_loss {score.val_loss:.4f}   window {score.window} stride "
         f"{score.stride}   {score.dtype}   {score.tokens:,} tokens, {score.bytes:,} bytes, {score.seconds:.1f} s\n"
         f"{score.checks}"
     )
-    if not baselines:
+    if not compressors:
         return line
     rows = [("this model", f"{score.val_bpb:.4f}")]
-    rows += [(BASELINES[name], f"{value:.4f}") for name, value in baselines.items()]
+    rows += [(COMPRESSORS[name], f"{value:.4f}") for name, value in compressors.items()]
     return line + "\n" + table(("bits per byte of the same text", score.label), rows)

@@ -152,7 +152,7 @@ def test_only_a_missing_or_old_package_is_worth_advice(error, advice):
 def test_the_r4_variant_is_labelled(trained, capsys):
     shown = run_json(capsys, "eval", trained, "--eval.stride", "16", "--eval.rule", "r4", "--eval.max-tokens", "1008")
     assert shown["score"]["label"] == "val_bpb (first 1,008 tokens) (R4: first 48 tokens not scored)"
-    assert shown["baselines_bpb"] is None
+    assert shown["compressors_bpb"] is None
 
 
 def test_budget_over_the_cap_exits_4(trained, capsys):

@@ -18,7 +18,7 @@ from golfgpt.data.prepare import prepare
 from golfgpt.data.shards import Dataset, gather, open_shard, verify, write_shard
 from golfgpt.data.tokenizer import Tokenizer, train_tokenizer
 from golfgpt.errors import InputError, VerificationError
-from golfgpt.score.baselines import Bigram, baselines
+from golfgpt.score.compressors import Bigram, compressors_bpb
 
 DOCUMENTS = [f"Document {i}: the value of {i * i} is é▁🙂\n\n  and {'more ' * (i % 7)}\n" for i in range(120)]
 
@@ -292,7 +292,7 @@ def test_spaces_lost_to_bytes_are_refused(folder, monkeypatch):
         data.prove_val_bytes()
 
 
-# Yardsticks
+# Reference compressors
 
 
 def test_bigram_sums_to_one(folder):
@@ -302,9 +302,9 @@ def test_bigram_sums_to_one(folder):
         assert bigram.probabilities(pairs)[::2].sum() == pytest.approx(1)
 
 
-def test_baselines_are_kept_and_use_the_divisor(folder):
+def test_scores_of_compressors_are_kept_and_use_the_divisor(folder):
     data = Dataset.open(folder)
-    values = baselines(data)
+    values = compressors_bpb(data)
     assert set(values) == {"gzip", "xz", "zstd", "bigram"} and all(0 < value < 8 for value in values.values())
     ids = data.val_ids(0, data.val_tokens)
     text = data.tokenizer.decode(ids).encode()
@@ -314,6 +314,6 @@ def test_baselines_are_kept_and_use_the_divisor(folder):
     assert cache["bits_per_byte"] == values
     cache["bits_per_byte"]["gzip"] = 7.5
     (folder / "baselines.json").write_text(json.dumps(cache))
-    assert baselines(data)["gzip"] == 7.5
+    assert compressors_bpb(data)["gzip"] == 7.5
     (folder / "baselines.json").write_text("{}")
-    assert baselines(data) == values
+    assert compressors_bpb(data) == values

@@ -56,7 +56,7 @@ def test_end_to_end(tiny, tmp_path):
     assert result["artifact_bytes"] == (path / "model.golf").stat().st_size
     assert result["total_bytes"] == result["artifact_bytes"] + 60_000
     assert result["score"]["label"] == "val_bpb (first 4,000 tokens)"
-    assert result["baselines_bpb"] is None, "only the leading tokens were scored"
+    assert result["compressors_bpb"] is None, "only the leading tokens were scored"
     log = (path / "train.log").read_text()
     for piece in ("step:8/8 train_loss:", "model_params:", "_roundtrip_exact val_loss:", "Total submission size int8+"):
         assert piece in log

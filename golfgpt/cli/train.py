@@ -150,7 +150,7 @@ def evaluate(args: Eval) -> int:
 
     from golfgpt import distributed
     from golfgpt.files import sha256_file
-    from golfgpt.score.baselines import baselines
+    from golfgpt.score.compressors import compressors_bpb
     from golfgpt.score.evaluate import batch_windows, evaluate
     from golfgpt.score.sums import PartialSums
     from golfgpt.tables import score_lines
@@ -193,7 +193,7 @@ def evaluate(args: Eval) -> int:
             score = evaluate(
                 model.to(ranks.device), dataset, config, ranks, dtype=dtype, progress=reporter.status, keep=keep
             )
-        known = baselines(dataset) if ranks.is_main and not score.partial else None
+        known = compressors_bpb(dataset) if ranks.is_main and not score.partial else None
     except Interrupted as error:
         signum = error.exit_code - 128
         raise Interrupted(f"stopped by {signal.Signals(signum).name}; the same command continues", signum) from None
@@ -202,7 +202,7 @@ def evaluate(args: Eval) -> int:
         ranks.close()
     if ranks.is_main:
         if args.json:
-            print_json({"score": asdict(score), "baselines_bpb": known})
+            print_json({"score": asdict(score), "compressors_bpb": known})
         else:
             print(score_lines(score, known))
     return 0

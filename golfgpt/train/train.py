@@ -19,7 +19,7 @@ from golfgpt.quant import artifact
 from golfgpt.quant.budget import budget_report, check_budget, fitted
 from golfgpt.quant.codecs import require_compressor
 from golfgpt.quant.quantizer import Quantizer
-from golfgpt.score.baselines import baselines
+from golfgpt.score.compressors import compressors_bpb
 from golfgpt.score.evaluate import plan_windows
 from golfgpt.score.sums import PartialSums
 from golfgpt.tables import score_lines, table
@@ -162,8 +162,8 @@ def warm_up(config: RunConfig, step: TrainStep, attention: str, ledger: Ledger, 
 def export_and_score(
     config: RunConfig, path: Path, dataset: Dataset, exporter: Exporter, scorer: ModelScorer, steps: int
 ) -> dict:
-    """Export, reload, score, report. The artifact is on disk before scoring starts, and the score before the
-    baselines are computed."""
+    """Export, reload, score, report. The artifact is on disk before scoring starts, and the score before those of
+    the reference compressors are computed."""
     ranks, ledger, reporter, say = exporter.step.ranks, scorer.ledger, exporter.reporter, exporter.reporter.line
     with ledger.phase("export"):
         info = exporter.export(steps)
@@ -190,14 +190,14 @@ def export_and_score(
         "seconds": {name: round(seconds, 3) for name, seconds, _ in ledger.report()},
         "dataset": dataset.digest,
         "artifact_sha256": digest,
-        "baselines_bpb": None,
+        "compressors_bpb": None,
     }
     write_json(path / "result.json", result)
     reporter.status("compressing the text with gzip, xz and zstd for comparison")
-    result["baselines_bpb"] = None if score.partial else baselines(dataset)
+    result["compressors_bpb"] = None if score.partial else compressors_bpb(dataset)
     write_json(path / "result.json", result)
     reporter.metric("result", **result)
-    say(score_lines(score, result["baselines_bpb"]))
+    say(score_lines(score, result["compressors_bpb"]))
     phases = [(name, round(used, 2), "yes" if counted else "no") for name, used, counted in ledger.report()]
     say(table(("phase", "seconds", "in the budget"), phases))
     check_budget(info.file_bytes, config.budget)

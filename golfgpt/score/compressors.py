@@ -1,4 +1,4 @@
-"""Bits per byte that need no training run, on the same text and with the same divisor as `val_bpb`.
+"""Reference compressors: bits per byte without a training run, of the same text and with the divisor of `val_bpb`.
 
     gzip    zlib level 9          zstd    level 22, window as long as the text
     xz      LZMA preset 9         bigram  p(c | b), fitted on train tokens
@@ -31,10 +31,10 @@ from golfgpt.files import write_json
 
 BIGRAM_TRAIN_TOKENS = 50_000_000
 """Train tokens that the bigram is fitted on at most, from the start of the stream."""
-CACHE = "baselines.json"
+CACHE = "baselines.json"  # the name that prepared folders have it under; measuring again takes half a minute
 
 
-def baselines(data: Dataset) -> dict[str, float]:
+def compressors_bpb(data: Dataset) -> dict[str, float]:
     """Bits per byte of "gzip", "xz", "zstd" and "bigram" on the val text of `data`.
 
     Kept with the data set's digest in `baselines.json` in the data folder, if that can be written. Proves the divisor
