@@ -29,6 +29,7 @@ from typing import Any
 
 import golfgpt_kernels
 import torch
+from golfgpt_kernels._dispatch import dtype_name
 
 import golfgpt
 from bench.experiment_report import report
@@ -80,7 +81,7 @@ def run_job(configs: list[RunConfig], data: str) -> list[dict]:
         "training": key(trained(first)),
         "train_cpu_seconds": round(time.process_time() - begun, 1),
         "parameters": trainer.model.num_parameters(),
-        "dtype": str(trainer.dtype).removeprefix("torch."),
+        "dtype": dtype_name(trainer.dtype),
         "dataset": dataset.digest,
         **environment(),
     }

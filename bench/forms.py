@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from golfgpt_kernels import set_implementation, tuning
+from golfgpt_kernels._dispatch import dtype_name
 from torch import Tensor
 
 from bench import published
@@ -86,10 +87,6 @@ class Setup:
                 w = torch.randn(w.shape, generator=generator) * w.size(-1) ** -0.5
             weights[name] = w.to(self.dtype).float()
         return weights
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def made_up_tokens(vocab_size: int, count: int = 2_000_000) -> np.ndarray:

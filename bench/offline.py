@@ -42,7 +42,7 @@ from unittest import mock
 
 import torch
 from golfgpt_kernels import _jit, _tiles
-from golfgpt_kernels._dispatch import KERNEL_DTYPES
+from golfgpt_kernels._dispatch import KERNEL_DTYPES, dtype_name
 from golfgpt_kernels._tiles import TABLES
 from golfgpt_kernels._weight_grad import split_weight_grad
 from golfgpt_kernels.fake_quant import RowQuant, codes_linear, quantize_matrices
@@ -243,7 +243,7 @@ def all_jobs(architectures: Iterable[int] = ARCHITECTURES) -> Iterator[Job]:
             tiles = shipped_tiles(this.table, sm, dtype.itemsize) if this.table else [None]
             precisions = (False, True) if this.dots and dtype == torch.float32 else (False,)
             for variant, tile, tf32 in itertools.product(this.variants, tiles, precisions):
-                yield Job(name, sm, str(dtype).removeprefix("torch."), tf32, variant, tile)
+                yield Job(name, sm, dtype_name(dtype), tf32, variant, tile)
 
 
 # ---- compilation

@@ -58,11 +58,12 @@ from pathlib import Path
 
 import torch
 from golfgpt_kernels import timing, tuning
+from golfgpt_kernels._dispatch import dtype_name
 from torch import Tensor
 
 from bench import report
 from bench.flops import attention_flops, floor_ms, matrix_flops, matrix_parameters, mfu
-from bench.forms import FORMS, Form, Setup, build, dtype_name
+from bench.forms import FORMS, Form, Setup, build
 from bench.roofs import driver, roofs
 from golfgpt.distributed import Ranks
 from golfgpt.errors import InputError

@@ -81,7 +81,28 @@ def test_import_does_not_wait_for_the_compiler():
 def test_eager_without_a_measurement_and_says_so(committed):
     assert not auto()
     chosen, why = implementation("relu2_mlp", CUDA, BF16)
-    assert chosen == "eager" and "never measured on GH (sm_90)" in why
+    assert chosen == "eager"
+    assert why == "the kernel was never measured on GH (sm_90); `python -m golfgpt_kernels tune` does"
+
+
+def test_in_a_dtype_that_tune_does_not_measure_it_names_the_one_that_it_does(committed):
+    never = "the kernel was never measured on GH (sm_90) in {}; `python -m golfgpt_kernels tune` measures {}"
+    assert implementation("relu2_mlp", CUDA, torch.float16)[1] == never.format("float16", "bfloat16")
+    assert implementation("muon_update_", CUDA, BF16)[1] == never.format("bfloat16", "float32")
+
+
+def test_a_failed_check_is_told_with_its_reason_where_that_was_kept(committed):
+    wrong = entry(10.0, correct=False)
+    committed(wrong | {"failed": {"triton": "out0: differs"}}, wrong | {"op": "linear_relu2"})
+    assert implementation("relu2_mlp", CUDA, BF16)[1] == "GH, 2026-01-01: the kernel failed its check: out0: differs"
+    assert implementation("linear_relu2", CUDA, BF16)[1] == "GH, 2026-01-01: the kernel failed its check"
+
+
+@pytest.mark.parametrize("meaning", ["auto", "triton"])
+def test_an_op_that_auto_does_not_choose_for_is_refused(meaning):
+    message = r"implementation: op='relu2_mpl'; expected one of relu2_mlp, .*quantize_rows"
+    with set_implementation(meaning), pytest.raises(ValueError, match=message):
+        implementation("relu2_mpl", CUDA, BF16)
 
 
 @pytest.mark.parametrize(

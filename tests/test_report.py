@@ -69,8 +69,8 @@ def test_adopted_entries_decide_auto(result, tmp_path, monkeypatch):
     FakeCuda(monkeypatch)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(_dispatch, "__file__", str(tmp_path / "_dispatch.py"))
-    ops = ("relu2_mlp", "linear_relu2", "linear")
-    assert [_dispatch.implementation(op, CUDA, torch.bfloat16)[0] for op in ops] == ["triton", "eager", "eager"]
+    ops = ("relu2_mlp", "linear_relu2")
+    assert [_dispatch.implementation(op, CUDA, torch.bfloat16)[0] for op in ops] == ["triton", "eager"]
 
 
 def test_an_adopted_step_is_what_doctor_compares_with(tmp_path):

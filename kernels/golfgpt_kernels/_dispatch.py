@@ -81,23 +81,36 @@ def runs_triton(op: str, impl: Impl, tensor: Tensor, rows: int) -> bool:
 
 def implementation(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """What impl="auto" means for `op` there: ("triton" or "eager", the reason in one sentence)."""
+    from ._cases import QUICK  # which imports the ops, and they this file
+
+    tuned = {case.op: case.dtype for case in QUICK}
+    if op not in tuned:
+        raise ValueError(f"implementation: op={op!r}; expected one of {', '.join(tuned)}")
     if _meaning != "auto":
         return _meaning, f"set_implementation({_meaning!r})"
     if device.type != "cuda":
         return "eager", "kernels are for GPUs"
     if reason := cannot_run(device, dtype):
         return "eager", reason
-    gpu = f"{torch.cuda.get_device_name(device)} (sm_{compute_capability(device)})"
     if entries := _measurements(op, device, dtype):
         worst = max(entries, key=against_best)
         if not worst["correct"]:
-            return "eager", f"{worst['gpu']}, {worst['date']}: the kernel failed its check"
+            wrong = f": {why}" if (why := worst.get("failed", {}).get("triton")) else ""
+            return "eager", f"{worst['gpu']}, {worst['date']}: the kernel failed its check{wrong}"
         ratio = f"at worst {against_best(worst):.2f} x the faster of eager and torch.compile"
         why = f"{worst['gpu']}, {worst['date']}: {ratio}"
         if against_best(worst) >= 1:
             return "eager", why
         return "triton", f"{why}; from {_rows_needed(entries):,} rows of input on"
-    return "eager", f"the kernel was never measured on {gpu}; `python -m golfgpt_kernels tune` does"
+    never = f"the kernel was never measured on {torch.cuda.get_device_name(device)} (sm_{compute_capability(device)})"
+    command = "`python -m golfgpt_kernels tune`"
+    if dtype == tuned[op]:
+        return "eager", f"{never}; {command} does"
+    return "eager", f"{never} in {dtype_name(dtype)}; {command} measures {dtype_name(tuned[op])}"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -134,7 +147,7 @@ _least_rows._dynamo_marked_constant = True
 @functools.cache
 def least_rows_cached(op: str, device: torch.device, dtype: torch.dtype) -> int | None:
     chosen, why = implementation(op, device, dtype)
-    log.warning("%s on %s in %s: %s (%s)", op, device, str(dtype).removeprefix("torch."), chosen, why)
+    log.warning("%s on %s in %s: %s (%s)", op, device, dtype_name(dtype), chosen, why)
     if chosen == "eager":
         return None
     return _rows_needed(_measurements(op, device, dtype))
@@ -156,7 +169,7 @@ def _measurements(op: str, device: torch.device, dtype: torch.dtype) -> list[dic
         e for e in read_entries(Path(__file__).parent / "measured.json") if e["sm"] == compute_capability(device)
     ]
     for entries in (read_entries(tuned_file(device)), committed):
-        if found := [e for e in entries if e["op"] == op and e["dtype"] == str(dtype).removeprefix("torch.")]:
+        if found := [e for e in entries if e["op"] == op and e["dtype"] == dtype_name(dtype)]:
             return found
     return []
 

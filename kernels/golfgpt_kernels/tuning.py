@@ -26,7 +26,7 @@ import torch
 
 from . import _dispatch
 from ._cases import COLUMNS, QUICK, Case, check, column_function, input_sets
-from ._dispatch import environment, tuned_file
+from ._dispatch import dtype_name, environment, tuned_file
 from .timing import time_us, within
 
 COMMAND = "python -m golfgpt_kernels tune"
@@ -36,7 +36,7 @@ NEEDS_GPU = "tuning needs a CUDA device that this torch can use: interpreted ker
 def measure(case: Case, device: torch.device, *, command: str, columns: Sequence[str] | None = None) -> dict:
     """The entry of `case`. The kernel is checked before it is timed."""
     entry = environment(device) | {
-        "op": case.op, "dtype": str(case.dtype).removeprefix("torch."), "rows": case.rows, "shape": list(case.shape),
+        "op": case.op, "dtype": dtype_name(case.dtype), "rows": case.rows, "shape": list(case.shape),
         "direction": case.direction, "us": {}, "spread": {}, "how": {}, "failed": {}, "correct": False,
         "command": command, "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
