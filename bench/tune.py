@@ -12,7 +12,7 @@ has all that was tried:
     searches   [{kernel, itemsize, size, cases, shipped, best, tried}]; shipped, best and each of tried are
                {launch: {...}, us} or {launch: {...}, failed: why}
 
-The lines printed last go into the tables, in place of what they were measured against.
+The tiles printed last go into the tables as they are, in place of those that they were measured against.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import json
 import math
 import os
 import sys
@@ -258,7 +259,7 @@ def search(kernels: Sequence[str], device: torch.device, seconds: float, result:
         del evaluation
         torch.cuda.empty_cache()
         print(summary(this, len(tiles)), flush=True)
-    print("\n" + "\n".join(tile_line(this, result) for this in result["searches"] if this["best"]))
+    print("\n" + "\n".join(tile_lines(this, result) for this in result["searches"] if this["best"]))
 
 
 _DTYPE = {2: torch.bfloat16, 4: torch.float32}
@@ -274,19 +275,30 @@ def summary(this: dict, total: int) -> str:
     )
 
 
-def tile_line(this: dict, result: dict) -> str:
+def tile_lines(this: dict, result: dict) -> str:
     """The best tile as its table takes it."""
     shipped = this["shipped"].get("us")
     was = f"shipped {shipped:.1f}" if shipped else "the shipped one failed"
-    source = (
-        f"{result['gpu']}, torch {result['torch']}, triton {result['triton']}, {result['date']}: {result['command']}: "
-        f"{this['best']['us']:.1f} us at size {this['size']}, {was}"
-    )
-    launch = str(this["best"]["launch"]).replace("'", '"')
-    return (
-        f"# {this['kernel']}, {', '.join(this['cases'])}\n"
-        f'Tile(sm={result["sm"]}, itemsize={this["itemsize"]}, launch={launch}, source="{source}"),'
-    )
+    fields = {"sm": result["sm"], "itemsize": this["itemsize"], "launch": this["best"]["launch"]}
+    if (max_size := served(this, result)) is not None:
+        fields["max_size"] = max_size
+    lines = [f"    {name}={json.dumps(value)}," for name, value in fields.items()]
+    where = f"{result['gpu']}, torch {result['torch']}, triton {result['triton']}, {result['date']}: "
+    how = f"{result['command']}: {this['best']['us']:.1f} us at size {this['size']}, {was}"
+    lines += [f"    source={json.dumps(where)}", f"    {json.dumps(how)},"]
+    return "\n".join((f"# {this['kernel']}, {', '.join(this['cases'])}", "Tile(", *lines, "),"))
+
+
+def served(this: dict, result: dict) -> int | None:
+    """The largest size that the tile is for: of several sizes that share a tile today each gets its own, the largest of
+    them what that tile serves. On an architecture without tiles they share all sizes."""
+
+    def bucket(search: dict) -> tuple[str, int, int | None]:
+        tile = TABLES[search["kernel"]].tile(result["sm"], search["itemsize"], search["size"])
+        return search["kernel"], search["itemsize"], tile.max_size if tile.sm == result["sm"] else None
+
+    sizes = [search["size"] for search in result["searches"] if search["best"] and bucket(search) == bucket(this)]
+    return bucket(this)[-1] if this["size"] == max(sizes) else this["size"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 from fake_gpu import made_up
 from golfgpt_kernels._jit import INTERPRETING
-from golfgpt_kernels._tiles import TABLES, Tile
+from golfgpt_kernels._tiles import TABLES, TileTable
 
 from bench import cases, tune
 
@@ -76,9 +79,35 @@ def test_evaluation_refuses_wrong_results_and_survives_errors(monkeypatch):
     assert "differs from eager" in next(evaluation([tile]))
 
 
-def test_the_winning_line_is_python_that_makes_a_tile():
-    this = {"kernel": "k", "itemsize": 2, "size": 65536, "cases": ["c"]}
-    this |= {"shipped": {"launch": GEMM, "us": 100.0}, "best": {"launch": GEMM | {"num_stages": 3}, "us": 90.0}}
-    (tile,) = eval(tune.tile_line(this, made_up(gpu="GH")), {"Tile": Tile})
-    assert tile.launch == this["best"]["launch"] and (tile.sm, tile.itemsize) == (90, 2)
-    assert "GH" in tile.source and "90.0 us" in tile.source and "100.0" in tile.source
+def module_of(table: TileTable) -> ModuleType:
+    """Where a table is, with the names that its tiles can be written with."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("golfgpt_kernels.")]
+    return next(module for module in modules if any(value is table for value in vars(module).values()))
+
+
+def searched(kernel: str, itemsize: int, size: int, launch: dict[str, int], stages: int) -> dict:
+    this = {"kernel": kernel, "itemsize": itemsize, "size": size, "cases": ["a case"]}
+    best = launch | {"num_stages": stages}
+    return this | {"shipped": {"launch": launch, "us": 100.0}, "best": {"launch": best, "us": 90.0}}
+
+
+@pytest.mark.parametrize("sm", [80, 90, 100])
+@pytest.mark.parametrize("kernel", sorted(TABLES))
+def test_printed_tiles_go_into_their_table_as_they_are(kernel, sm, monkeypatch):
+    """Where each of three sizes has another winner, two of which share a tile today."""
+    table, sizes = TABLES[kernel], (4096, 8192, 2**30)
+    searches = [
+        searched(kernel, itemsize, size, dict(table.tile(sm, itemsize, size).launch), stages)
+        for itemsize in (2, 4)
+        for stages, size in enumerate(sizes, 10)
+    ]
+    result = made_up(gpu="NVIDIA H100 80GB HBM3", sm=sm, command=f"python -m bench.tune {kernel}", searches=searches)
+    text = "\n".join(tune.tile_lines(this, result) for this in searches)
+    assert max(map(len, text.splitlines())) <= 116, "in a table, within 120 columns"
+    pasted = eval(f"[{text}]", vars(module_of(table)))
+    assert "NVIDIA H100" in pasted[0].source and "90.0 us at size 4096, shipped 100.0" in pasted[0].source
+    monkeypatch.setitem(TABLES, kernel, table)  # which the next line replaces
+    new = TileTable(kernel, table.measure, *(tile for tile in table.tiles if tile.sm != sm), *pasted)
+    for this in searches:
+        assert new.tile(sm, this["itemsize"], this["size"]).launch == this["best"]["launch"]
+    assert new.tile(sm, 2, 2**40).launch == searches[2]["best"]["launch"], "and there is one for larger sizes"

@@ -35,28 +35,32 @@ class TileTable:
         TABLES[kernel] = self
 
     def select(self, device: torch.device, dtype: torch.dtype, size: int) -> Mapping[str, int]:
-        """Of the newest architecture that `device` reaches, the tile of the smallest bucket that holds `size`.
+        return self.tile(compute_capability(device), dtype.itemsize, size).launch
+
+    def tile(self, sm: int, itemsize: int, size: int) -> Tile:
+        """Of the newest architecture that `sm` reaches, the tile of the smallest bucket that holds `size`.
 
         Consumer Blackwell (sm_120) has the 99 KB of shared memory of sm_86 and gets the tiles of sm_80.
         """
-        sm = compute_capability(device)
         sm = 80 if sm >= 120 else sm
-        reached = [t for t in self.tiles if t.sm <= sm and t.itemsize == dtype.itemsize]
+        reached = [t for t in self.tiles if t.sm <= sm and t.itemsize == itemsize]
         newest = max(t.sm for t in reached)
         fitting = [t for t in reached if t.sm == newest and (t.max_size is None or size <= t.max_size)]
-        return min(fitting, key=lambda t: float("inf") if t.max_size is None else t.max_size).launch
+        return min(fitting, key=lambda t: float("inf") if t.max_size is None else t.max_size)
 
 
 TABLES: dict[str, TileTable] = {}
 
 
-def gemm_tile(sm: int, itemsize: int, m: int, n: int, k: int, warps: int, stages: int) -> Tile:
-    """The tile of a kernel whose blocks are BLOCK_M x BLOCK_N of output and BLOCK_K along the sum."""
-    blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
-    return Tile(sm=sm, itemsize=itemsize, launch=blocks)
-
-
-INTERPRETED_GEMM = (gemm_tile(0, 2, 32, 32, 32, 4, 1), gemm_tile(0, 4, 32, 32, 32, 4, 1))
+# What the interpreter takes: small, since the blocks of a test are few.
+INTERPRETED_GEMM = (
+    Tile(sm=0, itemsize=2, launch={"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1}),
+    Tile(sm=0, itemsize=4, launch={"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1}),
+)
+INTERPRETED_BLOCK = (
+    Tile(sm=0, itemsize=2, launch={"BLOCK": 2048, "num_warps": 4}),
+    Tile(sm=0, itemsize=4, launch={"BLOCK": 2048, "num_warps": 4}),
+)
 
 
 def compute_capability(device: torch.device) -> int:

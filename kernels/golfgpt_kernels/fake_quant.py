@@ -91,7 +91,7 @@ from ._rows import (
     two_largest,
     two_largest_of_both,
 )
-from ._tiles import INTERPRETED_GEMM, Tile, TileTable, gemm_tile
+from ._tiles import INTERPRETED_BLOCK, INTERPRETED_GEMM, Tile, TileTable
 
 Form = Literal["auto", "compute_copy", "codes"]
 
@@ -151,17 +151,18 @@ class _CodesLinear(torch.autograd.Function):
 _ROW_TILES = TileTable(
     "quantize_rows",
     "columns",
-    *(Tile(sm=0, itemsize=size, launch={"BLOCK": 2048, "num_warps": 4}) for size in (2, 4)),
-    *(Tile(sm=80, itemsize=size, launch={"BLOCK": 4096, "num_warps": 4}) for size in (2, 4)),
+    *INTERPRETED_BLOCK,
+    Tile(sm=80, itemsize=2, launch={"BLOCK": 4096, "num_warps": 4}),
+    Tile(sm=80, itemsize=4, launch={"BLOCK": 4096, "num_warps": 4}),
 )
 _CODES_TILES = TileTable(
     "codes_linear",
     "rows",
     *INTERPRETED_GEMM,
-    gemm_tile(80, 2, 128, 128, 32, 8, 3),
-    gemm_tile(80, 4, 64, 64, 16, 8, 2),
-    gemm_tile(90, 2, 128, 256, 64, 8, 3),
-    gemm_tile(90, 4, 64, 64, 16, 8, 3),
+    Tile(sm=80, itemsize=2, launch={"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}),
+    Tile(sm=80, itemsize=4, launch={"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2}),
+    Tile(sm=90, itemsize=2, launch={"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}),
+    Tile(sm=90, itemsize=4, launch={"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 8, "num_stages": 3}),
 )
 
 

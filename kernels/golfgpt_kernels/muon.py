@@ -73,7 +73,7 @@ from ._rows import (
     two_largest,
     two_largest_of_both,
 )
-from ._tiles import Tile, TileTable
+from ._tiles import INTERPRETED_BLOCK, Tile, TileTable
 
 PART = 2048  # elements in a sum of squares; blocks of the momentum are multiples of it
 
@@ -129,22 +129,27 @@ def muon_update_ref_(
 
 # ---- tiles: BLOCK weights per program
 
-
-def _table(kernel: str, measure: str = "elements") -> TileTable:
-    tiles = ((0, 2048), (80, 4096))
-    return TileTable(
-        kernel,
-        measure,
-        *(
-            Tile(sm=sm, itemsize=size, launch={"BLOCK": block, "num_warps": 4})
-            for sm, block in tiles
-            for size in (2, 4)
-        ),
-    )
-
-
-_MOMENTUM_TILES, _UPDATE_TILES = _table("muon_momentum"), _table("muon_update")
-_UPDATE_ROWS_TILES = _table("muon_update_rows", "columns")
+_MOMENTUM_TILES = TileTable(
+    "muon_momentum",
+    "elements",
+    *INTERPRETED_BLOCK,
+    Tile(sm=80, itemsize=2, launch={"BLOCK": 4096, "num_warps": 4}),
+    Tile(sm=80, itemsize=4, launch={"BLOCK": 4096, "num_warps": 4}),
+)
+_UPDATE_TILES = TileTable(
+    "muon_update",
+    "elements",
+    *INTERPRETED_BLOCK,
+    Tile(sm=80, itemsize=2, launch={"BLOCK": 4096, "num_warps": 4}),
+    Tile(sm=80, itemsize=4, launch={"BLOCK": 4096, "num_warps": 4}),
+)
+_UPDATE_ROWS_TILES = TileTable(
+    "muon_update_rows",
+    "columns",
+    *INTERPRETED_BLOCK,
+    Tile(sm=80, itemsize=2, launch={"BLOCK": 4096, "num_warps": 4}),
+    Tile(sm=80, itemsize=4, launch={"BLOCK": 4096, "num_warps": 4}),
+)
 
 
 # ---- kernels

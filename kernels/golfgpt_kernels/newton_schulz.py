@@ -127,27 +127,22 @@ def _per_step(coefficients: Coefficients, steps: int) -> list[Triple]:
 # ---- tiles
 
 
-def _tile(sm: int, itemsize: int, m: int, k: int, warps: int, stages: int, max_size: int | None = None) -> Tile:
-    """Square, for mirrored stores; the update takes the same."""
-    blocks = {"BLOCK": m, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
-    return Tile(sm=sm, itemsize=itemsize, launch=blocks, max_size=max_size)
-
-
-# Tiles of 64 do 32 flops per byte that they read from L2, tiles of 128 do 64: at 5.5 TB/s 180 and 350 TF/s. The small
-# ones are for results of which the large ones would leave an H100's multiprocessors idle. Before sm_90 a descriptor's
-# loads become loads of single elements, whose addresses fill the registers that a larger tile would need.
+# Square, for mirrored stores; the update takes the same. Tiles of 64 do 32 flops per byte that they read from L2, tiles
+# of 128 do 64: at 5.5 TB/s 180 and 350 TF/s. The small ones are for results of which the large ones would leave an
+# H100's multiprocessors idle. Before sm_90 a descriptor's loads become loads of single elements, whose addresses fill
+# the registers that a larger tile would need.
 _SMALL = 128 * 128 * 128
 
 _TILES = TileTable(
     "newton_schulz",
     "elements of the result",
-    _tile(0, 2, 32, 32, 4, 1),
-    _tile(0, 4, 32, 32, 4, 1),
-    _tile(80, 2, 64, 32, 8, 3),
-    _tile(80, 4, 32, 32, 8, 2),
-    _tile(90, 2, 64, 64, 4, 4, _SMALL),
-    _tile(90, 2, 128, 64, 8, 3),
-    _tile(90, 4, 64, 16, 8, 3),
+    Tile(sm=0, itemsize=2, launch={"BLOCK": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1}),
+    Tile(sm=0, itemsize=4, launch={"BLOCK": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1}),
+    Tile(sm=80, itemsize=2, launch={"BLOCK": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}),
+    Tile(sm=80, itemsize=4, launch={"BLOCK": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}),
+    Tile(sm=90, itemsize=2, launch={"BLOCK": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4}, max_size=_SMALL),
+    Tile(sm=90, itemsize=2, launch={"BLOCK": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}),
+    Tile(sm=90, itemsize=4, launch={"BLOCK": 64, "BLOCK_K": 16, "num_warps": 8, "num_stages": 3}),
 )
 _NORM_BLOCK = (32, 128)
 

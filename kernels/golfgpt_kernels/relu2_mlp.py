@@ -49,7 +49,7 @@ from torch import Tensor
 from ._dispatch import Impl, autocast, check_floats, check_linear, runs_triton
 from ._jit import ceil_div, descriptor, dot, dot_precision, empty_rows, halves, jit, launch, narrow, num_programs, tl
 from ._ops import add_op_namespace_prefix
-from ._tiles import INTERPRETED_GEMM, TileTable, gemm_tile
+from ._tiles import INTERPRETED_GEMM, Tile, TileTable
 from ._weight_grad import weight_grad
 
 
@@ -71,19 +71,19 @@ _FWD_TILES = TileTable(
     "linear_relu2_fwd",
     "rows",
     *INTERPRETED_GEMM,
-    gemm_tile(80, 2, 128, 128, 32, 8, 3),
-    gemm_tile(80, 4, 64, 64, 16, 8, 2),
-    gemm_tile(90, 2, 128, 256, 64, 8, 4),
-    gemm_tile(90, 4, 64, 64, 16, 8, 3),
+    Tile(sm=80, itemsize=2, launch={"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}),
+    Tile(sm=80, itemsize=4, launch={"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2}),
+    Tile(sm=90, itemsize=2, launch={"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4}),
+    Tile(sm=90, itemsize=4, launch={"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 8, "num_stages": 3}),
 )
 _DZ_TILES = TileTable(
     "relu2_mlp_dz",
     "rows",
     *INTERPRETED_GEMM,
-    gemm_tile(80, 2, 64, 128, 32, 8, 3),
-    gemm_tile(80, 4, 64, 64, 16, 8, 2),
-    gemm_tile(90, 2, 128, 256, 64, 8, 3),
-    gemm_tile(90, 4, 64, 64, 16, 8, 3),
+    Tile(sm=80, itemsize=2, launch={"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}),
+    Tile(sm=80, itemsize=4, launch={"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2}),
+    Tile(sm=90, itemsize=2, launch={"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}),
+    Tile(sm=90, itemsize=4, launch={"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 8, "num_stages": 3}),
 )
 
 

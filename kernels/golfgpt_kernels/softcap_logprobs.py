@@ -51,7 +51,6 @@ is 2 to 16 here).
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -61,7 +60,7 @@ from torch import Tensor
 from ._dispatch import Impl, accumulate_dtype, autocast, check_floats, check_linear, runs_triton, values_readable
 from ._jit import ceil_div, descriptor, dot, dot_precision, empty_rows, halves, jit, launch, narrow, tl
 from ._ops import add_op_namespace_prefix
-from ._tiles import TileTable, gemm_tile
+from ._tiles import Tile, TileTable
 from ._weight_grad import split_weight_grad
 
 Reduction = Literal["mean", "sum", "none"]
@@ -121,27 +120,35 @@ def token_logprobs_ref(
 # ---- tiles
 
 # Wider than INTERPRETED_GEMM: the interpreter's time is one numpy call per operation and tile.
-_INTERPRETED = (gemm_tile(0, 2, 32, 128, 64, 4, 1), gemm_tile(0, 4, 32, 128, 64, 4, 1))
+_INTERPRETED = (
+    Tile(sm=0, itemsize=2, launch={"BLOCK_M": 32, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 1}),
+    Tile(sm=0, itemsize=4, launch={"BLOCK_M": 32, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 1}),
+)
 _FWD_TILES = TileTable(
     "softcap_logprobs_fwd",
     "rows",
     *_INTERPRETED,
-    gemm_tile(80, 2, 128, 64, 32, 8, 3),
-    gemm_tile(80, 4, 64, 64, 16, 8, 2),
+    Tile(sm=80, itemsize=2, launch={"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}),
+    Tile(sm=80, itemsize=4, launch={"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2}),
     # Up to 16,384 rows, blocks of 128 would be one program per multiprocessor or less. A row's sum has the same order.
-    replace(gemm_tile(90, 2, 64, 128, 64, 4, 3), max_size=16_384),
-    gemm_tile(90, 2, 128, 128, 64, 8, 3),
-    gemm_tile(90, 4, 64, 64, 32, 8, 2),
-    gemm_tile(100, 2, 128, 128, 64, 8, 3),
+    Tile(
+        sm=90,
+        itemsize=2,
+        launch={"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
+        max_size=16_384,
+    ),
+    Tile(sm=90, itemsize=2, launch={"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}),
+    Tile(sm=90, itemsize=4, launch={"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}),
+    Tile(sm=100, itemsize=2, launch={"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}),
 )
 _GRAD_TILES = TileTable(
     "softcap_logits_grad",
     "rows",
     *_INTERPRETED,
-    gemm_tile(80, 2, 128, 64, 32, 8, 3),
-    gemm_tile(80, 4, 64, 64, 16, 8, 2),
-    gemm_tile(90, 2, 128, 128, 64, 8, 3),
-    gemm_tile(90, 4, 64, 64, 32, 8, 2),
+    Tile(sm=80, itemsize=2, launch={"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}),
+    Tile(sm=80, itemsize=4, launch={"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2}),
+    Tile(sm=90, itemsize=2, launch={"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}),
+    Tile(sm=90, itemsize=4, launch={"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}),
 )
 
 
