@@ -68,6 +68,7 @@ from bench.roofs import driver, roofs
 from golfgpt.distributed import Ranks
 from golfgpt.errors import InputError
 from golfgpt.model.parameters import parameter_shapes
+from golfgpt.quant.quantizer import Quantizer
 from golfgpt.recipes import get
 from golfgpt.train.attention_backend import select_backend, use_flash3
 from golfgpt.train.step import Pending, TrainStep
@@ -187,11 +188,15 @@ def synchronizations(form: Form, step: int) -> list[str]:
     return [f"{Path(w.filename).name}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message)]
 
 
-def fake_quant_ms(trainer: TrainStep) -> float:
-    """Quantizing all matrices once, alone; the step does it inside the launch that updates them."""
+def fake_quant_ms(trainer: TrainStep) -> float | None:
+    """Quantizing all matrices once, alone; the step does it inside the launch that updates them. None without QAT."""
+    copies, fake_quant = trainer.compute_copies, Quantizer(trainer.config.model, trainer.config.quant).fake_quant()
+    quantized = [name for name in copies.banks if name in fake_quant]
+    if not quantized:
+        return None
 
     def quantize(_inputs: object) -> None:
-        trainer.compute_copies.refresh(trainer.compute_copies.quantized)
+        copies.refresh(quantized)
 
     return timing.time_us(quantize, [{}], trainer.ranks.device).us / 1e3
 
@@ -321,8 +326,8 @@ def add_ratios(entry: dict) -> None:
 def add_details(timed: Timed, entry: dict) -> None:
     """What is asked of golfgpt's step alone."""
     entry["optimizer_graph"] = timed.form.graph
-    if timed.form.trainer.compute_copies.quantized:
-        entry["fake_quant_ms"] = round(fake_quant_ms(timed.form.trainer), 4)
+    if (ms := fake_quant_ms(timed.form.trainer)) is not None:
+        entry["fake_quant_ms"] = round(ms, 4)
         entry["fake_quant_share"] = round(entry["fake_quant_ms"] / entry["forms"]["golfgpt"]["ms"]["step"], 4)
     if timed.setup.device.type == "cuda":
         entry["synchronizations"] = synchronizations(timed.form, timed.done)

@@ -23,7 +23,7 @@ from golfgpt.quant import artifact
 from golfgpt.quant.artifact import ArtifactInfo, inspect, pack, read, seal, unpack, write
 from golfgpt.quant.budget import budget_report, check_budget
 from golfgpt.quant.codecs import CODECS, compress, decompress, require_compressor
-from golfgpt.quant.quantizer import Quantizer
+from golfgpt.quant.quantizer import Quantizer, decode
 
 MODEL = ModelConfig(vocab_size=16, num_layers=2, model_dim=8, num_heads=2, num_kv_heads=1, mlp_hidden=8)
 QUANT = QuantConfig(bits=6, keep_numel=63, compressor="zlib")  # c_k and c_v in float16
@@ -90,7 +90,7 @@ def test_round_trip(vocab, layers, head_dim, tied, pairs, quant, seed):
     blob, quantizer = packed(model, quant, seed), Quantizer(model, quant)
     assert blob == packed(model, quant, seed)
     got = unpack(blob)
-    expected = quantizer.decode(quantizer.encode(random_state(model, seed)))
+    expected = decode(quantizer.encode(random_state(model, seed)))
     assert list(got.state) == list(expected)
     for name, weights in expected.items():
         assert got.state[name].dtype == torch.float32 and torch.equal(got.state[name], weights), name
@@ -123,7 +123,7 @@ def test_every_layout_round_trips(data):
     info = ArtifactInfo(MODEL, quantizer.formats, 64, DIGEST, "zlib", 9, columns)
     got = unpack(sealed(info.header(), CODECS["zlib"].compress(payload, 9)))
     assert got.info.columns == columns
-    for name, weights in quantizer.decode(encoded).items():
+    for name, weights in decode(encoded).items():
         assert torch.equal(got.state[name], weights), name
 
 

@@ -17,7 +17,7 @@ from golfgpt.importer import layer_groups_of
 from golfgpt.published.files import read_export
 from golfgpt.published.names import from_published, to_published
 from golfgpt.quant import artifact
-from golfgpt.quant.quantizer import Quantizer
+from golfgpt.quant.quantizer import Quantizer, decode
 from golfgpt.train.run_folder import trained_weights
 from golfgpt.train.train import train
 
@@ -169,7 +169,7 @@ def test_a_run_is_stored_in_other_formats_from_its_trained_weights(trained, caps
         assert main(argv) == 3 and "replace it with --overwrite" in capsys.readouterr().err
         assert run_json(capsys, *argv, "--overwrite")["bytes"] == sizes[bits]
         expected = Quantizer(artifact.inspect(out).model, replace(QUANT, bits=bits))
-        decoded = expected.decode(expected.encode(trained_weights(trained)))
+        decoded = decode(expected.encode(trained_weights(trained)))
         assert all(torch.equal(tensor, decoded[name]) for name, tensor in artifact.read(out).state.items())
     assert sizes[5] < sizes[8]
     config = json.loads((trained / "config.json").read_text())

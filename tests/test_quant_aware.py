@@ -18,7 +18,7 @@ from golfgpt.optim.averaging import Average
 from golfgpt.optim.flat import FlatGradients
 from golfgpt.optim.schedule import lr_multiplier, quantization_aware
 from golfgpt.quant import artifact, compute_copies
-from golfgpt.quant.quantizer import Quantizer
+from golfgpt.quant.quantizer import Quantizer, decode
 from golfgpt.recipes import RECIPES
 from golfgpt.train.step import TrainStep
 
@@ -81,7 +81,7 @@ def test_the_forward_uses_the_weights_of_the_artifact_bit_for_bit(quant, clip, i
 def test_every_tensor_gets_a_straight_through_gradient():
     model, shipped = model_with_hard_rows(), model_with_hard_rows()
     quantizer = Quantizer(MODEL, MIXED)
-    shipped.load_state_dict(quantizer.decode(quantizer.encode(model.state_dict())))
+    shipped.load_state_dict(decode(quantizer.encode(model.state_dict())))
     ids = torch.randint(0, 61, (2, 16), generator=torch.Generator().manual_seed(1))
     loss = model.loss(ids, ids, stand_ins=fake_quantized(model, quantizer.fake_quant()))
     assert torch.equal(loss, shipped.loss(ids, ids)) and not torch.equal(loss, model.loss(ids, ids))
@@ -204,7 +204,7 @@ def test_what_inductor_compiles_trains_on_the_weights_that_ship():
     model = model_with_hard_rows()
     quantizer = Quantizer(MODEL, replace(MIXED, rules=(*MIXED.rules[1:], "tok_emb.*=float16")))
     shipped = GPT(MODEL)
-    shipped.load_state_dict(quantizer.decode(quantizer.encode(model.state_dict())))
+    shipped.load_state_dict(decode(quantizer.encode(model.state_dict())))
     enabled = torch.tensor(True)
     groups = quantizer.fake_quant()
     assert groups["tok_emb"][0][1] == groups["resid_mix"][0][1] == torch.float16

@@ -24,7 +24,7 @@ from golfgpt.distributed import Ranks
 from golfgpt.errors import BudgetError, InputError, Interrupted, NonFiniteError
 from golfgpt.optim.flat import FlatGradients
 from golfgpt.quant import artifact
-from golfgpt.quant.quantizer import Quantizer
+from golfgpt.quant.quantizer import Quantizer, decode
 from golfgpt.recipes import RECIPES
 from golfgpt.train import checkpoint
 from golfgpt.train.clock import Ledger
@@ -65,10 +65,8 @@ def test_end_to_end(tiny, tmp_path):
     text = tokenizer.decode(model.generate(torch.tensor([tokenizer.bos_id]), 20, window=64, temperature=0))
     assert isinstance(text, str)
     trained = final_weights(path)
-    decoded = Quantizer(tiny.model, tiny.quant)
-    assert all(torch.equal(model.state_dict()[k], v) for k, v in decoded.decode(decoded.encode(trained)).items()), (
-        "what was trained is what ships"
-    )
+    decoded = decode(Quantizer(tiny.model, tiny.quant).encode(trained))
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in decoded.items()), "what was trained is what ships"
     with pytest.raises(InputError, match="already holds a run"):
         train(tiny, path)
 

@@ -51,7 +51,7 @@ from golfgpt.quant.quantizer import (
     Quantizer,
     TensorFormat,
     TensorReport,
-    join,
+    decode,
     layer_group_name,
     parse_layer_group,
     payload_bytes,
@@ -203,7 +203,7 @@ def unpack(blob: bytes) -> Artifact:
     info, compressed = _open(blob)
     payload = np.frombuffer(decompress(info.compressor, compressed, info.payload_bytes), np.uint8)
     tensors = _split(payload, info.formats, info.columns)
-    return Artifact(info, join({name: tensor.decode() for name, tensor in tensors.items()}))
+    return Artifact(info, decode(tensors))
 
 
 def header_bytes(quantizer: Quantizer) -> int:

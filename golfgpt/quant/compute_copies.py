@@ -34,8 +34,6 @@ class ComputeCopies:
             if groups is not None or dtype != parameters[name].dtype
         }
         self._in_forward = {name: groups for name, groups in fake_quant.items() if name not in self.banks}
-        self.quantized = [name for name, groups in self._groups.items() if groups is not None]
-        """Banks whose compute copies are fake-quantized."""
         self._seen: list[int] = []
 
     def stand_ins(self) -> dict[str, Tensor]:

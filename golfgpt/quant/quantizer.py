@@ -167,11 +167,11 @@ def layer_groups(
         start = stop
 
 
-def join(groups: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Banks of their layer groups, which are in order."""
+def decode(encoded: Mapping[str, QuantizedTensor]) -> dict[str, Tensor]:
+    """fp32 banks of their layer groups, which are in order: the weights that the artifact's reader gets."""
     banks: dict[str, list[Tensor]] = {}
-    for name, tensor in groups.items():
-        banks.setdefault(parse_layer_group(name)[0], []).append(tensor)
+    for name, tensor in encoded.items():
+        banks.setdefault(parse_layer_group(name)[0], []).append(tensor.decode())
     return {bank: tensors[0] if len(tensors) == 1 else torch.cat(tensors) for bank, tensors in banks.items()}
 
 
@@ -340,10 +340,6 @@ class Quantizer:
             if not encoded[name].values.isfinite().all():
                 raise InputError(f"tensor {name} has magnitudes up to {w.abs().max():.3g}: float16 ends at 65504")
         return encoded
-
-    def decode(self, encoded: Mapping[str, QuantizedTensor]) -> dict[str, Tensor]:
-        """fp32 banks: the weights that the artifact's reader gets."""
-        return join({name: tensor.decode() for name, tensor in encoded.items()})
 
     def projected_bytes(self, state: Mapping[str, Tensor]) -> int:
         """Forecast of the compressed payload: the order-0 entropy of the codes of each tensor, scales and

@@ -17,8 +17,8 @@ COUNTED = ("train",)
 class Ledger:
     """Seconds per phase. Phases can be nested; an inner phase pauses the outer one."""
 
-    def __init__(self, seconds: dict[str, float] | None = None, now: Callable[[], float] = time.perf_counter):
-        self.seconds = {phase: 0.0 for phase in PHASES} | (seconds or {})
+    def __init__(self, now: Callable[[], float] = time.perf_counter):
+        self.seconds = dict.fromkeys(PHASES, 0.0)
         self._now = now
         self._stack: list[str] = []
         self._since = now()
