@@ -28,11 +28,12 @@ from golfgpt.quant.quantizer import Quantizer, decode
 from golfgpt.recipes import RECIPES
 from golfgpt.train import checkpoint
 from golfgpt.train.clock import Ledger
+from golfgpt.train.kernels import choose_kernels
 from golfgpt.train.memory import activation_bytes
 from golfgpt.train.progress import DECAY
 from golfgpt.train.reporter import Reporter
 from golfgpt.train.step import TrainStep
-from golfgpt.train.train import choose_kernels, train
+from golfgpt.train.train import train
 
 CPU = Ranks(0, 1, torch.device("cpu"))
 
@@ -383,7 +384,7 @@ def test_runtime_kernels_is_the_meaning_of_auto_while_a_run_lasts(tiny, monkeypa
     with choose_kernels(config, CPU):
         assert chosen() == "triton"
     assert chosen() == "eager"
-    monkeypatch.setattr("golfgpt.train.train.cannot_run", lambda device, dtype: "no CUDA device")
+    monkeypatch.setattr("golfgpt.train.kernels.cannot_run", lambda device, dtype: "no CUDA device")
     with pytest.raises(InputError, match="is triton, which cannot run: no CUDA device; use"):
         choose_kernels(config, CPU)
 

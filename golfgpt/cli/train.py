@@ -151,15 +151,15 @@ def evaluate(args: Eval) -> int:
     from golfgpt import distributed
     from golfgpt.files import sha256_file
     from golfgpt.score.compressors import compressors_bpb
-    from golfgpt.score.evaluate import batch_windows, evaluate
+    from golfgpt.score.evaluate import batch_windows, evaluate, open_dataset
     from golfgpt.score.sums import PartialSums
     from golfgpt.tables import score_lines
     from golfgpt.train.attention_backend import select_backend
     from golfgpt.train.compute_dtype import select_dtype
+    from golfgpt.train.kernels import choose_kernels
     from golfgpt.train.reporter import Reporter
     from golfgpt.train.run_folder import artifact_file, load
     from golfgpt.train.signals import Signals
-    from golfgpt.train.train import choose_kernels, open_dataset
 
     started = stored_config(args.run)
     data = replace(started.data, path=args.data.path)

@@ -21,6 +21,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from golfgpt.bpb import bits_per_byte
 from golfgpt.config import RunConfig
 from golfgpt.data.shards import Dataset
 from golfgpt.distributed import Ranks
-from golfgpt.errors import GolfError, Interrupted, VerificationError
+from golfgpt.errors import GolfError, InputError, Interrupted, VerificationError
 from golfgpt.model.gpt import GPT
 from golfgpt.score.checks import Checks, check
 from golfgpt.score.sums import PartialSums, Sums
@@ -73,6 +74,33 @@ class Score:
     def key(self) -> str:
         """The label as one word for log lines: val_bpb, val_bpb_first_4000_tokens."""
         return re.sub(r"[^a-z0-9]+", "_", self.label.lower().replace(",", "")).strip("_")
+
+
+def open_dataset(config: RunConfig, ranks: Ranks) -> Dataset:
+    """Open the data set of `config` and check it against the model. Each rank reads a part of it. Raises InputError."""
+    if config.data.path is None:
+        raise InputError("no data: expected a prepared folder, --data.path DIR (see golfgpt data prepare)")
+    dataset = Dataset.open(Path(config.data.path))
+    bos, start = dataset.need_tokenizer().bos_id, config.model.document_start
+    if start is not None and start != bos:
+        raise InputError(
+            f"model.document_start is {start}; expected {bos}, the token that starts documents in {config.data.path}"
+        )
+    if dataset.vocab_size != config.model.vocab_size:
+        raise InputError(
+            f"model.vocab_size is {config.model.vocab_size}; expected {dataset.vocab_size}, the size of the tokenizer "
+            f"in {config.data.path}: use --model.vocab-size {dataset.vocab_size}"
+        )
+    plan_windows(dataset, config)  # fail here and not after training
+    m = config.model
+    if config.eval.document_aware and m.document_start is None and m.mixes_tokens:
+        raise InputError(
+            f"eval.document_aware expected a model that does not mix documents, got smear_gate {m.smear_gate} and "
+            f"{m.bigram.rows} bigram rows without document_start; train with --model.document-start 1 (the BOS id), or "
+            "score without eval.document_aware"
+        )
+    dataset.check_token_ids(config.model.vocab_size, assigned=(ranks.rank, ranks.world))
+    return dataset
 
 
 def plan_windows(dataset: Dataset, config: RunConfig) -> Windows:

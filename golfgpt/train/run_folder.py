@@ -171,7 +171,9 @@ def load(path: str | os.PathLike) -> tuple[GPT, Tokenizer]:
             f"{tokenizer.digest[:16]}, expected {loaded.info.tokenizer_sha256[:16]}; copy tokenizer.model of the run "
             "to this path"
         )
-    return model_of(loaded), tokenizer
+    model = GPT(loaded.info.model)
+    model.load_state_dict(loaded.state)
+    return model.eval(), tokenizer
 
 
 def trained_weights(path: Path) -> dict[str, Tensor]:
@@ -192,10 +194,3 @@ def trained_weights(path: Path) -> dict[str, Tensor]:
     average = Average({name: nn.Parameter(w) for name, w in saved.model.items()}, config.average, bf16_params)
     average.load_state(saved.average)
     return saved.model | average.weights()
-
-
-def model_of(loaded: artifact.Artifact) -> GPT:
-    """A model with the decoded weights of the artifact."""
-    model = GPT(loaded.info.model)
-    model.load_state_dict(loaded.state)
-    return model.eval()

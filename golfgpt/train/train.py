@@ -7,26 +7,26 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from golfgpt_kernels import cannot_run, set_implementation
 
 from golfgpt import distributed
 from golfgpt.config import RunConfig
 from golfgpt.data.shards import Dataset
 from golfgpt.distributed import Ranks
-from golfgpt.errors import InputError, Interrupted
+from golfgpt.errors import Interrupted
 from golfgpt.files import sha256_file, write_json
 from golfgpt.quant import artifact
 from golfgpt.quant.budget import budget_report, check_budget, fitted
 from golfgpt.quant.codecs import require_compressor
 from golfgpt.quant.quantizer import Quantizer
 from golfgpt.score.compressors import compressors_bpb
-from golfgpt.score.evaluate import plan_windows
+from golfgpt.score.evaluate import open_dataset
 from golfgpt.score.sums import PartialSums
 from golfgpt.tables import score_lines, table
 from golfgpt.train import compile_cache
 from golfgpt.train.attention_backend import Selection, select_backend
 from golfgpt.train.clock import Ledger
 from golfgpt.train.export import Exporter
+from golfgpt.train.kernels import choose_kernels
 from golfgpt.train.loop import Loop
 from golfgpt.train.memory import memory_advice
 from golfgpt.train.progress import Progress, announce
@@ -101,41 +101,6 @@ def check(config: RunConfig, ranks: Ranks, resume: bool) -> tuple[RunConfig, Dat
     config = config if resume else fitted(config)  # a resumed run keeps its width
     artifact.check_payload_bytes(Quantizer(config.model, config.quant).formats)
     return config, dataset
-
-
-def open_dataset(config: RunConfig, ranks: Ranks) -> Dataset:
-    """Open the data set of `config` and check it against the model. Each rank reads a part of it. Raises InputError."""
-    if config.data.path is None:
-        raise InputError("no data: expected a prepared folder, --data.path DIR (see golfgpt data prepare)")
-    dataset = Dataset.open(Path(config.data.path))
-    bos, start = dataset.need_tokenizer().bos_id, config.model.document_start
-    if start is not None and start != bos:
-        raise InputError(
-            f"model.document_start is {start}; expected {bos}, the token that starts documents in {config.data.path}"
-        )
-    if dataset.vocab_size != config.model.vocab_size:
-        raise InputError(
-            f"model.vocab_size is {config.model.vocab_size}; expected {dataset.vocab_size}, the size of the tokenizer "
-            f"in {config.data.path}: use --model.vocab-size {dataset.vocab_size}"
-        )
-    plan_windows(dataset, config)  # fail here and not after training
-    m = config.model
-    if config.eval.document_aware and m.document_start is None and m.mixes_tokens:
-        raise InputError(
-            f"eval.document_aware expected a model that does not mix documents, got smear_gate {m.smear_gate} and "
-            f"{m.bigram.rows} bigram rows without document_start; train with --model.document-start 1 (the BOS id), or "
-            "score without eval.document_aware"
-        )
-    dataset.check_token_ids(config.model.vocab_size, assigned=(ranks.rank, ranks.world))
-    return dataset
-
-
-def choose_kernels(config: RunConfig, ranks: Ranks) -> set_implementation:
-    """runtime.kernels for the process, until the block ends. Raises InputError if kernels cannot run here."""
-    choice = config.runtime.kernels
-    if choice == "triton" and (reason := cannot_run(ranks.device, torch.float32)):
-        raise InputError(f"runtime.kernels is triton, which cannot run: {reason}; use --runtime.kernels auto")
-    return set_implementation(choice)
 
 
 def choose_attention(config: RunConfig, step: TrainStep) -> Selection:
