@@ -298,6 +298,15 @@ def replace(function: Callable, by: Callable) -> None:
             setattr(module, function.__name__, by)
 
 
+def hash_kernels() -> None:
+    """Hash all, in one order: triton's key of a compiled kernel lacks the constants of a helper that was not hashed
+    before, so that the keys of two processes may differ."""
+    for name, module in sorted(sys.modules.items()):
+        if name.startswith("golfgpt_kernels"):
+            for function in list(vars(module).values()):
+                getattr(function, "cache_key", None)
+
+
 def resources(compiled) -> dict:
     from triton import knobs
 
@@ -372,6 +381,7 @@ def compile_all(jobs: Iterable[Job], workers: int | None = None) -> list[dict]:
     from triton.runtime.cache import triton_key
 
     triton_key()  # a hash of all of triton. Both take longer than to compile a small kernel; forks inherit them.
+    hash_kernels()
     with tempfile.TemporaryDirectory() as cache, mock.patch.dict(os.environ):
         os.environ.setdefault("TRITON_CACHE_DIR", cache)
         rows = dict(in_processes(list(jobs), workers or len(os.sched_getaffinity(0))))

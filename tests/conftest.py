@@ -56,6 +56,14 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
+def triton_cache(tmp_path_factory) -> str:
+    """TRITON_CACHE_DIR of tests that compile for a GPU, some the same kernels; one for all workers of pytest-xdist."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "triton"
+    return os.environ.get("TRITON_CACHE_DIR", str(folder))
+
+
+@pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     """A prepared folder: some of the standard library's source, 384 tokens, about 60 kB of it for validation."""
     pytest.importorskip("zstandard")  # bare GPU machines lack it

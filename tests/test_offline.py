@@ -54,13 +54,14 @@ BAD = {
 
 
 @pytest.fixture(scope="module")
-def compiled() -> dict[str, list[dict]]:
+def compiled(triton_cache) -> dict[str, list[dict]]:
     """The rows of each job, from one process without TRITON_INTERPRET, which breaks compilation."""
     code = (
         "import json, sys; from bench.offline import Job, compile_all\n"
         "json.dump(compile_all(Job(**job) for job in json.load(sys.stdin)), sys.stdout)"
     )
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = triton_cache
     jobs = json.dumps([asdict(job) for job in (*JOBS, *BAD.values())])
     done = subprocess.run([sys.executable, "-c", code], input=jobs, env=env, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
