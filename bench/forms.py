@@ -126,7 +126,7 @@ class Published:
         self.loop.load(weights)
 
     def step(self, step: int, mark: Mark) -> Tensor:
-        self.loop.muon.world = self.world
+        self.loop.optimizers.muon.world = self.world
         return self.loop.step(step, mark)
 
 

@@ -236,6 +236,37 @@ class Muon:
             p.add_(update.view_as(p).to(p.dtype), alpha=-lr)
 
 
+class Optimizers:
+    """Adam for embeddings and scalars, Muon for matrices."""
+
+    def __init__(self, model: Model, optim: OptimConfig, dtype: torch.dtype, orthogonalize: Callable[..., Tensor]):
+        self.optim, named = optim, dict(model.named_parameters())
+        tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+        matrices = [p for name, p in named.items() if name.startswith("blocks.") and name.endswith(".weight")]
+        if model.bigram is not None:
+            matrices.append(model.bigram.proj.weight)
+        chosen = {id(p) for p in (*tables, *matrices)}
+        scalars = [p for p in named.values() if id(p) not in chosen]
+        self.adam = [
+            torch.optim.AdamW(
+                [{"params": params, "lr": lr, "base_lr": lr}],
+                betas=(optim.adam_beta1, optim.adam_beta2),
+                eps=optim.adam_eps,
+                weight_decay=optim.weight_decay,
+                fused=True,
+            )
+            for params, lr in ((tables, optim.tied_embed_lr), (scalars, optim.scalar_lr))
+        ]
+        self.muon = Muon(matrices, optim, dtype, orthogonalize)
+
+    def step(self, multiplier: float, momentum: float) -> None:
+        for adam in self.adam:
+            for group in adam.param_groups:
+                group["lr"] = group["base_lr"] * multiplier
+            adam.step()
+        self.muon.step(self.optim.matrix_lr * multiplier, momentum)
+
+
 # ---- the loop
 
 
@@ -258,24 +289,7 @@ class Loop:
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Start over from golfgpt's banks."""
         self.model.load_state_dict(to_published(weights))
-        optim, named = self.config.optim, dict(self.model.named_parameters())
-        tables = [module.weight for module in self.model.modules() if isinstance(module, nn.Embedding)]
-        matrices = [p for name, p in named.items() if name.startswith("blocks.") and name.endswith(".weight")]
-        if self.model.bigram is not None:
-            matrices.append(self.model.bigram.proj.weight)
-        chosen = {id(p) for p in (*tables, *matrices)}
-        scalars = [p for p in named.values() if id(p) not in chosen]
-        self.adam = [
-            torch.optim.AdamW(
-                [{"params": params, "lr": lr, "base_lr": lr}],
-                betas=(optim.adam_beta1, optim.adam_beta2),
-                eps=optim.adam_eps,
-                weight_decay=optim.weight_decay,
-                fused=True,
-            )
-            for params, lr in ((tables, optim.tied_embed_lr), (scalars, optim.scalar_lr))
-        ]
-        self.muon = Muon(matrices, optim, self.dtype, self.orthogonalize)
+        self.optimizers = Optimizers(self.model, self.config.optim, self.dtype, self.orthogonalize)
         self.began = time.perf_counter()
 
     def step(self, step: int, mark: Callable[[str], None]) -> Tensor:
@@ -298,11 +312,7 @@ class Loop:
         if optim.grad_clip_norm:
             nn.utils.clip_grad_norm_(self.model.parameters(), optim.grad_clip_norm)
         multiplier = lr_multiplier(step, time.perf_counter() - self.began, self.config.schedule)
-        for adam in self.adam:
-            for group in adam.param_groups:
-                group["lr"] = group["base_lr"] * multiplier
-            adam.step()
-        self.muon.step(optim.matrix_lr * multiplier, muon_momentum(step, optim))
+        self.optimizers.step(multiplier, muon_momentum(step, optim))
         mark("rest")
         # Has a rank passed the cap? The answer is reduced on the device and read back.
         torch.tensor(time.perf_counter() - self.began > 600.0).to(self.device).item()

@@ -30,10 +30,11 @@ from golfgpt.config import ModelConfig
 from golfgpt.model.embedding import embed
 from golfgpt.model.generate import generate
 from golfgpt.model.kv_cache import KVCache
-from golfgpt.model.layers import Tokens, layer, rope_table, visible
+from golfgpt.model.layers import Tokens, layer, visible
 from golfgpt.model.linear import Weight, rms_norm
 from golfgpt.model.parameters import parameter_table
 from golfgpt.model.plan import layer_plan
+from golfgpt.model.rotary import rope_table
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,9 @@ class Weights:
     """Parameters that are not in a bank, by name, in float32. They are cast where they are used."""
     layers: list[dict[str, Weight]]
     """For each row of the banks, its parameters by name, in the compute dtype. A matrix may be wrapped in
-    `layers.LoRA` or `layers.Observed`."""
+    `linear.LoRA` or `linear.Observed`. Row i of attn_proj and mlp_proj is multiplied by element i of attn_scale and
+    mlp_scale: their gradients are then sums over a matrix, not over all tokens, and no activation is scaled. A LoRA of
+    these matrices is added after the scales."""
 
 
 class GPT(nn.Module):
@@ -74,9 +77,12 @@ class GPT(nn.Module):
         values = dict(self.named_parameters()) | dict(stand_ins or {})
         if unknown := [name for name in values if name not in self.table]:
             raise ValueError(f"no parameter {unknown[0]} in this model; expected some of {', '.join(self.table)}")
-        banks = {name: values[name].to(dtype).unbind(0) for name, param in self.table.items() if param.layered}
-        layers = [dict(zip(banks, row, strict=True)) for row in zip(*banks.values(), strict=True)]
-        return Weights({name: values[name] for name in self.table if name not in banks}, layers)
+        banks = {name: values[name].to(dtype) for name, param in self.table.items() if param.layered}
+        for matrix, scale in (("attn_proj", "attn_scale"), ("mlp_proj", "mlp_scale")):
+            banks[matrix] = banks[matrix] * banks.pop(scale)[..., None]
+        rows = zip(*(bank.unbind(0) for bank in banks.values()), strict=True)
+        layers = [dict(zip(banks, row, strict=True)) for row in rows]
+        return Weights({name: values[name] for name, param in self.table.items() if not param.layered}, layers)
 
     def forward(
         self,

@@ -1,11 +1,11 @@
 """A layer: attention, then the MLP, on the residual stream. `linear` and `mlp` multiply by its matrices.
 
-    x = x + attn_scale * attention(norm(x))
-    x = x + mlp_scale * relu(norm(x) w_fcᵀ)² w_projᵀ
+    x = x + attention(norm(x))
+    x = x + relu(norm(x) w_fcᵀ)² w_projᵀ
 
 Shapes: B sequences, T tokens, D model_dim, H query heads, K key-value heads, h head_dim. Norms have no weight and
 return the dtype of their input (torch >= 2.12 puts rms_norm on autocast's float32 list; nothing here runs under
-autocast). NTK-aware scaling of the rotary base is from bloc97's note of 2023 on the context length of LLaMA.
+autocast). The published scales of both outputs, attn_scale and mlp_scale, are in the matrices (`GPT.weights`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from golfgpt.model.kv_cache import KVCache
 from golfgpt.model.linear import Weight, linear, rms_norm
+from golfgpt.model.rotary import norm_rotate
 
 
 def mlp(x: Tensor, w_fc: Weight, w_proj: Weight) -> Tensor:
@@ -27,19 +28,6 @@ def mlp(x: Tensor, w_fc: Weight, w_proj: Weight) -> Tensor:
     if isinstance(w_fc, Tensor) and isinstance(w_proj, Tensor):
         return relu2_mlp(x, w_fc, w_proj)
     return linear(linear(x, w_fc).relu().square(), w_proj)
-
-
-def rope_table(start: int, length: int, head_dim: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin, (length, head_dim / 2) in float32, for the positions start to start + length - 1."""
-    frequency = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
-    angle = torch.arange(start, start + length, device=device, dtype=torch.float32)[:, None] * frequency
-    return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x (..., T, head_dim) by minus the angles of the table; element i is paired with i + head_dim / 2."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
 
 
 def visible(ids: Tensor, queries: int, document_start: int | None) -> Tensor:
@@ -71,26 +59,41 @@ class Tokens(NamedTuple):
         return Tokens(self.cos[-count:], self.sin[-count:], mask, self.cache, self.past)
 
 
-def heads(x: Tensor, head_dim: int) -> Tensor:
-    """(B, T, heads * h) -> (B, heads, T, h)."""
-    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+def project(x: Tensor, head_dim: int, *matrices: Weight) -> Tensor:
+    """x (B, T, D) times each matrix (heads * h, D), one after another: (B, T, all heads, h). Plain matrices are
+    multiplied in one product, which reads x once; for a single token, copying them would cost more than it saves."""
+    if x.size(1) > 1 and all(isinstance(w, Tensor) for w in matrices):
+        product = F.linear(x, torch.cat(matrices))
+    else:
+        product = torch.cat([linear(x, w) for w in matrices], dim=-1)
+    return product.unflatten(-1, (-1, head_dim))
 
 
-def keys_and_values(n: Tensor, w: Mapping[str, Weight], index: int, tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """Keys and values, each (B, K, T, h), of the normalized input n (B, T, D). With a cache, those that it holds for
-    layer `index` of the plan come first."""
-    head_dim = 2 * tokens.cos.size(-1)
-    k, v = (heads(linear(n, w[name]), head_dim) for name in ("c_k", "c_v"))
-    k = rotate(rms_norm(k), tokens.cos, tokens.sin)
-    return (k, v) if tokens.cache is None else tokens.cache.extend(index, k, v)
+def attention(
+    n: Tensor, w: Mapping[str, Weight], index: int, tokens: Tokens, last: tuple[int, Tensor] | None = None
+) -> Tensor:
+    """Output (B, T, D) for the normalized input n (B, T, D). Queries attend to these tokens, and with a cache to those
+    that it holds for layer `index` of the plan. `last` as in `layer`.
 
-
-def attention(n: Tensor, k: Tensor, v: Tensor, w: Mapping[str, Weight], tokens: Tokens) -> Tensor:
-    """Output (B, T, D) for the normalized input n (B, T, D). Its queries attend to k and v (B, K, S, h)."""
-    q = heads(linear(n, w["c_q"]), k.size(-1))
-    q = rotate(rms_norm(q), tokens.cos, tokens.sin) * w["q_gain"][:, None, None]
-    causal = tokens.mask is None and not tokens.past
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=tokens.mask, is_causal=causal, enable_gqa=True)
+    Heads stay in the layout (B, T, heads, h) of the product up to the attention itself, which takes and returns any
+    strides: in (B, heads, T, h), norm, rotation and gain would read and write copies."""
+    head_dim, gain = 2 * tokens.cos.size(-1), w["q_gain"]
+    num_heads, queries = len(gain), tokens
+    if last is None:
+        x = project(n, head_dim, w["c_q"], w["c_k"], w["c_v"])
+        kv_heads = (x.size(2) - num_heads) // 2
+        qk, v = x.split((num_heads + kv_heads, kv_heads), dim=2)
+        q, k = norm_rotate(qk, tokens.cos, tokens.sin, gain).split((num_heads, kv_heads), dim=2)
+    else:
+        queries = tokens.last(*last)
+        k, v = project(n, head_dim, w["c_k"], w["c_v"]).chunk(2, dim=2)
+        k = norm_rotate(k, tokens.cos, tokens.sin, gain[:0])
+        q = norm_rotate(project(n[:, -last[0] :], head_dim, w["c_q"]), queries.cos, queries.sin, gain)
+    q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
+    if tokens.cache is not None:
+        k, v = tokens.cache.extend(index, k, v)
+    causal = queries.mask is None and not queries.past
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=queries.mask, is_causal=causal, enable_gqa=True)
     return linear(y.transpose(1, 2).flatten(2), w["attn_proj"])
 
 
@@ -99,10 +102,8 @@ def layer(
 ) -> Tensor:
     """The residual stream (B, T, D) after a layer. `w` holds its weights by parameter name. With `last` = (count,
     mask), the result has only the last `count` tokens, (B, count, D); the other tokens only provide keys and values."""
-    n = rms_norm(x)
-    k, v = keys_and_values(n, w, index, tokens)
+    attended = attention(rms_norm(x), w, index, tokens, last)
     if last is not None:
-        count, mask = last
-        x, n, tokens = x[:, -count:], n[:, -count:], tokens.last(count, mask)
-    x = x + w["attn_scale"] * attention(n, k, v, w, tokens)
-    return x + w["mlp_scale"] * mlp(rms_norm(x), w["mlp_fc"], w["mlp_proj"])
+        x = x[:, -last[0] :]
+    x = x + attended
+    return x + mlp(rms_norm(x), w["mlp_fc"], w["mlp_proj"])

@@ -14,6 +14,7 @@ an all-reduce.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +47,7 @@ class FlatGradients:
         self.ranks, self.sharded = ranks, sharded and ranks.world > 1
         self._parts = ranks.world if self.sharded else 1
         named = dict(model.named_parameters())
+        self._parameters = list(named.values())
         groups: dict[tuple[int, ...], list[str]] = {}
         for name in (matrices := of_kind(model.table, "matrix")):
             groups.setdefault(tuple(named[name].shape[-2:]), []).append(name)
@@ -83,8 +85,15 @@ class FlatGradients:
     def _own(self, stack: Tensor) -> Tensor:
         return stack.chunk(self._parts)[self.ranks.rank] if self.sharded else stack
 
-    def zero_(self) -> None:
-        self._all.zero_()
+    @torch.no_grad()
+    def accumulate_(self, gradients: Sequence[Tensor], first: bool) -> None:
+        """Add the gradients of a microbatch, one for each of `model.parameters()` and in any dtype; if it is the first
+        of the step, replace those of the step before."""
+        views = [p.grad for p in self._parameters]
+        if first:
+            torch._foreach_copy_(views, list(gradients))
+        else:
+            torch._foreach_add_(views, [g.to(view.dtype) for g, view in zip(gradients, views, strict=True)])
 
     def sum_(self) -> None:
         """Sum the buffer over ranks. If it is sharded, each rank gets the sum of its shard of every stack and of all

@@ -29,17 +29,22 @@ class ComputeCopies:
         self._groups = {name: fake_quant.get(name) for name in of_kind(model.table, "matrix")}
         self.enabled = enabled
         self.banks = {
-            name: torch.empty_like(parameters[name], dtype=dtype, requires_grad=False)
+            name: torch.empty_like(parameters[name], dtype=dtype, requires_grad=True)
             for name, groups in self._groups.items()
             if groups is not None or dtype != parameters[name].dtype
         }
         self._in_forward = {name: groups for name, groups in fake_quant.items() if name not in self.banks}
         self._seen: list[int] = []
 
+    @property
+    def leaves(self) -> list[Tensor]:
+        """For each parameter of the model, the tensor that receives its gradient: its compute copy, if it has one."""
+        return [self.banks.get(name, p) for name, p in self._parameters.items()]
+
     def stand_ins(self) -> dict[str, Tensor]:
         """What a forward multiplies with in place of the parameters: compute copies, and embeddings and small tensors
-        fake-quantized here and now; gradients go to the parameters."""
-        out = {name: straight_through(self._parameters[name], copy) for name, copy in self.banks.items()}
+        fake-quantized here and now. Gradients go to `leaves`."""
+        out = dict(self.banks)
         for name, groups in self._in_forward.items():
             out[name] = fake_quantized(self._parameters[name], groups, self.enabled)
         return out

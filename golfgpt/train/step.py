@@ -172,7 +172,6 @@ class TrainStep:
         data = self.config.data
         if self.compute_copies.stale():
             self.prepare(step)
-        self.flat.zero_()
         self._loss_sum.zero_()
         tokens = self.data.read(step).to(self.ranks.device, non_blocking=True)
         ids, targets = (t.reshape(-1, data.seq_len) for t in (tokens[:, :-1], tokens[:, 1:]))
@@ -181,7 +180,8 @@ class TrainStep:
         for done, (x, y) in enumerate(batches):
             yield done, len(batches)
             part = self._loss(x, y) * (y.numel() / data.batch_tokens)
-            part.backward()
+            gradients = torch.autograd.grad(part, self.compute_copies.leaves)
+            self.flat.accumulate_(gradients, first=done == 0)
             self._loss_sum += part.detach()
 
     def sum(self, step: int, seconds: float = 0.0, votes: Votes = NO_VOTES) -> Pending:
