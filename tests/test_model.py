@@ -314,7 +314,8 @@ def test_every_matrix_of_a_layer_takes_a_low_rank_correction(sequences):
             out, width = layer[name].shape
             a, b = (torch.randn(*lead, *s, generator=generator) * 0.05 for s in ((3, width), (out, 3)))
             corrections += [a.requires_grad_(), b.requires_grad_()]
-            layer[name] = LoRA(layer[name].detach(), a, b)
+            scale = {"attn_proj": layer["attn_scale"], "mlp_proj": layer["mlp_scale"]}.get(name, torch.ones(out))
+            layer[name] = LoRA(layer[name].detach(), a, scale.detach()[:, None] * b)
             with torch.no_grad():
                 merged.get_parameter(name)[i] += (b @ a) if sequences is None else (b[0] @ a[0])
     hidden, expected = model(ids, weights=weights), merged(ids)

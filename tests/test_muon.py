@@ -293,7 +293,6 @@ def train_on(ranks, sharded):
     generator = torch.Generator().manual_seed(0)
     weights, norms = {}, []
     for step in range(20):
-        flat.zero_()
         for p in model.parameters():
             g = torch.randn(p.shape, generator=generator)
             shares = torch.rand(ranks.world, generator=torch.Generator().manual_seed(step))

@@ -47,7 +47,7 @@ class Weights:
     """For each row of the banks, its parameters by name, in the compute dtype. A matrix may be wrapped in
     `linear.LoRA` or `linear.Observed`. Row i of attn_proj and mlp_proj is multiplied by element i of attn_scale and
     mlp_scale: their gradients are then sums over a matrix, not over all tokens, and no activation is scaled. A LoRA of
-    these matrices is added after the scales."""
+    these matrices needs a b with scaled rows."""
 
 
 class GPT(nn.Module):
@@ -79,7 +79,7 @@ class GPT(nn.Module):
             raise ValueError(f"no parameter {unknown[0]} in this model; expected some of {', '.join(self.table)}")
         banks = {name: values[name].to(dtype) for name, param in self.table.items() if param.layered}
         for matrix, scale in (("attn_proj", "attn_scale"), ("mlp_proj", "mlp_scale")):
-            banks[matrix] = banks[matrix] * banks.pop(scale)[..., None]
+            banks[matrix] = banks[matrix] * banks[scale][..., None]
         rows = zip(*(bank.unbind(0) for bank in banks.values()), strict=True)
         layers = [dict(zip(banks, row, strict=True)) for row in rows]
         return Weights({name: values[name] for name, param in self.table.items() if not param.layered}, layers)

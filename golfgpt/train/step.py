@@ -38,6 +38,7 @@ from golfgpt.published.names import to_published
 from golfgpt.quant.compute_copies import ComputeCopies
 from golfgpt.quant.quantizer import Quantizer
 from golfgpt.train.clock import Pace
+from golfgpt.train.compile_cache import compile_loss
 from golfgpt.train.compute_dtype import select_dtype
 
 _CONTROL = 5  # loss, clock, stop, save, signaled
@@ -134,7 +135,7 @@ class TrainStep:
         self.data = Prefetcher(stream, config.data.batch_tokens, config.data.spans, assigned, pin=self.cuda)
         self.pace = Pace(config.schedule, self.ahead)
         self._loss_sum = torch.zeros((), device=ranks.device)
-        self._loss = torch.compile(self.loss, dynamic=False, fullgraph=True) if self.compiled else self.loss
+        self._loss = compile_loss(self.loss, ranks.device) if self.compiled else self.loss
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Mean loss in nats of targets (B, T) given ids (B, T), computed with the compute copies of the weights."""
