@@ -33,8 +33,8 @@ from golfgpt.config import (
 from golfgpt.data.shards import open_shard
 from golfgpt.distributed import Ranks
 from golfgpt.model.gpt import GPT
-from golfgpt.model.rotary import rope_table
 from golfgpt.model.parameters import parameter_shapes, parameter_table
+from golfgpt.model.rotary import rope_table
 from golfgpt.optim.optimizers import Muon
 from golfgpt.published.files import read_export
 from golfgpt.published.names import from_published, infer_config, to_published

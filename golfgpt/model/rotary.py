@@ -2,8 +2,8 @@
 
     y = gain · rotate(x / rms(x))
 
-Rotary embedding: Su et al., arXiv:2104.09864; pairs are half a head apart, as in GPT-NeoX. NTK-aware scaling of the base
-(`ModelConfig.rope_base_at`): bloc97's note of 2023 on the context length of LLaMA.
+Rotary embedding: Su et al., arXiv:2104.09864; pairs are half a head apart, as in GPT-NeoX. NTK-aware scaling of the
+base (`ModelConfig.rope_base_at`): bloc97's note of 2023 on the context length of LLaMA.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class _NormRotate(torch.autograd.Function):
-    """The gradient of the gain is a sum of what the norm's gradient needs anyway. With n = x / rms(x) and the rotation's
-    transpose,
+    """The gradient of the gain is a sum of what the norm's gradient needs anyway. With n = x / rms(x) and the
+    rotation's transpose,
         s = Σ_h dy rotate(n)      dgain = Σ_BT s      dx = (gain rotateᵀ(dy) - n gain s / h) / rms(x)
     Kept are x and rms(x). Autograd would keep rotate(n) too, and read it and dy a second time for dgain."""
 

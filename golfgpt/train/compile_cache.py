@@ -1,8 +1,9 @@
-"""How the training step is compiled, and what torch.compile made, kept from run to run: one file per GPU, torch, triton and shape of training.
+"""How the training step is compiled, and what torch.compile made of it, kept from run to run.
 
-Compiling a full-size step takes minutes, which do not count as training time but are paid for. The files are torch's
-own (`torch.compiler.save_cache_artifacts`), under $XDG_CACHE_HOME/golfgpt/compile. Like torch's other caches they hold
-code: carry them between your own machines, and take none from strangers.
+One file per GPU, torch, triton and shape of training. Compiling a full-size step takes minutes, which do not count as
+training time but are paid for. The files are torch's own (`torch.compiler.save_cache_artifacts`), under
+$XDG_CACHE_HOME/golfgpt/compile. Like torch's other caches they hold code: carry them between your own machines, and
+take none from strangers.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from torch import Tensor
 from golfgpt.config import RunConfig, to_dict
 from golfgpt.files import write_bytes
 from golfgpt.train.machine_cache import kept_file
-
 
 # Inductor writes an intermediate result to memory when its expression has many operations or reads. On a GPU the norms,
 # rotations and gains of attention are cheaper to compute where they are used: with these limits the compiled step moves
