@@ -86,7 +86,12 @@ class Count(TorchDispatchMode):
             with self:
                 OPDEFS[name]._init_fn(*args, **kwargs)
             return function(*args, **kwargs)
-        short = name.split("::")[1]
+        namespace, short = name.split("::")
+        if namespace == "aten":  # in the body of an op, composite operations arrive whole
+            with self:
+                decomposed = function.decompose(*args, **kwargs)
+            if decomposed is not NotImplemented:
+                return decomposed
         if short == "_fused_adamw_":  # FakeTensor cannot call it; one launch takes 36 tensors
             params, grads, *moments = args[:4]
             for _ in range(-(-len(params) // 36)):
@@ -97,7 +102,8 @@ class Count(TorchDispatchMode):
         on_device = any(t.is_cuda for t in tensors(args, kwargs, out))
         if function.is_view or short in NO_LAUNCH or short.startswith("_record_function") or not on_device:
             return out
-        flops = flops_of(function, args, kwargs, out)
+        formula = flop_registry.get(function._overloadpacket)
+        flops = formula(*args, **kwargs, out_val=out) if formula else 0
         kind = "matmul" if flops else "elementwise"
         if "flash_attention" in short:
             kind, flops = "attention backward" if "backward" in short else "attention", flops // 2
@@ -108,13 +114,6 @@ class Count(TorchDispatchMode):
         read = tensors(args[1:] if short in WRITE_ONLY else args, kwargs)
         self.on_kernel(Kernel(kind, short, num_bytes(read) + num_bytes(tensors(written)), flops))
         return out
-
-
-def flops_of(function, args: tuple, kwargs: dict, out: Any) -> int:
-    if function is torch.ops.aten.linear.default:
-        return 2 * out.numel() * args[0].shape[-1]
-    formula = flop_registry.get(function._overloadpacket)
-    return formula(*args, **kwargs, out_val=out) if formula else 0
 
 
 # Tensors that a kernel of ours both reads and writes, by its arguments' names.

@@ -119,6 +119,7 @@ class Recorder:
 def count(config: RunConfig, form: str) -> dict[str, list[Kernel]]:
     """Phase -> kernels, of one step of a form."""
     recorder = Recorder()
+    torch.compiler.reset()  # what was compiled before would not be lowered again
     fake_cuda.install(recorder.on_graph)
     torch.set_num_threads(1)
     real = published_model(config) if form == "published" else GPT(config.model, seed=0)
