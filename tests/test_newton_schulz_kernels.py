@@ -312,3 +312,38 @@ def test_small_results_get_small_tiles(monkeypatch):
     select = functools.partial(TABLES["newton_schulz"].select, torch.device("cpu"), BF16)
     assert select(9 * 256 * 256)["BLOCK"] == 64
     assert select(9 * 512 * 512)["BLOCK"] == 128
+
+
+# ---- lists
+
+LISTS = {
+    "one shape": [(2, 16, 24), (3, 16, 24)],
+    "tall and wide": [(2, 16, 24), (1, 24, 16)],
+    "tall alone": [(2, 24, 16), (1, 16, 16)],
+    "equal smaller sides": [(2, 16, 24), (1, 40, 16), (2, 16, 16), (8, 24)],
+    "ragged": [(2, 5, 7), (7, 5), (3, 5, 9)],
+    "empty": [(0, 4, 6), (2, 4, 6)],
+    "none": [],
+}
+
+
+@each_dtype
+@pytest.mark.parametrize("shapes", LISTS.values(), ids=LISTS.keys())
+@pytest.mark.parametrize("given", [False, True], ids=["", "square sums"])
+def test_a_list_is_orthogonalized_in_place(shapes, given, dtype, device):
+    xs = [randn(*shape, seed=i, dtype=dtype, device=device) for i, shape in enumerate(shapes)]
+    sums = [x.float().square().flatten(-2).sum(-1, keepdim=True) for x in xs] if given else None
+    ours, rival = ([x.clone() for x in xs] for _ in range(2))
+    with poisoned():
+        gk.newton_schulz_(ours, steps=3, dtype=dtype, square_sums=sums, impl="triton")
+    gk.newton_schulz_(rival, steps=3, dtype=dtype, square_sums=sums, impl="eager")
+    for x, a, b in zip(xs, ours, rival, strict=True):
+        if x.numel():
+            assert_within_budget(a, b, exact(x, steps=3))
+
+
+def test_lists_that_cannot_be_changed_in_place(device):
+    x = randn(4, 6, device=device)
+    for xs in ([x, x.bfloat16()], [x.T]):
+        with pytest.raises(ValueError, match=r"newton_schulz_: xs are .*; expected contiguous tensors of one dtype"):
+            gk.newton_schulz_(xs)

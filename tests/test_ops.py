@@ -225,6 +225,13 @@ def softcap_logprobs_(device):
         yield softcap_logprobs_args(softcap, device), {}
 
 
+def newton_schulz_(device):
+    xs = [randn(2, *shape, seed=i, device=device) for i, shape in enumerate([(16, 24), (24, 16), (16, 16)])]
+    squares = [x.square().sum(-1) for x in xs]
+    for sums in (squares, []):
+        yield ([x.clone() for x in xs], QUINTIC * 2, torch.float32, 1e-7, sums), {}
+
+
 def softcap_logprobs_backward(device):
     for softcap, *needs in itertools.product((30.0, None), (False, True), (False, True)):
         args = softcap_logprobs_args(softcap, device)
@@ -265,6 +272,7 @@ CASES = {
     "muon_update_": muon_update_,
     "muon_update_rows_": muon_update_rows_,
     "newton_schulz": newton_schulz,
+    "newton_schulz_": newton_schulz_,
     "quantize_rows": quantize_rows,
     "relu2_dz": relu2_dz,
     "relu2_mlp": relu2_mlp,

@@ -1,4 +1,4 @@
-"""bench.step_counts: what is committed is an upper bound of what this code launches and moves, and an added copy shows."""
+"""bench.step_counts: what is committed bounds what this code launches and moves, and an added copy shows."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from golfgpt_kernels import RowQuant, muon_momentum_, muon_update_, newton_schulz, square_parts
+from golfgpt_kernels import RowQuant, muon_momentum_, muon_update_, newton_schulz_, square_parts
 from torch import Tensor, nn
 
 from golfgpt.config import OptimConfig
@@ -138,19 +138,19 @@ class Muon(torch.optim.Optimizer):
             ok=ok,
             impl=self.impl,
         )
-        orthogonal = []
-        for batch, squares, members in zip(batches, sums, stacks.values(), strict=True):
-            if group["row_norm"]:
-                rows = torch.linalg.vector_norm(batch, dim=-1, keepdim=True, dtype=torch.float32)
-                batch, squares = batch / (rows + 1e-7), None
-            o = newton_schulz(batch, steps=group["ns_steps"], dtype=self.dtype, square_sums=squares, impl=self.impl)
-            parts = o.split([p.numel() // (p.size(-2) * p.size(-1)) for p in members])
-            for part, p in zip(parts, members, strict=True):
-                part = part.contiguous().view(p.shape)
-                orthogonal.append(
-                    self._equalize(p, part, group["variance_beta"], ok) if group["variance_beta"] else part
-                )
-        of = dict(zip(params, orthogonal, strict=True))
+        if group["row_norm"]:
+            for batch in batches:
+                batch /= torch.linalg.vector_norm(batch, dim=-1, keepdim=True, dtype=torch.float32) + 1e-7
+        newton_schulz_(
+            batches,
+            steps=group["ns_steps"],
+            dtype=self.dtype,
+            square_sums=None if group["row_norm"] else sums,
+            impl=self.impl,
+        )
+        if group["variance_beta"]:
+            updates = [self._equalize(p, o, group["variance_beta"], ok) for p, o in zip(params, updates, strict=True)]
+        of = dict(zip(params, updates, strict=True))
         for copied in (True, False):
             members = [p for p in params if (p in self.compute_copies) == copied]
             if not members:
@@ -272,7 +272,7 @@ class Optimizers:
     def _step(self) -> None:
         rounded = [p for name in sorted(self.bf16_params) if (p := self._parameters[name]).grad is not None]
         self._round([p.grad for p in rounded])
-        self._found_inf.copy_(~self.ok)
+        torch.logical_not(self.ok, out=self._found_inf)
         self.adam.step()
         self._round([p.data for p in rounded] + [m for p in rounded for m in self._moments(p)])
         self.muon.step(ok=self.ok)
@@ -282,8 +282,10 @@ class Optimizers:
 
     @staticmethod
     def _round(tensors: list[Tensor]) -> None:
-        for tensor in tensors:
-            tensor.copy_(tensor.bfloat16())
+        if tensors:
+            rounded = [torch.empty_like(tensor, dtype=torch.bfloat16) for tensor in tensors]
+            torch._foreach_copy_(rounded, tensors)
+            torch._foreach_copy_(tensors, rounded)
 
     def capture(self) -> None:
         """Record the step of all groups in one CUDA graph. From then on, `step` replays it.

@@ -23,7 +23,7 @@ from .fake_quant import (
     straight_through,
 )
 from .muon import muon_momentum_, muon_update_, square_parts
-from .newton_schulz import newton_schulz
+from .newton_schulz import newton_schulz, newton_schulz_
 from .relu2_mlp import linear_relu2, relu2_mlp
 from .softcap_logprobs import softcap_cross_entropy, token_logprobs
 
@@ -39,6 +39,7 @@ __all__ = [
     "muon_momentum_",
     "muon_update_",
     "newton_schulz",
+    "newton_schulz_",
     "quantize_rows",
     "relu2_mlp",
     "round_to_dtype",

@@ -91,7 +91,7 @@ def descriptor(tensor: Tensor, block: Sequence[int]) -> TensorDescriptor:
     ragged widths cost one pass over the operand and no second form of the kernel. Outputs must come aligned
     (`empty_rows`), because a copy would be written in their place.
     """
-    if not _addressable(tensor):
+    if not addressable(tensor):
         padded = empty_rows(tensor.shape, tensor.dtype, tensor.device)
         tensor = padded.copy_(tensor)
     return TensorDescriptor.from_tensor(tensor, list(block))
@@ -112,7 +112,7 @@ def empty_rows(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -
     return torch.empty(0, dtype=dtype, device=device).set_(rows.untyped_storage(), 0, tuple(shape), rows.stride())
 
 
-def _addressable(tensor: Tensor) -> bool:
+def addressable(tensor: Tensor) -> bool:
     outer = (stride * tensor.element_size() % 16 == 0 and stride > 0 for stride in tensor.stride()[:-1])
     return tensor.stride(-1) == 1 and tensor.data_ptr() % 16 == 0 and all(outer)
 

@@ -30,6 +30,8 @@ Kernels. Two launches for X0, one with `square_sums`; three per step for any bat
   stored a second time, transposed. Within a tile on the diagonal x y and y x round alike on a GPU, which sums every
   element over k in one order, so that A and P are exactly symmetric; interpreted, that is up to the CPU's BLAS.
 - update: a X + P X.
+A list of batches (newton_schulz_, for optimizers) is iterated together: batches of one shape, tall or wide, share every
+launch, batches with equal smaller sides share the polynomial's.
 A tall X is never transposed: A = Xᵀ X is read from X as it lies (wgmma takes either order of a 16-bit
 operand) and the update is a X + X P, since A and P are symmetric. A, P and a step's X are rounded once each,
 where eager rounds b A, c A, their products and sums one by one: in bf16 the result is about twice as close to
@@ -55,7 +57,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._dispatch import FLOAT_DTYPES, KERNEL_DTYPES, Impl, accumulate_dtype, check_floats, runs_triton
-from ._jit import ceil_div, descriptor, dot, dot_precision, empty_rows, jit, launch, narrow, tl
+from ._jit import addressable, ceil_div, descriptor, dot, dot_precision, empty_rows, jit, launch, narrow, tl
 from ._ops import add_op_namespace_prefix
 from ._tiles import Tile, TileTable
 
@@ -246,10 +248,12 @@ def _update_kernel(
 # ---- launchers: (B, M, N), none of them empty, checked by the public function
 
 
-def normalize(x: Tensor, dtype: torch.dtype, eps: float, squares: Tensor | None = None) -> Tensor:
-    """x / (‖x‖_F + eps) in `dtype`; x has any strides, `squares` (B, P) fp32 are contiguous."""
+def normalize(
+    x: Tensor, dtype: torch.dtype, eps: float, squares: Tensor | None = None, u: Tensor | None = None
+) -> Tensor:
+    """x / (‖x‖_F + eps) in `dtype`, into u if it is given; x has any strides, `squares` (B, P) fp32 are contiguous."""
     batch, m, n = x.shape
-    u = empty_rows(x.shape, dtype, x.device)
+    u = empty_rows(x.shape, dtype, x.device) if u is None else u
     tiles_n = ceil_div(n, _NORM_BLOCK[1])
     tiles = ceil_div(m, _NORM_BLOCK[0]) * tiles_n
     shape = m, n, *x.stride(), tiles, tiles_n
@@ -262,9 +266,9 @@ def normalize(x: Tensor, dtype: torch.dtype, eps: float, squares: Tensor | None 
     return u
 
 
-def gram(x: Tensor, tile: dict | None = None) -> Tensor:
-    """x xᵀ, or xᵀ x of a tall x: (B, S, S), S the smaller side."""
-    return _symmetric(x, None, 0.0, 1.0, tile)
+def gram(x: Tensor, tile: dict | None = None, out: Tensor | None = None) -> Tensor:
+    """x xᵀ, or xᵀ x of a tall x: (B, S, S), S the smaller side; into `out` (from `empty_rows`) if it is given."""
+    return _symmetric(x, None, 0.0, 1.0, tile, out)
 
 
 def polynomial(a: Tensor, b: float, c: float, tile: dict | None = None) -> Tensor:
@@ -272,9 +276,9 @@ def polynomial(a: Tensor, b: float, c: float, tile: dict | None = None) -> Tenso
     return _symmetric(a, a, b, c, tile)
 
 
-def _symmetric(x: Tensor, a: Tensor | None, b: float, c: float, tile: dict | None) -> Tensor:
+def _symmetric(x: Tensor, a: Tensor | None, b: float, c: float, tile: dict | None, out: Tensor | None = None) -> Tensor:
     batch, size, k = x.shape[0], min(x.shape[1:]), max(x.shape[1:])
-    out = empty_rows((batch, size, size), x.dtype, x.device)
+    out = empty_rows((batch, size, size), x.dtype, x.device) if out is None else out
     tile = tile or _TILES.select(x.device, x.dtype, out.numel())
     block, block_k, tall = tile["BLOCK"], tile["BLOCK_K"], x.shape[1] > x.shape[2]
     side = ceil_div(size, block)
@@ -287,10 +291,12 @@ def _symmetric(x: Tensor, a: Tensor | None, b: float, c: float, tile: dict | Non
     return out
 
 
-def update(x: Tensor, p: Tensor, a: float, dtype: torch.dtype, tile: dict | None = None) -> Tensor:
-    """a x + p x, or a x + x p of a tall x, rounded to x's dtype and then to `dtype`."""
+def update(
+    x: Tensor, p: Tensor, a: float, dtype: torch.dtype, tile: dict | None = None, out: Tensor | None = None
+) -> Tensor:
+    """a x + p x, or a x + x p of a tall x, rounded to x's dtype and then to `dtype`; into `out` if it is given."""
     batch, m, n = x.shape
-    out = empty_rows(x.shape, dtype, x.device)
+    out = empty_rows(x.shape, dtype, x.device) if out is None else out
     tile = tile or _TILES.select(x.device, x.dtype, out.numel())
     block, block_k = tile["BLOCK"], tile["BLOCK_K"]
     left, right = (x, p) if m > n else (p, x)
@@ -305,14 +311,53 @@ def update(x: Tensor, p: Tensor, a: float, dtype: torch.dtype, tile: dict | None
     return out
 
 
-def iterate(u: Tensor, triples: Sequence[Triple], dtype: torch.dtype) -> Tensor:
-    """The steps from u, normalized and in the iteration's dtype, to the result in `dtype`.
+def iterate(
+    us: Sequence[Tensor], triples: Sequence[Triple], dtype: torch.dtype, outs: Sequence[Tensor | None] | None = None
+) -> list[Tensor]:
+    """The steps from batches u, normalized and in the iteration's dtype, to the results in `dtype`, each in its
+    `outs` where there is one. Batches with equal smaller sides share the launches of the polynomial.
 
     Every step allocates: the caching allocator hands it what the step before last has freed.
     """
-    for i, (a, b, c) in enumerate(triples, 1):
-        u = update(u, polynomial(gram(u), b, c), a, dtype if i == len(triples) else u.dtype)
-    return u
+    us, by_side = list(us), {}
+    for i, u in enumerate(us):
+        by_side.setdefault(min(u.shape[1:]), []).append(i)
+    for step, (a, b, c) in enumerate(triples, 1):
+        last = step == len(triples)
+        for side, members in by_side.items():
+            counts = [len(us[i]) for i in members]
+            grams = empty_rows((sum(counts), side, side), us[members[0]].dtype, us[members[0]].device)
+            for i, part in zip(members, grams.split(counts), strict=True):
+                gram(us[i], out=part)
+            for i, p in zip(members, polynomial(grams, b, c).split(counts), strict=True):
+                us[i] = update(us[i], p, a, dtype if last else us[i].dtype, out=outs[i] if last and outs else None)
+    return us
+
+
+def orthogonalize_(
+    xs: Sequence[Tensor], triples: Sequence[Triple], dtype: torch.dtype, eps: float, squares: Sequence[Tensor]
+) -> None:
+    """Replace each batch x (B, M, N) by its result. Batches of one shape are iterated as one, tall ones whose wide
+    shape is there as their transposes. `squares` may be empty."""
+    shapes = [tuple(x.shape[1:]) for x in xs]
+    turned = [m > n and (n, m) in shapes for m, n in shapes]
+    stacks: dict[tuple[int, int], list[int]] = {}
+    for i, (shape, turn) in enumerate(zip(shapes, turned, strict=True)):
+        stacks.setdefault(shape[::-1] if turn else shape, []).append(i)
+    us, outs = [], []
+    for shape, members in stacks.items():
+        counts = [len(xs[i]) for i in members]
+        u = empty_rows((sum(counts), *shape), dtype, xs[0].device)
+        for i, part in zip(members, u.split(counts), strict=True):
+            normalize(xs[i].mT if turned[i] else xs[i], dtype, eps, squares[i] if squares else None, part)
+        us.append(u)
+        alone = xs[members[0]] if len(members) == 1 else None
+        outs.append(alone if alone is not None and addressable(alone) else None)
+    results = iterate(us, triples, xs[0].dtype, outs)
+    for members, result, out in zip(stacks.values(), results, outs, strict=True):
+        if out is None:
+            for i, part in zip(members, result.split([len(xs[i]) for i in members]), strict=True):
+                xs[i].copy_(part.mT if turned[i] else part)
 
 
 # ---- custom op and its gradient
@@ -324,7 +369,19 @@ def _newton_schulz(
 ) -> Tensor:
     if x.numel() == 0:
         return empty_rows(x.shape, x.dtype, x.device)
-    return iterate(normalize(x, dtype, eps, square_sums), _triples(coefficients), x.dtype)
+    return iterate([normalize(x, dtype, eps, square_sums)], _triples(coefficients), x.dtype)[0]
+
+
+@torch.library.custom_op(add_op_namespace_prefix("newton_schulz_"), mutates_args=("xs",))
+def _newton_schulz_(
+    xs: list[Tensor], coefficients: list[float], dtype: torch.dtype, eps: float, square_sums: list[Tensor]
+) -> None:
+    orthogonalize_(xs, _triples(coefficients), dtype, eps, square_sums)
+
+
+@_newton_schulz_.register_fake
+def _(xs, coefficients, dtype, eps, square_sums):
+    return None
 
 
 @_newton_schulz.register_fake
@@ -370,31 +427,90 @@ def newton_schulz(
 
     `square_sums` (..., P) in fp32 or float64 are added up to ‖x‖² of each matrix instead of x's own squares.
     """
-    check_floats("newton_schulz", x=x)
-    if x.ndim < 2:
-        raise ValueError(f"newton_schulz: x has shape {tuple(x.shape)}; expected (..., M, N)")
+    triples = _check(
+        "newton_schulz", [x], steps, coefficients, dtype, eps, None if square_sums is None else [square_sums]
+    )
+    if not _by_kernel(x, dtype, impl):
+        square_sums = None if square_sums is None else square_sums.detach()
+        return newton_schulz_ref(x, steps=steps, coefficients=triples, dtype=dtype, eps=eps, square_sums=square_sums)
+    squares = None if square_sums is None else _flat_squares(square_sums)
+    flat = [float(value) for triple in triples for value in triple]
+    return _newton_schulz(_flat_batch(x), flat, dtype, eps, squares).reshape(x.shape)
+
+
+@torch.no_grad()
+def newton_schulz_(
+    xs: Sequence[Tensor],
+    *,
+    steps: int = 5,
+    coefficients: Coefficients = "quintic",
+    dtype: torch.dtype = torch.bfloat16,
+    eps: float = 1e-7,
+    square_sums: Sequence[Tensor] | None = None,
+    impl: Impl = "auto",
+) -> None:
+    """Replace each contiguous x (..., M, N) of a list, all of one dtype, by newton_schulz(x). Kernels take fewer
+    launches than one by one: matrices with equal smaller sides share them where they can. No gradients."""
+    op = "newton_schulz_"
+    triples = _check(op, xs, steps, coefficients, dtype, eps, square_sums)
+    if len({x.dtype for x in xs}) > 1 or not all(x.is_contiguous() for x in xs):
+        kinds = [f"{x.dtype} with strides {x.stride()}" for x in xs]
+        raise ValueError(f"{op}: xs are {', '.join(kinds)}; expected contiguous tensors of one dtype")
+    if not xs:
+        return
+    if not _by_kernel(xs[0], dtype, impl):
+        for x, squares in zip(xs, square_sums or [None] * len(xs), strict=True):
+            options = {"steps": steps, "coefficients": triples, "dtype": dtype, "eps": eps, "square_sums": squares}
+            x.copy_(newton_schulz_ref(x, **options))
+        return
+    full = [i for i, x in enumerate(xs) if x.numel()]
+    batches = [xs[i].view(-1, *xs[i].shape[-2:]) for i in full]
+    flat = [float(value) for triple in triples for value in triple]
+    _newton_schulz_(batches, flat, dtype, eps, [_flat_squares(square_sums[i]) for i in full] if square_sums else [])
+
+
+def _check(
+    op: str,
+    xs: Sequence[Tensor],
+    steps: int,
+    coefficients: Coefficients,
+    dtype: torch.dtype,
+    eps: float,
+    square_sums: Sequence[Tensor] | None,
+) -> list[Triple]:
+    """Raises ValueError for what an op cannot take. Returns the coefficients of each step."""
+    check_floats(op, **{"x" if len(xs) == 1 else f"xs[{i}]": x for i, x in enumerate(xs)})
+    for x in xs:
+        if x.ndim < 2:
+            raise ValueError(f"{op}: x has shape {tuple(x.shape)}; expected (..., M, N)")
     if dtype not in FLOAT_DTYPES:
-        raise ValueError(f"newton_schulz: dtype={dtype}; expected one of {FLOAT_DTYPES}")
+        raise ValueError(f"{op}: dtype={dtype}; expected one of {FLOAT_DTYPES}")
     if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"newton_schulz: steps={steps!r}; expected an integer >= 1")
+        raise ValueError(f"{op}: steps={steps!r}; expected an integer >= 1")
     if not eps > 0:
-        raise ValueError(f"newton_schulz: eps={eps}; expected a positive number (zero matrices divide by it)")
-    if square_sums is not None:
-        check_floats("newton_schulz", x=x, square_sums=square_sums)
+        raise ValueError(f"{op}: eps={eps}; expected a positive number (zero matrices divide by it)")
+    for x, squares in zip(xs, [] if square_sums is None else square_sums, strict=square_sums is not None):
+        check_floats(op, x=x, square_sums=squares)
         lead, wide = x.shape[:-2], (torch.float32, torch.float64)
-        fits = square_sums.ndim == x.ndim - 1 and square_sums.shape[:-1] == lead and square_sums.shape[-1] > 0
-        if square_sums.dtype not in wide or not fits:
+        fits = squares.ndim == x.ndim - 1 and squares.shape[:-1] == lead and squares.shape[-1] > 0
+        if squares.dtype not in wide or not fits:
             raise ValueError(
-                f"newton_schulz: square_sums have shape {tuple(square_sums.shape)} and dtype {square_sums.dtype}; "
+                f"{op}: square_sums have shape {tuple(squares.shape)} and dtype {squares.dtype}; "
                 f"expected {(*lead, 'P')} with P >= 1 in one of {wide}"
             )
-        square_sums = square_sums.detach()
-    triples = _per_step(coefficients, steps)
-    computed = x.new_empty(0, dtype=dtype if x.dtype in KERNEL_DTYPES else x.dtype)  # kernels take neither in float64
-    if not runs_triton("newton_schulz", impl, computed, x.shape[:-1].numel()):
-        return newton_schulz_ref(x, steps=steps, coefficients=triples, dtype=dtype, eps=eps, square_sums=square_sums)
-    flat = [float(value) for triple in triples for value in triple]
-    batch = x.shape[:-2].numel()
-    if square_sums is not None:
-        square_sums = square_sums.reshape(batch, square_sums.shape[-1]).float().contiguous()
-    return _newton_schulz(x.reshape(batch, *x.shape[-2:]), flat, dtype, eps, square_sums).reshape(x.shape)
+    return _per_step(coefficients, steps)
+
+
+def _by_kernel(x: Tensor, dtype: torch.dtype, impl: Impl) -> bool:
+    """Kernels take neither x nor the iteration in float64. No matrix is too small for them: they save launches."""
+    computed = x.new_empty(0, dtype=dtype if x.dtype in KERNEL_DTYPES else x.dtype)
+    return runs_triton("newton_schulz", impl, computed, 1 << 62)
+
+
+def _flat_batch(x: Tensor) -> Tensor:
+    return x.reshape(x.shape[:-2].numel(), *x.shape[-2:])
+
+
+def _flat_squares(square_sums: Tensor) -> Tensor:
+    batch = square_sums.shape[:-1].numel()
+    return square_sums.detach().reshape(batch, square_sums.shape[-1]).float().contiguous()
