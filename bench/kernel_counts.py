@@ -162,7 +162,10 @@ def recorded_launches(on_kernel: Callable[[Kernel], None]):
     def descriptor(tensor: Tensor, block) -> Described:
         return Described(tensor)
 
-    replaced = {_jit.launch: launch, _jit.descriptor: descriptor}
+    def addressable(tensor: Tensor) -> bool:
+        return tensor.stride(-1) == 1
+
+    replaced = {_jit.launch: launch, _jit.descriptor: descriptor, _jit.addressable: addressable}
     found = [
         (module, name, by)
         for path, module in list(sys.modules.items())

@@ -145,14 +145,15 @@ def test_a_matrix_moves_the_same_alone_and_in_banks(impl, device):
 @pytest.mark.parametrize("row_norm", [False, True])
 def test_launches_of_a_step(row_norm, device, monkeypatch):
     """Momentum, update, and a normalization of each of two shapes, with the norm's own launch where rows were divided
-    since the momentum. One shape is the other's transpose: they share the three launches of a Newton-Schulz step."""
+    since the momentum. One shape is the other's transpose: they share the three launches of a Newton-Schulz step, but
+    for the last, which writes where each came from."""
     counted = []
     for module in (kernels, sys.modules["golfgpt_kernels.newton_schulz"]):
         launch = module.launch
         counting = lambda *args, launch=launch, **options: counted.append(launch(*args, **options))  # noqa: E731
         monkeypatch.setattr(module, "launch", counting)
     run(parameters(device), steps=1, impl="triton", row_norm=row_norm, ns_steps=2)
-    assert len(counted) == 2 + 2 * (1 + row_norm) + 3 * 2
+    assert len(counted) == 2 + 2 * (1 + row_norm) + 3 * 2 + 1
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])

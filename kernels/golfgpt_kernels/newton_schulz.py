@@ -312,26 +312,32 @@ def update(
 
 
 def iterate(
-    us: Sequence[Tensor], triples: Sequence[Triple], dtype: torch.dtype, outs: Sequence[Tensor | None] | None = None
-) -> list[Tensor]:
-    """The steps from batches u, normalized and in the iteration's dtype, to the results in `dtype`, each in its
-    `outs` where there is one. Batches with equal smaller sides share the launches of the polynomial.
+    us: Sequence[Tensor], triples: Sequence[Triple], dtype: torch.dtype, outs: Sequence[Sequence[Tensor]]
+) -> list[list[Tensor]]:
+    """The steps from batches u, normalized and in the iteration's dtype, to the results in `dtype`. Batches with equal
+    smaller sides share the launches of the polynomial. `outs` of a batch are as long together: each gets its part of
+    the result, if kernels can write it; the parts are returned.
 
     Every step allocates: the caching allocator hands it what the step before last has freed.
     """
-    us, by_side = list(us), {}
+    us, by_side, results = list(us), {}, [[] for _ in us]
     for i, u in enumerate(us):
         by_side.setdefault(min(u.shape[1:]), []).append(i)
     for step, (a, b, c) in enumerate(triples, 1):
-        last = step == len(triples)
         for side, members in by_side.items():
             counts = [len(us[i]) for i in members]
             grams = empty_rows((sum(counts), side, side), us[members[0]].dtype, us[members[0]].device)
             for i, part in zip(members, grams.split(counts), strict=True):
                 gram(us[i], out=part)
             for i, p in zip(members, polynomial(grams, b, c).split(counts), strict=True):
-                us[i] = update(us[i], p, a, dtype if last else us[i].dtype, out=outs[i] if last and outs else None)
-    return us
+                if step < len(triples):
+                    us[i] = update(us[i], p, a, us[i].dtype)
+                    continue
+                parts = [len(out) for out in outs[i]]
+                for x, p_part, out in zip(us[i].split(parts), p.split(parts), outs[i], strict=True):
+                    fits = out.shape == x.shape and addressable(out)
+                    results[i].append(update(x, p_part, a, dtype, out=out if fits else None))
+    return results
 
 
 def orthogonalize_(
@@ -344,19 +350,16 @@ def orthogonalize_(
     stacks: dict[tuple[int, int], list[int]] = {}
     for i, (shape, turn) in enumerate(zip(shapes, turned, strict=True)):
         stacks.setdefault(shape[::-1] if turn else shape, []).append(i)
-    us, outs = [], []
+    us = []
     for shape, members in stacks.items():
         counts = [len(xs[i]) for i in members]
-        u = empty_rows((sum(counts), *shape), dtype, xs[0].device)
-        for i, part in zip(members, u.split(counts), strict=True):
+        us.append(empty_rows((sum(counts), *shape), dtype, xs[0].device))
+        for i, part in zip(members, us[-1].split(counts), strict=True):
             normalize(xs[i].mT if turned[i] else xs[i], dtype, eps, squares[i] if squares else None, part)
-        us.append(u)
-        alone = xs[members[0]] if len(members) == 1 else None
-        outs.append(alone if alone is not None and addressable(alone) else None)
-    results = iterate(us, triples, xs[0].dtype, outs)
-    for members, result, out in zip(stacks.values(), results, outs, strict=True):
-        if out is None:
-            for i, part in zip(members, result.split([len(xs[i]) for i in members]), strict=True):
+    results = iterate(us, triples, xs[0].dtype, [[xs[i] for i in members] for members in stacks.values()])
+    for members, parts in zip(stacks.values(), results, strict=True):
+        for i, part in zip(members, parts, strict=True):
+            if part is not xs[i]:
                 xs[i].copy_(part.mT if turned[i] else part)
 
 
@@ -369,7 +372,8 @@ def _newton_schulz(
 ) -> Tensor:
     if x.numel() == 0:
         return empty_rows(x.shape, x.dtype, x.device)
-    return iterate([normalize(x, dtype, eps, square_sums)], _triples(coefficients), x.dtype)[0]
+    u = normalize(x, dtype, eps, square_sums)
+    return iterate([u], _triples(coefficients), x.dtype, [[empty_rows(x.shape, x.dtype, x.device)]])[0][0]
 
 
 @torch.library.custom_op(add_op_namespace_prefix("newton_schulz_"), mutates_args=("xs",))
