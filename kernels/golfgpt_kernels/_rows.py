@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -121,9 +121,12 @@ SPEC_SCHEMA = (
 )
 
 
+_SHARED_FIELDS = tuple(f.name for f in fields(RowQuant) if f.name != "bits")  # torch 2.10 cannot trace vars(spec)
+
+
 def to_fields(specs: Sequence[RowQuant]) -> dict[str, Any]:
     """Specs of one launch as the keyword arguments SPEC_SCHEMA of a custom op, which takes no dataclasses."""
-    return {**vars(specs[0]), "bits": [spec.bits for spec in specs]}
+    return {"bits": [spec.bits for spec in specs]} | {name: getattr(specs[0], name) for name in _SHARED_FIELDS}
 
 
 def from_fields(bits: Sequence[int], **fields: Any) -> list[RowQuant]:
