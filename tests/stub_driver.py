@@ -82,9 +82,9 @@ def muon_momentum(t: Form) -> None:
 
 
 def muon_update(t: Form) -> None:
-    """With a shadow that is quantized and one that is not."""
+    """With a compute copy that is quantized and one that is not."""
     options = {"scales": [1.0, 1.5], "weight_decay": 0.1, "specs": [INT6, None], "ok": YES}
-    gk.muon_update_(t.banks(), t.banks(), torch.tensor(0.02), shadows=t.banks(), **options)
+    gk.muon_update_(t.banks(), t.banks(), torch.tensor(0.02), compute_copies=t.banks(), **options)
 
 
 # Backward too: the gradient of a sum has strides of zero. token_logprobs passes the least int64 as ignore_index.
@@ -95,6 +95,7 @@ OPS = {
     "token_logprobs": (ODD, lambda t: gk.token_logprobs(t("mk"), t("nk"), t.targets(), mask=t.targets() == 0)),
     "newton_schulz wide": (MATRICES, lambda t: gk.newton_schulz(t("mk", 3), steps=1, dtype=t.dtype)),
     "newton_schulz tall": (MATRICES, lambda t: gk.newton_schulz(t("km"), steps=1, dtype=t.dtype)),
+    "newton_schulz_": (CONTIGUOUS, lambda t: gk.newton_schulz_([t("mk", 3), t("km"), t("kk")], steps=1, dtype=t.dtype)),
     "fake_quant_linear": (ROWS, lambda t: gk.fake_quant_linear(t("mk"), t("nk"), INT6, form="codes").sum().backward()),
     "fake_quantize_groups": (MATRICES, fake_quantize_groups),
     "muon_momentum": (CONTIGUOUS, muon_momentum),
