@@ -247,8 +247,10 @@ def _sample(index: sympy.Expr, loops: tuple[tuple[sympy.Symbol, int], ...]) -> t
 
 def called(kernel: ir.ExternKernel) -> torch.fx.Node:
     """The operation of the traced graph that an extern kernel is."""
-    if isinstance(kernel, ir.FallbackKernel):  # its origins may include views
-        return next(node for node in kernel.origins if node.target is kernel.op_overload)
+    packet = getattr(kernel.op_overload, "_overloadpacket", None)  # sort becomes sort.stable
+    for node in kernel.origins:  # which may include views
+        if getattr(node.target, "_overloadpacket", node) is packet:
+            return node
     return kernel.get_origin_node()
 
 
