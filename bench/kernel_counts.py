@@ -20,12 +20,13 @@ from typing import Any
 import numpy as np
 import sympy
 import torch
-from golfgpt_kernels import _jit
+from golfgpt_kernels import _jit, _rows
 from torch import Tensor
 from torch._inductor import dependencies, ir, scheduler
 from torch._inductor.graph import GraphLowering
 from torch._inductor.virtualized import V
 from torch._library.custom_ops import OPDEFS
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils._sympy.functions import Identity
@@ -165,7 +166,14 @@ def recorded_launches(on_kernel: Callable[[Kernel], None]):
     def addressable(tensor: Tensor) -> bool:
         return tensor.stride(-1) == 1
 
-    replaced = {_jit.launch: launch, _jit.descriptor: descriptor, _jit.addressable: addressable}
+    def row_arguments(*args, original=_rows.row_arguments):
+        with unset_fake_temporarily():  # it computes numbers with tensors of its own
+            return original(*args)
+
+    replaced = {
+        _jit.launch: launch, _jit.descriptor: descriptor, _jit.addressable: addressable,
+        _rows.row_arguments: row_arguments,
+    }  # fmt: skip
     found = [
         (module, name, by)
         for path, module in list(sys.modules.items())
