@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golfgpt_kernels import softcap_logprobs
+from golfgpt_kernels._coefficients import POLAR_EXPRESS_COEFFICIENTS
 from golfgpt_kernels._rows import CLIP_QUANTILE
-from golfgpt_kernels.newton_schulz import POLAR_EXPRESS_COEFFICIENTS
 from golfgpt_kernels.testing import assert_within_budget, budget_violation, randn
 
 pytestmark = pytest.mark.numeric

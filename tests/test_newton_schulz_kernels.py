@@ -8,6 +8,7 @@ import importlib
 import golfgpt_kernels as gk
 import pytest
 import torch
+from golfgpt_kernels._coefficients import QUINTIC_COEFFICIENTS
 from golfgpt_kernels._tiles import TABLES
 from golfgpt_kernels.testing import assert_within_budget, poisoned, randn, strided
 
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.numeric
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 EPS = {F16: 2**-10, BF16: 2**-7, F32: 2**-23}
-A, B, C = ns.QUINTIC_COEFFICIENTS
+A, B, C = QUINTIC_COEFFICIENTS
 LARGER = {"BLOCK": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2}
 
 SHAPES = {

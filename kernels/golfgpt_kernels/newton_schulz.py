@@ -50,40 +50,16 @@ tall matrices, are ideas of the kernels by byronxu99 (dion, modded-nanogpt).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ._coefficients import Coefficients, Triple, per_step
 from ._dispatch import FLOAT_DTYPES, KERNEL_DTYPES, Impl, accumulate_dtype, check_floats, runs_triton
 from ._jit import addressable, ceil_div, descriptor, dot, dot_precision, empty_rows, jit, launch, narrow, tl
 from ._ops import add_op_namespace_prefix
 from ._tiles import Tile, TileTable
-
-Triple = tuple[float, float, float]
-
-QUINTIC_COEFFICIENTS: Triple = (3.4445, -4.7750, 2.0315)
-
-# Optimal for singular values in [1e-3, 1]. The paper's safety factor 1.01 (it lets rounding carry σ past 1) is
-# folded into all but the last, the fixed point that further steps repeat.
-POLAR_EXPRESS_COEFFICIENTS: tuple[Triple, ...] = (
-    *(
-        (a / 1.01, b / 1.01**3, c / 1.01**5)
-        for a, b, c in (
-            (8.28721201814563, -23.595886519098837, 17.300387312530933),
-            (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
-            (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
-            (3.3184196573706015, -2.488488024314874, 0.51004894012372),
-            (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
-            (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
-            (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
-        )
-    ),
-    (1.875, -1.25, 0.375),
-)
-
-Coefficients = Literal["quintic", "polar_express"] | Triple | Sequence[Triple]
 
 
 def newton_schulz_ref(
@@ -103,27 +79,10 @@ def newton_schulz_ref(
         norm = square_sums.to(u.dtype).sum(-1).sqrt()[..., None, None]
     u = (u / (norm + eps)).to(dtype)
     with torch.autocast(x.device.type, enabled=False):
-        for a, b, c in _per_step(coefficients, steps):
+        for a, b, c in per_step(coefficients, steps):
             gram = u @ u.mT
             u = a * u + (b * gram + (c * gram) @ gram) @ u
     return (u.mT if tall else u).to(x.dtype)
-
-
-def _per_step(coefficients: Coefficients, steps: int) -> list[Triple]:
-    if coefficients == "quintic":
-        return [QUINTIC_COEFFICIENTS] * steps
-    if coefficients == "polar_express":
-        last = len(POLAR_EXPRESS_COEFFICIENTS) - 1
-        return [POLAR_EXPRESS_COEFFICIENTS[min(i, last)] for i in range(steps)]
-    if isinstance(coefficients, str):
-        raise ValueError(f"newton_schulz: coefficients={coefficients!r}; expected 'quintic', 'polar_express' or tuples")
-    if all(isinstance(value, int | float) for value in coefficients):
-        coefficients = [coefficients] * steps
-    if len(coefficients) != steps or any(len(triple) != 3 for triple in coefficients):
-        raise ValueError(
-            f"newton_schulz: coefficients={coefficients!r}; expected one (a, b, c), or steps={steps} of them"
-        )
-    return list(coefficients)
 
 
 # ---- tiles
@@ -502,7 +461,7 @@ def _check(
                 f"{op}: square_sums have shape {tuple(squares.shape)} and dtype {squares.dtype}; "
                 f"expected {(*lead, 'P')} with P >= 1 in one of {wide}"
             )
-    return _per_step(coefficients, steps)
+    return per_step(coefficients, steps)
 
 
 def _by_kernel(x: Tensor, dtype: torch.dtype, impl: Impl) -> bool:
