@@ -20,7 +20,6 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-TORCH = "2.13"
 SOURCE = Path(__file__).with_suffix(".cpp")
 
 

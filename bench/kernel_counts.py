@@ -1,7 +1,7 @@
 """The launches of a program that runs on CUDA tensors without memory, one by one: `Kernel` records of what they move.
 
 Operations that run one by one, and the bodies of our custom ops, are recorded by the mode `Count`; launches of our
-Triton kernels inside `recorded_launches`; `graph_kernels` lists what Inductor generates for a graph. step_counts.py
+Triton kernels after `record_launches`; `graph_kernels` lists what Inductor generates for a graph. step_counts.py
 says what bytes, flops and seconds mean.
 """
 
@@ -10,10 +10,8 @@ from __future__ import annotations
 import functools
 import math
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +29,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils._sympy.functions import Identity
 from torch.utils.flop_counter import flop_registry
+
+from bench.offline import replace
 
 BANDWIDTH = 2.9e12  # bytes/s that a copy reaches on an H100 SXM
 MATMUL = 600e12  # flop/s of bf16 products at these shapes
@@ -93,11 +93,11 @@ class Count(TorchDispatchMode):
                 decomposed = function.decompose(*args, **kwargs)
             if decomposed is not NotImplemented:
                 return decomposed
-        if short == "_fused_adamw_":  # FakeTensor cannot call it; one launch takes 36 tensors
-            params, grads, *moments = args[:4]
-            for _ in range(-(-len(params) // 36)):
-                share = 2 * num_bytes(tensors(params, moments)) + num_bytes(grads)
-                self.on_kernel(Kernel("elementwise", short, share // -(-len(params) // 36)))
+        if short == "_fused_adamw_":  # FakeTensor cannot call it; a launch takes 36 tensors
+            for i in range(0, len(args[0]), 36):
+                params, grads, *moments = (each[i : i + 36] for each in args[:4])
+                moved = 2 * num_bytes(tensors(params, moments)) + num_bytes(grads)
+                self.on_kernel(Kernel("elementwise", short, moved))
             return None
         out = function(*args, **kwargs)
         on_device = any(t.is_cuda for t in tensors(args, kwargs, out))
@@ -146,9 +146,8 @@ class Described:
         return self.tensor.dtype
 
 
-@contextmanager
-def recorded_launches(on_kernel: Callable[[Kernel], None]):
-    """Within it, launches of our kernels are counted and not made."""
+def record_launches(on_kernel: Callable[[Kernel], None]) -> None:
+    """From now on, launches of our kernels are counted and not made."""
 
     def launch(kernel, grid, device, *args, **options) -> None:
         arguments = dict(zip(kernel.arg_names, args, strict=False)) | options
@@ -170,26 +169,9 @@ def recorded_launches(on_kernel: Callable[[Kernel], None]):
         with unset_fake_temporarily():  # it computes numbers with tensors of its own
             return original(*args)
 
-    replaced = {
-        _jit.launch: launch, _jit.descriptor: descriptor, _jit.addressable: addressable,
-        _rows.row_arguments: row_arguments,
-    }  # fmt: skip
-    found = [
-        (module, name, by)
-        for path, module in list(sys.modules.items())
-        if path.startswith("golfgpt_kernels")
-        for function, by in replaced.items()
-        for name in [function.__name__]
-        if getattr(module, name, None) is function
-    ]
-    former = [getattr(module, name) for module, name, _ in found]
-    for module, name, by in found:
-        setattr(module, name, by)
-    try:
-        yield
-    finally:
-        for (module, name, _), function in zip(found, former, strict=True):
-            setattr(module, name, function)
+    for function in (launch, descriptor, addressable):
+        replace(getattr(_jit, function.__name__), function)
+    replace(_rows.row_arguments, row_arguments)
 
 
 # ---- what Inductor generates

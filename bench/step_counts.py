@@ -49,7 +49,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from bench import published
-from bench.kernel_counts import Count, Kernel, graph_kernels, recorded_launches
+from bench.kernel_counts import Count, Kernel, graph_kernels, record_launches
 from golfgpt.config import RunConfig
 from golfgpt.distributed import Ranks
 from golfgpt.model.gpt import GPT
@@ -105,8 +105,14 @@ class Recorder:
         self.phases.setdefault(self.phase, []).append(kernel)
 
     def on_graph(self, graph: GraphLowering, code: str) -> Callable[[], None]:
+        """What to call when the graph runs."""
         kernels = graph_kernels(graph, code)
-        return lambda: [self.add(kernel) for kernel in kernels] and None
+
+        def on_run() -> None:
+            for kernel in kernels:
+                self.add(kernel)
+
+        return on_run
 
     @contextmanager
     def during(self, phase: str):
@@ -124,7 +130,8 @@ def count(config: RunConfig, form: str) -> dict[str, list[Kernel]]:
     torch.set_num_threads(1)
     real = published_model(config) if form == "published" else GPT(config.model, seed=0)
     set_implementation("eager" if form == "published" else form)
-    with FakeTensorMode(allow_non_fake_inputs=True), recorded_launches(recorder.add):
+    record_launches(recorder.add)
+    with FakeTensorMode(allow_non_fake_inputs=True):
         model = fake(real)
         rows = config.data.batch_tokens // WORLD // config.data.seq_len
         ids = torch.zeros(rows, config.data.seq_len, dtype=torch.int64, device=fake_cuda.DEVICE)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from golfgpt_kernels import RowQuant, fake_quantize_rows
 from models import SMALL, fake_quantized, lively
 
@@ -15,6 +16,7 @@ from golfgpt.model.gpt import GPT
 from golfgpt.model.kv_cache import KVCache
 from golfgpt.model.linear import LoRA, Observed, rms_norm
 from golfgpt.model.plan import layer_plan
+from golfgpt.model.rotary import norm_rotate, rope_table
 from golfgpt.optim.optimizers import Optimizers
 from golfgpt.published.names import from_published, to_published
 from golfgpt.quant import compute_copies
@@ -377,3 +379,18 @@ def test_bfloat16_activations():
     assert hidden.dtype == torch.bfloat16
     assert model.loss(ids, ids, dtype=torch.bfloat16).dtype == torch.float32
     torch.testing.assert_close(hidden.float(), model(ids), atol=0.2, rtol=0.1)
+
+
+@pytest.mark.parametrize("heads, gains", [(3, 3), (3, 2), (2, 0)])
+def test_gradients_of_norm_rotate_are_autograd_s(heads, gains):
+    """Its own backward, in float64, against numbers; the first heads have a gain."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 5, heads, 6, generator=generator, dtype=torch.float64, requires_grad=True)
+    gain = torch.randn(gains, generator=generator, dtype=torch.float64, requires_grad=True)
+    cos, sin = (t.double() for t in rope_table(3, 5, 6, 100.0, torch.device("cpu")))
+    assert torch.autograd.gradcheck(lambda x, gain: norm_rotate(x, cos, sin, gain), (x, gain))
+    half, n = 3, F.rms_norm(x, (6,), eps=torch.finfo(torch.float32).eps)
+    c, s = cos[:, None], sin[:, None]
+    turned = torch.cat((n[..., :half] * c + n[..., half:] * s, n[..., half:] * c - n[..., :half] * s), dim=-1)
+    scale = torch.cat((gain, gain.new_ones(heads - gains)))[:, None]
+    torch.testing.assert_close(norm_rotate(x, cos, sin, gain), turned * scale)

@@ -3,7 +3,8 @@
     plan         what each layer does, as data; does not import torch
     parameters   the table of all parameters: shape, kind, initial values, published name
     linear       the norm, and the product with a matrix of a layer, through which every one of them goes
-    layers       rotary embedding, attention, MLP
+    rotary       norm, rotation and gain of queries and keys
+    layers       attention, MLP
     embedding    the input of the first layer; uses smear_gate and bigram_hash
     gpt          the complete model: hidden states, loss, logits
     generate     sampling; uses kv_cache

@@ -11,14 +11,13 @@ import time
 from dataclasses import asdict, dataclass
 
 import torch
-from golfgpt_kernels import straight_through
 from torch import Tensor
 
 from golfgpt.config import DataConfig
 from golfgpt.distributed import Ranks
 from golfgpt.errors import InputError
 from golfgpt.model.gpt import GPT
-from golfgpt.model.parameters import of_kind
+from golfgpt.quant.compute_copies import ComputeCopies
 from golfgpt.train.machine_cache import kept_times
 
 SECONDS = 0.5
@@ -99,9 +98,9 @@ def _measure(model: GPT, data: DataConfig) -> dict[str, float]:
 
 def _seconds(model: GPT, ids: Tensor, dtype: torch.dtype) -> float:
     """Of one forward and backward on `ids` (B, T), not compiled, with the matrices in `dtype` as in training."""
-    matrices = {name: model.get_parameter(name).detach().to(dtype) for name in of_kind(model.table, "matrix")}
+    copies = ComputeCopies(model, {}, dtype)
+    copies.refresh()
     begun = time.perf_counter()
-    stand_ins = {name: straight_through(model.get_parameter(name), w) for name, w in matrices.items()}
-    loss = model.loss(ids, ids, dtype=dtype, stand_ins=stand_ins)
-    torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    loss = model.loss(ids, ids, dtype=dtype, stand_ins=copies.stand_ins())
+    torch.autograd.grad(loss, copies.leaves)
     return time.perf_counter() - begun

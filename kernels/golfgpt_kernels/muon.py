@@ -3,10 +3,10 @@
     momentum:   B ← μ B + G      U = G + μ B  (Nesterov; else U = B)      n = sums of U²
     update:     W ← W (1 − η λ) − η s O       C ← W or its quantized Ŵ, rounded
 
-with O = newton_schulz(U, square_sums=n) in between, λ the weight decay, s a factor per matrix, max(1, rows / cols)^½ as
-published, and C the compute copy, the weights in the dtype in which a forward reads them. Shapes: lists of tensors
-(..., rows, cols), the same in each list; G, B, W fp32 (fp16 and bf16 are taken too), U, O and C in any float dtype.
-B, W and the outputs are changed in place.
+with newton_schulz_(U, square_sums=n) in between, which makes O of U; λ is the weight decay, s a factor per matrix,
+max(1, rows / cols)^½ as published, and C the compute copy, the weights in the dtype in which a forward reads them.
+Shapes: lists of tensors (..., rows, cols), the same in each list; G, B, W fp32 (fp16 and bf16 are taken too), U, O and
+C in any float dtype. B, W and the outputs are changed in place.
 
 μ and η are 0-d fp32 tensors on the device, so a schedule moves them without recapturing a CUDA graph. `ok`,
 a 0-d bool tensor on the device, guards a step: if it is false B, W and C keep their values, without a host
