@@ -20,7 +20,9 @@ import torch
 
 from bench.forms import Form, Golfgpt, Published, Setup
 from bench.step import Marks
+from golfgpt.distributed import Ranks
 from golfgpt.tables import table
+from golfgpt.train.attention_backend import select_backend
 
 CPU, WHO = torch.device("cpu"), ("golfgpt", "published")
 
@@ -33,16 +35,23 @@ def setup_of(recipe: str, tokens: int, dtype: torch.dtype) -> Setup:
 
 def forms(setup: Setup, compiled: bool) -> dict[str, Form]:
     """Form name -> form, with its first steps behind it."""
-    dtype = str(setup.dtype).removeprefix("torch.")
-    made = {f"published, {dtype}": Published(setup), f"golfgpt, {dtype}": Golfgpt(setup, compile="off", graph=False)}
+    dtype, data = str(setup.dtype).removeprefix("torch."), setup.config.data
+    shapes = [(data.batch_tokens // data.seq_len, data.seq_len)]
+    attention = select_backend("auto", setup.config.model, shapes, Ranks(0, 1, CPU), setup.dtype)
+    threads = torch.get_num_threads()
+
+    def ours(compile: str) -> Golfgpt:
+        return Golfgpt(setup, attention, threads=threads, compile=compile)
+
+    made = {f"published, {dtype}": Published(setup, attention), f"golfgpt, {dtype}": ours("off")}
     if compiled:
-        loop = Published(setup)
+        loop = Published(setup, attention)
         loop.loop.loss = torch.compile(loop.loop.model, dynamic=False, fullgraph=True)
         loop.loop.orthogonalize = torch.compile(loop.loop.orthogonalize)
         loop.restart(setup.weights())
         loop.step(0, lambda phase: None)
         made[f"published, {dtype}, compiled"] = loop
-        made[f"golfgpt, {dtype}, compiled"] = Golfgpt(setup, compile="on", graph=False)
+        made[f"golfgpt, {dtype}, compiled"] = ours("on")
     return made
 
 
