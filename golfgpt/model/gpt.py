@@ -31,7 +31,7 @@ from golfgpt.model.embedding import embed
 from golfgpt.model.generate import generate
 from golfgpt.model.kv_cache import KVCache
 from golfgpt.model.layers import Tokens, layer, visible
-from golfgpt.model.linear import Weight, rms_norm
+from golfgpt.model.linear import Weight, rms_norm, scaled
 from golfgpt.model.parameters import parameter_table
 from golfgpt.model.plan import layer_plan
 from golfgpt.model.rotary import rope_table
@@ -42,9 +42,9 @@ class Weights:
     """The weights that a forward uses."""
 
     model: dict[str, Tensor]
-    """Parameters that are not in a bank, by name, in float32. They are cast where they are used."""
+    """Parameters that are not in a bank, by name, in float32. They are cast where they are used, as are vectors."""
     layers: list[dict[str, Weight]]
-    """For each row of the banks, its parameters by name, in the compute dtype. A matrix may be wrapped in
+    """For each row of the banks, its parameters by name, matrices in the compute dtype. A matrix may be wrapped in
     `linear.LoRA` or `linear.Observed`. Row i of attn_proj and mlp_proj is multiplied by element i of attn_scale and
     mlp_scale: their gradients are then sums over a matrix, not over all tokens, and no activation is scaled. A LoRA of
     these matrices needs a b with scaled rows."""
@@ -77,9 +77,10 @@ class GPT(nn.Module):
         values = dict(self.named_parameters()) | dict(stand_ins or {})
         if unknown := [name for name in values if name not in self.table]:
             raise ValueError(f"no parameter {unknown[0]} in this model; expected some of {', '.join(self.table)}")
-        banks = {name: values[name].to(dtype) for name, param in self.table.items() if param.layered}
+        banks = {name: values[name] for name, param in self.table.items() if param.layered}
+        banks |= {name: bank.to(dtype) for name, bank in banks.items() if self.table[name].kind == "matrix"}
         for matrix, scale in (("attn_proj", "attn_scale"), ("mlp_proj", "mlp_scale")):
-            banks[matrix] = banks[matrix] * banks[scale][..., None]
+            banks[matrix] = banks[matrix] * banks[scale].to(dtype)[..., None]
         rows = zip(*(bank.unbind(0) for bank in banks.values()), strict=True)
         layers = [dict(zip(banks, row, strict=True)) for row in rows]
         return Weights({name: values[name] for name, param in self.table.items() if not param.layered}, layers)
@@ -114,7 +115,7 @@ class GPT(nn.Module):
         base = c.rope_base_at(length if cache is None else cache.window)
         cos, sin = (t.to(dtype) for t in rope_table(past, length, c.head_dim, base, ids.device))
         tokens = Tokens(cos, sin, None if document_start is None else visible(ids, length, document_start), cache, past)
-        skip_weights = weights.model["skip_weights"].to(dtype) if c.num_skips else None
+        skip_weights = weights.model.get("skip_weights")
 
         x = x0 = embed(ids, weights.model, dtype, c, {} if cache is None else cache.last)
         outputs: dict[int, Tensor] = {}
@@ -122,8 +123,10 @@ class GPT(nn.Module):
         for i, planned in enumerate(self.plan):
             w = weights.layers[planned.row]
             if planned.skip_source is not None:
-                x = x + skip_weights[planned.skip_row] * outputs.pop(planned.skip_source)
-            x = w["resid_mix"][0] * x + w["resid_mix"][1] * x0
+                x = x + scaled(outputs.pop(planned.skip_source), skip_weights[planned.skip_row])
+            # Indexed, not unbound: torch 2.13 compiles a stack of column sums into one that never gets them
+            # (bench/kernel_counts.py raises if this happens).
+            x = scaled(x, w["resid_mix"][0]) + scaled(x0, w["resid_mix"][1])
             last = None
             if suffix not in (None, length) and i == len(self.plan) - 1:
                 last = suffix, visible(ids, suffix, document_start)
