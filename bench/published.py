@@ -183,12 +183,12 @@ class Model(nn.Module):
         x = norm(x)
         if self.smear is not None:
             x = self.smear(x)
-        x0, stack = x, []
+        x0, stack, half = x, [], c.num_layers // 2
         for i, block in enumerate(self.blocks):
-            if i >= c.num_encoder_layers and stack:
-                x = x + self.skip_weights[i - c.num_encoder_layers].to(x.dtype) * stack.pop()
+            if i >= half and stack:
+                x = x + self.skip_weights[i - half].to(x.dtype) * stack.pop()
             x = block(x, x0)
-            if i < c.num_encoder_layers:
+            if i < half:
                 stack.append(x)
         logits = F.linear(norm(x).flatten(0, 1), self.tok_emb.weight)
         return c.logit_softcap * torch.tanh(logits / c.logit_softcap)

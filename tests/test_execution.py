@@ -78,6 +78,44 @@ def test_a_graph_that_cannot_be_had_is_refused_by_its_child(step):
     assert "InputError: runtime.graph step expected a GPU" in why
 
 
+def test_a_step_is_compared_with_a_plain_one(tiny, monkeypatch):
+    """With interpreted kernels. One gradient that is wrong is named."""
+    config = replace(tiny, runtime=replace(PLAIN, device="cpu", dtype="float32", kernels="mlp,loss"))
+    assert execution.check_step(config) is None
+    backward = TrainStep._accumulate
+
+    def wrong(self, tokens):
+        yield from backward(self, tokens)
+        if self.config.runtime.kernels != "eager":
+            self.model.q_gain.grad[1] *= 1.3
+
+    monkeypatch.setattr(TrainStep, "_accumulate", wrong)
+    assert execution.check_step(config).startswith("the gradient of q_gain differs by 0.")
+
+
+@pytest.mark.slow
+def test_the_compiled_step_of_a_cpu_is_the_plain_one(tiny):
+    config = replace(tiny, runtime=replace(PLAIN, device="cpu", dtype="float32", compile="on"))
+    assert execution.check_step(config) is None
+
+
+def test_a_wrongly_compiled_step_is_not_compiled(step, monkeypatch):
+    """And nothing else is tried; a child that only ran out of time says nothing about the step."""
+    answers = {}
+    monkeypatch.setattr(Trials, "_refused", lambda self, runtimes: dict.fromkeys(runtimes) | answers)
+    monkeypatch.setattr(Trials, "_turn", lambda self, runtime: 5.0)
+    monkeypatch.setattr(Trials, "_ready", lambda self, runtime: None)
+    monkeypatch.setattr(execution, "use", lambda step, runtime: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    step.cuda, compiled = True, replace(PLAIN, compile="on")
+    answers["compiled step"] = "refused: step: the gradient of q_gain differs by nan from that of a plain step"
+    found = Trials(step, compiled, lambda text: None).run(kernels("mlp"))
+    assert found.runtime.compile == "off" and [trial.name for trial in found.trials] == ["compiled step"]
+    answers["compiled step"] = "refused: no result in time"
+    step.cuda = False
+    assert Trials(step, compiled, lambda text: None).run(kernels("mlp")).runtime.compile == "on"
+
+
 # ---- trials
 
 

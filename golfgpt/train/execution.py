@@ -7,7 +7,8 @@ least. Not every combination is tried.
 
 Kernels and graphs run first in child processes, which compare their results with PyTorch's: within the error budget of
 `golfgpt_kernels.testing`, bit for bit where codes or fake-quantized weights are concerned. A child that fails, crashes
-or hangs costs that alternative only: the run's own process never launches it.
+or hangs costs that alternative only: the run's own process never launches it. The compiled step itself is compared with
+a plain one in the same way.
 
 The result is kept under $XDG_CACHE_HOME/golfgpt/execution, by device, versions and everything that shapes a step.
 """
@@ -28,11 +29,10 @@ import torch
 from golfgpt_kernels import cannot_run
 
 from golfgpt.config import DataConfig, RunConfig, RuntimeConfig, from_dict, to_dict
-from golfgpt.data.stream import spans_of_rank
 from golfgpt.distributed import Ranks
 from golfgpt.errors import GolfError
 from golfgpt.train import compile_cache
-from golfgpt.train.attention_backend import Selection, enable_backend
+from golfgpt.train.attention_backend import MAX_ERROR, Selection, enable_backend
 from golfgpt.train.children import verdicts
 from golfgpt.train.config import KERNELS
 from golfgpt.train.kernels import set_kernels
@@ -45,7 +45,10 @@ CHILD_SECONDS = 120.0
 """A child takes about 30 s to import, compile and compare."""
 TURNS, SHORT, TURN_SECONDS = 5, 3, 0.2
 """Turns of each, fewer where a step takes more than a second; a turn has as many steps as fit into TURN_SECONDS."""
-TAKEN = "taken"
+TAKEN, WRONG, COMPILED = "taken", "the gradient of", "compiled step"
+CHECKED_TOKENS = 8192
+MAX_GRADIENT_ERROR = 0.1
+"""Relative, of one parameter: bfloat16 gives 0.01. torch 2.13 can compile a sum that is never written (LOG.md)."""
 LEAST_GAIN = 0.01
 SLOW_STEP = 20.0
 """Seconds. Where a step takes longer (of a GPU's recipe on a CPU), nothing is timed."""
@@ -203,7 +206,10 @@ class Trials:
 
     def run(self, tries: Sequence[Alternative]) -> Execution:
         step, trials = self.step, []
-        refused = self._refused({each.name: each.on(self.best) for each in tries if "kernels" in each.fields})
+        checks = {each.name: each.on(self.best) for each in tries if "kernels" in each.fields}
+        refused = self._refused(checks | ({COMPILED: self.best} if step.cuda and self.best.compile == "on" else {}))
+        if WRONG in (refused.get(COMPILED) or ""):
+            return Execution(replace(self.best, compile="off"), (Trial(COMPILED, refused[COMPILED]),))
         with step.undone():
             use(step, self.best)
             self.status("timing a training step")
@@ -260,8 +266,9 @@ class Trials:
         step, config = self.step, self.step.config
         if name not in KERNELS:
             runtime = replace(runtime, device=step.ranks.device.type)
-            share = replace(config, runtime=runtime, data=share_of(config.data, step.ranks))
-            return [sys.executable, "-m", "golfgpt.train.execution", json.dumps(to_dict(share))]
+            data = replace(config.data, path=None)
+            config = replace(config, runtime=runtime, data=data)
+            return [sys.executable, "-m", "golfgpt.train.execution", json.dumps(to_dict(config))]
         m, sizes = config.model, {"--rows": config.data.microbatch, "--device": step.ranks.device}
         sizes |= {"--dim": m.model_dim, "--kv": m.kv_dim, "--hidden": m.mlp_hidden, "--vocab": m.vocab_size}
         sizes |= {"--layers": m.num_layers, "--dtype": str(step.dtype).removeprefix("torch.")}
@@ -315,34 +322,41 @@ class Trials:
             torch.cuda.synchronize()
 
 
-def share_of(data: DataConfig, ranks: Ranks) -> DataConfig:
-    """What rank 0 of `ranks` reads in a step, for a single process."""
-    spans = len(spans_of_rank(0, ranks.world, data.spans))
-    tokens = spans * data.span_tokens
-    return replace(data, path=None, batch_tokens=tokens, spans=spans, microbatch_tokens=data.microbatch)
-
-
-def check_graph(config: RunConfig) -> str | None:
-    """Why steps that are replayed as runtime.graph says differ from steps that are not; None if they agree."""
-    from golfgpt.train.attention_backend import MAX_ERROR
-
-    ranks = Ranks(0, 1, torch.device(config.runtime.device))
-    tokens = torch.randint(config.model.vocab_size, (2 * config.data.batch_tokens,)).numpy().astype("uint16")
-    losses = []
-    for graph in ("off", config.runtime.graph):
-        runtime = replace(config.runtime, graph=graph)
-        step = TrainStep(replace(config, runtime=runtime), SimpleNamespace(train=[tokens]), ranks)
+def check_step(config: RunConfig) -> str | None:
+    """Why steps that are executed as config.runtime says differ from plain ones (neither compiled nor replayed, no
+    kernels); None if they agree. Compares the gradient of every parameter and the losses of four steps, of up to
+    CHECKED_TOKENS tokens each."""
+    seq_len, ranks = config.data.seq_len, Ranks(0, 1, torch.device(config.runtime.device))
+    tokens = min(config.data.batch_tokens, max(1, CHECKED_TOKENS // seq_len) * seq_len)
+    data = DataConfig(batch_tokens=tokens, seq_len=seq_len, spans=1)
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randint(config.model.vocab_size, (4 * tokens + 1,), generator=generator).numpy().astype("uint16")
+    plain = replace(config.runtime, kernels="eager", compile="off", graph="off")
+    losses, gradients = [], []
+    for runtime in (plain, config.runtime):
+        step = TrainStep(replace(config, data=data, runtime=runtime), SimpleNamespace(train=[text]), ranks)
+        with torch.no_grad():  # what starts at zero would hide gradients
+            for p in step.model.parameters():
+                p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())).to(p.device)
         use(step, runtime)
-        step.warm_up(3)
+        step.warm_up(3 if step.compiled else 0)
         losses.append([])
         for number in range(4):
             pending = step.launch(number)
+            if number == 0:
+                gradients.append({name: p.grad.clone() for name, p in step.model.named_parameters()})
             step.update(pending)
             losses[-1].append(step.wait(pending).loss)
         step.data.close()
-    worst = max(abs(a / b - 1) for a, b in zip(*losses, strict=True))
-    return None if worst < MAX_ERROR else f"losses {losses[1]} with the graph, {losses[0]} without"
+    expected, found = gradients
+    for name, gradient in expected.items():
+        error = ((found[name] - gradient).norm() / gradient.norm().clamp_min(1e-12)).item()
+        if not error < MAX_GRADIENT_ERROR:
+            return f"{WRONG} {name} differs by {error:.2g} from that of a plain step"
+    if not all(abs(a / b - 1) < MAX_ERROR for a, b in zip(*losses, strict=True)):
+        return f"losses {losses[1]}, those of plain steps {losses[0]}"
+    return None
 
 
 if __name__ == "__main__":
-    print(json.dumps({"graph": check_graph(from_dict(RunConfig, json.loads(sys.argv[1])))}))
+    print(json.dumps({"step": check_step(from_dict(RunConfig, json.loads(sys.argv[1])))}))
