@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -13,8 +14,10 @@ from golfgpt_kernels import fake_quantize_rows
 from golfgpt.config import (
     DataConfig,
     EvalConfig,
+    LoopConfig,
     ModelConfig,
     OptimConfig,
+    ParallelConfig,
     QuantConfig,
     RunConfig,
     RuntimeConfig,
@@ -36,6 +39,17 @@ def lively(config: ModelConfig = SMALL, seed: int = 0) -> GPT:
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=generator) * 0.1)
     return model
+
+
+def latest_record(config: ModelConfig, start: float = 0.0) -> ModelConfig:
+    """`config` with all that the record of 2026-04-27 has, and its loop from `start` on."""
+    layers = tuple(range(config.num_layers))
+    return replace(
+        config, mlp_slope=0.5, rope_dims=4, ln_scale=True, xsa_layers=layers, skip_gates=True, attn_gate="sparse",
+        attn_gate_scale=0.5, smear_gate="input", document_start=1,
+        loop=LoopConfig(first=1, last=1, passes=3, start=start),
+        parallel=ParallelConfig(kind="routed", first=config.num_layers - 1),
+    )  # fmt: skip
 
 
 def fake_quantized(

@@ -13,11 +13,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models import final_weights, metrics
+from models import final_weights, latest_record, metrics
 
 from golfgpt.config import BudgetConfig, DataConfig, ScheduleConfig, to_dict
 from golfgpt.distributed import Ranks
 from golfgpt.errors import BusyError, InputError, Interrupted
+from golfgpt.model.gpt import GPT
 from golfgpt.train import checkpoint
 from golfgpt.train.run_folder import RunFolder, read_config
 from golfgpt.train.step import TrainStep
@@ -27,8 +28,14 @@ CPU = Ranks(0, 1, torch.device("cpu"))
 
 
 @pytest.mark.numeric
-def test_resume_is_bit_identical(tiny, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize("record", [False, True], ids=["plain", "2026-04-27"])
+def test_resume_is_bit_identical(tiny, tmp_path, monkeypatch, capfd, record):
+    """Of the record, the loop begins after the interruption."""
+    tiny = replace(tiny, model=latest_record(tiny.model, start=0.8)) if record else tiny
+    loss, seen = GPT.loss, []
+    monkeypatch.setattr(GPT, "loss", lambda *args, **kw: seen.append(kw["looping"]) or loss(*args, **kw))
     train(tiny, tmp_path / "unbroken")
+    assert seen[-64::8] == ([False] * 7 + [True] if record else [True] * 8), "8 steps of 8 spans"
 
     update = TrainStep.update
 

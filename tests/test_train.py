@@ -15,7 +15,7 @@ from dataclasses import replace
 import pytest
 import torch
 from golfgpt_kernels import implementation
-from models import final_weights, metrics
+from models import final_weights, latest_record, metrics
 
 import golfgpt
 from golfgpt.config import AverageConfig, BudgetConfig, ScheduleConfig, to_dict
@@ -73,8 +73,10 @@ def test_end_to_end(tiny, tmp_path):
 
 
 @pytest.mark.numeric
-def test_gradients_do_not_depend_on_ranks_or_microbatches(tiny, corpus):
+@pytest.mark.parametrize("record", [False, True], ids=["plain", "2026-04-27"])
+def test_gradients_do_not_depend_on_ranks_or_microbatches(tiny, corpus, record):
     """Three ranks take spans 3/3/2; their sums are the gradient of one rank, and so is a split batch."""
+    tiny = replace(tiny, model=latest_record(tiny.model)) if record else tiny
     dataset = Dataset.open(corpus)
     whole = TrainStep(tiny, dataset, CPU)
     expected = whole.wait(whole.launch(3))

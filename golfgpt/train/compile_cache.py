@@ -37,8 +37,8 @@ def compile_loss(loss: Callable[..., Tensor], device: torch.device) -> Callable[
     """The loss of a training step, compiled for `device`. Each call compiles anew: torch would share what was compiled
     of one function, but does not see all that the result depends on, such as the attention backend."""
 
-    def program(ids: Tensor, targets: Tensor) -> Tensor:
-        return loss(ids, targets)
+    def program(*args: Tensor | bool) -> Tensor:
+        return loss(*args)
 
     program.__code__ = program.__code__.replace()  # torch keeps compiled programs with the code object
     known = torch._inductor.list_options() if device.type == "cuda" else ()

@@ -151,11 +151,14 @@ class TrainStep:
                 self._compiled[way] = compile_loss(self.loss, self.ranks.device)
             self._loss = self._compiled[way]
         self.optimizers.release()
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
+        """Forward and backward, by `looping`."""
 
-    def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """Mean loss in nats of targets (B, T) given ids (B, T), computed with the compute copies of the weights."""
-        return self.model.loss(ids, targets, dtype=self.dtype, stand_ins=self.compute_copies.stand_ins())
+    def loss(self, ids: Tensor, targets: Tensor, looping: bool) -> Tensor:
+        """Mean loss in nats of targets (B, T) given ids (B, T), computed with the compute copies of the weights.
+        `looping`: with all passes of model.loop."""
+        stand_ins = self.compute_copies.stand_ins()
+        return self.model.loss(ids, targets, dtype=self.dtype, stand_ins=stand_ins, looping=looping)
 
     @property
     def ahead(self) -> int:
@@ -171,32 +174,38 @@ class TrainStep:
         used = budget_used(step, self.pace.seconds_at(step), self.config.schedule)
         return quantization_aware(used, self.multiplier(step), self.config.quant)
 
+    def looping(self, step: int) -> bool:
+        """Whether the step after `step` completed ones has all passes of model.loop."""
+        used = budget_used(step, self.pace.seconds_at(step), self.config.schedule)
+        return used >= self.config.model.loop.start
+
     def prepare(self, step: int) -> None:
         """Prepare the compute copies for `step`, at the start and after loading weights; else `update` does it."""
         if self._enabled is not None:
             self._enabled.fill_(self.quantization_aware(step))
         self.compute_copies.refresh()
 
-    def launch(self, step: int, seconds: float = 0.0, votes: Votes = NO_VOTES) -> Pending:
+    def launch(self, step: int, *, looping: bool | None = None) -> Pending:
         """Run `backward` for all microbatches, then `sum`."""
-        for _ in self.backward(step):
+        for _ in self.backward(step, looping):
             pass
-        return self.sum(step, seconds, votes)
+        return self.sum(step)
 
-    def backward(self, step: int) -> Iterator[tuple[int, int]]:
+    def backward(self, step: int, looping: bool | None = None) -> Iterator[tuple[int, int]]:
         """Forward and backward of this rank's spans of step number `step`. Before each microbatch, yields the number of
-        completed microbatches and their total."""
+        completed microbatches and their total. `looping` is for rehearsals; None: as the schedule says."""
         if self.compute_copies.stale():
             self.prepare(step)
         tokens = self.data.read(step)
-        if self._graph is None:
-            yield from self._accumulate(tokens.to(self.ranks.device, non_blocking=True))
-        else:
+        looping = self.looping(step) if looping is None else looping
+        if looping in self._graphs:
             yield 0, 1
             self._tokens.copy_(tokens, non_blocking=True)
-            self._graph.replay()
+            self._graphs[looping].replay()
+        else:
+            yield from self._accumulate(tokens.to(self.ranks.device, non_blocking=True), looping)
 
-    def _accumulate(self, tokens: Tensor) -> Iterator[tuple[int, int]]:
+    def _accumulate(self, tokens: Tensor, looping: bool) -> Iterator[tuple[int, int]]:
         """Sum the gradients of the spans `tokens` (spans, span_tokens + 1), on the device; yields as `backward`."""
         data = self.config.data
         self._loss_sum.zero_()
@@ -205,7 +214,7 @@ class TrainStep:
         batches = list(zip(ids.split(rows), targets.split(rows), strict=True))
         for done, (x, y) in enumerate(batches):
             yield done, len(batches)
-            part = self._loss(x, y) * (y.numel() / data.batch_tokens)
+            part = self._loss(x, y, looping) * (y.numel() / data.batch_tokens)
             gradients = torch.autograd.grad(part, self.compute_copies.leaves)
             self.flat.accumulate_(gradients, first=done == 0)
             self._loss_sum += part.detach()
@@ -280,18 +289,23 @@ class TrainStep:
         if graph == "step":
             torch.cuda.empty_cache()  # the graph keeps its own memory, as much as a step outside needed
             self._tokens = self.data.read(0).to(self.ranks.device)
-            captured = torch.cuda.CUDAGraph()
-            # "thread_local": with "global", the data thread could not allocate page-locked memory during the capture.
-            with torch.cuda.graph(captured, capture_error_mode="thread_local"):
-                for _ in self._accumulate(self._tokens):
-                    pass
-            self._graph = captured
+            for looping in self._ways():
+                captured = torch.cuda.CUDAGraph()
+                # "thread_local": with "global", the data thread could not allocate page-locked memory meanwhile.
+                with torch.cuda.graph(captured, capture_error_mode="thread_local"):
+                    for _ in self._accumulate(self._tokens, looping):
+                        pass
+                self._graphs[looping] = captured
         if graph in ("optimizer", "step"):
             self.optimizers.capture()
 
-    def rehearse(self) -> None:
+    def _ways(self) -> tuple[bool, ...]:
+        """The values of `looping` that the run has."""
+        return (False, True) if self.config.model.loop.start else (True,)
+
+    def rehearse(self, looping: bool | None = None) -> None:
         """Take step 0, for its time or its compilation. Only in `undone`."""
-        self.launch(0)
+        self.launch(0, looping=looping)
         self.optimizers.step(1.0, self.config.optim.muon_momentum)
 
     @contextlib.contextmanager
@@ -313,10 +327,11 @@ class TrainStep:
                 self._enabled.copy_(enabled)
 
     def warm_up(self, steps: int, say: Callable[[str], None] = lambda text: None) -> None:
-        """Run `steps` full steps to compile everything, then undo them, and capture the graphs. `say` receives a
-        progress message for each step."""
+        """Run `steps` full steps to compile everything, then undo them, and capture the graphs; the same again with
+        the loop, if it begins later. `say` receives a progress message for each step."""
         with self.undone():
-            for step in range(steps):
-                say(f"compiling and warming up ({step + 1} of {steps})")
-                self.rehearse()
+            for looping in self._ways():  # no compilation is left for the step at which the loop begins
+                for step in range(steps):
+                    say(f"compiling and warming up ({step + 1} of {steps})")
+                    self.rehearse(looping)
             self.capture()
