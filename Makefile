@@ -8,11 +8,13 @@
 #
 # On a machine with a GPU, from a bare checkout, without network and without installing anything (torch, triton, pytest,
 # numpy and matplotlib are enough; gpu-step also needs sentencepiece):
-# make gpu-check PYTHON=python3 [OUT=folder]   the four below, in order, each within 8 minutes; the report at the end
+# make gpu-check PYTHON=python3 [OUT=folder]   the five below, in order, each within 8 minutes; the report at the end
 # make gpu-test   the tests that are about a GPU; files that have none are not imported, because they need tyro, zstandard
 #                 and brotli
 # make gpu-bench  every kernel against eager, torch.compile and the measured roof
 # make gpu-tune   the check and timing that impl="auto" reads, then the search for tiles
+# make gpu-choose   what a run's first minutes do: try which execution of a step is fastest, recipe by recipe. A second
+#                 call goes on
 # make gpu-step   one training step: golfgpt against eager and the published form, recipe by recipe. DATA=folder
 #                 trains on prepared text, not on made-up tokens
 # Results go to OUT as JSON, written as they come. make gpu-check LIMIT=130 fits all into 10 minutes.
@@ -26,7 +28,7 @@ OUT ?= bench/results
 LIMIT ?= 400
 GPU = PYTHONPATH=kernels:.$(if $(PYTHONPATH),:$(PYTHONPATH)) PYTHONUNBUFFERED=1 timeout --kill-after=10
 
-.PHONY: demo test test-full test-cpus test-install lint clean gpu-check gpu-test gpu-bench gpu-tune gpu-step
+.PHONY: demo test test-full test-cpus test-install lint clean gpu-check gpu-test gpu-bench gpu-tune gpu-choose gpu-step
 
 demo: $(VENV)/installed
 	$(BIN)/golfgpt demo
@@ -65,11 +67,14 @@ gpu-tune:
 	$(GPU) 70 $(PYTHON) -m golfgpt_kernels tune --out $(OUT)
 	$(GPU) 410 $(PYTHON) -m bench.tune --seconds $$(($(LIMIT) - 60)) --out $(OUT)
 
+gpu-choose:
+	$(GPU) 480 $(PYTHON) -m bench.step --choose --seconds $(LIMIT)
+
 gpu-step:
 	$(GPU) 480 $(PYTHON) -m bench.step --seconds $(LIMIT) --out $(OUT) $(if $(DATA),--data $(DATA))
 
 gpu-check:
-	failed=; for target in gpu-test gpu-bench gpu-tune gpu-step; do $(MAKE) $$target || failed="$$failed $$target"; done; \
+	failed=; for target in gpu-test gpu-bench gpu-tune gpu-choose gpu-step; do $(MAKE) $$target || failed="$$failed $$target"; done; \
 	$(GPU) 60 $(PYTHON) -m bench.report --results $(OUT) || failed="$$failed report"; \
 	if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
 

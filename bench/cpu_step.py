@@ -1,10 +1,11 @@
-"""One training step on a CPU: golfgpt's against the published model and Muon loop, in turns.
+"""One training step on a CPU, and scoring: golfgpt's against the published model and Muon loop, in turns.
 
     python -m bench.cpu_step [--recipes small baseline] [--dtypes float32 bfloat16] [--compile]
 
 Every form takes the same tokens from the same weights. They take turns, a step each, so that whatever else the machine
 does meets all alike. Medians are printed, of the whole step, of the model (forward and backward) and of the optimizer,
-and the ratio of golfgpt's best form to the published best. --compile adds the forms under torch.compile.
+and the ratio of golfgpt's best form to the published best. --compile adds the forms under torch.compile. Scoring takes
+windows at a stride of 64; the published scripts compute all logits of a window and use the last 64.
 """
 
 from __future__ import annotations
@@ -12,17 +13,26 @@ from __future__ import annotations
 import argparse
 import platform
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from bench.forms import Form, Golfgpt, Published, Setup
 from bench.step import Marks
+from golfgpt.distributed import Ranks
+from golfgpt.score.windows import Scorer
 from golfgpt.tables import table
+from golfgpt.train.attention_backend import select_backend
 
 CPU, WHO = torch.device("cpu"), ("golfgpt", "published")
+PARTS = ("step", "model", "optimizer", "scoring")
+WINDOWS, STRIDE = 16, 64
 
 
 def setup_of(recipe: str, tokens: int, dtype: torch.dtype) -> Setup:
@@ -33,16 +43,23 @@ def setup_of(recipe: str, tokens: int, dtype: torch.dtype) -> Setup:
 
 def forms(setup: Setup, compiled: bool) -> dict[str, Form]:
     """Form name -> form, with its first steps behind it."""
-    dtype = str(setup.dtype).removeprefix("torch.")
-    made = {f"published, {dtype}": Published(setup), f"golfgpt, {dtype}": Golfgpt(setup, compile="off", graph=False)}
+    dtype, data = str(setup.dtype).removeprefix("torch."), setup.config.data
+    shapes = [(data.batch_tokens // data.seq_len, data.seq_len)]
+    attention = select_backend("auto", setup.config.model, shapes, Ranks(0, 1, CPU), setup.dtype)
+    threads = torch.get_num_threads()
+
+    def ours(compile: str) -> Golfgpt:
+        return Golfgpt(setup, attention, threads=threads, compile=compile)
+
+    made = {f"published, {dtype}": Published(setup, attention), f"golfgpt, {dtype}": ours("off")}
     if compiled:
-        loop = Published(setup)
+        loop = Published(setup, attention)
         loop.loop.loss = torch.compile(loop.loop.model, dynamic=False, fullgraph=True)
         loop.loop.orthogonalize = torch.compile(loop.loop.orthogonalize)
         loop.restart(setup.weights())
         loop.step(0, lambda phase: None)
         made[f"published, {dtype}, compiled"] = loop
-        made[f"golfgpt, {dtype}, compiled"] = Golfgpt(setup, compile="on", graph=False)
+        made[f"golfgpt, {dtype}, compiled"] = ours("on")
     return made
 
 
@@ -63,6 +80,48 @@ def measure(made: dict[str, Form], turns: int) -> dict[str, dict[str, float]]:
     }
 
 
+def scoring(form: Form, compiled: bool) -> Callable[[Tensor], Tensor]:
+    """ids (B, T + 1) -> log probabilities (B, STRIDE) of the last targets."""
+    if isinstance(form, Golfgpt):
+        trainer = form.trainer
+        scorer = Scorer(trainer.model, trainer.dtype, compiled=compiled)
+        every = torch.ones(1, STRIDE, dtype=torch.bool)
+
+        def score(ids: Tensor) -> Tensor:
+            targets = ids[:, -STRIDE:]
+            return scorer.logprobs(scorer.hidden(ids[:, :-1], STRIDE), targets, every.expand_as(targets))
+
+        return torch.no_grad()(score)
+    model = form.loop.model
+
+    def windows(ids: Tensor) -> Tensor:
+        logits, targets = model.logits(ids[:, :-1]).float(), ids[:, 1:]
+        return -F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)[:, -STRIDE:]
+
+    return torch.no_grad()(torch.compile(windows, dynamic=False) if compiled else windows)
+
+
+def measure_scoring(made: dict[str, Form], setup: Setup, turns: int) -> dict[str, float]:
+    """Form -> median milliseconds of WINDOWS windows. Raises RuntimeError if forms give different scores."""
+    length = setup.config.data.seq_len
+    text = torch.from_numpy(setup.tokens[: length + STRIDE * WINDOWS].astype("int64"))
+    ids = text.unfold(0, length + 1, STRIDE)[:WINDOWS].contiguous()
+    calls = {}
+    for name, form in made.items():
+        form.restart(setup.weights())
+        calls[name] = scoring(form, name.endswith("compiled"))
+    means = {name: call(ids).mean().item() for name, call in calls.items()}
+    if max(means.values()) - min(means.values()) > 0.02:
+        raise RuntimeError(f"the forms score differently: {means}")
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(turns):
+        for name, call in calls.items():
+            begun = time.perf_counter()
+            call(ids)
+            times[name].append(1e3 * (time.perf_counter() - begun))
+    return {name: median(each) for name, each in times.items()}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="+", default=["small", "baseline"])
@@ -79,13 +138,14 @@ def main() -> int:
         for dtype in options.dtypes:
             made |= forms(setup_of(recipe, options.tokens, getattr(torch, dtype)), options.compile)
         results = measure(made, options.turns)
-        header = [recipe, "step ms", "model ms", "optimizer ms"]
-        rows = [[name, *(f"{ms[part]:.1f}" for part in ("step", "model", "optimizer"))] for name, ms in results.items()]
-        print("\n" + table(header, rows))
-        best = {who: min((n for n in results if n.startswith(who)), key=lambda n: results[n]["step"]) for who in WHO}
-        for part in ("step", "model", "optimizer"):
-            ratio = results[best["golfgpt"]][part] / results[best["published"]][part]
-            print(f"{part}: {ratio:.2f} x ({best['golfgpt']} / {best['published']})")
+        scores = measure_scoring(made, setup_of(recipe, options.tokens, torch.float32), options.turns)
+        results = {name: ms | {"scoring": scores[name]} for name, ms in results.items()}
+        rows = [[name, *(f"{ms[part]:.1f}" for part in PARTS)] for name, ms in results.items()]
+        print("\n" + table([recipe, *(f"{part} ms" for part in PARTS)], rows))
+        for part in PARTS:
+            by = "scoring" if part == "scoring" else "step"
+            ours, theirs = (min((n for n in results if n.startswith(w)), key=lambda n: results[n][by]) for w in WHO)
+            print(f"{part}: {results[ours][part] / results[theirs][part]:.2f} x ({ours} / {theirs})")
     return 0
 
 

@@ -3,7 +3,7 @@
     eager           golfgpt's model and optimizer, not compiled, no kernels
     published       bench/published.py as rank 0 of 8, which orthogonalizes every eighth matrix; no communication
     published_all   the same orthogonalizing all matrices
-    golfgpt         golfgpt.train.step, compiled, with whatever kernels "auto" picks
+    golfgpt         golfgpt.train.step as a run executes it by default: what golfgpt.train.execution finds fastest
 
 The work is that of one rank of 8: its span of tokens in one forward and backward, then the update.
 """
@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
-from golfgpt_kernels import set_implementation, tuning
 from golfgpt_kernels._dispatch import dtype_name
 from torch import Tensor
 
@@ -29,6 +29,8 @@ from golfgpt.errors import InputError
 from golfgpt.model.gpt import GPT
 from golfgpt.model.parameters import of_kind, parameter_table
 from golfgpt.recipes import get
+from golfgpt.train.attention_backend import Selection, enable_backend
+from golfgpt.train.execution import select_execution, set_process
 from golfgpt.train.step import Pending, TrainStep
 
 FORMS = ("eager", "published_all", "published", "golfgpt")
@@ -113,14 +115,19 @@ def read_tokens(folder: Path, vocab_size: int) -> np.ndarray:
 class Published:
     """bench.published. The forms of all matrices and of rank 0's share are one model, compiled once."""
 
-    def __init__(self, setup: Setup, loop: published.Loop | None = None):
-        self.world = 1 if loop is None else RANKS
+    def __init__(self, setup: Setup, attention: Selection, loop: published.Loop | None = None):
+        self.world, self.attention = 1 if loop is None else RANKS, attention
+        self.enter()
         self.loop = loop or published.Loop(setup.config, setup.tokens, setup.device, setup.dtype)
         if loop is None:
             self.restart(setup.weights())
             for step in range(WARM_UP):
                 self.loop.step(step, lambda phase: None)
             self.restart(setup.weights())
+
+    def enter(self) -> None:
+        """Its attention uses torch's kernels: FlashAttention-3 would replace them for the whole process."""
+        enable_backend("flash" if self.attention.backend == "flash3" else self.attention.backend)
 
     def restart(self, weights: Mapping[str, Tensor]) -> None:
         self.loop.load(weights)
@@ -133,17 +140,19 @@ class Published:
 class Golfgpt:
     """golfgpt.train.step's step, told apart into phases at the places where its parts meet."""
 
-    def __init__(self, setup: Setup, *, compile: str, graph: bool):
-        runtime = RuntimeConfig(
-            device=setup.device.type, dtype=dtype_name(setup.dtype), compile=compile,
-            optimizer_graph=graph, warmup_steps=WARM_UP,
-        )  # fmt: skip
-        dataset = SimpleNamespace(train=[setup.tokens])
-        self.trainer = TrainStep(replace(setup.config, runtime=runtime), dataset, Ranks(0, 1, setup.device))
+    def __init__(self, setup: Setup, attention: Selection, **runtime: Any):
+        """`runtime`: fields of RuntimeConfig that are not left to "auto"."""
+        fixed = dict(device=setup.device.type, dtype=dtype_name(setup.dtype), warmup_steps=WARM_UP)
+        config = replace(setup.config, runtime=RuntimeConfig(**fixed, **runtime))
+        self.trainer = TrainStep(config, SimpleNamespace(train=[setup.tokens]), Ranks(0, 1, setup.device))
         self.trainer.model.load_state_dict(setup.weights())
+        self.execution = select_execution(self.trainer, attention)
         self.trainer.warm_up(WARM_UP)
-        self.loss, self.graph = self.trainer._loss, graph
+        self.loss = self.trainer._loss
         self.last: Pending | None = None
+
+    def enter(self) -> None:
+        set_process(self.execution.runtime)
 
     def restart(self, weights: Mapping[str, Tensor]) -> None:
         self.trainer.model.load_state_dict(weights)
@@ -161,6 +170,8 @@ class Golfgpt:
 
         mark("data")
         self.trainer._loss = loss
+        if self.execution.runtime.graph == "step":
+            mark("forward")  # and backward: the graph does not tell
         for _ in self.trainer.backward(step):
             pass
         mark("rest")
@@ -174,36 +185,15 @@ class Golfgpt:
         return pending
 
 
-class Eager(Golfgpt):
-    """Without compiler and kernels, whatever was measured to be faster here."""
-
-    def __init__(self, setup: Setup):
-        with set_implementation("eager"):
-            super().__init__(setup, compile="off", graph=False)
-
-    def step(self, step: int, mark: Mark) -> Pending:
-        with set_implementation("eager"):
-            return super().step(step, mark)
-
-
 Form = Published | Golfgpt
 
 
-def build(name: str, setup: Setup, built: Mapping[str, Form]) -> Form:
+def build(name: str, setup: Setup, attention: Selection, built: Mapping[str, Form]) -> Form:
     """A form with the first weights that compiles nothing any more."""
     if name == "published":
-        return Published(setup, built["published_all"].loop)  # KeyError: that one failed
+        return Published(setup, attention, built["published_all"].loop)  # KeyError: that one failed
     if name == "published_all":
-        return Published(setup)
-    if name == "eager":
-        return Eager(setup)
-    if setup.device.type != "cuda":
-        return Golfgpt(setup, compile="off", graph=False)
-    try:
-        return Golfgpt(setup, compile="on", graph=True)
-    except TimeoutError:
-        raise
-    except Exception as error:
-        made = Golfgpt(setup, compile="on", graph=False)
-        made.graph = tuning.reason(error)
-        return made
+        return Published(setup, attention)
+    plain = name == "eager" or setup.device.type != "cuda"
+    fixed = dict(kernels="eager", graph="off", compile="off", threads=torch.get_num_threads())
+    return Golfgpt(setup, attention, **(fixed if plain else {}))

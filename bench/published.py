@@ -172,6 +172,10 @@ class Model(nn.Module):
             self.bigram.embed.to(dtype)
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self.logits(ids).float(), targets.flatten())
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """(B, T) -> (B * T, vocab_size)."""
         c = self.config
         x = self.tok_emb(ids)
         if self.bigram is not None:
@@ -187,8 +191,7 @@ class Model(nn.Module):
             if i < c.num_encoder_layers:
                 stack.append(x)
         logits = F.linear(norm(x).flatten(0, 1), self.tok_emb.weight)
-        logits = c.logit_softcap * torch.tanh(logits / c.logit_softcap)
-        return F.cross_entropy(logits.float(), targets.flatten())
+        return c.logit_softcap * torch.tanh(logits / c.logit_softcap)
 
 
 # ---- the optimizer

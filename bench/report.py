@@ -204,8 +204,9 @@ def step_figures(result: dict) -> str:
         differences = ", ".join(f"{STEP_FORMS[name]} {value:.1e}" for name, value in entry["loss_difference"].items())
         work = {None: "not compared", True: "the same", False: "NOT the same"}[entry["same_work"]]
         lines.append(f"- {recipe}: losses {work} ({differences or 'no other form'}, relative to golfgpt's)")
-        if isinstance(entry["optimizer_graph"], str):
-            lines.append(f"- {recipe}: golfgpt's update is not a CUDA graph: {entry['optimizer_graph']}")
+        if chosen := entry["execution"]:
+            lines.append(f"- {recipe}: chosen {', '.join(f'{k} {v}' for k, v in chosen.items() if k != 'trials')}")
+            lines += [f"  - {trial}" for trial in chosen["trials"]]
         lines += [f"- {recipe}: {name} failed: {why}" for name, why in entry["failed"].items()]
     return "\n".join(lines)
 

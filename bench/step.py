@@ -30,9 +30,9 @@ triton, cuda, driver, date, command, roofs, small, dtype, and
         optimizer_share     of golfgpt's step
         fake_quant_ms       of quantizing all banks once, alone; fake_quant_share of golfgpt's step
         synchronizations    where golfgpt's step makes the host wait ("file:line"; null without a GPU)
-        optimizer_graph     whether golfgpt's update is a CUDA graph, or why not; the graph's own memory, some
-                    batches of matrices, is not in peak_bytes
-        attention   the backend of golfgpt and eager, and what was timed
+        execution   golfgpt's kernels, attention, graph, threads, compile, and the trials that chose them; what graphs
+                    keep of their own is not in peak_bytes
+        attention   the backend of the other forms, and what was timed
         curve       of the first recipe: {"steps", "tokens", "losses": {"golfgpt", "published_all", "another seed"},
                     "difference": of the first two, mean of the last half, "spread": golfgpt's from another seed}
         failed      {form: why}
@@ -57,7 +57,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from golfgpt_kernels import timing, tuning
+from golfgpt_kernels import set_implementation, timing, tuning
 from golfgpt_kernels._dispatch import dtype_name
 from torch import Tensor
 
@@ -70,7 +70,8 @@ from golfgpt.errors import InputError
 from golfgpt.model.parameters import parameter_shapes
 from golfgpt.quant.quantizer import Quantizer
 from golfgpt.recipes import get
-from golfgpt.train.attention_backend import select_backend, use_flash3
+from golfgpt.train.attention_backend import Selection, select_backend
+from golfgpt.train.execution import FIELDS
 from golfgpt.train.step import Pending, TrainStep
 
 RECIPES = ("baseline", "mixed-qat", "int5-int6-swa")
@@ -123,6 +124,7 @@ class Timed:
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
+        self.form.enter()
         losses, marks = [], []
         for step in range(self.done, self.done + steps):
             marks.append(Marks(device))
@@ -156,11 +158,11 @@ def number(loss: Tensor | Pending) -> float:
     return loss.item() if isinstance(loss, Tensor) else loss.result().loss
 
 
-def curve(setup: Setup, forms: Mapping[str, Form], steps: int, attend: Callable[[str], None]) -> dict:
+def curve(setup: Setup, forms: Mapping[str, Form], steps: int) -> dict:
     """Losses of `steps` steps from the start, and how far they are apart in the last half of them."""
 
     def train(name: str, seed: int = 0) -> list[float]:
-        attend(name)
+        forms[name].enter()
         forms[name].restart(setup.weights(seed))
         return [number(loss) for loss in [forms[name].step(step, lambda phase: None) for step in range(steps)]]
 
@@ -228,30 +230,26 @@ def new_entry(recipe: str, setup: Setup, measured: Mapping[str, float] | None) -
         "floor_ms": round(floor_ms(*cost, **measured), 4) if measured else None,
         "ready_seconds": {}, "losses": {}, "loss_difference": {}, "same_work": None, "forms": {}, "ratios": {},
         "optimizer_share": None, "fake_quant_ms": None, "fake_quant_share": None, "synchronizations": None,
-        "optimizer_graph": None, "attention": None, "curve": None, "failed": {},
+        "execution": None, "attention": None, "curve": None, "failed": {},
     }  # fmt: skip
+
+
+def backend(setup: Setup) -> Selection:
+    data = setup.config.data
+    shape, ranks = (data.batch_tokens // data.seq_len, data.seq_len), Ranks(0, 1, setup.device)
+    return select_backend("auto", setup.config.model, [shape], ranks, setup.dtype)
 
 
 def measure(
     setup: Setup, entry: dict, save: Callable[[], None], traces: Path | None, turns: int, curve_steps: int
 ) -> None:
     """Build, check and time the forms into `entry`, which `save` keeps after every part."""
-    cuda, built, flash3 = setup.device.type == "cuda", {}, False
-
-    def attend(name: str) -> None:
-        """FlashAttention-3 replaces torch's flash kernels for the whole process, and those are the published ones."""
-        use_flash3(flash3 and not name.startswith("published"))
-
-    if cuda:
-        data = setup.config.data
-        shape, ranks = (data.batch_tokens // data.seq_len, data.seq_len), Ranks(0, 1, setup.device)
-        selection = select_backend("auto", setup.config.model, [shape], ranks, setup.dtype)
-        entry["attention"], flash3 = str(selection), selection.backend == "flash3"
+    cuda, built, attention = setup.device.type == "cuda", {}, backend(setup)
+    entry["attention"] = str(attention)
     for name in FORMS:
         with failure(entry, name):
-            attend(name)
             before, began = torch.cuda.memory_allocated() if cuda else 0, time.perf_counter()
-            form = build(name, setup, {name: timed.form for name, timed in built.items()})
+            form = build(name, setup, attention, {name: timed.form for name, timed in built.items()})
             entry["ready_seconds"][name] = round(time.perf_counter() - began, 1)
             print(f"{entry['recipe']}: {name} is ready after {entry['ready_seconds'][name]} s", flush=True)
             timed = Timed(form, setup)
@@ -267,7 +265,6 @@ def measure(
     for _ in range(turns):
         for name, timed in list(built.items()):
             with failure(entry, name):
-                attend(name)
                 timed.turn(STEPS_A_TURN)
                 entry["forms"][name] = timed.entry(entry["floor_ms"])
             if name in entry["failed"]:
@@ -275,16 +272,14 @@ def measure(
         add_ratios(entry)
         save()
     if "golfgpt" in built:
-        attend("golfgpt")
         with failure(entry, "details"):
             add_details(built["golfgpt"], entry)
         save()
     if curve_steps and {"golfgpt", "published_all"} <= built.keys():
         with failure(entry, "curve"):
-            entry["curve"] = curve(setup, {name: timed.form for name, timed in built.items()}, curve_steps, attend)
+            entry["curve"] = curve(setup, {name: timed.form for name, timed in built.items()}, curve_steps)
         save()
     for name in built.keys() & {"golfgpt", "published"} if traces else ():
-        attend(name)
         trace(built[name].form, built[name].done, traces / f"trace-{entry['recipe']}-{name}.json.gz")
 
 
@@ -325,7 +320,9 @@ def add_ratios(entry: dict) -> None:
 
 def add_details(timed: Timed, entry: dict) -> None:
     """What is asked of golfgpt's step alone."""
-    entry["optimizer_graph"] = timed.form.graph
+    timed.form.enter()
+    runtime, trials = timed.form.execution.runtime, timed.form.execution.trials
+    entry["execution"] = {name: getattr(runtime, name) for name in FIELDS} | {"trials": [str(each) for each in trials]}
     if (ms := fake_quant_ms(timed.form.trainer)) is not None:
         entry["fake_quant_ms"] = round(ms, 4)
         entry["fake_quant_share"] = round(entry["fake_quant_ms"] / entry["forms"]["golfgpt"]["ms"]["step"], 4)
@@ -343,6 +340,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder of results (on a GPU: bench/results)")
     parser.add_argument("--small", action="store_true", help="tiny models")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="on a GPU bfloat16, on a CPU float32")
+    parser.add_argument("--choose", action="store_true", help="choose golfgpt's execution, for later calls, and end")
     parser.add_argument("--trace", action="store_true", help="two steps of published and golfgpt by torch.profiler")
     options = parser.parse_args(arguments)
     try:
@@ -370,10 +368,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tuning.write_json(out / report.step_result_name(result), result)
 
     try:
-        with timing.time_limit(stop - time.monotonic()):
+        with timing.time_limit(stop - time.monotonic()), set_implementation("auto"):
             result["roofs"] = roofs(device) if cuda else None
             for recipe in options.recipes:
                 setup = Setup.of(recipe, small=options.small, device=device, dtype=dtype, folder=options.data)
+                if options.choose:
+                    print(recipe, *build("golfgpt", setup, backend(setup), {}).execution.trials, sep="\n  ", flush=True)
+                    continue
                 entry = new_entry(recipe, setup, result["roofs"])
                 result["entries"].append(entry)
                 turns, steps = (1, SMALL_CURVE_STEPS) if options.small else (TURNS, CURVE_STEPS)
@@ -386,6 +387,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if time.monotonic() < stop:
             raise
         print(f"the time is up; unfinished: {', '.join(result['unfinished'])}")
+    if options.choose:
+        return 0
     save()
     print(report.step_figures(result))
     if out is not None and any(entry["forms"] for entry in result["entries"]):

@@ -83,7 +83,8 @@ def test_what_auto_takes_on_a_gpu(monkeypatch):
     """One fast backend is refused; of two that work the faster one is taken, but rank 0 decides."""
     answers = {"cudnn": "NaN", "flash": None, "flash3": "not installed", "efficient": None}
     times = {"flash": 0.7, "efficient": 0.4}
-    monkeypatch.setattr(attention, "_probe", lambda name, *_: answers[name])
+    monkeypatch.setattr(attention, "probe", lambda name, *_: answers[name])
+    monkeypatch.setattr(attention, "_probe_in_children", lambda *_: answers)
     monkeypatch.setattr(attention, "_measure", lambda names, *_: ({name: times[name] for name in names}, True))
     monkeypatch.setattr(Ranks, "raise_on_any_rank", lambda self, error: None)  # a tensor on the device
     assert str(select(ranks=Ranks(0, 1, torch.device("cuda")))) == (
@@ -91,10 +92,10 @@ def test_what_auto_takes_on_a_gpu(monkeypatch):
     )
     assert enabled() == [False, False, True, True]
     gpu = Ranks(1, 2, torch.device("cuda"))
-    monkeypatch.setattr(Ranks, "broadcast_object", lambda self, value: "flash")
+    monkeypatch.setattr(Ranks, "broadcast_object", lambda self, value: answers if value is None else "flash")
     assert select(ranks=gpu).backend == "flash"
     assert enabled() == [False, True, False, True]
-    monkeypatch.setattr(Ranks, "broadcast_object", lambda self, value: "cudnn")
+    monkeypatch.setattr(Ranks, "broadcast_object", lambda self, value: answers if value is None else "cudnn")
     with pytest.raises(InputError, match="cudnn, which rank 0 chose, does not work on rank 1"):
         select(ranks=gpu)
 

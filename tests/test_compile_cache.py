@@ -50,15 +50,14 @@ def test_the_name_depends_on_what_shapes_the_graphs(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     config, cpu = RunConfig(), torch.device("cpu")
 
-    def name(config=config, dtype=torch.bfloat16, attention="flash"):
-        return compile_cache.cache_file(config, dtype, cpu, attention)
+    def name(config=config, dtype=torch.bfloat16):
+        return compile_cache.cache_file(config, dtype, cpu)
 
     assert name() == name(replace(config, seed=5)) and name().parent == tmp_path / "golfgpt" / "compile"
     others = [
         name(dtype=torch.float32),
-        name(attention="cudnn"),
         name(replace(config, model=replace(config.model, mlp_hidden=992))),
         name(replace(config, quant=replace(config.quant, qat="r4"))),
         name(replace(config, data=replace(config.data, seq_len=512))),
     ]
-    assert len({name(), *others}) == 6
+    assert len({name(), *others}) == 5

@@ -50,7 +50,7 @@ def test_captured_optimizer_step_is_the_eager_step(tiny, corpus):
     """Ten steps under a moving schedule; the graph reads learning rates and momentum from the device."""
     dataset = Dataset.open(corpus)
     config = replace(tiny, runtime=replace(tiny.runtime, device="cuda", warmup_steps=2))
-    graphed = replace(config, runtime=replace(config.runtime, optimizer_graph=True))
+    graphed = replace(config, runtime=replace(config.runtime, graph="optimizer"))
     trainers = [TrainStep(c, dataset, Ranks(0, 1, torch.device("cuda", 0))) for c in (config, graphed)]
     for trainer in trainers:
         trainer.warm_up(2)
@@ -66,8 +66,33 @@ def test_captured_optimizer_step_is_the_eager_step(tiny, corpus):
 
 
 def test_a_whole_run_with_a_captured_optimizer(tiny, tmp_path):
-    runtime = replace(tiny.runtime, device="cuda", warmup_steps=2, optimizer_graph=True)
+    runtime = replace(tiny.runtime, device="cuda", warmup_steps=2, graph="optimizer")
     assert train(replace(tiny, runtime=runtime), tmp_path / "run")["steps"] == 8
+
+
+def test_a_captured_step_is_the_step(tiny, corpus):
+    dataset = Dataset.open(corpus)
+    config = replace(tiny, runtime=replace(tiny.runtime, device="cuda", warmup_steps=2, kernels="eager", graph="off"))
+    graphed = replace(config, runtime=replace(config.runtime, graph="step"))
+    trainers = [TrainStep(c, dataset, Ranks(0, 1, torch.device("cuda", 0))) for c in (config, graphed)]
+    losses = []
+    for trainer in trainers:
+        trainer.warm_up(2)
+        losses.append([])
+        for step in range(4):
+            pending = trainer.launch(step)
+            trainer.update(pending)
+            losses[-1].append(trainer.wait(pending).loss)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_a_default_run_tries_kernels_attention_and_graphs(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    config = replace(tiny, runtime=replace(tiny.runtime, device="cuda", warmup_steps=2))
+    train(config, tmp_path / "run")
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert all(f"\n  {name}: " in log for name in ("mlp", "loss", "optimizer", "graph optimizer", "graph step"))
+    assert "refused" not in log and "failed" not in log
 
 
 def test_optimizer_step_does_not_synchronize(tiny, corpus):

@@ -122,8 +122,9 @@ class EvalRuntime:
     """auto: cuda if available, else cpu."""
     dtype: Literal["auto", "bfloat16", "float32"]
     """Dtype of activations and matmuls; auto: bfloat16 on cuda, float32 on a CPU."""
-    kernels: Literal["auto", "eager", "triton"]
-    """Implementation of the ops; auto: Triton kernels where a measurement shows them winning."""
+    kernels: str
+    """Where Triton kernels replace PyTorch: triton, eager, some of mlp, loss, optimizer, fake_quant (of which scoring
+    uses mlp and loss), or auto: where `python -m golfgpt_kernels tune` found them faster."""
     attention: Literal["auto", "cudnn", "flash", "flash3", "efficient", "math"]
     """Backend of scaled_dot_product_attention; auto: on a GPU the fastest backend that agrees with math."""
     compile: Literal["auto", "on", "off"]
@@ -156,6 +157,7 @@ def evaluate(args: Eval) -> int:
     from golfgpt.tables import score_lines
     from golfgpt.train.attention_backend import select_backend
     from golfgpt.train.compute_dtype import select_dtype
+    from golfgpt.train.execution import available
     from golfgpt.train.kernels import choose_kernels
     from golfgpt.train.reporter import Reporter
     from golfgpt.train.run_folder import artifact_file, load
@@ -163,15 +165,19 @@ def evaluate(args: Eval) -> int:
 
     started = stored_config(args.run)
     data = replace(started.data, path=args.data.path)
-    runtime = replace(started.runtime, **asdict(args.runtime))
     try:
+        runtime = replace(started.runtime, **asdict(args.runtime))
         config = replace(started, data=data, eval=args.eval, runtime=runtime)
     except ValueError as error:  # fields that are valid alone but not together
         raise InputError(str(error)) from error
     ranks = distributed.start(config.runtime.device)
+    runtime, missing = available(runtime, started.runtime, ranks.device)
+    config = replace(config, runtime=runtime)
     if config.runtime.threads:
         torch.set_num_threads(config.runtime.threads)
     reporter = Reporter(None, speak=ranks.is_main, quiet=args.json)
+    if missing:
+        reporter.line(missing)
     try:
         folder = args.run.parent if args.run.is_file() else args.run
         keep = PartialSums(folder, ranks.rank, sha256_file(artifact_file(args.run)), reporter.line)

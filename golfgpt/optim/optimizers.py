@@ -296,7 +296,7 @@ class Optimizers:
         """
         if not self._scalars.is_cuda:
             raise RuntimeError(f"a CUDA graph needs parameters on a GPU, got {self._scalars.device}")
-        self._graph = None
+        self.release()
         addresses = self._addresses()
         if None in (address for addresses_of in addresses for address in addresses_of):
             raise RuntimeError("some parameter has no gradient or no state yet; take a step before the capture")
@@ -305,6 +305,10 @@ class Optimizers:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._step()
         self._graph, self._captured = graph, addresses
+
+    def release(self) -> None:
+        """Drop the captured graph: `step` executes again."""
+        self._graph = None
 
     def _addresses(self) -> list[tuple[int | None, ...]]:
         """Addresses of each parameter, its gradient and its state; None for what does not exist."""

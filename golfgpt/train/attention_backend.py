@@ -8,8 +8,10 @@ the first backend that agrees is taken.
 from __future__ import annotations
 
 import contextlib
+import json
+import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +20,11 @@ from torch import Tensor
 from torch.nn import attention as torch_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from golfgpt.config import ModelConfig
+from golfgpt.config import ModelConfig, from_dict
 from golfgpt.distributed import Ranks
 from golfgpt.errors import InputError
-from golfgpt.train.machine_cache import kept_times
+from golfgpt.train.children import verdicts
+from golfgpt.train.machine_cache import kept_times, kept_value
 
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -32,6 +35,9 @@ BACKENDS = {
 }
 """In the order in which "auto" tries them; math is the last resort. flash3 is the flash backend with the kernels of
 FlashAttention-3, if flash_attn_interface can be imported."""
+
+PROBE_SECONDS = 120.0
+"""For all probes at once, of which most is the import of torch."""
 
 MAX_ERROR = 0.02
 """Relative difference from math that a backend may have: rounding to bfloat16 gives 0.003."""
@@ -72,36 +78,41 @@ def select_backend(
     enable: bool = True,
 ) -> Selection:
     """Choose the backend `choice`, or the best one if it is "auto", and enable it for the process. All ranks take rank
-    0's.
+    0's. On a GPU "auto" tries the backends in child processes first, where one may crash.
 
     A backend must run forward and backward on this model's heads at the lengths of all `shapes` and agree with math
     (cuDNN's backward has returned NaN for some lengths). On a GPU one attention on the first of `shapes` is timed, with
     or without its `backward`. Math stays enabled too, for tensors on another device and for explicit masks. Raises
     InputError if no candidate passes.
     """
-    works, refused, device = [], {}, ranks.device
-    auto = tuple(BACKENDS) if device.type == "cuda" else ("flash", "math")
-    for name in auto if choice == "auto" else (choice,):
-        if works and (name == "math" or device.type != "cuda"):
-            break
-        reasons = (_probe(name, config, length, device, dtype) for length in sorted({length for _, length in shapes}))
-        if reason := next(filter(None, reasons), None):
-            refused[name] = reason
-        else:
-            works.append(name)
+    device, lengths = ranks.device, sorted({length for _, length in shapes})
+    gpu = device.type == "cuda"
+    names = (choice,) if choice != "auto" else tuple(BACKENDS) if gpu else ("flash", "math")
+    if choice == "auto" and gpu:
+        found = ranks.broadcast_object(_probe_in_children(config, lengths, device, dtype) if ranks.is_main else None)
+    else:
+        found = {name: probe(name, config, lengths, device, dtype) for name in names}
+    refused = {name: why for name, why in found.items() if why}
+    works = [name for name in names if name not in refused]
+    works = [name for name in works if name != "math"] or works  # math is the last resort
     ranks.raise_on_any_rank(None if works else InputError(f"runtime.attention {choice} does not work here: {refused}"))
-    ms, kept = _measure(works, config, shapes[0], device, dtype, backward) if len(works) > 1 else ({}, False)
+    ms, kept = _measure(works, config, shapes[0], device, dtype, backward) if gpu and len(works) > 1 else ({}, False)
     best = ranks.broadcast_object(min(works, key=ms.get) if ms else works[0])
-    if best in refused:
-        raise InputError(f"runtime.attention {best}, which rank 0 chose, does not work on rank {ranks.rank}: {refused}")
+    if not ranks.is_main and (why := probe(best, config, lengths, device, dtype)):
+        raise InputError(f"runtime.attention {best}, which rank 0 chose, does not work on rank {ranks.rank}: {why}")
     if enable:
-        torch.backends.cuda.enable_cudnn_sdp(best == "cudnn")
-        torch.backends.cuda.enable_flash_sdp(best in ("flash", "flash3"))
-        torch.backends.cuda.enable_mem_efficient_sdp(best == "efficient")
-        torch.backends.cuda.enable_math_sdp(True)
-        use_flash3(best == "flash3")
-        torch.compiler.config.cache_key_tag = f"attention:{best}"  # torch's caches do not see which backend is enabled
+        enable_backend(best)
     return Selection(best, ms, kept, refused)
+
+
+def enable_backend(name: str) -> None:
+    """scaled_dot_product_attention uses this backend from now on, and math where the backend cannot."""
+    torch.backends.cuda.enable_cudnn_sdp(name == "cudnn")
+    torch.backends.cuda.enable_flash_sdp(name in ("flash", "flash3"))
+    torch.backends.cuda.enable_mem_efficient_sdp(name == "efficient")
+    torch.backends.cuda.enable_math_sdp(True)
+    use_flash3(name == "flash3")
+    torch.compiler.config.cache_key_tag = f"attention:{name}"  # torch's caches do not see which backend is enabled
 
 
 def use_flash3(on: bool) -> None:
@@ -145,8 +156,28 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, g: Tensor, backward: bool = True) -
     return [out.detach(), *gradients]
 
 
+def probe(
+    name: str, config: ModelConfig, lengths: Sequence[int], device: torch.device, dtype: torch.dtype
+) -> str | None:
+    """Why the backend cannot be used; None if its output and gradients on random input of each length agree with
+    math."""
+    return next(filter(None, (_probe(name, config, length, device, dtype) for length in lengths)), None)
+
+
+def _probe_in_children(
+    config: ModelConfig, lengths: Sequence[int], device: torch.device, dtype: torch.dtype
+) -> dict[str, str | None]:
+    """`probe` of all backends, in a child process each, since a backend may crash or hang; kept for the next run."""
+    facts = {"model": asdict(config), "lengths": list(lengths), "device": str(device), "dtype": str(dtype)}
+    command = [sys.executable, "-m", "golfgpt.train.attention_backend", json.dumps(facts)]
+
+    def make() -> dict[str, str | None]:
+        return verdicts({name: [*command, name] for name in BACKENDS}, PROBE_SECONDS)
+
+    return kept_value("attention", device, facts, lambda found: {name: found[name] for name in BACKENDS}, make)[0]
+
+
 def _probe(name: str, config: ModelConfig, length: int, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the backend cannot be used; None if its output and gradients on random input agree with math."""
     if name == "math":
         return None
     inputs = _inputs(config, (1, length), device, dtype)
@@ -184,3 +215,9 @@ def _measure(
         return ms
 
     return kept_times("attention", device, question, names, measure)
+
+
+if __name__ == "__main__":
+    facts, name = json.loads(sys.argv[1]), sys.argv[2]
+    model, dtype = from_dict(ModelConfig, facts["model"]), getattr(torch, facts["dtype"].removeprefix("torch."))
+    print(json.dumps({name: probe(name, model, facts["lengths"], torch.device(facts["device"]), dtype)}))

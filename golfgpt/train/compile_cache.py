@@ -27,21 +27,26 @@ _GPU_OPTIONS = {"realize_opcount_threshold": 200, "realize_acc_reads_threshold":
 
 
 def compile_loss(loss: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
-    """The loss of a training step, compiled for `device`."""
+    """The loss of a training step, compiled for `device`. Each call compiles anew: torch would share what was compiled
+    of one function, but does not see all that the result depends on, such as the attention backend."""
+
+    def program(ids: Tensor, targets: Tensor) -> Tensor:
+        return loss(ids, targets)
+
+    program.__code__ = program.__code__.replace()  # torch keeps compiled programs with the code object
     known = torch._inductor.list_options() if device.type == "cuda" else ()
     options = {name: value for name, value in _GPU_OPTIONS.items() if name in known}  # not all torch versions have both
-    return torch.compile(loss, dynamic=False, fullgraph=True, options=options or None)
+    return torch.compile(program, dynamic=False, fullgraph=True, options=options or None)
 
 
-def cache_file(config: RunConfig, dtype: torch.dtype, device: torch.device, attention: str) -> Path:
-    """The file of the compiled step of `config`; everything that shapes its graphs is in the name's digest."""
+def cache_file(config: RunConfig, dtype: torch.dtype, device: torch.device) -> Path:
+    """The file of the compiled step of `config`; all that it computes is in the name's digest. It holds what the last
+    run compiled, of all kernels and attention backends that it tried."""
     facts = {
         "model": to_dict(config.model),
         "quant": to_dict(config.quant),
         "data": {"seq_len": config.data.seq_len, "tokens": config.data.microbatch},
         "dtype": str(dtype),
-        "attention": attention,
-        "kernels": config.runtime.kernels,
     }
     return kept_file("compile", device, facts, ".bin")
 

@@ -9,10 +9,19 @@ from golfgpt.fields import Count, CountOrZero, NotNegative, Section
 
 Device = Literal["auto", "cpu", "cuda"]
 
+KERNELS = {
+    "mlp": ("relu2_mlp", "linear_relu2"),
+    "loss": ("softcap_cross_entropy", "token_logprobs"),
+    "optimizer": ("newton_schulz", "muon_momentum_", "muon_update_"),
+    "fake_quant": ("fake_quantize_rows", "quantize_rows", "muon_update_rows_"),
+}
+"""Parts of a step that runtime.kernels can name, and their ops in golfgpt_kernels."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeConfig(Section):
-    """Where and how a run executes. These fields change results only by rounding."""
+    """Where and how a run executes. These fields change results only by rounding. What "auto" chose is stored with the
+    run, so that a resumed run and its scores use the same."""
 
     device: Device = "auto"
     """auto: cuda if available, else cpu."""
@@ -20,23 +29,25 @@ class RuntimeConfig(Section):
     """Dtype of activations and of all matmuls, including Newton-Schulz. auto: bfloat16 on cuda; on a CPU, bfloat16 if
     it is clearly faster than float32, which is timed at the start and remembered. Parameters are float32."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of the forward and backward. auto: on cuda only."""
+    """torch.compile of the forward and backward. auto: on cuda; on a CPU where the run is long enough to repay the
+    compilation, if the compiled step is faster."""
     optimizer: Literal["replicated", "sharded"] = "replicated"
     """replicated: gradients are all-reduced, and every rank updates every matrix. sharded: each rank gets the gradients
     of its shard of the matrices, updates them, and sends the new weights to the other ranks."""
-    optimizer_graph: bool = False
-    """Replay the whole optimizer step as one CUDA graph, which is captured in the warm-up. Needs a GPU, compile and
-    warmup_steps above 0."""
-    kernels: Literal["auto", "eager", "triton"] = "auto"
-    """Implementation of the ops of golfgpt_kernels; auto: the Triton kernel where a measurement shows it winning;
-    eager: PyTorch; triton: the kernel, or an error if it cannot run."""
+    graph: Literal["auto", "off", "optimizer", "step"] = "auto"
+    """What is replayed as a CUDA graph, captured in the warm-up: nothing, the optimizer step, or that and forward and
+    backward. Needs a GPU, compile and warmup_steps above 0. auto: the fastest."""
+    kernels: str = "auto"
+    """Where Triton kernels replace PyTorch in the ops of golfgpt_kernels: triton (everywhere, or an error if they
+    cannot run), eager (nowhere), or some of mlp, loss, optimizer, fake_quant, separated by commas. auto: where the
+    step is faster with them."""
     attention: Literal["auto", "cudnn", "flash", "flash3", "efficient", "math"] = "auto"
-    """Backend of scaled_dot_product_attention. auto: on a GPU, the fastest backend that agrees with math, which is
-    timed at the start and remembered; on a CPU, the first that agrees."""
+    """Backend of scaled_dot_product_attention. auto: on a GPU, the backend with the fastest step of those that agree
+    with math; on a CPU, the first that agrees."""
     warmup_steps: CountOrZero = 20
     """Steps to run and undo before the clock starts, if the step is compiled."""
     threads: CountOrZero = 0
-    """CPU threads for torch; 0: torch's default."""
+    """CPU threads for torch; 0: torch's default, or half of it where a step on a CPU is faster with it."""
     checkpoint_seconds: NotNegative = 60.0
     """Seconds between checkpoints, which are not counted as training time; 0: only at the end or on a signal."""
     log_every: Count = 50
@@ -49,6 +60,10 @@ class RuntimeConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.kernels not in ("auto", "eager", "triton") and not set(self.kernels.split(",")) <= KERNELS.keys():
+            raise ValueError(
+                f"runtime.kernels is {self.kernels!r}; expected auto, eager, triton, or some of {','.join(KERNELS)}"
+            )
         if self.probe and not self.val_every:
             raise ValueError(
                 "runtime.probe is part of validations, but runtime.val_every is 0; expected val_every >= 1 or no probe"

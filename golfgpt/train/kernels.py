@@ -1,4 +1,4 @@
-"""Which implementation of the ops a process takes."""
+"""Which ops run as Triton kernels: runtime.kernels."""
 
 from __future__ import annotations
 
@@ -8,11 +8,19 @@ from golfgpt_kernels import cannot_run, set_implementation
 from golfgpt.config import RunConfig
 from golfgpt.distributed import Ranks
 from golfgpt.errors import InputError
+from golfgpt.train.config import KERNELS
 
 
 def choose_kernels(config: RunConfig, ranks: Ranks) -> set_implementation:
     """runtime.kernels for the process, until the block ends. Raises InputError if kernels cannot run here."""
     choice = config.runtime.kernels
-    if choice == "triton" and (reason := cannot_run(ranks.device, torch.float32)):
-        raise InputError(f"runtime.kernels is triton, which cannot run: {reason}; use --runtime.kernels auto")
-    return set_implementation(choice)
+    if choice not in ("auto", "eager") and (reason := cannot_run(ranks.device, torch.float32)):
+        raise InputError(f"runtime.kernels is {choice}, which cannot run: {reason}; use --runtime.kernels eager")
+    return set_kernels(choice)
+
+
+def set_kernels(choice: str) -> set_implementation:
+    """The value of runtime.kernels for the process."""
+    if choice in ("auto", "eager", "triton"):
+        return set_implementation(choice)
+    return set_implementation("eager", {op: "triton" for part in choice.split(",") for op in KERNELS[part]})

@@ -12,11 +12,13 @@ import re
 from collections.abc import Callable, Collection
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from golfgpt.files import write_json
+
+Value = TypeVar("Value")
 
 
 def kept_file(folder: str, device: torch.device, facts: dict[str, Any], suffix: str) -> Path:
@@ -31,6 +33,24 @@ def kept_file(folder: str, device: torch.device, facts: dict[str, Any], suffix: 
     return cache / "golfgpt" / folder / (digest + suffix)
 
 
+def kept_value(
+    folder: str, device: torch.device, facts: dict[str, Any], read: Callable[[Any], Value], make: Callable[[], Any]
+) -> tuple[Value, bool]:
+    """read(value) of a JSON value, and whether an earlier run with the same `facts` made it. Else it is made now, and
+    kept unless it is empty. A kept file that `read` does not understand (ValueError, KeyError, TypeError,
+    AttributeError) is ignored."""
+    file = None
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError):
+        file = kept_file(folder, device, facts, ".json")  # RuntimeError: there is no home directory
+        return read(json.loads(file.read_text(encoding="utf-8"))["value"]), True
+    value = make()
+    if file and value:
+        with contextlib.suppress(OSError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, facts | {"value": value})
+    return read(value), False
+
+
 def kept_times(
     folder: str,
     device: torch.device,
@@ -39,19 +59,14 @@ def kept_times(
     measure: Callable[[], dict[str, float]],
 ) -> tuple[dict[str, float], bool]:
     """Times by name, fastest first, and whether an earlier run with the same `facts` measured them. A kept file without
-    a valid time for each of `names` is ignored."""
-    file = None
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError):
-        file = kept_file(folder, device, facts, ".json")  # RuntimeError: there is no home directory
-        times = {name: float(time) for name, time in json.loads(file.read_text(encoding="utf-8"))["times"].items()}
-        if times.keys() == set(names) and all(0 < time < math.inf for time in times.values()):
-            return times, True
-    times = dict(sorted(measure().items(), key=lambda item: item[1]))
-    if file and times:
-        with contextlib.suppress(OSError):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(file, facts | {"times": times})
-    return times, False
+    a valid time for each of `names` is ignored; so is a measurement that has none."""
+
+    def read(times: dict[str, float]) -> dict[str, float]:
+        if times and (times.keys() != set(names) or not all(0 < float(time) < math.inf for time in times.values())):
+            raise ValueError(f"expected a time for each of {names}, got {times}")
+        return dict(sorted(times.items(), key=lambda item: item[1]))
+
+    return kept_value(folder, device, facts, read, measure)
 
 
 def _cpu() -> list[str]:

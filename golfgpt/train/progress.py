@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from golfgpt_kernels import implementation
 
 from golfgpt.bpb import bits_per_byte
 from golfgpt.config import RunConfig
@@ -38,13 +37,6 @@ def announce(config: RunConfig, dataset: Dataset, step: TrainStep, attention: Se
     say(f"world_size:{ranks.world} spans:{c.data.spans} microbatch_tokens:{c.data.microbatch}")
     say(f"device:{ranks.device} dtype:{step.dtype_choice} compile:{step.compiled} threads:{torch.get_num_threads()}")
     say(f"attention:{attention}")
-    compute = dict.fromkeys(("relu2_mlp", "softcap_cross_entropy", "token_logprobs", "newton_schulz"), step.dtype)
-    update = {"muon_momentum_": torch.float32, "muon_update_": torch.float32}
-    chosen: dict[tuple[str, str], list[str]] = {}
-    for op, dtype in (compute | update).items():
-        chosen.setdefault(implementation(op, ranks.device, dtype), []).append(op)
-    for (choice, why), ops in chosen.items():
-        say(f"kernels:{choice} {' '.join(ops)} ({why})")
     say(
         f"train_batch_tokens:{c.data.batch_tokens} train_seq_len:{c.data.seq_len} "
         f"iterations:{c.schedule.max_steps} max_wallclock_seconds:{cap} seed:{c.seed}"

@@ -16,15 +16,16 @@ anything, until the host reads the result and ends the run.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from golfgpt.config import RunConfig
+from golfgpt.config import RunConfig, RuntimeConfig
 from golfgpt.data.shards import Dataset
 from golfgpt.data.stream import Prefetcher, TokenStream, spans_of_rank
 from golfgpt.distributed import Ranks
@@ -111,13 +112,6 @@ class TrainStep:
             )
         self.config, self.ranks = config, ranks
         self.cuda = ranks.device.type == "cuda"
-        self.compiled = config.runtime.compile == "on" or (config.runtime.compile == "auto" and self.cuda)
-        if config.runtime.optimizer_graph and not (self.compiled and self.cuda and config.runtime.warmup_steps):
-            raise InputError(
-                "runtime.optimizer_graph expected a GPU, compilation and warmup_steps >= 1, got device "
-                f"{ranks.device}, compile {self.compiled}, warmup_steps {config.runtime.warmup_steps}; change these "
-                "or drop it"
-            )
         self.model = GPT(config.model, seed=config.seed).to(ranks.device)
         self.dtype_choice = select_dtype(config.runtime.dtype, self.model, config.data, ranks)
         self.dtype = self.dtype_choice.dtype
@@ -135,7 +129,29 @@ class TrainStep:
         self.data = Prefetcher(stream, config.data.batch_tokens, config.data.spans, assigned, pin=self.cuda)
         self.pace = Pace(config.schedule, self.ahead)
         self._loss_sum = torch.zeros((), device=ranks.device)
-        self._loss = compile_loss(self.loss, ranks.device) if self.compiled else self.loss
+        self._compiled: dict[tuple[str, str], Callable] = {}
+        self.execute(config.runtime)
+
+    def execute(self, runtime: RuntimeConfig) -> None:
+        """Compile and replay the steps from now on as `runtime` says. It concerns this object only: threads, kernels
+        and the attention backend are the process's. Graphs are captured by `capture`. Raises InputError for graphs
+        without a GPU, compilation or warm-up."""
+        self.compiled = runtime.compile == "on" or (runtime.compile == "auto" and self.cuda)
+        if runtime.graph in ("optimizer", "step") and not (self.compiled and self.cuda and runtime.warmup_steps):
+            raise InputError(
+                f"runtime.graph {runtime.graph} expected a GPU, compilation and warmup_steps >= 1, got device "
+                f"{self.ranks.device}, compile {self.compiled}, warmup_steps {runtime.warmup_steps}; change these or "
+                "drop it"
+            )
+        self.config = replace(self.config, runtime=runtime)
+        self._loss = self.loss
+        if self.compiled:  # once for each way to lower it, so that ways can take turns
+            way = runtime.kernels, runtime.attention
+            if way not in self._compiled:
+                self._compiled[way] = compile_loss(self.loss, self.ranks.device)
+            self._loss = self._compiled[way]
+        self.optimizers.release()
+        self._graph: torch.cuda.CUDAGraph | None = None
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Mean loss in nats of targets (B, T) given ids (B, T), computed with the compute copies of the weights."""
@@ -170,11 +186,20 @@ class TrainStep:
     def backward(self, step: int) -> Iterator[tuple[int, int]]:
         """Forward and backward of this rank's spans of step number `step`. Before each microbatch, yields the number of
         completed microbatches and their total."""
-        data = self.config.data
         if self.compute_copies.stale():
             self.prepare(step)
+        tokens = self.data.read(step)
+        if self._graph is None:
+            yield from self._accumulate(tokens.to(self.ranks.device, non_blocking=True))
+        else:
+            yield 0, 1
+            self._tokens.copy_(tokens, non_blocking=True)
+            self._graph.replay()
+
+    def _accumulate(self, tokens: Tensor) -> Iterator[tuple[int, int]]:
+        """Sum the gradients of the spans `tokens` (spans, span_tokens + 1), on the device; yields as `backward`."""
+        data = self.config.data
         self._loss_sum.zero_()
-        tokens = self.data.read(step).to(self.ranks.device, non_blocking=True)
         ids, targets = (t.reshape(-1, data.seq_len) for t in (tokens[:, :-1], tokens[:, 1:]))
         rows = data.microbatch // data.seq_len
         batches = list(zip(ids.split(rows), targets.split(rows), strict=True))
@@ -248,22 +273,50 @@ class TrainStep:
             if not torch.isfinite(p).all():
                 raise NonFiniteError(f"parameter {name} is not finite after the last update; nothing was exported")
 
-    def warm_up(self, steps: int, say: Callable[[str], None] = lambda text: None) -> None:
-        """Run `steps` full steps to compile everything, then undo them. `say` receives a progress message for each."""
+    def capture(self) -> None:
+        """Capture what runtime.graph names. Every kernel must be compiled, by a step like those that follow. Nothing is
+        executed."""
+        graph = self.config.runtime.graph
+        if graph == "step":
+            torch.cuda.empty_cache()  # the graph keeps its own memory, as much as a step outside needed
+            self._tokens = self.data.read(0).to(self.ranks.device)
+            captured = torch.cuda.CUDAGraph()
+            # "thread_local": with "global", the data thread could not allocate page-locked memory during the capture.
+            with torch.cuda.graph(captured, capture_error_mode="thread_local"):
+                for _ in self._accumulate(self._tokens):
+                    pass
+            self._graph = captured
+        if graph in ("optimizer", "step"):
+            self.optimizers.capture()
+
+    def rehearse(self) -> None:
+        """Take step 0, for its time or its compilation. Only in `undone`."""
+        self.launch(0)
+        self.optimizers.step(1.0, self.config.optim.muon_momentum)
+
+    @contextlib.contextmanager
+    def undone(self) -> Iterator[None]:
+        """Parameters, optimizers, votes and clock are after the block what they were before it."""
         enabled = None if self._enabled is None else self._enabled.clone()
         model = {k: v.clone() for k, v in self.model.state_dict().items()}
         optimizers = {k: v.clone() for k, v in self.optimizers.state().items()}
         known = self.pace.known
         self.prepare(0)
-        for step in range(steps):
-            say(f"compiling and warming up ({step + 1} of {steps})")
-            self.launch(0)
-            self.optimizers.step(1.0, self.config.optim.muon_momentum)
-        if self.config.runtime.optimizer_graph:
-            self.optimizers.capture()
-        self.model.load_state_dict(model)
-        self.optimizers.load_state(optimizers)
-        self.optimizers.ok.fill_(True)
-        self.pace.known = known
-        if enabled is not None:  # a resumed run may be past the start of fake quantization
-            self._enabled.copy_(enabled)
+        try:
+            yield
+        finally:
+            self.model.load_state_dict(model)
+            self.optimizers.load_state(optimizers)
+            self.optimizers.ok.fill_(True)
+            self.pace.known = known
+            if enabled is not None:  # a resumed run may be past the start of fake quantization
+                self._enabled.copy_(enabled)
+
+    def warm_up(self, steps: int, say: Callable[[str], None] = lambda text: None) -> None:
+        """Run `steps` full steps to compile everything, then undo them, and capture the graphs. `say` receives a
+        progress message for each step."""
+        with self.undone():
+            for step in range(steps):
+                say(f"compiling and warming up ({step + 1} of {steps})")
+                self.rehearse()
+            self.capture()

@@ -25,13 +25,14 @@ from golfgpt.tables import score_lines, table
 from golfgpt.train import compile_cache
 from golfgpt.train.attention_backend import Selection, select_backend
 from golfgpt.train.clock import Ledger
+from golfgpt.train.execution import FIELDS, select_execution
 from golfgpt.train.export import Exporter
 from golfgpt.train.kernels import choose_kernels
 from golfgpt.train.loop import Loop
 from golfgpt.train.memory import memory_advice
 from golfgpt.train.progress import Progress, announce
 from golfgpt.train.reporter import Reporter
-from golfgpt.train.run_folder import RunFolder
+from golfgpt.train.run_folder import RunFolder, write_config
 from golfgpt.train.saver import Saver
 from golfgpt.train.score import ModelScorer
 from golfgpt.train.signals import Signals
@@ -70,20 +71,25 @@ def train(config: RunConfig, path: Path, *, resume: bool = False, quiet: bool = 
         try:
             reporter = Reporter(folder, speak=ranks.is_main, quiet=quiet)
             stack.callback(reporter.close)
-            saver = Saver(config, path, dataset, step, ledger, folder, reporter, signals)
-            exporter = Exporter(config, dataset, step, folder, reporter)
-            scorer = ModelScorer(config, dataset, step, ledger, reporter, signals)
-            progress = Progress(config, dataset, reporter)
             with ledger.phase("setup"):
                 # Orthogonal initialization uses QR, which rounds differently on other CPUs.
                 for p in step.model.parameters():
                     ranks.broadcast_(p.data)
                 step.prepare(0)
-                done, finished = saver.restore() if resume else (0, False)
                 attention = choose_attention(config, step)
                 announce(config, dataset, step, attention, reporter)
+            with ledger.phase("compile"), memory_advice(config, step.dtype.itemsize):
+                config = choose_execution(config, step, attention, reporter)
+                if folder and not resume:
+                    write_config(path, config)
+            saver = Saver(config, path, dataset, step, ledger, folder, reporter, signals)
+            exporter = Exporter(config, dataset, step, folder, reporter)
+            scorer = ModelScorer(config, dataset, step, ledger, reporter, signals)
+            progress = Progress(config, dataset, reporter)
+            with ledger.phase("setup"):
+                done, finished = saver.restore() if resume else (0, False)
             if not finished:
-                warm_up(config, step, attention.backend, ledger, reporter)
+                warm_up(config, step, ledger, reporter)
             loop = Loop(config, step, saver, progress, ledger, reporter, signals, scorer, exporter, done, finished)
             loop.run()
             return export_and_score(config, path, dataset, exporter, scorer, loop.done)
@@ -110,17 +116,28 @@ def choose_attention(config: RunConfig, step: TrainStep) -> Selection:
     return select_backend(config.runtime.attention, config.model, shapes, step.ranks, step.dtype)
 
 
-def warm_up(config: RunConfig, step: TrainStep, attention: str, ledger: Ledger, reporter: Reporter) -> None:
+def choose_execution(config: RunConfig, step: TrainStep, attention: Selection, reporter: Reporter) -> RunConfig:
+    """Choose what runtime leaves to "auto", and return the config with it, as it is stored."""
+    compile_cache.load(compile_cache.cache_file(config, step.dtype, step.ranks.device))
+    found = select_execution(step, attention, reporter.status)
+    runtime = found.runtime
+    chosen = " ".join(f"{name}:{getattr(runtime, name)}" for name in FIELDS)
+    reporter.line(f"execution:{chosen}{' (trials of an earlier run)' if found.kept else ''}")
+    for trial in found.trials:
+        reporter.line(f"  {trial}")
+    return replace(config, runtime=runtime)
+
+
+def warm_up(config: RunConfig, step: TrainStep, ledger: Ledger, reporter: Reporter) -> None:
     """Compile the step before the clock starts."""
     if not (step.compiled and config.runtime.warmup_steps):
         return
     with ledger.phase("compile"), memory_advice(config, step.dtype.itemsize):
-        file = compile_cache.cache_file(config, step.dtype, step.ranks.device, attention)
-        found = compile_cache.load(file)
+        file = compile_cache.cache_file(config, step.dtype, step.ranks.device)
+        cache = "loaded" if file.exists() else "new"
         step.warm_up(config.runtime.warmup_steps, reporter.status)
         if step.ranks.is_main:
             compile_cache.save(file)
-    cache = "loaded" if found else "new"
     reporter.line(f"compile_time:{ledger.seconds['compile']:.1f}s graphs:{compile_cache.graphs()} cache:{cache} {file}")
 
 

@@ -82,10 +82,12 @@ class Case:
         return {"out0": out.detach()} | {f"gradient{i}": grad for i, grad in enumerate(grads)}
 
 
-def op_cases(rows: int, k: int, hidden: int, vocab: int, layers: int) -> dict[str, Case]:
-    """A case of each op, those in which a training step spends most first. The banks are those of a model with half as
-    many key and value channels as `k`."""
-    banks = (2 * layers, k, k), (2 * layers, k // 2, k), (layers, hidden, k), (layers, k, hidden)
+def op_cases(
+    rows: int, k: int, hidden: int, vocab: int, layers: int, *, kv: int | None = None, dtype: torch.dtype = BF16
+) -> dict[str, Case]:
+    """A case of each op, those in which a training step spends most first. The banks are those of a model with `kv` key
+    channels (None: half of `k`); `dtype` is that of activations and compute copies."""
+    banks = (2 * layers, k, k), (2 * layers, kv or k // 2, k), (layers, hidden, k), (layers, k, hidden)
     count, numel = sum(bank[0] for bank in banks), sum(map(math.prod, banks))
     scales = [max(1.0, n / k) ** 0.5 for _, n, k in banks]
 
@@ -98,7 +100,7 @@ def op_cases(rows: int, k: int, hidden: int, vocab: int, layers: int) -> dict[st
         return fake_quant_linear(x, w, INT6, form=form, impl="triton" if impl == "compute_copy" else impl)
 
     def fake_quantize(*ws, impl):
-        copies = [torch.empty_like(w, dtype=BF16) for w in ws]
+        copies = [torch.empty_like(w, dtype=dtype) for w in ws]
         fake_quantize_banks(ws, copies, INT6, impl=impl)
         return tuple(copies)
 
@@ -106,7 +108,7 @@ def op_cases(rows: int, k: int, hidden: int, vocab: int, layers: int) -> dict[st
 
     def momentum(*gs_and_bs, impl):
         g, b = gs_and_bs[: len(banks)], gs_and_bs[len(banks) :]
-        u = [torch.empty_like(t, dtype=BF16 if t.dtype == FP32 else t.dtype) for t in g]
+        u = [torch.empty_like(t, dtype=dtype if t.dtype == FP32 else t.dtype) for t in g]
         sums = [t.new_empty(len(t), square_parts(*t.shape[1:])) for t in g]
         op = muon_momentum_ref_ if impl == "eager" else partial(muon_momentum_, impl=impl)
         op(g, b, u, g[0].new_full((), 0.95), square_sums=sums)
@@ -120,16 +122,16 @@ def op_cases(rows: int, k: int, hidden: int, vocab: int, layers: int) -> dict[st
         return *w, *copies
 
     def mlp(r, m):
-        return r.normal(m, k), r.weight(hidden, k), r.weight(k, hidden)
+        return r.normal(m, k, dtype=dtype), r.weight(hidden, k), r.weight(k, hidden)
 
     def linear(r, m):
-        return r.normal(m, k), r.weight(hidden, k)
+        return r.normal(m, k, dtype=dtype), r.weight(hidden, k)
 
     def head(r, m):
-        return r.normal(m, k), r.weight(vocab, k), r.targets(vocab, m)
+        return r.normal(m, k, dtype=dtype), r.weight(vocab, k), r.targets(vocab, m)
 
     def square(r, m):
-        return (r.normal(max(1, m // k), k, k),)
+        return (r.normal(max(1, m // k), k, k, dtype=dtype),)
 
     def wide(r, m):
         return (r.normal(m // hidden, hidden, k, dtype=FP32),)
@@ -137,22 +139,32 @@ def op_cases(rows: int, k: int, hidden: int, vocab: int, layers: int) -> dict[st
     model = sum(layers * n for layers, n, _ in banks), (count, numel)
     cross_entropy = partial(softcap_cross_entropy, reduction="none")  # of each token: errors would cancel in a mean
     cases = (
-        Case("relu2_mlp", rows, (rows, k, hidden), mlp, relu2_mlp, True),
-        Case("softcap_cross_entropy", rows, (rows, k, vocab), head, cross_entropy, True),
+        Case("relu2_mlp", rows, (rows, k, hidden), mlp, relu2_mlp, True, dtype),
+        Case("softcap_cross_entropy", rows, (rows, k, vocab), head, cross_entropy, True, dtype),
         Case(
             "newton_schulz",
             2 * layers * k,
             banks[0],
             square,
             lambda x, impl: newton_schulz(x, dtype=x.dtype, impl=impl),
+            dtype=dtype,
         ),
         Case("fake_quantize_rows", *model, draw_banks(FP32), fake_quantize, dtype=FP32, exact=True),
-        Case("codes_linear", rows, (rows, k, hidden), linear, codes_linear, True, columns=(*COLUMNS, "compute_copy")),
-        Case("token_logprobs", rows, (rows, k, vocab), head, token_logprobs),
+        Case(
+            "codes_linear",
+            rows,
+            (rows, k, hidden),
+            linear,
+            codes_linear,
+            True,
+            dtype,
+            columns=(*COLUMNS, "compute_copy"),
+        ),
+        Case("token_logprobs", rows, (rows, k, vocab), head, token_logprobs, dtype=dtype),
         Case("muon_momentum_", *model, draw_banks(FP32, FP32), momentum, dtype=FP32),
-        Case("muon_update_", *model, draw_banks(FP32, BF16), update, dtype=FP32),
-        Case("muon_update_rows_", *model, draw_banks(FP32, BF16), partial(update, spec=INT6), dtype=FP32, exact=True),
-        Case("linear_relu2", rows, (rows, k, hidden), linear, linear_relu2, True),
+        Case("muon_update_", *model, draw_banks(FP32, dtype), update, dtype=FP32),
+        Case("muon_update_rows_", *model, draw_banks(FP32, dtype), partial(update, spec=INT6), dtype=FP32, exact=True),
+        Case("linear_relu2", rows, (rows, k, hidden), linear, linear_relu2, True, dtype),
         Case(
             "quantize_rows",
             layers * hidden,

@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,30 +34,44 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 log = logging.getLogger("golfgpt_kernels")
 
-_meaning: Impl = "auto"  # of impl="auto"; torch.compile guards on it, so that a change recompiles
+# Of impl="auto", in general and for single ops; torch.compile guards on them, so that a change recompiles.
+_meaning: Impl = "auto"
+_meanings: Mapping[str, Impl] = {}
 
 
 class set_implementation:
     """What impl="auto" means from now on, in the whole process: "eager" or "triton", as if every op were called with
-    that name, or "auto", the choice by measurements. In a `with` statement the former meaning returns at the end."""
+    that name, or "auto", the choice by measurements. `ops` (name -> implementation) have a meaning of their own; names
+    are those of `implementation`. In a `with` statement the former meaning returns at the end. Raises ValueError for
+    unknown names."""
 
-    def __init__(self, impl: Impl):
-        global _meaning
-        if impl not in ("auto", "eager", "triton"):
-            raise ValueError(f"set_implementation: {impl!r}; expected 'auto', 'eager' or 'triton'")
-        self.former, _meaning = _meaning, impl
+    def __init__(self, impl: Impl, ops: Mapping[str, Impl] | None = None):
+        global _meaning, _meanings
+        for meaning in (impl, *(ops or {}).values()):
+            if meaning not in ("auto", "eager", "triton"):
+                raise ValueError(f"set_implementation: {meaning!r}; expected 'auto', 'eager' or 'triton'")
+        if unknown := [op for op in ops or {} if op not in op_dtypes()]:
+            raise ValueError(f"set_implementation: op {unknown[0]!r}; expected some of {', '.join(op_dtypes())}")
+        self.former, _meaning, _meanings = (_meaning, _meanings), impl, dict(ops or {})
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, *_error: object) -> None:
-        global _meaning
-        _meaning = self.former
+        global _meaning, _meanings
+        _meaning, _meanings = self.former
 
 
-def resolve(impl: Impl) -> Impl:
-    """`impl`, or for "auto" what set_implementation made of it."""
-    return _meaning if impl == "auto" else impl
+def resolve(op: str, impl: Impl) -> Impl:
+    """`impl`, or for "auto" what set_implementation made of it for `op`."""
+    return _meanings.get(op, _meaning) if impl == "auto" else impl
+
+
+def op_dtypes() -> dict[str, torch.dtype]:
+    """The ops of which impl="auto" decides one by one, and the dtype in which `tune` measures each."""
+    from ._cases import QUICK  # which imports the ops, and they this file
+
+    return {case.op: case.dtype for case in QUICK}
 
 
 def runs_triton(op: str, impl: Impl, tensor: Tensor, rows: int) -> bool:
@@ -64,7 +79,7 @@ def runs_triton(op: str, impl: Impl, tensor: Tensor, rows: int) -> bool:
 
     Raises ValueError for an unknown impl, RuntimeError with the reasons where "triton" cannot run.
     """
-    impl = resolve(impl)
+    impl = resolve(op, impl)
     if impl == "eager":
         return False
     if impl == "auto":
@@ -81,13 +96,11 @@ def runs_triton(op: str, impl: Impl, tensor: Tensor, rows: int) -> bool:
 
 def implementation(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """What impl="auto" means for `op` there: ("triton" or "eager", the reason in one sentence)."""
-    from ._cases import QUICK  # which imports the ops, and they this file
-
-    tuned = {case.op: case.dtype for case in QUICK}
+    tuned = op_dtypes()
     if op not in tuned:
         raise ValueError(f"implementation: op={op!r}; expected one of {', '.join(tuned)}")
-    if _meaning != "auto":
-        return _meaning, f"set_implementation({_meaning!r})"
+    if (meaning := resolve(op, "auto")) != "auto":
+        return meaning, f"set_implementation({meaning!r})"
     if device.type != "cuda":
         return "eager", "kernels are for GPUs"
     if reason := cannot_run(device, dtype):

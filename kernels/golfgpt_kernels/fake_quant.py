@@ -446,7 +446,7 @@ def fake_quant_linear(
     x: Tensor, w: Tensor, spec: RowQuant, *, form: Form = "auto", enabled: Tensor | None = None, impl: Impl = "auto"
 ) -> Tensor:
     """x ŵᵀ: x (..., K), w (N, K) -> (..., N) in x's dtype. ŵ is rounded from fp32 to x's dtype, once."""
-    op, impl = "fake_quant_linear", resolve(impl)
+    op = "fake_quant_linear"
     check_floats(op, x=x, w=w)
     check_linear(op, x, w)
     _check(op, w, spec, enabled)
@@ -458,7 +458,7 @@ def fake_quant_linear(
     x, lead = autocast(x), x.shape[:-1]
     kernel = _runs_triton("fake_quantize_rows", impl, w, spec)
     codes_kernel = form != "compute_copy" and per_row and _runs_triton("codes_linear", impl, x, spec, lead.numel())
-    if form == "codes" or (codes_kernel and impl == "auto"):
+    if form == "codes" or (codes_kernel and resolve("codes_linear", impl) == "auto"):
         dtype = x.dtype if codes_kernel else torch.int8
         codes, scale = _quantize(w.detach(), codes_dtype=dtype, by_kernel=codes_kernel, **to_fields([spec]))
         y = _CodesLinear.apply(x.reshape(lead.numel(), x.shape[-1]), w, codes, scale, codes_kernel)
@@ -475,7 +475,7 @@ def _decoded(w: Tensor, spec: RowQuant, dtype: torch.dtype, enabled: Tensor | No
 
 def _runs_triton(op: str, impl: Impl, tensor: Tensor, spec: RowQuant, rows: int = 1 << 62) -> bool:
     """Of quantizing, "auto" knows no least number of rows: it is one launch for any."""
-    return runs_triton(op, impl, tensor, rows) and stores_scale(op, resolve(impl), spec)
+    return runs_triton(op, impl, tensor, rows) and stores_scale(op, resolve(op, impl), spec)
 
 
 def _check(op: str, w: Tensor, spec: RowQuant, enabled: Tensor | None = None) -> None:

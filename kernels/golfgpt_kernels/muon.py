@@ -360,7 +360,8 @@ def muon_momentum_(
 ) -> None:
     """Momentum of all matrices: `buffers` are moved on, `outs` get what is to be orthogonalized, and `square_sums`,
     (..., square_parts(rows, cols)) fp32, what newton_schulz takes by that name."""
-    op, impl = "muon_momentum_", resolve(impl)
+    op = "muon_momentum_"
+    impl = resolve(op, impl)
     _check_lists(op, grads=grads, buffers=buffers, outs=outs)
     _check_square_sums(op, outs, square_sums)
     _check_scalar(op, grads, torch.float32, momentum=momentum)
@@ -389,7 +390,7 @@ def muon_update_(
 ) -> None:
     """Weight decay and update of all matrices, and their compute copies if there are any: fake-quantized by
     the matrix's spec, where that is None rounded. One launch for all whose specs differ in bits only."""
-    op, impl = "muon_update_", resolve(impl)
+    op = "muon_update_"
     copies = {} if compute_copies is None else {"compute_copies": compute_copies}
     _check_lists(op, params=params, updates=updates, **copies)
     _check_scalar(op, params, torch.float32, lr=lr)
@@ -407,10 +408,11 @@ def muon_update_(
         lists = params, updates, scales, compute_copies or [], specs
         ws, os, factors, copies, quants = ([each[i] for i in members] if each else [] for each in lists)
         spec = quants[0]
-        measured = op if spec is None else "muon_update_rows_"  # two kernels, of which "auto" asks one by one
-        kernel = _by_kernel(measured, impl, params=ws, updates=os, compute_copies=copies)
+        kind = op if spec is None else "muon_update_rows_"  # two kernels, of which "auto" asks one by one
+        form = resolve(kind, impl)
+        kernel = _by_kernel(kind, form, params=ws, updates=os, compute_copies=copies)
         args = ws, os, lr, factors, weight_decay, copies, ok
-        if not kernel or (spec is not None and not stores_scale(op, impl, spec)):
+        if not kernel or (spec is not None and not stores_scale(op, form, spec)):
             options = dict(scales=factors, weight_decay=weight_decay, compute_copies=copies or None, specs=quants)
             calls.append(partial(muon_update_ref_, ws, os, lr, **options, enabled=enabled, ok=ok))
         elif spec is None:

@@ -1,0 +1,284 @@
+"""The choice of a run's execution: from given times, with children that fail in every way, and once with real ones."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from golfgpt.config import RuntimeConfig
+from golfgpt.data.shards import Dataset
+from golfgpt.distributed import Ranks
+from golfgpt.errors import InputError
+from golfgpt.train import execution
+from golfgpt.train.attention_backend import Selection
+from golfgpt.train.children import verdicts
+from golfgpt.train.execution import Alternative, Trials, alternatives, available, select_execution
+from golfgpt.train.run_folder import read_config
+from golfgpt.train.step import TrainStep
+from golfgpt.train.train import train
+
+CPU = Ranks(0, 1, torch.device("cpu"))
+GPU = torch.device("cuda", 0)
+ATTENTION = Selection("flash", {"flash": 0.5, "cudnn": 0.6, "math": 9.0}, False, {})
+PLAIN = RuntimeConfig(kernels="eager", attention="flash", graph="off", threads=1, compile="off")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def step(tiny, corpus):
+    step = TrainStep(tiny, Dataset.open(corpus), CPU)
+    yield step
+    step.data.close()
+
+
+# ---- children
+
+
+def test_a_child_that_fails_says_why():
+    programs = {
+        "right": "print('a warning'); print('{\"loss\": null}')",
+        "wrong": 'print(\'{"loss": null, "mlp": "differs"}\')',
+        "raises": "raise ValueError('out of shared memory')",
+        "aborts": "import os; os.abort()",
+        "silent": "pass",
+        "hangs": "import time; time.sleep(100)",
+        "talks": "print('x' * 10**6); print('{}')",
+    }
+    found = verdicts({name: [sys.executable, "-c", code] for name, code in programs.items()}, 10.0)
+    assert found == {
+        "right": None,
+        "wrong": "mlp: differs",
+        "raises": "exit code 1: ValueError: out of shared memory",
+        "aborts": "ended by SIGABRT",
+        "silent": "exit code 0: no output",
+        "hangs": "no result in time",
+        "talks": None,
+    }
+
+
+def test_kernels_are_checked_at_the_sizes_of_the_run(step):
+    """A real child, of interpreted kernels. The process itself launches none."""
+    trials = Trials(step, PLAIN, lambda text: None)
+    command = trials._command("loss", PLAIN)
+    assert command[1:4] == ["-m", "golfgpt_kernels", "check"] and "384" in command and "48" in command
+    assert trials._refused({"loss": PLAIN}) == {"loss": None}
+
+
+def test_a_graph_that_cannot_be_had_is_refused_by_its_child(step):
+    (why,) = Trials(step, PLAIN, lambda text: None)._refused({"graph step": replace(PLAIN, graph="step")}).values()
+    assert "InputError: runtime.graph step expected a GPU" in why
+
+
+# ---- trials
+
+
+@pytest.fixture
+def trial(step, monkeypatch):
+    """run(tries, ms, refused): the chosen runtime and {name: verdict}, where `ms` gives a step's time by runtime."""
+
+    def run(tries, ms, refused=None, spread=0.0, broken=()):
+        calls = []
+
+        def turn(self, runtime):
+            calls.append(runtime)
+            return ms(runtime) * (1 + spread * (len(calls) % 3))
+
+        def ready(self, runtime):
+            assert not (refused or {}).get(runtime.kernels.rpartition(",")[2]), "launched what its child refused"
+            return "failed: RuntimeError: CUDA error" if runtime.kernels.rpartition(",")[2] in broken else None
+
+        monkeypatch.setattr(Trials, "_turn", turn)
+        monkeypatch.setattr(Trials, "_ready", ready)
+        monkeypatch.setattr(Trials, "_refused", lambda self, runtimes: dict.fromkeys(runtimes) | (refused or {}))
+        monkeypatch.setattr(execution, "use", lambda step, runtime: None)
+        found = Trials(step, PLAIN, lambda text: None).run(tries)
+        return found.runtime, {each.name: each.verdict for each in found.trials}
+
+    return run
+
+
+def kernels(*names):
+    return [Alternative(name, {"kernels": name}) for name in names]
+
+
+def test_what_is_faster_stays_and_what_is_not_goes(trial):
+    gain = {"mlp": 0.9, "loss": 1.05, "optimizer": 0.8, "eager": 1.0}
+    chosen, verdicts = trial(
+        [*kernels("mlp", "loss", "optimizer"), Alternative("attention cudnn", {"attention": "cudnn"})],
+        lambda r: (
+            100.0 * torch.tensor([gain[k] for k in r.kernels.split(",")]).prod().item() * (r.attention == "flash")
+            + 70.0 * (r.attention == "cudnn")
+        ),
+    )
+    assert (chosen.kernels, chosen.attention) == ("mlp,optimizer", "cudnn")
+    assert list(verdicts.values()) == ["taken", "slower", "taken", "taken"]
+
+
+@pytest.mark.parametrize("gain, spread, taken", [(0.03, 0.0, True), (0.005, 0.0, False), (0.03, 0.04, False)])
+def test_the_gain_must_exceed_the_spread_and_one_percent(trial, gain, spread, taken):
+    chosen, verdicts = trial(kernels("mlp"), lambda r: 100 * (1 - gain * (r.kernels == "mlp")), spread=spread)
+    assert chosen.kernels == ("mlp" if taken else "eager")
+    assert verdicts["mlp"] == "taken" or "not clearly faster" in verdicts["mlp"]
+
+
+def test_a_failure_costs_that_alternative_only(trial):
+    refused = {"mlp": "refused: ended by SIGSEGV", "loss": "refused: no result in time"}
+    tries = kernels("mlp", "loss", "fake_quant", "optimizer")
+    chosen, verdicts = trial(tries, lambda r: 100 - 10 * r.kernels.count(","), refused, broken=("fake_quant",))
+    assert verdicts == refused | {"fake_quant": "failed: RuntimeError: CUDA error", "optimizer": "slower"} or (
+        verdicts["optimizer"].startswith("not clearly")
+    )
+    assert chosen.kernels == "eager"
+
+
+def test_a_time_limit_ends_the_trials(trial, monkeypatch):
+    monkeypatch.setattr(execution, "SECONDS", -1.0)
+    chosen, verdicts = trial(kernels("mlp"), lambda r: 1.0)
+    assert chosen == PLAIN and verdicts == {"mlp": "not tried: -1 s are over"}
+    monkeypatch.setattr(execution, "SLOW_STEP", 0.5)
+    assert trial(kernels("mlp"), lambda r: 1000.0)[1] == {"mlp": "not tried: a step takes 1 s"}
+
+
+def test_fewer_threads_are_tried_until_they_are_no_faster(trial):
+    tries = [Alternative(f"threads {n}", {"threads": n}) for n in (8, 4, 2)]
+    chosen, verdicts = trial(tries, lambda r: {1: 100, 8: 50, 4: 60, 2: 10}[r.threads])
+    assert chosen.threads == 8 and verdicts == {"threads 8": "taken", "threads 4": "slower"}
+
+
+def test_rank_0_decides(step, monkeypatch):
+    """This rank measures the opposite."""
+    answers = iter([5.0, False] + [10.0, 9.0] * execution.TURNS)
+    monkeypatch.setattr(
+        Ranks, "broadcast_object", lambda self, value: None if isinstance(value, dict) else next(answers)
+    )
+    monkeypatch.setattr(Ranks, "sum_", lambda self, tensor: tensor)
+    monkeypatch.setattr(execution.Trials, "_refused", lambda self, runtimes: {})
+    step.ranks = Ranks(1, 2, CPU.device)
+    monkeypatch.setattr(TrainStep, "rehearse", lambda self: None)
+    found = Trials(step, PLAIN, lambda text: None).run(kernels("mlp"))
+    assert found.runtime.kernels == "mlp" and found.trials[0].ms == 9.0
+
+
+# ---- what is tried
+
+
+def on(cuda, config, compiled=True):
+    device = GPU if cuda else CPU.device
+    return SimpleNamespace(
+        cuda=cuda, compiled=compiled, config=config, ranks=Ranks(0, 1, device), dtype=torch.float32,
+        dtype_choice=SimpleNamespace(name="float32"),
+    )  # fmt: skip
+
+
+def names(runtime, step):
+    return [each.name for each in alternatives(runtime, step, ATTENTION)]
+
+
+def test_a_gpu_tries_kernels_attention_and_graphs(tiny):
+    auto = RuntimeConfig()
+    expected = ["mlp", "loss", "optimizer", "attention cudnn", "graph optimizer", "graph step"]
+    assert names(auto, on(True, tiny)) == expected
+    qat = replace(tiny, quant=replace(tiny.quant, qat="r4"))
+    assert "fake_quant" in names(auto, on(True, qat))
+    named = RuntimeConfig(kernels="eager", attention="flash", graph="off")
+    assert not names(named, on(True, tiny)) and not names(auto, on(True, tiny, compiled=False))
+    start = execution.starting_point(auto, on(True, tiny), ATTENTION)
+    assert (start.kernels, start.graph, start.compile) == ("eager", "off", "on")
+    assert execution.starting_point(auto, on(True, tiny, compiled=False), ATTENTION).kernels == "auto"
+
+
+def test_a_cpu_tries_threads_and_a_compilation_that_pays(tiny, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+
+    def lasting(seconds):
+        config = replace(tiny, schedule=replace(tiny.schedule, max_seconds=seconds))
+        return names(RuntimeConfig(), on(False, config, compiled=False))
+
+    assert lasting(120.0) == ["threads 4", "threads 2", "threads 1"]
+    assert lasting(600.0)[-1] == "compile" and lasting(None)[-1] == "compile"
+    fixed = RuntimeConfig(threads=8, compile="off")
+    assert not names(fixed, on(False, tiny, compiled=False))
+
+
+# ---- a whole run
+
+
+def test_a_run_stores_what_was_chosen_and_does_not_try_again(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    auto = replace(tiny, runtime=replace(tiny.runtime, threads=0, compile="off"))
+    train(auto, tmp_path / "run")
+    stored = read_config(tmp_path / "run").runtime
+    assert stored.threads in (1, 2) and (stored.compile, stored.attention, stored.graph) == ("off", "flash", "off")
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert f"execution:kernels:auto attention:flash graph:off threads:{stored.threads} compile:off" in log
+    assert "  threads 1: " in log and "ms a step against" in log
+    monkeypatch.setattr(Trials, "run", None)
+    train(auto, tmp_path / "again")
+    assert "compile:off (trials of an earlier run)" in (tmp_path / "again" / "train.log").read_text()
+    train(read_config(tmp_path / "run"), tmp_path / "run", resume=True)
+
+
+def test_trials_leave_no_trace(step):
+    before = {name: value.clone() for name, value in step.model.state_dict().items()}
+    step.config = replace(step.config, runtime=replace(step.config.runtime, threads=0))
+    Trials(step, replace(PLAIN, dtype="float32"), lambda text: None).run([Alternative("again", {"threads": 1})])
+    assert all(torch.equal(value, before[name]) for name, value in step.model.state_dict().items())
+    assert not any(value.any() for value in step.optimizers.state().values()) and step.pace.known == (0, 0.0)
+
+
+def test_a_failing_step_is_no_trial(step, monkeypatch):
+    """Without any alternative it is the run's own failure."""
+    monkeypatch.setattr(TrainStep, "rehearse", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Trials(step, PLAIN, lambda text: None).run(kernels("mlp"))
+
+
+def test_what_a_run_chose_elsewhere_is_replaced_and_said():
+    stored = RuntimeConfig(kernels="mlp,loss", attention="cudnn", threads=4)
+    runtime, said = available(stored, stored, GPU if torch.cuda.is_available() else torch.device("meta"))
+    assert runtime.kernels == "eager" and "kernels mlp,loss (eager here)" in said
+    runtime, said = available(stored, stored, CPU.device)
+    assert runtime.attention == "auto" and "attention cudnn (auto here)" in said
+    asked = replace(stored, attention="flash")
+    assert available(asked, stored, CPU.device)[0].attention == "flash"
+    assert available(RuntimeConfig(), RuntimeConfig(), CPU.device) == (RuntimeConfig(), "")
+
+
+@pytest.mark.parametrize("kernels", ["mlp,head", "", "auto,mlp"])
+def test_unknown_kernels_are_refused(kernels):
+    with pytest.raises(ValueError, match="expected auto, eager, triton, or some of mlp,loss,optimizer,fake_quant"):
+        RuntimeConfig(kernels=kernels)
+
+
+def test_graphs_need_a_gpu(tiny, corpus):
+    with pytest.raises(InputError, match=r"runtime\.graph step expected a GPU, compilation and warmup_steps >= 1"):
+        TrainStep(replace(tiny, runtime=replace(tiny.runtime, graph="step")), Dataset.open(corpus), CPU)
+
+
+def test_named_parts_run_as_kernels_and_nothing_else(tiny):
+    from golfgpt_kernels import implementation
+
+    from golfgpt.train.kernels import choose_kernels
+
+    with choose_kernels(replace(tiny, runtime=replace(tiny.runtime, kernels="mlp,optimizer")), CPU):
+        chosen = {op: implementation(op, CPU.device, torch.float32)[0] for op in ("relu2_mlp", "muon_update_")}
+        assert set(chosen.values()) == {"triton"}
+        assert implementation("softcap_cross_entropy", CPU.device, torch.float32)[0] == "eager"
+
+
+def test_selection_is_kept_by_what_shapes_the_step(step, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    step.config = replace(step.config, runtime=replace(step.config.runtime, threads=0, compile="off"))
+    selection = Selection("flash", {}, False, {})
+    assert not select_execution(step, selection).kept and step.config.runtime.threads
+    (file,) = (tmp_path / "cache" / "golfgpt" / "execution").iterdir()
+    assert json.loads(file.read_text())["value"]["trials"][0]["name"] == "threads 1"
