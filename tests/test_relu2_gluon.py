@@ -141,6 +141,13 @@ class Memory:
     def permute(self, order) -> Memory:
         return Memory(self.values.permute(order))
 
+    def slice(self, start: int, length: int, dim: int) -> Memory:
+        return Memory(self.values.narrow(dim, start, length))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
     def load(self, _layout) -> torch.Tensor:
         return self.values.clone()
 
@@ -179,6 +186,7 @@ class Machine:
             float32=torch.float32,
             int64=torch.int64,
             zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
+            convert_layout=lambda value, layout, assert_trivial: value,
             allocate_shared_memory=self.allocate,
             warp_specialize=self.specialize,
         )
@@ -196,7 +204,9 @@ class Machine:
             "warpgroup_mma": lambda a, b, acc: acc + a.values.float() @ b.values.float(),
             "activate": lambda z, slope, dtype, leaky: z.relu().square().to(dtype),
             "activation_grad": lambda h, slope, leaky: 2 * h.float().sqrt(),
+            "halves": lambda sums, rows, columns: sums.chunk(2, dim=1),
             "ROWS": 4, "BLOCK_N": 8, "BLOCK_K": 4, "SLOTS": 3, "SHARED": None, "SUMS": None,
+            "HALF_SUMS": None,
         }  # fmt: skip
         exec(compile("from __future__ import annotations\n" + source, "relu2_mlp_gluon.py", "exec"), names)
         self.kernel = names["_relu2_mlp_gluon_kernel"]
@@ -248,7 +258,7 @@ class Machine:
         wait(self.stores.__dict__.get("running", []))
 
 
-FUNCTIONS = ("_produce", "_consume", "_relu2_mlp_gluon_kernel")
+FUNCTIONS = ("_produce", "_multiply_grad", "_consume", "_relu2_mlp_gluon_kernel")
 SOURCE = "\n".join(inspect.getsource(getattr(relu2_mlp_gluon, name).fn) for name in FUNCTIONS)
 
 

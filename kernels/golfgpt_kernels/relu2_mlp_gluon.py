@@ -35,19 +35,20 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ._jit import ceil_div, descriptor, empty_rows, launch, num_programs
+from ._jit import ceil_div, descriptor, empty_rows, halves, launch, num_programs
 from .relu2_mlp import _activate, _activation_grad
 
 # Names until triton 3.7.
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
-activate, activation_grad = jit(_activate.fn), jit(_activation_grad.fn)
+activate, activation_grad, halves = jit(_activate.fn), jit(_activation_grad.fn), jit(halves.fn)
 
 ROWS, BLOCK_N, BLOCK_K = gl.constexpr(64), gl.constexpr(256), gl.constexpr(64)  # rows of a consumer, half a tile's
 SLOTS = gl.constexpr(3)  # 3 x 48 KB and 64 KB of h or output: 208 of 227 KB
 SHARED = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 SUMS = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 256, 16]))
+HALF_SUMS = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16]))
 
 
 @jit
@@ -74,6 +75,13 @@ def _produce(a_desc, b_desc, h_desc, a, b, out, full, empty, h_free, h_full, M, 
                 mbarrier.wait(h_free.index(half), turn & 1)
                 mbarrier.expect(h_full.index(half), h_desc.block_type.nbytes)
                 tma_load(h_desc, [m + half * ROWS, n], h_full.index(half), out.index(half))
+
+
+@jit
+def _multiply_grad(h, sums, slope, LEAKY: gl.constexpr):
+    """h = sums 2 a a', in place."""
+    sums = gl.convert_layout(sums, HALF_SUMS, assert_trivial=True)
+    h.store((sums * activation_grad(h.load(HALF_SUMS), slope, LEAKY)).to(h.dtype))
 
 
 @jit
@@ -104,11 +112,11 @@ def _consume(
             step += 1
         if GRAD:
             mbarrier.wait(h_full.index(half), turn & 1)
-            result = sums * activation_grad(buffer.load(SUMS), slope, LEAKY)
-            result = result.to(out_desc.dtype)
+            left, right = halves(sums, ROWS, BLOCK_N)  # h whole takes 64 registers: LEAKY spills in triton 3.7
+            _multiply_grad(buffer.slice(0, BLOCK_N // 2, dim=1), left, slope, LEAKY)
+            _multiply_grad(buffer.slice(BLOCK_N // 2, BLOCK_N // 2, dim=1), right, slope, LEAKY)
         else:
-            result = activate(sums, slope, out_desc.dtype, LEAKY)
-        buffer.store(result)
+            buffer.store(activate(sums, slope, out_desc.dtype, LEAKY))
         fence_async_shared()
         tma_store(out_desc, [m, n], buffer)
     tma.store_wait(0)
