@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import golfgpt_kernels as gk
 import pytest
 import torch
+from golfgpt_kernels import __main__
 from golfgpt_kernels._versions import gluon_untried
 from golfgpt_kernels.testing import randn
 
@@ -65,7 +66,28 @@ def test_with_which_triton_it_runs():
 def test_it_is_no_meaning_of_auto():
     with pytest.raises(ValueError, match="'gluon'; expected 'auto', 'eager' or 'triton'"):
         gk.set_implementation("gluon")
+    with pytest.raises(ValueError, match="'gluon' for newton_schulz; expected 'auto', 'eager' or 'triton'"):
+        gk.set_implementation("eager", {"newton_schulz": "gluon"})
     assert torch.equal(gk.relu2_mlp(X, W, W2), gk.relu2_mlp(X, W, W2, impl="eager"))
+
+
+def test_a_run_can_choose_it_for_its_two_ops():
+    with gk.set_implementation("eager", {"relu2_mlp": "gluon", "linear_relu2": "gluon"}):
+        assert gk.implementation("relu2_mlp", CUDA, torch.bfloat16) == ("gluon", "set_implementation('gluon')")
+        for op, args in ((gk.linear_relu2, (X, W)), (gk.relu2_mlp, (X, W, W2))):
+            with pytest.raises(RuntimeError, match="impl='gluon' cannot run"):
+                op(*args)
+            op(*args, impl="eager")
+        assert gk.implementation("newton_schulz", CUDA, torch.bfloat16)[0] == "eager"
+    gk.relu2_mlp(X, W, W2)
+
+
+def test_check_can_check_it(capsys):
+    options = ["check", "relu2_mlp", "newton_schulz", "--impl", "gluon", "--device", "cpu", "--rows", "8"]
+    assert __main__.main([*options, "--dim", "16", "--hidden", "16", "--vocab", "16", "--layers", "1"]) == 1
+    mlp, newton_schulz = capsys.readouterr().out.splitlines()
+    assert mlp.startswith("relu2_mlp: ") and "impl='gluon' cannot run" in mlp
+    assert newton_schulz.startswith("newton_schulz: ") and "impl='gluon'; expected" in newton_schulz
 
 
 @pytest.mark.parametrize(

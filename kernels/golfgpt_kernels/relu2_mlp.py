@@ -48,7 +48,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._dispatch import autocast, check_floats, check_linear, runs_triton
+from ._dispatch import GluonImpl, autocast, check_floats, check_linear, resolve, runs_triton
 from ._jit import (
     GLUON_MISSING,
     ceil_div,
@@ -66,8 +66,6 @@ from ._jit import (
 from ._ops import add_op_namespace_prefix
 from ._tiles import INTERPRETED_GEMM, Tile, TileTable, compute_capability
 from ._weight_grad import weight_grad
-
-Impl = Literal["auto", "triton", "gluon", "eager"]
 
 
 def linear_relu2_ref(x: Tensor, w: Tensor, *, negative_slope: float = 0.0) -> Tensor:
@@ -333,7 +331,7 @@ _relu2_mlp.register_autograd(_relu2_mlp_backward, setup_context=_save_relu2_mlp)
 # ---- public
 
 
-def linear_relu2(x: Tensor, w: Tensor, *, negative_slope: float = 0.0, impl: Impl = "auto") -> Tensor:
+def linear_relu2(x: Tensor, w: Tensor, *, negative_slope: float = 0.0, impl: GluonImpl = "auto") -> Tensor:
     """relu(x wᵀ)²: x (..., K), w (N, K) -> (..., N) in x's dtype. For impl="gluon" see `relu2_mlp`."""
     check_floats("linear_relu2", x=x, w=w)
     check_linear("linear_relu2", x, w)
@@ -346,7 +344,9 @@ def linear_relu2(x: Tensor, w: Tensor, *, negative_slope: float = 0.0, impl: Imp
     return h.reshape(*lead, w.shape[0])
 
 
-def relu2_mlp(x: Tensor, w_fc: Tensor, w_proj: Tensor, *, negative_slope: float = 0.0, impl: Impl = "auto") -> Tensor:
+def relu2_mlp(
+    x: Tensor, w_fc: Tensor, w_proj: Tensor, *, negative_slope: float = 0.0, impl: GluonImpl = "auto"
+) -> Tensor:
     """relu(x w_fcᵀ)² w_projᵀ: x (..., K), w_fc (H, K), w_proj (N, H) -> (..., N) in x's dtype.
 
     impl="gluon" takes the up and the dz GEMM of relu2_mlp_gluon.py (sm_90, fp16 and bf16, triton 3.6 to 3.9), which has
@@ -369,9 +369,9 @@ def relu2_mlp(x: Tensor, w_fc: Tensor, w_proj: Tensor, *, negative_slope: float 
     return y.reshape(*lead, w_proj.shape[0])
 
 
-def _form(op: str, impl: Impl, x: Tensor, rows: int) -> Literal["triton", "gluon", "eager"]:
+def _form(op: str, impl: GluonImpl, x: Tensor, rows: int) -> Literal["triton", "gluon", "eager"]:
     """What computes `op`; raises as runs_triton does."""
-    if impl != "gluon":
+    if resolve(op, impl) != "gluon":
         return "triton" if runs_triton(op, impl, x, rows) else "eager"
     if reason := gluon_cannot_run(x.device, x.dtype):
         raise RuntimeError(f"impl='gluon' cannot run: {reason}; impl='eager' can")
