@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from golfgpt.data.config import DataConfig
 from golfgpt.files import from_json
-from golfgpt.model.config import BigramConfig, ModelConfig
+from golfgpt.model.config import BigramConfig, LoopConfig, ModelConfig, ParallelConfig, ValueEmbeddingConfig
 from golfgpt.optim.config import AverageConfig, OptimConfig, ScheduleConfig
 from golfgpt.quant.config import BudgetConfig, QuantConfig, QuantRule
 from golfgpt.score.config import EvalConfig
@@ -25,13 +25,16 @@ __all__ = [
     "BudgetConfig",
     "DataConfig",
     "EvalConfig",
+    "LoopConfig",
     "ModelConfig",
     "OptimConfig",
+    "ParallelConfig",
     "QuantConfig",
     "QuantRule",
     "RunConfig",
     "RuntimeConfig",
     "ScheduleConfig",
+    "ValueEmbeddingConfig",
     "differences",
     "from_dict",
     "to_dict",

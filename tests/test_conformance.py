@@ -1,4 +1,4 @@
-"""Agreement with the published scripts: vectors in the folder named by GOLFGPT_CONFORMANCE.
+"""Agreement with the published scripts: vectors in the folders named by GOLFGPT_CONFORMANCE, separated as PATH is.
 
 Every configuration, shape and hyperparameter is read from the files' metadata, so that vectors of the same
 kinds with other seeds and shapes run unchanged. A kind whose recipe is not built yet is skipped by name.
@@ -23,32 +23,37 @@ from golfgpt.config import (
     AverageConfig,
     BigramConfig,
     DataConfig,
+    LoopConfig,
     ModelConfig,
     OptimConfig,
+    ParallelConfig,
     QuantConfig,
     RunConfig,
     RuntimeConfig,
     ScheduleConfig,
+    ValueEmbeddingConfig,
 )
 from golfgpt.data.shards import open_shard
 from golfgpt.distributed import Ranks
 from golfgpt.model.gpt import GPT
 from golfgpt.model.parameters import parameter_shapes, parameter_table
 from golfgpt.model.rotary import rope_table
+from golfgpt.model.segments import Segments
 from golfgpt.optim.optimizers import Muon
+from golfgpt.optim.schedule import muon_momentum
 from golfgpt.published.files import read_export
-from golfgpt.published.names import from_published, infer_config, to_published
+from golfgpt.published.names import from_published, infer_config, split_banks, to_published
 from golfgpt.quant.quantizer import Quantizer, parse_layer_group, prune_threshold, pruned
 from golfgpt.recipes import RECIPES
 from golfgpt.score.windows import Scorer, Windows, score_windows
 from golfgpt.train.step import TrainStep
 
-FOLDER = os.environ.get("GOLFGPT_CONFORMANCE")
-FILES = sorted(p for p in Path(FOLDER).iterdir() if p.suffix in (".safetensors", ".ptz")) if FOLDER else []
+FOLDERS = [Path(folder) for folder in os.environ.get("GOLFGPT_CONFORMANCE", "").split(os.pathsep) if folder]
+FILES = sorted(p for folder in FOLDERS for p in folder.iterdir() if p.suffix in (".safetensors", ".ptz"))
 
 pytestmark = [
     pytest.mark.numeric,
-    pytest.mark.skipif(not FOLDER, reason="GOLFGPT_CONFORMANCE names no folder of vectors"),
+    pytest.mark.skipif(not FOLDERS, reason="GOLFGPT_CONFORMANCE names no folder of vectors"),
 ]
 
 
@@ -82,6 +87,65 @@ def model_config(v: Vectors) -> ModelConfig:
         bigram=BigramConfig(rows=pairs, dim=config.pop("bigram_dim", 0)) if pairs else BigramConfig(),
         **config,
     )
+
+
+def frontier_config(v: Vectors) -> ModelConfig:
+    """The same of the records from 2026-03-22 on."""
+    c = dict(v.meta["config"])
+    layers, names = c["num_layers"], {name.split(".", 1)[-1] for name in v}
+    gate = "window" if c.get("attn_out_gate_enabled") else "dense" if c.get("gated_attn_enabled") else "none"
+    gate = "sparse" if c.get("sparse_attn_gate_enabled") else gate
+    one_lane = c.get("parallel_residual_start", layers)
+    two_lanes = c.get("parallel_start_layer", layers)
+    kind = "merged" if "lane_merge" in names else "routed" if two_lanes < layers else "off"
+    kind = "one_lane" if one_lane < layers else kind
+    final = {"mean": "mean", "mlp": "mlp", "attn": "attention"}[c.get("parallel_final_lane", "mean")]
+    loops = c.get("num_loops", 0)
+    smear = "input" if c.get("smear_gate_enabled") else "after_norm" if "smear.gate" in names else "none"
+    values = tuple(int(i) for i in c["ve_layers"].split(",")) if c.get("ve_enabled") else ()
+    same = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "tie_embeddings", "logit_softcap")
+    return ModelConfig(
+        **{name: c[name] for name in (*same, "rope_base", "qk_gain_init", "rope_dims", "ln_scale")},
+        mlp_hidden=int(c["model_dim"] * c["mlp_mult"]),
+        mlp_slope=0.0 if v.meta.get("activation") == "relu2" or "2026-03-22" in v.meta["record"] else 0.5,
+        xsa_layers=tuple(range(layers - c["xsa_last_n"], layers)),
+        rope_reference_len=v.meta.get("rope_reference_len"),
+        smear_gate=smear,
+        document_start=v.meta["bos_id"] if smear == "input" else None,
+        bigram=BigramConfig(rows=c["bigram_vocab_size"], dim=c["bigram_dim"]) if "bigram_dim" in c else BigramConfig(),
+        value_embedding=ValueEmbeddingConfig(dim=c["ve_dim"] if values else 0, layers=values),
+        attn_gate=gate,
+        attn_gate_scale=c.get("sparse_attn_gate_scale", 1.0),
+        gate_window=c.get("gate_window", 12),
+        skip_gates=c.get("skip_gates_enabled", False),
+        loop=LoopConfig(first=c["loop_start"], last=c["loop_end"], passes=loops + 1) if loops else LoopConfig(),
+        parallel=ParallelConfig(kind=kind, first=min(one_lane, two_lanes) if kind != "off" else 0, final=final),
+    )
+
+
+def check_frontier_forward(v: Vectors) -> None:
+    config = frontier_config(v)
+    model = build(config, v.part("param."))
+    looping, segments = v.meta.get("looping_active", True), None
+    if "encoder_indices" in v.meta:
+        order = v.meta["encoder_indices"] + v.meta["decoder_indices"]
+        assert [planned.row for planned in model.plans[looping]] == order
+    if "cu_seqlens" in v:
+        segments = Segments.of(v["cu_seqlens"], v["input_ids"].size(1), v.meta["max_seqlen"])
+    loss = model.loss(v["input_ids"], v["target_ids"], segments=segments, looping=looping)
+    loss.backward()
+    assert abs(loss.item() - v["loss"].item()) <= 1e-5
+    grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+    grads, expected = to_published(grads), split_banks(v.part("grad."))
+    assert grads.keys() - expected.keys() <= set(v.meta["zero_grad_params"]) and not expected.keys() - grads.keys()
+    for name, grad in expected.items():
+        if grad.any():
+            assert relative(grads[name], grad) <= 1e-4, name
+        else:
+            assert not grads[name].any(), name
+    if "logits" in v:
+        hidden = model(v["input_ids"], segments=segments, looping=looping)
+        assert (model.logits(hidden) - v["logits"]).abs().max() <= 1e-4
 
 
 def quantization(v: Vectors) -> QuantConfig:
@@ -141,6 +205,8 @@ def check_ntk_rope(v: Vectors) -> None:
 
 
 def check_muon(v: Vectors) -> None:
+    if "record_muon" in v.meta:
+        return check_record_muon(v)
     for name in sorted(k for k in v if k.startswith("ns.") and ".out" in k):
         stem, steps = name.rsplit(".out", 1)
         assert relative(newton_schulz(v[f"{stem}.in"], steps=int(steps)), v[name]) <= 0.1, name
@@ -156,6 +222,34 @@ def check_muon(v: Vectors) -> None:
             last = v[f"{kind}.{i}.p{len(grads)}"]
             error = (p.detach() - last).norm() / (last - v[f"muon.{i}.p0"]).norm()
             assert error <= 0.1, f"{kind}.{i}"
+
+
+def check_newton_schulz(v: Vectors) -> None:
+    named = {"mar22": "quintic", "apr27": "polar_express_5"}
+    for name in [name for name in v if name.endswith(".in")]:
+        out = newton_schulz(v[name], steps=5, coefficients=named[name.split(".")[0]])
+        assert relative(out, v[name.replace(".in", ".out5")]) <= 0.1, name
+
+
+def check_record_muon(v: Vectors) -> None:
+    for tag, hyper in v.meta["record_muon"].items():
+        for stem in sorted({name.rsplit(".", 1)[0] for name in v if name.startswith(f"{tag}.")}):
+            p = torch.nn.Parameter(v[f"{stem}.p0"].clone())
+            optimizer = Muon(
+                [p],
+                lr=hyper["lr"],
+                momentum=hyper["momentum"],
+                nesterov=hyper["nesterov"],
+                ns_steps=hyper["backend_steps"],
+                weight_decay=hyper["weight_decay"],
+                row_norm=hyper.get("row_normalize", False),
+                coefficients="polar_express_5" if tag == "apr27" else "quintic",
+            )
+            for i in range(3):
+                p.grad = v[f"{stem}.g{i}"]
+                optimizer.step()
+            error = (p.detach() - v[f"{stem}.p3"]).norm() / (v[f"{stem}.p3"] - v[f"{stem}.p0"]).norm()
+            assert error <= 0.06, (stem, error)
 
 
 def check_quant(v: Vectors) -> None:
@@ -278,11 +372,66 @@ def check_sliding(v: Vectors) -> None:
 class ShardOnly:
     """What `TrainStep` needs of a data set: the training shards."""
 
-    def __init__(self, shard: Path):
-        self.train = [open_shard(shard)]
+    def __init__(self, *shards: Path):
+        self.train = [open_shard(shard) for shard in shards]
+
+
+def check_record_trajectory(v: Vectors) -> None:
+    if v.meta["loader"] != "sequential":
+        pytest.skip(f"the loader {v.meta['loader']} is not built")
+    hyper, config = v.meta["hyperparameters"], frontier_config(v)
+    run = RunConfig(
+        model=config,
+        optim=OptimConfig(
+            matrix_lr=hyper["matrix_lr"],
+            scalar_lr=hyper["scalar_lr"],
+            tied_embed_lr=hyper["tied_embed_lr"],
+            muon_momentum=hyper["muon_momentum"],
+            muon_momentum_warmup_start=hyper["muon_momentum_warmup_start"],
+            muon_momentum_warmup_steps=hyper["muon_momentum_warmup_steps"],
+            muon_ns_steps=hyper["muon_backend_steps"],
+            adam_beta1=hyper["beta1"],
+            adam_beta2=hyper["beta2"],
+            adam_eps=hyper["adam_eps"],
+            weight_decay=hyper["muon_wd"],
+            embed_weight_decay=hyper.get("embed_wd"),
+            scalar_weight_decay=hyper["adam_wd"],
+            grad_clip_norm=hyper["grad_clip_norm"],
+        ),
+        schedule=ScheduleConfig(
+            kind="warmdown_steps",
+            max_seconds=None,
+            max_steps=hyper["iterations"],
+            warmdown_steps=hyper["warmdown_iters"],
+        ),
+        average=AverageConfig(kind="ema", ema_decay=hyper["ema_decay"], ema_start="initial"),
+        data=DataConfig(batch_tokens=hyper["train_batch_tokens"], seq_len=hyper["train_seq_len"]),
+        runtime=RuntimeConfig(dtype="float32"),
+    )
+    shards = ShardOnly(*(v.path.with_name(name) for name in v.meta["shards"]))
+    trainer = TrainStep(run, shards, Ranks(0, 1, torch.device("cpu")))
+    trainer.optimizers.muon.dtype = torch.bfloat16  # as published, whatever the forward's
+    init = split_banks(v.part("init."))
+    trainer.model.load_state_dict(from_published(init, config))
+    trainer.average.begin()
+    for step in range(hyper["iterations"]):
+        pending = trainer.launch(step)
+        result = trainer.wait(pending)
+        tolerance = 1e-5 if step == 0 else 2e-3 if step < 8 else 1e-2
+        assert abs(result.loss - v["losses"][step].item()) <= tolerance, step
+        assert abs(muon_momentum(step, run.optim) - v["momentum"][step].item()) <= 1e-9, step
+        assert abs(trainer.update(pending) - v["lr_multiplier"][step].item()) <= 1e-9, step
+    final = to_published({k: p.detach() for k, p in trainer.model.named_parameters()})
+    for result, prefix in ((final, "final."), (to_published(trainer.average.weights()), "ema.")):
+        for name, expected in split_banks(v.part(prefix)).items():
+            if expected.numel() >= 64:
+                error = (result[name] - expected).norm() / (expected - init[name]).norm()
+                assert error <= 0.3, (prefix, name, error)
 
 
 def check_trajectory(v: Vectors) -> None:
+    if "record" in v.meta:
+        return check_record_trajectory(v)
     hyper = v.meta["hyperparameters"]
     config = model_config(v)
     beta1, beta2 = hyper["adam_betas"]
@@ -337,6 +486,8 @@ def check_trajectory(v: Vectors) -> None:
 
 
 CHECKS = {
+    "fwd": check_frontier_forward,
+    "newton": check_newton_schulz,
     "muon": check_muon,
     "ntk": check_ntk_rope,
     "prune": check_prune,

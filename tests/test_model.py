@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 import torch.nn.functional as F
 from golfgpt_kernels import RowQuant, fake_quantize_rows
 from models import SMALL, fake_quantized, lively
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from golfgpt.config import BigramConfig, ModelConfig, OptimConfig
+from golfgpt.config import (
+    BigramConfig,
+    LoopConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    ValueEmbeddingConfig,
+)
 from golfgpt.model.gpt import GPT
 from golfgpt.model.kv_cache import KVCache
 from golfgpt.model.linear import LoRA, Observed, rms_norm
 from golfgpt.model.plan import layer_plan
 from golfgpt.model.rotary import norm_rotate, rope_table
+from golfgpt.model.segments import Segments, attend_within
 from golfgpt.optim.optimizers import Optimizers
 from golfgpt.published.names import from_published, to_published
 from golfgpt.quant import compute_copies
@@ -42,6 +53,32 @@ VARIANTS = {
     "pr65-documents": replace(PAIRS, smear_gate="before_norm", bigram=LINEAR, document_start=1),
     "ntk": replace(SMALL, rope_reference_len=10),
 }
+LATER = replace(SMALL, mlp_slope=0.5, rope_dims=4, ln_scale=True, xsa_layers=(0, 1, 2, 3, 4))
+LOOPED = replace(LATER, skip_gates=True, loop=LoopConfig(first=1, last=2, passes=3))
+RECORDS = {
+    "2026-03-22": replace(
+        LATER,
+        mlp_slope=0.0,
+        xsa_layers=(3, 4),
+        smear_gate="after_norm",
+        bigram=PAIRS.bigram,
+        value_embedding=ValueEmbeddingConfig(dim=10, layers=(2, 4)),
+    ),
+    "2026-04-05": LOOPED,
+    "pr1477": replace(LOOPED, parallel=ParallelConfig(kind="merged", first=3)),
+    "2026-04-09": replace(LOOPED, parallel=ParallelConfig(kind="one_lane", first=3)),
+    "2026-04-16": replace(LOOPED, attn_gate="window", parallel=ParallelConfig(kind="routed", first=3, final="mlp")),
+    "2026-04-19": replace(LOOPED, attn_gate="dense", parallel=ParallelConfig(kind="routed", first=2)),
+    "2026-04-27": replace(
+        LOOPED,
+        attn_gate="sparse",
+        attn_gate_scale=0.5,
+        smear_gate="input",
+        document_start=1,
+        parallel=ParallelConfig(kind="routed", first=3),
+    ),
+}
+VARIANTS |= RECORDS
 variants = pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
 
 
@@ -50,6 +87,26 @@ def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(2, 97, shape, generator=generator)
     return ids.masked_fill(torch.rand(shape, generator=generator) < 1 / 8, 1)
+
+
+EMA = ModelConfig(  # of 2026-03-22
+    num_layers=11,
+    mlp_hidden=1536,
+    smear_gate="after_norm",
+    bigram=BigramConfig(rows=2048, dim=128),
+    value_embedding=ValueEmbeddingConfig(dim=128, layers=(9, 10)),
+)
+LOOP = ModelConfig(  # of 2026-04-05
+    vocab_size=8192,
+    num_layers=11,
+    mlp_hidden=2048,
+    skip_gates=True,
+    loop=LoopConfig(first=4, last=5, passes=3),
+)
+ROUTED = replace(  # of 2026-04-10
+    LOOP, loop=LoopConfig(first=3, last=5, passes=3), parallel=ParallelConfig(kind="routed", first=8)
+)
+SPARSE = replace(ROUTED, attn_gate="sparse")
 
 
 @pytest.mark.parametrize(
@@ -61,8 +118,15 @@ def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
         (R5, 25_517_137),
         (replace(R5, num_layers=9, bigram=BigramConfig(rows=4096, dim=128)), 22_368_841),
         (replace(R5, num_layers=9, bigram=BigramConfig(rows=4096, dim=128, hash="linear")), 22_368_840),
+        (EMA, 26_993_756),
+        (replace(EMA, bigram=BigramConfig(rows=3072, dim=112)), 27_067_484),
+        (LOOP, 35_943_512),
+        (replace(ROUTED, parallel=ParallelConfig(kind="one_lane", first=7)), 35_944_536),
+        (ROUTED, 35_944_602),
+        (SPARSE, 35_945_658),
+        (replace(SPARSE, smear_gate="input", document_start=1), 35_945_671),
     ],
-    ids=["r0", "r1", "r3-r4", "r5-and-180", "162", "65"],
+    ids=["r0", "r1", "r3-r4", "r5-and-180", "162", "65", "f1", "f2", "f3", "f4", "f5", "1787", "f6"],
 )
 def test_models_have_the_published_number_of_parameters(config, count):
     assert GPT(config).num_parameters() == count
@@ -90,7 +154,7 @@ def test_initialization():
 def test_models_of_one_seed_share_their_other_weights(config):
     model = GPT(config)
     for name, p in GPT(SMALL).named_parameters():
-        assert torch.equal(model.get_parameter(name), p), name
+        assert torch.equal(model.get_parameter(name)[: len(p)], p), name  # a loop has more skips
 
 
 def test_a_narrow_pair_projection_can_learn():
@@ -137,12 +201,12 @@ def test_embeddings_follow_the_published_formulas(name):
     torch.testing.assert_close(model(ids[None])[0], rms_norm(published_embedding(model, ids)), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["r5", "pr65"])
+@pytest.mark.parametrize("name", ["r5", "pr65", "2026-04-27"])
 def test_nothing_flows_across_a_document_start_that_is_named(name):
     """But for attention, which ignores documents as upstream's does, and is off here."""
     ids = torch.tensor([[5, 6, 7, 1, 8, 9, 10]])
     changed = torch.tensor([[5, 6, 11, 1, 8, 9, 10]])
-    for config in (VARIANTS[name], VARIANTS[name + "-documents"]):
+    for config in (replace(VARIANTS[name], document_start=start) for start in (None, 1)):
         model = lively(config)
         with torch.no_grad():
             model.attn_scale.zero_()
@@ -161,16 +225,69 @@ def test_initial_loss_is_uniform():
     assert model.loss(ids[:, :-1], ids[:, 1:]).item() == pytest.approx(6.9315, abs=0.05)
 
 
-@variants
-@pytest.mark.parametrize("layers", [1, 2, 5])
-def test_a_later_token_changes_no_earlier_hidden_state(layers, config):
-    model = lively(replace(config, num_layers=layers))
+DEPTHS = [(name, layers) for name in VARIANTS for layers in ((5,) if name in RECORDS else (1, 2, 5))]
+
+
+@pytest.mark.parametrize("name, layers", DEPTHS)
+def test_a_later_token_changes_no_earlier_hidden_state(name, layers):
+    model = lively(replace(VARIANTS[name], num_layers=layers))
     ids = tokens(1, 40, seed=1)
     changed = ids.clone()
     changed[0, 25] = (changed[0, 25] + 1) % 97
     a, b = model(ids), model(changed)
     assert torch.equal(a[:, :25], b[:, :25])  # to the bit, on which the scorer's checks rely
     assert not torch.allclose(a[:, 25:], b[:, 25:])
+
+
+@variants
+def test_the_last_tokens_alone_are_those_of_the_whole_forward(config):
+    model, ids = lively(config), tokens(2, 30, seed=3)
+    for count in (1, 7, 29):
+        torch.testing.assert_close(model(ids, suffix=count), model(ids)[:, -count:], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        model(ids, suffix=7, document_start=1), model(ids, document_start=1)[:, -7:], atol=2e-5, rtol=1e-4
+    )
+
+
+@variants
+@pytest.mark.parametrize("longest", [9, 16, 40, 64])
+def test_segments_are_attention_within_documents(config, longest):
+    """Documents longer than a segment are cut. The padding of the boundaries is that of the published loaders."""
+    model, ids = lively(config), tokens(1, 40, seed=4)
+    starts = sorted({0, *(ids[0] == 1).nonzero().flatten().tolist()})
+    cuts = [i for a, b in pairwise([*starts, 40]) for i in range(a, b, longest)]
+    boundaries = torch.tensor(cuts + [40] * (64 - len(cuts)), dtype=torch.int32)
+    whole = Segments.of(boundaries, 40, longest)
+    assert whole.number.unique().numel() == len(cuts)
+    hidden = model(ids, segments=whole)
+    if longest >= 40:
+        torch.testing.assert_close(hidden, model(ids, document_start=1), atol=2e-5, rtol=1e-4)
+    if not config.mixes_tokens:  # else a cut lets one token through, as published
+        changed = ids.clone()
+        changed[0, 12] = 50 if ids[0, 12] != 50 else 51
+        elsewhere = whole.number[0] != whole.number[0, 12]
+        assert torch.equal(model(changed, segments=whole)[0, elsewhere], hidden[0, elsewhere])
+
+
+def test_segments_cost_no_mask_of_all_pairs():
+    """Twice the row, twice the memory: the largest tensor of attention grows with T, not with T²."""
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **kwargs or {})
+            tensors = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+            self.numel = max([self.numel, *(t.numel() for t in tensors)])
+            return out
+
+    def largest(length: int) -> int:
+        q, kv = torch.zeros(1, 2, length, 4), torch.zeros(1, 1, length, 4)
+        with Largest() as seen:
+            attend_within(q, kv, kv, Segments(torch.arange(length)[None] // 16, 16))
+        return seen.numel
+
+    assert largest(2048) == 2 * largest(1024) < 2048 * 2048 / 16
 
 
 def test_upstream_names_round_trip():
@@ -285,6 +402,32 @@ def test_the_plan_is_a_u_net(layers, sources):
     assert [layer.row for layer in plan] == list(range(layers))
     assert [layer.skip_source for layer in plan] == sources
     assert [layer.skip_row for layer in plan if layer.skip_row is not None] == list(range(layers // 2))
+
+
+def test_a_loop_runs_its_layers_again_with_their_weights():
+    """The orders of the records of 2026-04-05 and 2026-04-09 (11 layers), before the loop begins and with it."""
+    deep = replace(SMALL, num_layers=11, ln_scale=True)
+    for first, last, order in (
+        (4, 5, [0, 1, 2, 3, 4, 5, 4, 5, 4, 5, 6, 7, 8, 9, 10]),
+        (3, 5, [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5, 6, 7, 8, 9, 10]),
+    ):
+        config = replace(deep, loop=LoopConfig(first=first, last=last, passes=3))
+        plan = layer_plan(config)
+        assert [each.row for each in plan] == order and config.num_skips == len(order) // 2
+        assert [each.input_scale for each in plan] == [(row + 1) ** -0.5 for row in order]
+        assert layer_plan(config, looping=False) == layer_plan(deep)
+        assert plan[len(order) // 2].skip_source == len(order) // 2 - 1 and plan[-1].skip_source is None
+
+
+def test_what_the_plan_says_is_what_runs():
+    """Of two passes more, each layer is called by the plan's order; looping=False runs each once."""
+    model, seen = lively(LOOPED), []
+    weights = model.weights()
+    for i, layer in enumerate(weights.layers):
+        layer["c_q"] = Observed(layer["c_q"], lambda x, i=i: seen.append(i))
+    model(tokens(1, 8), weights=weights)
+    model(tokens(1, 8), weights=weights, looping=False)
+    assert seen == [0, 1, 2, 1, 2, 1, 2, 3, 4] + [0, 1, 2, 3, 4]
 
 
 MATRICES = ("c_q", "c_k", "c_v", "attn_proj", "mlp_fc", "mlp_proj")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from golfgpt.fields import Count, CountOrZero, Limit, NotNegative, Positive, Section
+from golfgpt.fields import Count, CountOrZero, FractionBelowOne, Limit, NotNegative, Positive, Section
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,66 @@ class BigramConfig(Section):
             raise ValueError(
                 f"model.bigram.rows is {self.rows} and model.bigram.dim is {self.dim}; expected at least 2 rows and "
                 "1 column, or 0 of both"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig(Section):
+    """Depth recurrence: the layers first to last run `passes` times in a row, with the same weights."""
+
+    SECTION = "model.loop"
+
+    first: CountOrZero = 0
+    last: CountOrZero = 0
+    """Both belong to the loop."""
+    passes: Count = 1
+    """1: no loop. Published scripts count one less (NUM_LOOPS=2 are three passes)."""
+    start: FractionBelowOne = 0.0
+    """Fraction of the training budget at which the further passes begin. Scoring always has them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.first > self.last:
+            raise ValueError(f"model.loop.first is {self.first}; expected at most model.loop.last, {self.last}")
+        if self.passes == 1 and (self.first, self.last, self.start) != (0, 0, 0.0):
+            raise ValueError(
+                "model.loop names layers or a start, but model.loop.passes is 1; expected 2 or more passes"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig(Section):
+    """Layers whose attention and MLP run side by side (golfgpt.model.layers has the equations)."""
+
+    SECTION = "model.parallel"
+
+    kind: Literal["off", "one_lane", "merged", "routed"] = "off"
+    """one_lane: both read the stream and add to it (2026-04-09). merged: attention has a lane of its own, the MLP
+    another, and a learned scalar merges them at the end (PR #1477). routed: two lanes, and learned weights route both
+    results into both (2026-04-10)."""
+    first: CountOrZero = 0
+    """The first such layer; all later ones are, too."""
+    final: Literal["mean", "mlp", "attention"] = "mean"
+    """What routed lanes end as: their mean, or one of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueEmbeddingConfig(Section):
+    """An embedding of the token that is added to the values of some layers (golfgpt.model.value_embedding)."""
+
+    SECTION = "model.value_embedding"
+
+    dim: CountOrZero = 0
+    """Columns of the table, which are projected to the values; 0: none. Published ones have 128."""
+    layers: tuple[int, ...] = ()
+    """Layers that add it to their values."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if bool(self.dim) != bool(self.layers):
+            raise ValueError(
+                f"model.value_embedding.dim is {self.dim} and model.value_embedding.layers is {self.layers}; expected "
+                "both or neither"
             )
 
 
@@ -65,10 +125,31 @@ class ModelConfig(Section):
     resid_mix_init: Literal["identity", "phase"] = "identity"
     """Initial (x, x0) weights of each block. identity: (1, 0); phase: (p, 1 - p), with p rising from 0.18 to 0.82 over
     depth (R5)."""
-    smear_gate: Literal["none", "after_norm", "before_norm"] = "none"
+    smear_gate: Literal["none", "after_norm", "before_norm", "input"] = "none"
     """Mix each embedding with the previous one. after_norm: after the norm of the embedding (R5); before_norm: before
-    it (PR #65)."""
+    it (PR #65); input: before it, with a gate that is computed from the embedding (2026-04-27)."""
     bigram: BigramConfig = BigramConfig()
+    mlp_slope: NotNegative = 0.0
+    """The activation is leaky_relu(x, mlp_slope)^2. 0: relu^2; records from 2026-03-25 on have 0.5."""
+    xsa_layers: tuple[int, ...] = ()
+    """Layers with exclusive self-attention (golfgpt.model.attention_output): the result has no component along the
+    token's own value."""
+    rope_dims: CountOrZero = 0
+    """How many channels of a head turn, an even number; 0: all. Records from 2026-03-21 on turn 16 of 64."""
+    ln_scale: bool = False
+    """Whether layer i multiplies its normalized inputs by 1 / sqrt(i + 1)."""
+    attn_gate: Literal["none", "window", "dense", "sparse"] = "none"
+    """A gate for each head of the attention's result, computed from the attention's input u. window: 2 sigmoid(W u) of
+    the first gate_window channels of u (2026-04-16); dense: sigmoid(W u) of all channels (2026-04-19); sparse:
+    sigmoid(attn_gate_scale W u) of the first gate_window channels (2026-04-23)."""
+    attn_gate_scale: Positive = 1.0
+    gate_window: Count = 12
+    """Channels that the gates "window" and "sparse" and the smear gate "input" read."""
+    loop: LoopConfig = LoopConfig()
+    skip_gates: bool = False
+    """Whether a skip is a gated mean, g x + (1 - g) skip_weights * skipped, instead of a sum."""
+    parallel: ParallelConfig = ParallelConfig()
+    value_embedding: ValueEmbeddingConfig = ValueEmbeddingConfig()
     document_start: int | None = None
     """Token id that starts a document (BOS, 1 in published and prepared data). SmearGate and BigramHash treat it as the
     first token of a sequence. None, as published: they mix in the last token of the previous document."""
@@ -90,10 +171,27 @@ class ModelConfig(Section):
                 f"head_dim {self.head_dim} must be even, because rotary embedding rotates pairs; head_dim is "
                 "model.model_dim / model.num_heads: change one of the two"
             )
-        if self.rope_reference_len is not None and self.head_dim == 2:
+        if self.rope_dims % 2 or self.rope_dims > self.head_dim:
             raise ValueError(
-                "model.rope_reference_len needs head_dim > 2, got 2, because the base grows by length^(h / (h - 2)) "
-                "with h = head_dim; raise model.model_dim or drop rope_reference_len"
+                f"model.rope_dims is {self.rope_dims}; expected an even number up to head_dim, {self.head_dim}"
+            )
+        if self.rope_reference_len is not None and self.rotated_dims == 2:
+            raise ValueError(
+                "model.rope_reference_len needs more than 2 turning channels, got 2, because the base grows by "
+                "length^(r / (r - 2)) with r of them; raise head_dim or rope_dims, or drop rope_reference_len"
+            )
+        for name, layers in (
+            ("xsa_layers", self.xsa_layers),
+            ("value_embedding.layers", self.value_embedding.layers),
+            ("loop.last", (self.loop.last,) if self.loop.passes > 1 else ()),
+            ("parallel.first", (self.parallel.first,) if self.parallel.kind != "off" else ()),
+        ):
+            if any(not 0 <= i < self.num_layers for i in layers) or len(set(layers)) < len(layers):
+                shown = layers if name.endswith("layers") else layers[0]
+                raise ValueError(f"model.{name} is {shown}; expected different layers from 0 to {self.num_layers - 1}")
+        if self.gate_window > self.model_dim and self.reads_window:
+            raise ValueError(
+                f"model.gate_window is {self.gate_window}; expected at most model.model_dim, {self.model_dim}"
             )
         if self.document_start is None:
             return
@@ -112,13 +210,23 @@ class ModelConfig(Section):
         """Whether the previous token is mixed into an embedding."""
         return self.smear_gate != "none" or self.bigram.rows > 0
 
+    @property
+    def reads_window(self) -> bool:
+        """Whether some gate reads the first gate_window channels."""
+        return self.attn_gate in ("window", "sparse") or self.smear_gate == "input"
+
+    @property
+    def rotated_dims(self) -> int:
+        """Channels of a head that turn."""
+        return self.rope_dims or self.head_dim
+
     def rope_base_at(self, length: int) -> float:
         """Rotary base for sequences of `length` tokens. Beyond the reference length, the base is multiplied by
-        (length / reference)^(h / (h - 2)) with h = head_dim. The slowest angle then covers the same range as at the
-        reference length, and the fastest angle is unchanged."""
+        (length / reference)^(r / (r - 2)) with r turning channels. The slowest angle then covers the same range as at
+        the reference length, and the fastest angle is unchanged."""
         if self.rope_reference_len is None or length <= self.rope_reference_len:
             return self.rope_base
-        return self.rope_base * (length / self.rope_reference_len) ** (self.head_dim / (self.head_dim - 2))
+        return self.rope_base * (length / self.rope_reference_len) ** (self.rotated_dims / (self.rotated_dims - 2))
 
     @property
     def head_dim(self) -> int:
@@ -128,10 +236,14 @@ class ModelConfig(Section):
     def kv_dim(self) -> int:
         return self.num_kv_heads * self.head_dim
 
-    @property
-    def num_encoder_layers(self) -> int:
-        return self.num_layers // 2
+    def layer_order(self, looping: bool = True) -> list[int]:
+        """The layers in the order in which a forward runs them; `looping`: with all passes of the loop."""
+        order, loop = list(range(self.num_layers)), self.loop
+        if not looping or loop.passes == 1:
+            return order
+        return order[: loop.first] + order[loop.first : loop.last + 1] * loop.passes + order[loop.last + 1 :]
 
     @property
     def num_skips(self) -> int:
-        return min(self.num_encoder_layers, self.num_layers - self.num_encoder_layers)
+        """Skips of a forward with all passes: from each layer of the first half."""
+        return len(self.layer_order()) // 2

@@ -38,10 +38,10 @@ def embed(
     last["ids"] = ids[:, -1:]
     if config.bigram.rows:
         x = x + pair_embedding(ids, prev, weights, dtype, config)
-    if config.smear_gate != "before_norm":
+    if config.smear_gate in ("none", "after_norm"):
         x = rms_norm(x)
     if config.smear_gate == "none":
         return x
     before = one_later(x, last.get("x"), 0) * (prev >= 0)[..., None]
     last["x"] = x[:, -1:]
-    return smear(config.smear_gate, x, before, weights["smear_gate"])
+    return smear(config.smear_gate, x, before, weights)

@@ -3,10 +3,9 @@
 Shapes: B sequences, T tokens, D model_dim.
 
     x0 = x = embed(ids)                                     golfgpt.model.embedding
-    per layer of the plan:
-        x = x + skip_weights * output of an earlier layer   golfgpt.model.plan
-        x = mix[0] x + mix[1] x0
-        x = layer(x)                                        golfgpt.model.layers
+    per layer of the plan:                                  golfgpt.model.plan
+        x = x + skip_weights * output of an earlier layer   or, with skip gates g, g x + (1 - g) skip_weights * output
+        x = layer(x, x0)                                    golfgpt.model.layers
     logits = softcap * tanh(norm(x) headᵀ / softcap)
 
 Matrices of one kind of all layers are one parameter, a bank (layers, out, in). A forward unbinds each bank once. The
@@ -35,6 +34,8 @@ from golfgpt.model.linear import Weight, rms_norm
 from golfgpt.model.parameters import parameter_table
 from golfgpt.model.plan import layer_plan
 from golfgpt.model.rotary import rope_table
+from golfgpt.model.segments import Segments
+from golfgpt.model.value_embedding import value_embeddings
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig, *, seed: int = 1337):
         """Initialize on the CPU from `seed`, as defined in `golfgpt.model.parameters`."""
         super().__init__()
-        self.config, self.table, self.plan = config, parameter_table(config), layer_plan(config)
+        self.config, self.table = config, parameter_table(config)
+        self.plans = {looping: layer_plan(config, looping) for looping in (False, True)}
         self._head = "tok_emb" if config.tie_embeddings else "lm_head"
         generator = torch.Generator().manual_seed(seed)
         for name, param in self.table.items():
@@ -77,12 +79,12 @@ class GPT(nn.Module):
         values = dict(self.named_parameters()) | dict(stand_ins or {})
         if unknown := [name for name in values if name not in self.table]:
             raise ValueError(f"no parameter {unknown[0]} in this model; expected some of {', '.join(self.table)}")
-        banks = {name: values[name].to(dtype) for name, param in self.table.items() if param.layered}
+        banks = {name: values[name].to(dtype) for name, param in self.table.items() if param.by_layer}
         for matrix, scale in (("attn_proj", "attn_scale"), ("mlp_proj", "mlp_scale")):
             banks[matrix] = banks[matrix] * banks[scale][..., None]
         rows = zip(*(bank.unbind(0) for bank in banks.values()), strict=True)
         layers = [dict(zip(banks, row, strict=True)) for row in rows]
-        return Weights({name: values[name] for name, param in self.table.items() if not param.layered}, layers)
+        return Weights({name: values[name] for name, param in self.table.items() if not param.by_layer}, layers)
 
     def forward(
         self,
@@ -93,6 +95,8 @@ class GPT(nn.Module):
         cache: KVCache | None = None,
         suffix: int | None = None,
         document_start: int | None = None,
+        segments: Segments | None = None,
+        looping: bool = True,
     ) -> Tensor:
         """Hidden states (B, T, D) in `dtype` after the final norm for token ids (B, T).
 
@@ -101,38 +105,61 @@ class GPT(nn.Module):
         all tokens, and everything else only for these.
         `document_start`: token id that starts a document; tokens attend only within their document. What SmearGate and
         BigramHash mix in depends on `config.document_start` instead.
+        `segments`: tokens attend only within their segment, as `document_start` does without a mask of T x T.
+        `looping`: run all passes of model.loop.
         `cache`: the ids continue the cached tokens. An empty cache takes up to a window of tokens, later calls take one
-        token. The cache is extended in place. It cannot be combined with `suffix` or `document_start`.
+        token. The cache is extended in place. It cannot be combined with `suffix`, `document_start` or `segments`, nor
+        these two with each other or segments with `suffix`.
         """
-        if cache is not None and (suffix is not None or document_start is not None):
-            raise ValueError("a cache cannot be combined with suffix or document_start; drop one of them")
+        if cache is not None and (suffix is not None or document_start is not None or segments is not None):
+            raise ValueError("a cache cannot be combined with suffix, document_start or segments; drop one of them")
+        if segments is not None and (suffix is not None or document_start is not None):
+            raise ValueError("segments cannot be combined with suffix or document_start; drop one of them")
         if suffix is not None and not 1 <= suffix <= ids.size(1):
             raise ValueError(f"suffix is {suffix}; expected 1 to {ids.size(1)}, the number of tokens in ids")
         weights = self.weights(dtype) if weights is None else weights
         c, length = self.config, ids.size(1)
         past = 0 if cache is None else cache.seen
         base = c.rope_base_at(length if cache is None else cache.window)
-        cos, sin = (t.to(dtype) for t in rope_table(past, length, c.head_dim, base, ids.device))
-        tokens = Tokens(cos, sin, None if document_start is None else visible(ids, length, document_start), cache, past)
-        skip_weights = weights.model["skip_weights"].to(dtype) if c.num_skips else None
+        cos, sin = (t.to(dtype) for t in rope_table(past, length, c.rotated_dims, base, ids.device))
+        mask = None if document_start is None else visible(ids, length, document_start)
+        values = value_embeddings(ids, weights.model, dtype, c)
+        tokens = Tokens(c, cos, sin, mask, segments, cache, past, values)
 
         x = x0 = embed(ids, weights.model, dtype, c, {} if cache is None else cache.last)
-        outputs: dict[int, Tensor] = {}
-        sources = {planned.skip_source for planned in self.plan}
-        for i, planned in enumerate(self.plan):
-            w = weights.layers[planned.row]
+        lane, outputs, plan = None, {}, self.plans[looping]
+        sources = {planned.skip_source for planned in plan}
+        for i, planned in enumerate(plan):
+            if planned.residual == "routed" and lane is None:
+                lane = x
             if planned.skip_source is not None:
-                x = x + skip_weights[planned.skip_row] * outputs.pop(planned.skip_source)
-            x = w["resid_mix"][0] * x + w["resid_mix"][1] * x0
+                x = self._skip(x, outputs.pop(planned.skip_source), planned.skip_row, weights.model)
+            if planned.residual == "merged" and lane is None:
+                lane = x
             last = None
-            if suffix not in (None, length) and i == len(self.plan) - 1:
+            if suffix not in (None, length) and i == len(plan) - 1:
                 last = suffix, visible(ids, suffix, document_start)
-            x = layer(x, w, i, tokens, last)
+            x, lane = layer((x, lane), x0, weights.layers[planned.row], i, planned, tokens, last)
             if i in sources:
                 outputs[i] = x
+        if lane is not None:
+            x = self._one_stream(x, lane, weights.model)
         if cache is not None:
             cache.seen += length
         return rms_norm(x)
+
+    @staticmethod
+    def _skip(x: Tensor, output: Tensor, row: int, weights: Mapping[str, Tensor]) -> Tensor:
+        skipped = weights["skip_weights"][row].to(x.dtype) * output
+        if "skip_gates" not in weights:
+            return x + skipped
+        return torch.lerp(skipped, x, weights["skip_gates"][row].sigmoid().to(x.dtype))
+
+    def _one_stream(self, x: Tensor, lane: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """What two lanes end as."""
+        if self.config.parallel.kind == "merged":
+            return torch.lerp(lane, x, weights["lane_merge"].to(x.dtype))
+        return {"mean": (x + lane) / 2, "mlp": lane, "attention": x}[self.config.parallel.final]
 
     def loss(
         self,
@@ -141,12 +168,16 @@ class GPT(nn.Module):
         *,
         dtype: torch.dtype = torch.float32,
         stand_ins: Mapping[str, Tensor] | None = None,
+        segments: Segments | None = None,
+        looping: bool = True,
     ) -> Tensor:
         """Mean cross entropy in nats, float32, of targets (B, T) given ids (B, T), computed in `dtype`.
 
-        `stand_ins` replace the parameters of the same names and receive their gradients.
+        `stand_ins` replace the parameters of the same names and receive their gradients. `segments` and `looping` as in
+        `forward`.
         """
-        hidden = self.forward(ids, dtype=dtype, weights=self.weights(dtype, stand_ins))
+        weights = self.weights(dtype, stand_ins)
+        hidden = self.forward(ids, dtype=dtype, weights=weights, segments=segments, looping=looping)
         # The head is passed as float32, so that its gradient is added to the embedding's without rounding.
         head = (stand_ins or {}).get(self._head, self.head_weight)
         return softcap_cross_entropy(hidden, head, targets, softcap=self.config.logit_softcap)

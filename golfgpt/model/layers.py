@@ -1,11 +1,19 @@
 """A layer: attention, then the MLP, on the residual stream. `linear` and `mlp` multiply by its matrices.
 
-    x = x + attention(norm(x))
-    x = x + relu(norm(x) w_fcᵀ)² w_projᵀ
+    r = resid_mix[0] x + resid_mix[1] x0
+    x = r + attention(norm(r));  x = x + leaky_relu(norm(x) w_fcᵀ)² w_projᵀ                      sequential
+    x = r + attention(norm(r)) + mlp(norm(r))                                                    one_lane
+    x = r + attention(norm(r));  l = l + mlp(norm(l))                                            merged
+    a = attention(norm(r));  f = mlp(norm(l));  x = ρ0 x + π00 a + π10 f;  l = ρ1 l + π01 a + π11 f    routed
+
+l is a second lane, equal to x where it begins; ρ are the layer's resid_lambdas, π its post_lambdas. Norms are
+multiplied by the plan's input_scale.
 
 Shapes: B sequences, T tokens, D model_dim, H query heads, K key-value heads, h head_dim. Norms have no weight and
 return the dtype of their input (torch >= 2.12 puts rms_norm on autocast's float32 list; nothing here runs under
 autocast). The published scales of both outputs, attn_scale and mlp_scale, are in the matrices (`GPT.weights`).
+
+Sources: the published scripts; parallel residuals of PR #1204, #1477 and the records of 2026-04-09 and 2026-04-10.
 """
 
 from __future__ import annotations
@@ -18,16 +26,20 @@ import torch.nn.functional as F
 from golfgpt_kernels import relu2_mlp
 from torch import Tensor
 
+from golfgpt.config import ModelConfig
+from golfgpt.model.attention_output import exclusive, gated
 from golfgpt.model.kv_cache import KVCache
 from golfgpt.model.linear import Weight, linear, rms_norm
+from golfgpt.model.plan import LayerPlan
 from golfgpt.model.rotary import norm_rotate
+from golfgpt.model.segments import Segments, attend_within
 
 
-def mlp(x: Tensor, w_fc: Weight, w_proj: Weight) -> Tensor:
-    """relu(x w_fcᵀ)² w_projᵀ, (..., D) -> (..., D). For plain matrices it is one fused op."""
+def mlp(x: Tensor, w_fc: Weight, w_proj: Weight, slope: float = 0.0) -> Tensor:
+    """leaky_relu(x w_fcᵀ, slope)² w_projᵀ, (..., D) -> (..., D). For plain matrices it is one fused op."""
     if isinstance(w_fc, Tensor) and isinstance(w_proj, Tensor):
-        return relu2_mlp(x, w_fc, w_proj)
-    return linear(linear(x, w_fc).relu().square(), w_proj)
+        return relu2_mlp(x, w_fc, w_proj, negative_slope=slope)
+    return linear(F.leaky_relu(linear(x, w_fc), slope).square(), w_proj)
 
 
 def visible(ids: Tensor, queries: int, document_start: int | None) -> Tensor:
@@ -43,20 +55,25 @@ def visible(ids: Tensor, queries: int, document_start: int | None) -> Tensor:
 
 
 class Tokens(NamedTuple):
-    """What attention needs to know about the tokens of a forward."""
+    """What layers need to know about the tokens of a forward."""
 
+    config: ModelConfig
     cos: Tensor
     sin: Tensor
-    """Rotary table (T, h / 2) in the compute dtype."""
+    """Rotary table (T, rotated_dims / 2) in the compute dtype."""
     mask: Tensor | None
-    """Attention mask from `visible`; None: each token attends to itself and to all earlier tokens."""
+    """Attention mask from `visible`; None: each token attends to itself and to all earlier tokens of its segment."""
+    segments: Segments | None
+    """None: all tokens of a sequence are one segment."""
     cache: KVCache | None
     past: int
     """Number of tokens in the cache before these."""
+    values: Mapping[int, Tensor]
+    """Value embeddings (B, T, kv_dim) by layer."""
 
     def last(self, count: int, mask: Tensor) -> Tokens:
         """Only the last `count` tokens. They need `mask`, because is_causal aligns the queries with the first keys."""
-        return Tokens(self.cos[-count:], self.sin[-count:], mask, self.cache, self.past)
+        return self._replace(cos=self.cos[-count:], sin=self.sin[-count:], mask=mask)
 
 
 def project(x: Tensor, head_dim: int, *matrices: Weight) -> Tensor:
@@ -70,14 +87,19 @@ def project(x: Tensor, head_dim: int, *matrices: Weight) -> Tensor:
 
 
 def attention(
-    n: Tensor, w: Mapping[str, Weight], index: int, tokens: Tokens, last: tuple[int, Tensor] | None = None
+    n: Tensor,
+    w: Mapping[str, Weight],
+    index: int,
+    planned: LayerPlan,
+    tokens: Tokens,
+    last: tuple[int, Tensor] | None = None,
 ) -> Tensor:
     """Output (B, T, D) for the normalized input n (B, T, D). Queries attend to these tokens, and with a cache to those
     that it holds for layer `index` of the plan. `last` as in `layer`.
 
     Heads stay in the layout (B, T, heads, h) of the product up to the attention itself, which takes and returns any
     strides: in (B, heads, T, h), norm, rotation and gain would read and write copies."""
-    head_dim, gain = 2 * tokens.cos.size(-1), w["q_gain"]
+    head_dim, gain = tokens.config.head_dim, w["q_gain"]
     num_heads, queries = len(gain), tokens
     if last is None:
         x = project(n, head_dim, w["c_q"], w["c_k"], w["c_v"])
@@ -88,22 +110,61 @@ def attention(
         queries = tokens.last(*last)
         k, v = project(n, head_dim, w["c_k"], w["c_v"]).chunk(2, dim=2)
         k = norm_rotate(k, tokens.cos, tokens.sin, gain[:0])
-        q = norm_rotate(project(n[:, -last[0] :], head_dim, w["c_q"]), queries.cos, queries.sin, gain)
+        n = n[:, -last[0] :]
+        q = norm_rotate(project(n, head_dim, w["c_q"]), queries.cos, queries.sin, gain)
+    if planned.row in tokens.values:
+        v = v + tokens.values[planned.row].unflatten(-1, (-1, head_dim))
+    own = v[:, -q.size(1) :]
     q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
     if tokens.cache is not None:
         k, v = tokens.cache.extend(index, k, v)
-    causal = queries.mask is None and not queries.past
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=queries.mask, is_causal=causal, enable_gqa=True)
-    return linear(y.transpose(1, 2).flatten(2), w["attn_proj"])
+    if tokens.segments is not None and last is None:
+        y = attend_within(q, k, v, tokens.segments)
+    else:
+        causal = queries.mask is None and not queries.past
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=queries.mask, is_causal=causal, enable_gqa=True)
+    y = y.transpose(1, 2)
+    if planned.xsa:
+        y = exclusive(y, own)
+    return linear(gated(y, n, w, tokens.config).flatten(2), w["attn_proj"])
+
+
+Streams = tuple[Tensor, Tensor | None]
+"""The residual stream (B, T, D), and the second lane where there is one."""
 
 
 def layer(
-    x: Tensor, w: Mapping[str, Weight], index: int, tokens: Tokens, last: tuple[int, Tensor] | None = None
-) -> Tensor:
-    """The residual stream (B, T, D) after a layer. `w` holds its weights by parameter name. With `last` = (count,
-    mask), the result has only the last `count` tokens, (B, count, D); the other tokens only provide keys and values."""
-    attended = attention(rms_norm(x), w, index, tokens, last)
+    streams: Streams,
+    x0: Tensor,
+    w: Mapping[str, Weight],
+    index: int,
+    planned: LayerPlan,
+    tokens: Tokens,
+    last: tuple[int, Tensor] | None = None,
+) -> Streams:
+    """The streams after layer `index` of the plan. `w` holds its weights by parameter name. With `last` = (count,
+    mask), results have only the last `count` tokens, (B, count, D); the other tokens only provide keys and values."""
+    x, lane = streams
+    slope, kind = tokens.config.mlp_slope, planned.residual
+
+    def normed(x: Tensor) -> Tensor:
+        return rms_norm(x) if planned.input_scale == 1 else rms_norm(x) * planned.input_scale
+
+    def fed(x: Tensor) -> Tensor:
+        return mlp(normed(x), w["mlp_fc"], w["mlp_proj"], slope)
+
+    read = w["resid_mix"][0] * x + w["resid_mix"][1] * x0
+    attended = attention(normed(read), w, index, planned, tokens, last)
     if last is not None:
-        x = x[:, -last[0] :]
-    x = x + attended
-    return x + mlp(rms_norm(x), w["mlp_fc"], w["mlp_proj"])
+        x, read = (t[:, -last[0] :] for t in (x, read))
+        lane = None if lane is None else lane[:, -last[0] :]
+    if kind == "sequential":
+        x = read + attended
+        return x + fed(x), None
+    if kind == "one_lane":
+        return read + attended + fed(read), None
+    if kind == "merged":
+        return read + attended, lane + fed(lane)
+    keep, post, result = w["resid_lambdas"], w["post_lambdas"], fed(lane)
+    x, lane = (keep[i] * t + post[0, i] * attended + post[1, i] * result for i, t in enumerate((x, lane)))
+    return x, lane

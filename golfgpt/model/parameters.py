@@ -11,7 +11,7 @@ come last, so that models with the same seed have equal initial values in all ot
     head        computes logits          Adam, head_lr                    the same
     control     gains, scales, gates     Adam, scalar_lr                  quant.control_dtype
 
-The published names are those in the scripts of recipes R0 to R5 and of PRs #162 and #180.
+The published names are those in the scripts of the recipes, of PRs #162 and #180, and of the later records.
 """
 
 from __future__ import annotations
@@ -79,6 +79,11 @@ class Param:
         return "{i}" in self.published_name
 
     @property
+    def by_layer(self) -> bool:
+        """Whether row i belongs to layer i."""
+        return self.published_name.startswith(("blocks.", "parallel_"))
+
+    @property
     def published_names(self) -> list[str]:
         return [self.published_name.format(i=i) for i in range(self.shape[0] if self.layered else 1)]
 
@@ -104,12 +109,20 @@ def _rows(c: ModelConfig) -> dict[str, Param]:
     L, D, H, KV, V, F = c.num_layers, c.model_dim, c.num_heads, c.kv_dim, c.vocab_size, c.mlp_hidden
     pairs, pair_dim = c.bigram.rows, c.bigram.dim
     xor = c.bigram.hash == "xor"
-    smear, smears = 3.0 if c.smear_gate == "before_norm" else 0.0, c.smear_gate != "none"
+    smear, smears = 3.0 if c.smear_gate == "before_norm" else 0.0, c.smear_gate in ("after_norm", "before_norm")
+    window, gate, from_input = c.gate_window, c.attn_gate, c.smear_gate == "input"
+    sigmoid, inputs = gate in ("dense", "sparse"), D if gate == "dense" else window
+    gate_init = partial(normal, std=0.01) if gate == "dense" else constant
+    routed, merged, windowed = c.parallel.kind == "routed", c.parallel.kind == "merged", gate == "window"
+    half, tenth, more = (partial(constant, value=value) for value in (0.5, 0.1, 1.1))
+    ve, ve_layers = c.value_embedding.dim, len(c.value_embedding.layers)
+    values, small = ve > 0, partial(normal, std=0.01)
     drawn, one = partial(matrices, kind=c.matrix_init), partial(constant, value=1.0)
     embed_std = c.tied_embed_init_std if c.tie_embeddings else 1.0
     # One factor of BigramHash starts at zero, the table ("xor") or the projection, so that it adds nothing at first.
     pair_table = constant if xor else partial(normal, std=0.01)
-    pair_proj = partial(drawn, scale=(2 * L) ** -0.5) if xor else constant
+    deep = partial(drawn, scale=(2 * L) ** -0.5)
+    pair_proj = deep if xor else constant
     return {
         "tok_emb":      Param("tok_emb.weight", (V, D), "embedding", partial(normal, std=embed_std)),
         "lm_head":      Param("lm_head.weight", (V, D), "head", present=not c.tie_embeddings),
@@ -128,6 +141,18 @@ def _rows(c: ModelConfig) -> dict[str, Param]:
         "bigram_table": Param("bigram.embed.weight", (pairs, pair_dim), "embedding", pair_table, present=pairs > 0),
         "bigram_proj":  Param("bigram.proj.weight", (D, pair_dim), "matrix", pair_proj, present=pairs > 0),
         "bigram_scale": Param("bigram.scale", (), "control", partial(constant, value=0.05), present=xor and pairs > 0),
+        "skip_gates":   Param("skip_gates", (c.num_skips, D), "control", present=c.skip_gates and c.num_skips > 0),
+        "smear_window": Param("smear_gate.weight", (1, window), "control", present=from_input),
+        "smear_lambda": Param("smear_lambda", (1,), "control", present=from_input),
+        "window_gate":  Param("blocks.{i}.attn.attn_gate_proj.weight", (L, H, window), "control", present=windowed),
+        "attn_gate":    Param("blocks.{i}.attn.attn_gate_w", (L, H, inputs), "control", gate_init, present=sigmoid),
+        "lane_merge":   Param("lane_merge", (), "control", half, present=merged),
+        "resid_lambdas": Param("parallel_resid_lambdas", (L, 2), "control", more, present=routed),
+        "post_lambdas": Param("parallel_post_lambdas", (L, 2, 2), "control", one, present=routed),
+        "value_table":  Param("ve_shared.embed.weight", (V, ve), "embedding", small, present=values),
+        "value_proj":   Param("ve_shared.proj.weight", (KV, ve), "matrix", deep, present=values),
+        "value_scale":  Param("ve_shared.scale", (), "control", tenth, present=values),
+        "value_layer_scales": Param("ve_layer_scales.{i}", (ve_layers, 1), "control", one, present=values),
     }
 # fmt: on
 

@@ -13,15 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def rope_table(start: int, length: int, head_dim: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin, (length, head_dim / 2) in float32, for the positions start to start + length - 1."""
-    frequency = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+def rope_table(start: int, length: int, dims: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin, (length, dims / 2) in float32, of `dims` channels at the positions start to start + length - 1."""
+    frequency = base ** (-torch.arange(0, dims, 2, device=device, dtype=torch.float32) / dims)
     angle = torch.arange(start, start + length, device=device, dtype=torch.float32)[:, None] * frequency
     return angle.cos(), angle.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x (B, T, heads, h) by minus the angles of the table; element i is paired with i + h / 2."""
+    """Rotate the first r channels of x (B, T, heads, h) by minus the angles of the table (T, r / 2); element i is
+    paired with i + r / 2."""
+    if 2 * cos.size(-1) < x.size(-1):
+        turned, rest = x.tensor_split((2 * cos.size(-1),), dim=-1)
+        return torch.cat((rotate(turned, cos, sin), rest), dim=-1)
     pairs = x.unflatten(-1, (2, -1))
     sines = torch.stack((sin, -sin), dim=-2)
     return (pairs * cos[:, None, None] + pairs.flip(-2) * sines[:, None]).flatten(-2)
@@ -54,7 +58,8 @@ def _per_head(gain: Tensor, x: Tensor) -> Tensor:
 
 
 def norm_rotate(x: Tensor, cos: Tensor, sin: Tensor, gain: Tensor) -> Tensor:
-    """Normalize x (B, T, heads, h) over h, rotate it by the table (T, h / 2), and multiply the first heads by `gain`.
+    """Normalize x (B, T, heads, h) over h, rotate its first r channels by the table (T, r / 2), and multiply the first
+    heads by `gain`.
 
     Heads without a gain may follow: queries and keys take one pass together."""
     return _NormRotate.apply(x, cos, sin, gain)

@@ -35,6 +35,12 @@ class Average:
         device = next((p.device for p in self._parameters.values()), None)
         self._count = torch.zeros((), device=device)
 
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Called before the first step, with the initial weights."""
+        if self.config.ema_start == "initial":
+            torch._foreach_copy_(list(self._sums.values()), [p.detach() for p in self._parameters.values()])
+
     @property
     def count(self) -> int:
         """Number of steps in the average. Waits for the device."""
@@ -69,7 +75,8 @@ class Average:
         """The averaged parameters; empty if the average is not ready."""
         if not self.ready:
             return {}
-        total = self.count if self.config.kind == "swa" else 1 - self.config.ema_decay**self.count
+        started = self.config.ema_start == "initial"
+        total = self.count if self.config.kind == "swa" else 1 - (not started) * self.config.ema_decay**self.count
         means = {name: value / total for name, value in self._sums.items()}
         return means | {name: means[name].bfloat16().float() for name in self._bf16_params & means.keys()}
 

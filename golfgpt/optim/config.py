@@ -40,6 +40,9 @@ class OptimConfig(Section):
     """Steps over which the momentum rises linearly; 0: start at the final value."""
     muon_ns_steps: Count = 5
     """Newton-Schulz iterations per step."""
+    muon_coefficients: Literal["quintic", "polar_express", "polar_express_5"] = "quintic"
+    """Coefficients of the iterations. quintic: Muon's own; polar_express_5: those of the records from 2026-04-23 on;
+    polar_express: the paper's."""
     muon_row_norm: bool = False
     """Whether Muon normalizes the rows of each matrix before it orthogonalizes the matrix (MuonEq-R)."""
     muon_variance_beta: FractionBelowOne = 0.0
@@ -52,7 +55,11 @@ class OptimConfig(Section):
     adam_eps: NotNegative = 1e-8
     """Adam's epsilon, added to the root of the mean squared gradient."""
     weight_decay: NotNegative = 0.0
-    """Decoupled weight decay of all parameters: w <- w (1 - lr * weight_decay) - update."""
+    """Decoupled weight decay of matrices, and of all others: w <- w (1 - lr * weight_decay) - update."""
+    embed_weight_decay: NotNegative | None = None
+    """That of embeddings and the head; None: weight_decay."""
+    scalar_weight_decay: NotNegative | None = None
+    """That of gains, scales and mixes; None: weight_decay."""
     grad_clip_norm: NotNegative = 0.0
     """Maximum global gradient norm, for clipping; 0: no clipping."""
     embed_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -78,6 +85,8 @@ class ScheduleConfig(Section):
     """Fraction of the budget over which the rate decays, for kind=warmdown_frac; 0 to 1."""
     warmdown_shape: Literal["linear", "cosine"] = "linear"
     """Shape of the decay. cosine: half a period, from 1 to 0."""
+    min_lr: Fraction = 0.0
+    """Lowest learning-rate multiplier. With more than 0, weights are good only as a moving average (average.kind)."""
     warmdown_max_frac: FractionAboveZero | None = None
     """Maximum length of the decay as a fraction of max_seconds, for kind=warmdown_steps; None: no limit. R5 has 0.5,
     which changes its schedule on machines with slow steps."""
@@ -103,13 +112,18 @@ class AverageConfig(Section):
     swa_every: Count = 50
     """Steps between the weights that swa averages."""
     ema_decay: Annotated[Positive, Limit("<", 1)] = 0.997
-    """Weight of the old mean at each step. The bias toward the zero start is divided out."""
+    """Weight of the old mean at each step."""
+    ema_start: Literal["zero", "initial"] = "zero"
+    """What the moving average starts from. zero: nothing, and its bias is divided out; initial, as published: the
+    initial weights, which matter for about 5 / (1 - ema_decay) steps."""
     sums: Literal["float32", "parameter"] = "float32"
     """Dtype of the sums. parameter, as published, sums bfloat16 embeddings in bfloat16, which makes an error of 2 %
     after 48 sums."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.ema_start != "zero" and self.kind != "ema":
+            raise ValueError(f"average.ema_start {self.ema_start} expected average.kind ema, got {self.kind}")
         if self.sums != "float32" and self.kind != "swa":
             raise ValueError(
                 f"average.sums {self.sums} expected average.kind swa, got {self.kind}; use average.sums float32 or "

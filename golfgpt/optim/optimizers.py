@@ -15,7 +15,7 @@ norm of the matrix (NorMuon, arXiv:2510.05491; the norm is restored as in modded
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ class Muon(torch.optim.Optimizer):
         momentum: float | Tensor = 0.95,
         nesterov: bool = True,
         ns_steps: int = 5,
+        coefficients: str | Sequence[tuple[float, float, float]] = "quintic",
         weight_decay: float = 0.0,
         row_norm: bool = False,
         variance_beta: float = 0.0,
@@ -59,8 +60,8 @@ class Muon(torch.optim.Optimizer):
         self.dtype, self.impl = dtype, impl
         self.compute_copies, self.quantizers, self.enabled = compute_copies or {}, quantizers or {}, enabled
         defaults = dict(
-            lr=lr, momentum=momentum, nesterov=nesterov, ns_steps=ns_steps, weight_decay=weight_decay,
-            row_norm=row_norm, variance_beta=variance_beta,
+            lr=lr, momentum=momentum, nesterov=nesterov, ns_steps=ns_steps, coefficients=coefficients,
+            weight_decay=weight_decay, row_norm=row_norm, variance_beta=variance_beta,
         )  # fmt: skip
         super().__init__(params, defaults)
 
@@ -144,6 +145,7 @@ class Muon(torch.optim.Optimizer):
         newton_schulz_(
             batches,
             steps=group["ns_steps"],
+            coefficients=group["coefficients"],
             dtype=self.dtype,
             square_sums=None if group["row_norm"] else sums,
             impl=self.impl,
@@ -205,7 +207,16 @@ class Optimizers:
         embed_lr = config.tied_embed_lr if model.config.tie_embeddings else config.embed_lr
         rates = {"embedding": embed_lr, "head": config.head_lr, "control": config.scalar_lr}
         members = {kind: [named[name] for name in of_kind(model.table, kind)] for kind in rates}
-        groups = [{"params": members[kind], "lr": lr} for kind, lr in rates.items() if members[kind]]
+        embed, scalar = (
+            config.weight_decay if decay is None else decay
+            for decay in (config.embed_weight_decay, config.scalar_weight_decay)
+        )
+        decays = {"embedding": embed, "head": embed, "control": scalar}
+        groups = [
+            {"params": members[kind], "lr": lr, "weight_decay": decays[kind]}
+            for kind, lr in rates.items()
+            if members[kind]
+        ]
         matrices = [named[name] for name in of_kind(model.table, "matrix")]
         self._flat = flat if flat is not None and flat.sharded else None
         device = named["tok_emb"].device
@@ -218,7 +229,6 @@ class Optimizers:
             groups,
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_eps,
-            weight_decay=config.weight_decay,
             fused=True,
             capturable=device.type == "cuda",
         )
@@ -230,6 +240,7 @@ class Optimizers:
             lr=rates_on_device[-1],
             momentum=momentum,
             ns_steps=config.muon_ns_steps,
+            coefficients=config.muon_coefficients,
             weight_decay=config.weight_decay,
             row_norm=config.muon_row_norm,
             variance_beta=config.muon_variance_beta,

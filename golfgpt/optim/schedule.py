@@ -36,7 +36,8 @@ def lr_multiplier(step: int, seconds: float, config: ScheduleConfig) -> float:
             length = min(length, config.warmdown_max_frac * config.max_seconds)
     if left > length or length <= 0:
         return 1.0
-    return left / length if config.warmdown_shape == "linear" else 0.5 * (1 - math.cos(math.pi * left / length))
+    part = left / length
+    return max(part if config.warmdown_shape == "linear" else 0.5 * (1 - math.cos(math.pi * part)), config.min_lr)
 
 
 def quantization_aware(used: float, multiplier: float, config: QuantConfig) -> bool:

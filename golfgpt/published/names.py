@@ -77,8 +77,31 @@ def canonical_name(name: str) -> str:
     return _PR65_NAMES.get(name, name)
 
 
+_BANKS = {
+    "qo_bank": ("attn.c_q", "attn.proj"),
+    "kv_bank": ("attn.c_k", "attn.c_v"),
+    "mlp_up_bank": ("mlp.fc",),
+    "mlp_down_bank": ("mlp.proj",),
+}
+"""Published banks, and the matrices that lie in them: those of all layers one after another."""
+
+
+def split_banks(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`state` with the banks of the records that have some (2026-03-25, and from 2026-04-10 on) as single matrices."""
+    out = {}
+    for name, tensor in state.items():
+        kinds = _BANKS.get(name)
+        if kinds is None:
+            out[name] = tensor
+            continue
+        for kind, matrices in zip(kinds, tensor.chunk(len(kinds)), strict=True):
+            out |= {f"blocks.{i}.{kind}.weight": w for i, w in enumerate(matrices)}
+    return out
+
+
 def _one_spelling(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`state` under this module's names, without the empty skip_weights of a one-layer model."""
+    state = split_banks(state)
     out = {canonical_name(name): tensor for name, tensor in state.items()}
     if len(out) < len(state):
         twice = [name for name, other in _PR65_NAMES.items() if name in state and other in state]

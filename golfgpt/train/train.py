@@ -76,6 +76,7 @@ def train(config: RunConfig, path: Path, *, resume: bool = False, quiet: bool = 
                 for p in step.model.parameters():
                     ranks.broadcast_(p.data)
                 step.prepare(0)
+                step.average.begin()
                 attention = choose_attention(config, step)
                 announce(config, dataset, step, attention, reporter)
             with ledger.phase("compile"), memory_advice(config, step.dtype.itemsize):
