@@ -41,7 +41,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from golfgpt_kernels import _jit, _tiles, relu2_mlp_gluon
+from golfgpt_kernels import _jit, _relu2_mlp_gluon, _tiles
 from golfgpt_kernels._dispatch import KERNEL_DTYPES, dtype_name
 from golfgpt_kernels._tiles import TABLES
 from golfgpt_kernels._weight_grad import split_weight_grad
@@ -119,9 +119,9 @@ def _(dtype, tile, slope):
 def _(dtype, tile, slope, grad):
     wide, narrow, w = (empty(*shape, dtype=dtype) for shape in ((ROWS, HIDDEN), (ROWS, DIM), (HIDDEN, DIM)))
     if grad:
-        relu2_mlp_gluon.relu2_mlp_dz(narrow, empty(DIM, HIDDEN, dtype=dtype), wide, slope)
+        _relu2_mlp_gluon.relu2_mlp_dz(narrow, empty(DIM, HIDDEN, dtype=dtype), wide, slope)
     else:
-        relu2_mlp_gluon.linear_relu2_fwd(narrow, w, slope)
+        _relu2_mlp_gluon.linear_relu2_fwd(narrow, w, slope)
 
 
 @case("relu2_dz", slope=SLOPES, dots=False)

@@ -20,7 +20,7 @@ from golfgpt_kernels.testing import randn
 
 pytest.importorskip("triton")
 
-from golfgpt_kernels import relu2_mlp_gluon
+from golfgpt_kernels import _relu2_mlp_gluon
 
 relu2_mlp = importlib.import_module("golfgpt_kernels.relu2_mlp")  # the package's attribute is the function
 CUDA = torch.device("cuda", 0)
@@ -111,7 +111,7 @@ def test_backward_takes_the_form_of_the_forward(monkeypatch):
     calls = []
 
     def other(name):
-        monkeypatch.setattr(relu2_mlp_gluon, name, lambda *args: calls.append(name) or getattr(relu2_mlp, name)(*args))
+        monkeypatch.setattr(_relu2_mlp_gluon, name, lambda *args: calls.append(name) or getattr(relu2_mlp, name)(*args))
 
     other("linear_relu2_fwd"), other("relu2_mlp_dz")
     monkeypatch.setattr(relu2_mlp, "gluon_cannot_run", lambda device, dtype: None)
@@ -230,7 +230,7 @@ class Machine:
             "ROWS": 4, "BLOCK_N": 8, "BLOCK_K": 4, "SLOTS": 3, "SHARED": None, "SUMS": None,
             "HALF_SUMS": None,
         }  # fmt: skip
-        exec(compile("from __future__ import annotations\n" + source, "relu2_mlp_gluon.py", "exec"), names)
+        exec(compile("from __future__ import annotations\n" + source, "_relu2_mlp_gluon.py", "exec"), names)
         self.kernel = names["_relu2_mlp_gluon_kernel"]
 
     def run(self, a: torch.Tensor, b: torch.Tensor, h: torch.Tensor | None, programs: int) -> torch.Tensor:
@@ -281,7 +281,7 @@ class Machine:
 
 
 FUNCTIONS = ("_produce", "_multiply_grad", "_consume", "_relu2_mlp_gluon_kernel")
-SOURCE = "\n".join(inspect.getsource(getattr(relu2_mlp_gluon, name).fn) for name in FUNCTIONS)
+SOURCE = "\n".join(inspect.getsource(getattr(_relu2_mlp_gluon, name).fn) for name in FUNCTIONS)
 
 
 def differences(source: str, m: int, n: int, k: int, programs: int, grad: bool, seed: int = 0) -> int:

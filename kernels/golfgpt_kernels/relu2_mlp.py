@@ -238,9 +238,11 @@ def gemms(gluon: bool) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     """linear_relu2_fwd and relu2_mlp_dz of that form."""
     if not gluon:
         return linear_relu2_fwd, relu2_mlp_dz
-    from . import relu2_mlp_gluon  # which needs this file, and Gluon
+    # Here, because that file needs this one, and Gluon.
+    from ._relu2_mlp_gluon import linear_relu2_fwd as up
+    from ._relu2_mlp_gluon import relu2_mlp_dz as dz
 
-    return relu2_mlp_gluon.linear_relu2_fwd, relu2_mlp_gluon.relu2_mlp_dz
+    return up, dz
 
 
 # ---- custom ops and their gradients
@@ -349,9 +351,9 @@ def relu2_mlp(
 ) -> Tensor:
     """relu(x w_fcᵀ)² w_projᵀ: x (..., K), w_fc (H, K), w_proj (N, H) -> (..., N) in x's dtype.
 
-    impl="gluon" takes the up and the dz GEMM of relu2_mlp_gluon.py (sm_90, fp16 and bf16, triton 3.6 to 3.9), which has
-    never run; the rest is as for "triton". Where it cannot run it is a RuntimeError with the reason. "auto" never means
-    it.
+    impl="gluon" takes the up and the dz GEMM of _relu2_mlp_gluon.py (sm_90, fp16 and bf16, triton 3.6 to 3.9), which
+    has never run; the rest is as for "triton". Where it cannot run it is a RuntimeError with the reason. "auto" means
+    it only if `set_implementation` says so.
     """
     check_floats("relu2_mlp", x=x, w_fc=w_fc, w_proj=w_proj)
     check_linear("relu2_mlp", x, w_fc, w_name="w_fc")

@@ -4,7 +4,7 @@
     dz:  dz = 2 a a' (dy w)       dy (M, K), w (K, N), h (M, N) -> dz (M, N)
 
 as `linear_relu2_fwd` and `relu2_mlp_dz` of relu2_mlp.py, from where what follows the matmul is taken, so that either
-form's dz reads either form's h. impl="gluon" runs it, impl="auto" never does.
+form's dz reads either form's h.
 
 A program computes tiles of 128 x 256, one after another, with 9 warps: two consumers of 4 warps, each with 64 rows of
 the tile in 128 fp32 registers a thread, and a producer of one warp, which alone loads. It runs ahead of the consumers
@@ -38,7 +38,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ._jit import ceil_div, descriptor, empty_rows, halves, launch, num_programs
 from .relu2_mlp import _activate, _activation_grad
 
-# Names until triton 3.7.
+# triton 3.6 and 3.7 have only the longer names.
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
