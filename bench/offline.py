@@ -44,7 +44,7 @@ import torch
 from golfgpt_kernels import _jit, _relu2_mlp_gluon, _tiles
 from golfgpt_kernels._dispatch import KERNEL_DTYPES, dtype_name
 from golfgpt_kernels._tiles import TABLES
-from golfgpt_kernels._weight_grad import split_weight_grad
+from golfgpt_kernels._weight_grad import weight_grad_parts
 from golfgpt_kernels.fake_quant import RowQuant, codes_linear, quantize_matrices
 from golfgpt_kernels.muon import momentum_launch, square_parts, update_launch, update_rows_launch
 from golfgpt_kernels.newton_schulz import gram, normalize, polynomial, update
@@ -131,7 +131,7 @@ def _(dtype, tile, slope):
 
 @case("weight_grad")
 def _(dtype, tile):
-    split_weight_grad(empty(ROWS, HIDDEN, dtype=dtype), empty(ROWS, DIM, dtype=dtype), dtype, tile)
+    weight_grad_parts(empty(ROWS, HIDDEN, dtype=dtype), empty(ROWS, DIM, dtype=dtype), tile=tile)
 
 
 @case("quantize_rows", columns=(512, 8192), clip=("max", "quantile"), dots=False)

@@ -6,7 +6,7 @@ import contextlib
 import datetime
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,11 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 TIMEOUT = datetime.timedelta(minutes=10)
 """A collective that waits longer than this has lost a peer; nothing rank 0 does alone takes as long."""
+
+
+def _wait(works: Sequence[dist.Work]) -> None:
+    for work in works:
+        work.wait()
 
 
 @dataclass(frozen=True)
@@ -42,13 +47,20 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
-    def reduce_scatter(self, tensor: Tensor) -> Tensor:
-        """The sum over ranks of this rank's share of `tensor` (world * n, ...), as (n, ...)."""
-        if self.world == 1:
-            return tensor
-        share = torch.empty_like(tensor[: len(tensor) // self.world])
-        _reduce_scatter(share, tensor)
-        return share
+    def own(self, tensor: Tensor) -> Tensor:
+        """This rank's share (n, ...) of `tensor` (world * n, ...), a view."""
+        return tensor.chunk(self.world)[self.rank]
+
+    def reduce_scatter_(self, tensors: Sequence[Tensor]) -> None:
+        """Sum this rank's share of each tensor over ranks, in place; the rest is unspecified afterwards. All are under
+        way before the first is waited for."""
+        if self.world > 1:
+            _wait([_reduce_scatter(self.own(t), t, async_op=True) for t in tensors])
+
+    def all_gather_(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrite the shares of other ranks in each tensor by theirs, in place, all at once as `reduce_scatter_`."""
+        if self.world > 1:
+            _wait([_all_gather(t, self.own(t), async_op=True) for t in tensors])
 
     def all_gather(self, share: Tensor) -> Tensor:
         """Every rank's `share` (n, ...) one after another, as (world * n, ...)."""

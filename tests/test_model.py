@@ -24,7 +24,7 @@ from golfgpt.config import (
 )
 from golfgpt.model.gpt import GPT
 from golfgpt.model.kv_cache import KVCache
-from golfgpt.model.linear import LoRA, Observed, rms_norm
+from golfgpt.model.linear import LoRA, Observed, rms_norm, scaled
 from golfgpt.model.plan import layer_plan
 from golfgpt.model.rotary import norm_rotate, rope_table
 from golfgpt.model.segments import Segments, attend_within
@@ -427,7 +427,7 @@ def test_what_the_plan_says_is_what_runs():
         layer["c_q"] = Observed(layer["c_q"], lambda x, i=i: seen.append(i))
     model(tokens(1, 8), weights=weights)
     model(tokens(1, 8), weights=weights, looping=False)
-    assert seen == [0, 1, 2, 1, 2, 1, 2, 3, 4] + [0, 1, 2, 3, 4]
+    assert seen == [0, 1, 2, 1, 2, 1, 2, 3, 4, *range(5)]
 
 
 MATRICES = ("c_q", "c_k", "c_v", "attn_proj", "mlp_fc", "mlp_proj")
@@ -522,6 +522,21 @@ def test_bfloat16_activations():
     assert hidden.dtype == torch.bfloat16
     assert model.loss(ids, ids, dtype=torch.bfloat16).dtype == torch.float32
     torch.testing.assert_close(hidden.float(), model(ids), atol=0.2, rtol=0.1)
+
+
+def test_the_gradient_of_a_vector_is_not_rounded_to_bfloat16():
+    """A sum of 4096 products that are exact in bfloat16; the gradient of x is that of autograd."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 9, (4, 1024, 3), generator=generator).bfloat16().requires_grad_()
+    s = torch.tensor([1.0, 0.5, -2.0], requires_grad=True)
+    dx, ds = torch.autograd.grad(scaled(x, s).sum(), (x, s))
+    assert torch.equal(ds, x.detach().double().sum((0, 1)).float())
+    assert not torch.equal(ds, ds.bfloat16().float())
+    assert torch.equal(dx, s.detach().bfloat16().expand_as(x))
+    double = [torch.randn(shape, generator=generator).double().requires_grad_() for shape in ((2, 5, 3), (3,))]
+    assert torch.autograd.gradcheck(scaled, double)
+    frozen = scaled(x, s.detach()).sum()
+    assert torch.equal(torch.autograd.grad(frozen, x)[0], dx)
 
 
 @pytest.mark.parametrize("heads, gains", [(3, 3), (3, 2), (2, 0)])

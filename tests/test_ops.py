@@ -175,8 +175,8 @@ def relu2_mlp_dz(device):
     yield (dy, w_proj, h.square(), 0.0, False), {}
 
 
-def weight_grad(device):
-    yield (randn(9, 24, device=device), randn(9, 16, seed=1, device=device), torch.float32), {}
+def weight_grad_parts(device):
+    yield (randn(9, 24, device=device), randn(9, 16, seed=1, device=device)), {}
 
 
 def newton_schulz(device):
@@ -278,7 +278,7 @@ CASES = {
     "round_to_dtype": round_to_dtype,
     "softcap_logprobs": softcap_logprobs_,
     "softcap_logprobs_backward": softcap_logprobs_backward,
-    "weight_grad": weight_grad,
+    "weight_grad_parts": weight_grad_parts,
 }
 
 

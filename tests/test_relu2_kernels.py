@@ -5,7 +5,7 @@ from __future__ import annotations
 import golfgpt_kernels as gk
 import pytest
 import torch
-from golfgpt_kernels._weight_grad import split_weight_grad
+from golfgpt_kernels._weight_grad import add_parts, weight_grad, weight_grad_parts
 from golfgpt_kernels.relu2_mlp import linear_relu2_fwd, linear_relu2_ref, relu2_mlp_dz, relu2_mlp_ref
 from golfgpt_kernels.testing import assert_within_budget, gradients, poisoned, randn
 
@@ -74,7 +74,7 @@ def test_other_tiles(tile, device):
     with poisoned():
         h = linear_relu2_fwd(x, w_fc, 0.5, tile)
         dz = relu2_mlp_dz(x[:, :48].contiguous(), w_proj, h, 0.5, tile)
-        dw = split_weight_grad(dz, x, torch.float32, tile)
+        dw = add_parts(weight_grad_parts(dz, x, tile=tile), torch.float32)
     close = {"rtol": 2e-5, "atol": 2e-5}
     torch.testing.assert_close(h, linear_relu2_fwd(x, w_fc, 0.5), **close)
     torch.testing.assert_close(dz, relu2_mlp_dz(x[:, :48].contiguous(), w_proj, h, 0.5), **close)
@@ -84,10 +84,19 @@ def test_other_tiles(tile, device):
 def test_weight_gradient_is_deterministic_and_fp32_from_half(device):
     """The sum over rows keeps fp32 to the end: rounding it to fp16 first would be off by 5e-4."""
     dy, x = (randn(700, 40, seed=s, dtype=torch.float16, device=device) for s in (1, 2))
-    dw = split_weight_grad(dy, x, torch.float32)
-    assert torch.equal(dw, split_weight_grad(dy, x, torch.float32))
+    dw = weight_grad(dy, x, torch.float32)
+    assert torch.equal(dw, weight_grad(dy, x, torch.float32))
     oracle = dy.double().T @ x.double()
     assert ((dw - oracle).norm() / oracle.norm()).item() < 1e-6
+
+
+def test_partial_sums_fill_what_they_are_given(device):
+    """More splits than there are blocks of rows, as for the last chunk of the loss: the rest are zeros."""
+    dy, x = randn(70, 40, seed=1, device=device), randn(70, 24, seed=2, device=device)
+    with poisoned():
+        parts = weight_grad_parts(dy, x, torch.empty(7, 40, 24, device=device))
+    assert parts[0].any() and not parts[-1].any()
+    torch.testing.assert_close(add_parts(parts, torch.float32), dy.T @ x)
 
 
 def test_no_inputs_to_sum(device):

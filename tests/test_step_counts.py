@@ -63,3 +63,30 @@ def test_a_copy_is_seen():
     counted = run("-c", TEETH)
     more = {figure: counted["after"][figure] - counted["before"][figure] for figure in ("launches", "bytes")}
     assert more["launches"] >= 1 and more["bytes"] >= 2 * counted["size"]
+
+
+LOST = """
+from dataclasses import replace
+
+from bench import step_counts  # before torch
+from golfgpt.model.gpt import GPT
+from golfgpt.recipes import get
+
+
+def unbound(model, *args, weights=GPT.weights):
+    out = weights(model, *args)
+    for layer in out.layers:
+        layer["resid_mix"] = layer["resid_mix"].unbind(0)
+    return out
+
+
+GPT.weights = unbound
+config = get("baseline").config
+step_counts.count(replace(config, model=replace(config.model, num_layers=3)), "eager")
+"""
+
+
+def test_a_column_sum_that_inductor_loses_is_an_error():
+    """Unbound, the gradients of a layer's two mixing vectors are stacked; torch 2.13 compiles that wrongly."""
+    done = subprocess.run([sys.executable, "-c", LOST], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0 and "a column sum that is concatenated" in done.stderr

@@ -246,4 +246,4 @@ class ModelConfig(Section):
     @property
     def num_skips(self) -> int:
         """Skips of a forward with all passes: from each layer of the first half."""
-        return len(self.layer_order()) // 2
+        return (self.num_layers + (self.loop.passes - 1) * (self.loop.last + 1 - self.loop.first)) // 2

@@ -30,7 +30,7 @@ from golfgpt.model.embedding import embed
 from golfgpt.model.generate import generate
 from golfgpt.model.kv_cache import KVCache
 from golfgpt.model.layers import Tokens, layer, visible
-from golfgpt.model.linear import Weight, rms_norm
+from golfgpt.model.linear import Weight, rms_norm, scaled
 from golfgpt.model.parameters import parameter_table
 from golfgpt.model.plan import layer_plan
 from golfgpt.model.rotary import rope_table
@@ -43,9 +43,9 @@ class Weights:
     """The weights that a forward uses."""
 
     model: dict[str, Tensor]
-    """Parameters that are not in a bank, by name, in float32. They are cast where they are used."""
+    """Parameters that are not in a bank, by name, in float32. They are cast where they are used, as are vectors."""
     layers: list[dict[str, Weight]]
-    """For each row of the banks, its parameters by name, in the compute dtype. A matrix may be wrapped in
+    """For each row of the banks, its parameters by name, matrices in the compute dtype. A matrix may be wrapped in
     `linear.LoRA` or `linear.Observed`. Row i of attn_proj and mlp_proj is multiplied by element i of attn_scale and
     mlp_scale: their gradients are then sums over a matrix, not over all tokens, and no activation is scaled. A LoRA of
     these matrices needs a b with scaled rows."""
@@ -79,9 +79,10 @@ class GPT(nn.Module):
         values = dict(self.named_parameters()) | dict(stand_ins or {})
         if unknown := [name for name in values if name not in self.table]:
             raise ValueError(f"no parameter {unknown[0]} in this model; expected some of {', '.join(self.table)}")
-        banks = {name: values[name].to(dtype) for name, param in self.table.items() if param.by_layer}
+        banks = {name: values[name] for name, param in self.table.items() if param.by_layer}
+        banks |= {name: bank.to(dtype) for name, bank in banks.items() if self.table[name].kind == "matrix"}
         for matrix, scale in (("attn_proj", "attn_scale"), ("mlp_proj", "mlp_scale")):
-            banks[matrix] = banks[matrix] * banks[scale][..., None]
+            banks[matrix] = banks[matrix] * banks[scale].to(dtype)[..., None]
         rows = zip(*(bank.unbind(0) for bank in banks.values()), strict=True)
         layers = [dict(zip(banks, row, strict=True)) for row in rows]
         return Weights({name: values[name] for name, param in self.table.items() if not param.by_layer}, layers)
@@ -150,7 +151,7 @@ class GPT(nn.Module):
 
     @staticmethod
     def _skip(x: Tensor, output: Tensor, row: int, weights: Mapping[str, Tensor]) -> Tensor:
-        skipped = weights["skip_weights"][row].to(x.dtype) * output
+        skipped = scaled(output, weights["skip_weights"][row])
         if "skip_gates" not in weights:
             return x + skipped
         return torch.lerp(skipped, x, weights["skip_gates"][row].sigmoid().to(x.dtype))

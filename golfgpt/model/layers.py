@@ -29,7 +29,7 @@ from torch import Tensor
 from golfgpt.config import ModelConfig
 from golfgpt.model.attention_output import exclusive, gated
 from golfgpt.model.kv_cache import KVCache
-from golfgpt.model.linear import Weight, linear, rms_norm
+from golfgpt.model.linear import Weight, linear, rms_norm, scaled
 from golfgpt.model.plan import LayerPlan
 from golfgpt.model.rotary import norm_rotate
 from golfgpt.model.segments import Segments, attend_within
@@ -153,7 +153,9 @@ def layer(
     def fed(x: Tensor) -> Tensor:
         return mlp(normed(x), w["mlp_fc"], w["mlp_proj"], slope)
 
-    read = w["resid_mix"][0] * x + w["resid_mix"][1] * x0
+    # Indexed, not unbound: torch 2.13 compiles a stack of column sums into one that never gets them
+    # (bench/kernel_counts.py raises if this happens).
+    read = scaled(x, w["resid_mix"][0]) + scaled(x0, w["resid_mix"][1])
     attended = attention(normed(read), w, index, planned, tokens, last)
     if last is not None:
         x, read = (t[:, -last[0] :] for t in (x, read))

@@ -1,10 +1,11 @@
-"""What layers and mechanisms are made of: the product with a matrix, which may be wrapped, and the norm."""
+"""What layers and mechanisms are made of: products with a matrix, which may be wrapped, and with a vector; the norm."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -39,6 +40,30 @@ def linear(x: Tensor, w: Weight) -> Tensor:
         w.see(x)
         return linear(x, w.w)
     return F.linear(x, w)
+
+
+class _Scaled(torch.autograd.Function):
+    """Autograd would round the gradient of s, a sum over all tokens, to x's dtype and cast it to float32 afterwards."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, s: Tensor) -> Tensor:
+        ctx.save_for_backward(x, s)
+        return x * s.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, s = ctx.saved_tensors
+        dx = ds = None
+        if ctx.needs_input_grad[0]:
+            dx = (dy * s).to(x.dtype)  # s as it is: compiled, s.to(x.dtype) would be a tensor kept from the forward
+        if ctx.needs_input_grad[1]:
+            ds = (dy * x).sum(tuple(range(x.ndim - 1)), dtype=s.dtype)
+        return dx, ds
+
+
+def scaled(x: Tensor, s: Tensor) -> Tensor:
+    """x (..., D) times the vector s (D,), in x's dtype; the gradient of s keeps its own."""
+    return _Scaled.apply(x, s)
 
 
 def rms_norm(x: Tensor) -> Tensor:

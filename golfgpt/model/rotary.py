@@ -42,7 +42,7 @@ class _NormRotate(torch.autograd.Function):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         inverse_rms = (wide.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).rsqrt()
         ctx.save_for_backward(x, inverse_rms, cos, sin, gain)
-        return rotate((wide * inverse_rms).to(x.dtype), cos, sin) * _per_head(gain, x)
+        return rotate((wide * inverse_rms).to(x.dtype), cos, sin) * _per_head(gain.to(x.dtype), x)
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -78,12 +78,9 @@ class FlatGradients:
             weights = torch.zeros_like(gradients)
             for name, weight in zip(names, weights[: sum(counts)].split(counts), strict=True):
                 named[name].data = weight.view_as(named[name]).copy_(named[name].data)
-            shard = nn.Parameter(self._own(weights))
-            shard.grad = self._own(gradients)
+            shard = nn.Parameter(self.ranks.own(weights))
+            shard.grad = self.ranks.own(gradients)
         return Stack(tuple(names), tuple(counts), gradients, weights, shard)
-
-    def _own(self, stack: Tensor) -> Tensor:
-        return stack.chunk(self._parts)[self.ranks.rank] if self.sharded else stack
 
     @torch.no_grad()
     def accumulate_(self, gradients: Sequence[Tensor], first: bool) -> None:
@@ -101,8 +98,7 @@ class FlatGradients:
         if not self.sharded:
             self.ranks.sum_(self._all)
             return
-        for stack in self.stacks:
-            stack.shard.grad.copy_(self.ranks.reduce_scatter(stack.gradients))
+        self.ranks.reduce_scatter_([stack.gradients for stack in self.stacks])
         self.ranks.sum_(self._tail)
 
     def norm(self) -> Tensor:
@@ -116,8 +112,7 @@ class FlatGradients:
     def gather_weights(self) -> None:
         """Send the updated matrices of this rank to all ranks."""
         if self.sharded:
-            for stack in self.stacks:
-                stack.weights.copy_(self.ranks.all_gather(stack.shard.detach()))
+            self.ranks.all_gather_([stack.weights for stack in self.stacks])
 
     def gather(self, stack: Stack, shard: Tensor) -> dict[str, Tensor]:
         """Gather a tensor that every rank has for its shard of the stack, such as momentum. Returns bank name -> tensor
@@ -133,4 +128,4 @@ class FlatGradients:
         ]
         whole = torch.cat(parts)
         missing = len(stack.gradients) - len(whole)
-        return self._own(torch.cat([whole, whole.new_zeros(missing, *whole.shape[1:])])).clone()
+        return self.ranks.own(torch.cat([whole, whole.new_zeros(missing, *whole.shape[1:])])).clone()

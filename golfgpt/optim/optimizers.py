@@ -230,7 +230,6 @@ class Optimizers:
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_eps,
             fused=True,
-            capturable=device.type == "cuda",
         )
         self._copies = copies = compute_copies
         written = copies.written_by_muon() if copies is not None and self._flat is None else {}
@@ -311,6 +310,8 @@ class Optimizers:
         addresses = self._addresses()
         if None in (address for addresses_of in addresses for address in addresses_of):
             raise RuntimeError("some parameter has no gradient or no state yet; take a step before the capture")
+        for group in self.adam.param_groups:
+            group["capturable"] = True  # asserts what fused Adam is anyway; before a capture, torch would warn of it
         graph = torch.cuda.CUDAGraph()
         # "thread_local": with "global", the data thread could not allocate page-locked memory during the capture.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):

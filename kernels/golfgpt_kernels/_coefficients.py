@@ -31,8 +31,8 @@ POLAR_EXPRESS_COEFFICIENTS: tuple[Triple, ...] = (
     (1.875, -1.25, 0.375),
 )
 
-# The same method for five steps with a safety factor of 1.02 and a cushion of 2, as modded-nanogpt and the parameter-golf
-# records from 2026-04-23 on have them: what is below 0.01 grows less. A sixth step and later ones repeat the fifth.
+# The same method for five steps with a safety factor of 1.02 and a cushion of 2, as modded-nanogpt and the records of
+# parameter-golf from 2026-04-23 on have them. A sixth step and later ones repeat the fifth.
 POLAR_EXPRESS_5_COEFFICIENTS: tuple[Triple, ...] = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),

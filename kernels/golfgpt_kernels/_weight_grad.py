@@ -11,6 +11,8 @@ shape and the number of multiprocessors only.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -53,31 +55,51 @@ def _weight_grad_kernel(
     tl.store(partial_ptr + offs, acc, mask=(offs_n < N) & (offs_k < K))
 
 
-def split_weight_grad(dy: Tensor, x: Tensor, dtype: torch.dtype, tile: dict | None = None) -> Tensor:
-    """dyᵀ x (N, K) of dy (M, N) and x (M, K), accumulated in fp32 and rounded once to `dtype`."""
+def num_splits(m: int, n: int, k: int, device: torch.device, dtype: torch.dtype, tile: Mapping | None = None) -> int:
+    """How many partial sums `weight_grad_parts` makes of dy (m, n) and x (m, k)."""
+    tile = tile or _DW_TILES.select(device, dtype, m)
+    tiles = ceil_div(n, tile["BLOCK_M"]) * ceil_div(k, tile["BLOCK_N"])
+    blocks = ceil_div(m, tile["BLOCK_K"])
+    # One wave of programs; a range of fewer than four blocks would be more prologue and partial sums than matmul.
+    splits = max(1, min(num_programs(device) // max(1, tiles), blocks // 4))
+    return max(1, ceil_div(blocks, max(1, ceil_div(blocks, splits))))
+
+
+def weight_grad_parts(dy: Tensor, x: Tensor, out: Tensor | None = None, tile: Mapping | None = None) -> Tensor:
+    """Partial sums (splits, N, K) of dyᵀ x, dy (M, N) and x (M, K), in fp32; into `out` with as many splits as it
+    has."""
     (m, n), k = dy.shape, x.shape[1]
     tile = tile or _DW_TILES.select(x.device, x.dtype, m)
+    if out is None:
+        out = x.new_empty((num_splits(m, n, k, x.device, x.dtype, tile), n, k), dtype=torch.float32)
     bm, bn, bk = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
     tiles = ceil_div(n, bm) * ceil_div(k, bn)
     if m == 0 or tiles == 0:
-        return dy.new_zeros((n, k), dtype=dtype)
-    blocks = ceil_div(m, bk)
-    # One wave of programs; a range of fewer than four blocks would be more prologue and partial sums than matmul.
-    splits = max(1, min(num_programs(x.device) // tiles, blocks // 4))
-    rows_per_split = ceil_div(blocks, splits) * bk
-    splits = ceil_div(m, rows_per_split)
-    partial = torch.empty((splits, n, k), dtype=torch.float32, device=x.device)
-    operands = descriptor(dy, (bk, bm)), descriptor(x, (bk, bn)), partial
+        return out.zero_()
+    rows_per_split = ceil_div(ceil_div(m, bk), len(out)) * bk
+    operands = descriptor(dy, (bk, bm)), descriptor(x, (bk, bn)), out
     options = m, n, k, rows_per_split, dot_precision(x.dtype)
-    launch(_weight_grad_kernel, (tiles * splits,), x.device, *operands, *options, **tile)
-    return partial.sum(0).to(dtype)
+    launch(_weight_grad_kernel, (tiles * len(out),), x.device, *operands, *options, **tile)
+    return out
 
 
-@torch.library.custom_op(add_op_namespace_prefix("weight_grad"), mutates_args=())
+def add_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum of partial sums (splits, ...), rounded once to `dtype`. Part of the traced graph and not of an op: sum,
+    cast and what stacks the gradients of layers are then one kernel."""
+    return (parts[0] if len(parts) == 1 else parts.sum(0)).to(dtype)
+
+
+@torch.library.custom_op(add_op_namespace_prefix("weight_grad_parts"), mutates_args=())
+def _weight_grad_parts(dy: Tensor, x: Tensor) -> Tensor:
+    return weight_grad_parts(dy, x)
+
+
+@_weight_grad_parts.register_fake
+def _(dy, x):
+    (m, n), k = dy.shape, x.shape[1]
+    return x.new_empty((num_splits(m, n, k, x.device, x.dtype), n, k), dtype=torch.float32)
+
+
 def weight_grad(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    return split_weight_grad(dy, x, dtype)
-
-
-@weight_grad.register_fake
-def _(dy, x, dtype):
-    return dy.new_empty((dy.shape[1], x.shape[1]), dtype=dtype)
+    """dyᵀ x (N, K) of dy (M, N) and x (M, K), accumulated in fp32 and rounded once to `dtype`."""
+    return add_parts(_weight_grad_parts(dy, x), dtype)

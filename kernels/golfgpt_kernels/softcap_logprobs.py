@@ -61,7 +61,7 @@ from ._dispatch import Impl, accumulate_dtype, autocast, check_floats, check_lin
 from ._jit import ceil_div, descriptor, dot, dot_precision, empty_rows, halves, jit, launch, narrow, tl
 from ._ops import add_op_namespace_prefix
 from ._tiles import Tile, TileTable
-from ._weight_grad import split_weight_grad
+from ._weight_grad import add_parts, num_splits, weight_grad_parts
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -361,24 +361,30 @@ def _softcap_logprobs_backward(
     needs_hidden: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """dh and dW; one that is not needed has no rows."""
-    (m, d), v = hidden.shape, weight.shape[0]
+    """dh and partial sums of dW; what is not needed has no rows."""
     w = weight.to(hidden.dtype)
-    dh = hidden.new_empty((m if needs_hidden else 0, d))
-    dw = None
-    chunk = max(128, _CHUNK_BYTES // (v * hidden.itemsize) // 128 * 128)
-    grad = empty_rows((min(chunk, m), v), hidden.dtype, hidden.device)
+    chunk, dh, parts = _gradients(hidden, weight, needs_hidden, needs_weight)
+    grad = empty_rows((chunk, len(w)), hidden.dtype, hidden.device)
     vectors = [vector.contiguous() for vector in (targets, lse, low, d_logprob, d_lse)]
-    for begin in range(0, m, chunk):
-        rows = slice(begin, min(begin + chunk, m))
+    for begin, part in zip(range(0, len(hidden), chunk), parts, strict=True):
+        rows = slice(begin, min(begin + chunk, len(hidden)))
         g = grad[: rows.stop - begin]
         softcap_logits_grad(hidden[rows], w, *(vector[rows] for vector in vectors), softcap, ignore_index, g)
         if needs_hidden:
             torch.mm(g, w, out=dh[rows])
         if needs_weight:
-            part = split_weight_grad(g, hidden[rows], torch.float32)
-            dw = part if dw is None else dw.add_(part)
-    return dh, weight.new_zeros((v if needs_weight else 0, d)) if dw is None else dw.to(weight.dtype)
+            weight_grad_parts(g, hidden[rows], part)
+    return dh, parts.flatten(0, 1)
+
+
+def _gradients(hidden: Tensor, weight: Tensor, needs_hidden: bool, needs_weight: bool) -> tuple[int, Tensor, Tensor]:
+    """Rows of a chunk, and memory for dh and for the partial sums (chunks, splits, V, D) of dW."""
+    (m, d), v = hidden.shape, weight.shape[0]
+    chunk = max(1, min(m, max(128, _CHUNK_BYTES // (v * hidden.itemsize) // 128 * 128)))
+    splits = num_splits(chunk, v, d, hidden.device, hidden.dtype)
+    parts = (ceil_div(m, chunk), splits, v if needs_weight else 0, d)
+    dh = hidden.new_empty((m if needs_hidden else 0, d))
+    return chunk, dh, hidden.new_empty(parts, dtype=torch.float32)
 
 
 @softcap_logprobs.register_fake
@@ -388,9 +394,8 @@ def _(hidden, weight, targets, softcap, ignore_index):
 
 @_softcap_logprobs_backward.register_fake
 def _(hidden, weight, targets, lse, low, d_logprob, d_lse, softcap, ignore_index, needs_hidden, needs_weight):
-    d = hidden.shape[1]
-    dh = hidden.new_empty((hidden.shape[0] if needs_hidden else 0, d))
-    return dh, weight.new_empty((weight.shape[0] if needs_weight else 0, d))
+    _, dh, parts = _gradients(hidden, weight, needs_hidden, needs_weight)
+    return dh, parts.flatten(0, 1)
 
 
 def _save(ctx, inputs, output):
@@ -401,8 +406,9 @@ def _save(ctx, inputs, output):
 def _backward(ctx, d_logprob, d_lse, _):
     needs_hidden, needs_weight = ctx.needs_input_grad[:2]
     options = ctx.softcap, ctx.ignore_index, needs_hidden, needs_weight
-    dh, dw = _softcap_logprobs_backward(*ctx.saved_tensors, d_logprob, d_lse, *options)
-    return dh if needs_hidden else None, dw if needs_weight else None, None, None, None
+    dh, parts = _softcap_logprobs_backward(*ctx.saved_tensors, d_logprob, d_lse, *options)
+    dw = add_parts(parts, ctx.saved_tensors[1].dtype) if needs_weight else None
+    return dh if needs_hidden else None, dw, None, None, None
 
 
 softcap_logprobs.register_autograd(_backward, setup_context=_save)
