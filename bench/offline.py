@@ -41,7 +41,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from golfgpt_kernels import _jit, _tiles
+from golfgpt_kernels import _jit, _relu2_mlp_gluon, _tiles
 from golfgpt_kernels._dispatch import KERNEL_DTYPES, dtype_name
 from golfgpt_kernels._tiles import TABLES
 from golfgpt_kernels._weight_grad import weight_grad_parts
@@ -67,19 +67,24 @@ class Case:
     dtypes: Sequence[torch.dtype]
     variants: Sequence[Mapping[str, object]]
     dots: bool
+    architectures: Sequence[int]
 
 
 CASES: dict[str, Case] = {}
 
 
-def case(name: str, *, table: str | None = None, dtypes=KERNEL_DTYPES, dots: bool = True, **variants: Iterable):
+def case(
+    name: str, *, table: str | None = None, dtypes=KERNEL_DTYPES, dots=True, architectures=ARCHITECTURES,
+    **variants: Iterable,
+):  # fmt: skip
     """Register launch(dtype, tile, **variant): for every tile of `table` (default: the table called `name`; without one
     once, with tile None), every dtype and every combination of the given values. fp32 comes twice, ieee and tf32,
     unless the kernel has no dots."""
 
     def register(launch: Callable) -> Callable:
         combinations = [dict(zip(variants, values, strict=True)) for values in itertools.product(*variants.values())]
-        CASES[name] = Case(launch, table or (name if name in TABLES else None), dtypes, combinations, dots)
+        table_name = table or (name if name in TABLES else None)
+        CASES[name] = Case(launch, table_name, dtypes, combinations, dots, architectures)
         return launch
 
     return register
@@ -108,6 +113,15 @@ def _(dtype, tile, slope):
 def _(dtype, tile, slope):
     dy, w, h = empty(ROWS, DIM, dtype=dtype), empty(DIM, HIDDEN, dtype=dtype), empty(ROWS, HIDDEN, dtype=dtype)
     relu2_mlp_dz(dy, w, h, slope, tile)
+
+
+@case("relu2_mlp_gluon", slope=SLOPES, grad=(False, True), dtypes=(torch.float16, torch.bfloat16), architectures=(90,))
+def _(dtype, tile, slope, grad):
+    wide, narrow, w = (empty(*shape, dtype=dtype) for shape in ((ROWS, HIDDEN), (ROWS, DIM), (HIDDEN, DIM)))
+    if grad:
+        _relu2_mlp_gluon.relu2_mlp_dz(narrow, empty(DIM, HIDDEN, dtype=dtype), wide, slope)
+    else:
+        _relu2_mlp_gluon.linear_relu2_fwd(narrow, w, slope)
 
 
 @case("relu2_dz", slope=SLOPES, dots=False)
@@ -239,7 +253,7 @@ def shipped_tiles(table: str, sm: int, itemsize: int) -> list[dict[str, int]]:
 
 def all_jobs(architectures: Iterable[int] = ARCHITECTURES) -> Iterator[Job]:
     for (name, this), sm in itertools.product(CASES.items(), architectures):
-        for dtype in this.dtypes:
+        for dtype in this.dtypes if sm in this.architectures else ():
             tiles = shipped_tiles(this.table, sm, dtype.itemsize) if this.table else [None]
             precisions = (False, True) if this.dots and dtype == torch.float32 else (False,)
             for variant, tile, tf32 in itertools.product(this.variants, tiles, precisions):
@@ -316,7 +330,7 @@ def resources(compiled) -> dict:
         file.flush()
         usage = run_tool(knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
     return {
-        "dots": dots(compiled.asm["ttir"]),
+        "dots": dots(compiled.asm.get("ttir") or compiled.asm["ttgir"]),
         "num_warps": metadata.num_warps,
         "num_stages": metadata.num_stages,
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
@@ -331,10 +345,11 @@ def run_tool(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def dots(ttir: str) -> list[str]:
-    """What the kernel multiplies, before instructions are chosen: ["bf16"], ["f32 tf32"], [] without matmul."""
+def dots(ir: str) -> list[str]:
+    """What the kernel multiplies, before instructions are chosen: ["bf16"], ["f32 tf32"], [] without matmul.
+    Gluon, whose first form is ttgir, names the instruction itself."""
     found = set()
-    for options, dtype in re.findall(r"tt\.dot ([^:]*): tensor<[\dx]+x(\w+)>", ttir):
+    for options, dtype in re.findall(r"(?:tt\.dot|warp_group_dot) (.*?) : [\w.!]+<[\dx]+x(\w+)[,>]", ir):
         precision = re.search(r"inputPrecision = (\w+)", options)
         found.add(dtype if dtype != "f32" else f"f32 {precision[1] if precision else 'ieee'}")
     return sorted(found)
@@ -350,7 +365,9 @@ def machine_code(cubin: bytes) -> bytes:
     return b"".join(cubin[offset : offset + length] for _, _, _, _, offset, length in code)
 
 
-COUNTED = ("HGMMA", "HMMA", "UTCMMA", "UTMALDG", "UTMASTG", "LDGSTS", "FFMA", "MUFU", "STL", "LDL")
+COUNTED = (
+    "HGMMA", "HMMA", "UTCMMA", "UTMALDG", "UTMASTG", "USETMAXREG", "LDGSTS", "FFMA", "MUFU", "STL", "LDL",
+)  # fmt: skip
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_]*)", re.MULTILINE)
 
 

@@ -18,6 +18,7 @@ from functools import partial
 import golfgpt_kernels as gk
 import torch
 from golfgpt_kernels import RowQuant, _dispatch, _jit, _tiles
+from golfgpt_kernels.relu2_mlp import gluon_cannot_run
 
 from bench import offline
 
@@ -66,9 +67,14 @@ LAYOUTS = {layout.__name__: Form(layout=layout) for layout in (strided, misalign
 ODD = {"ragged float16": Form(37, 100, 51, torch.float16), "1x1 float32": Form(1, 1, 1, torch.float32)}
 MATRICES = {**LAYOUTS, **ODD}
 ROWS = {**MATRICES, "one row": Form(m=1)}
+HALF_PRECISION = {name: form for name, form in ROWS.items() if form.dtype != torch.float32}
 CONTIGUOUS = {"misaligned": LAYOUTS["misaligned"], **ODD}  # Muon's kernels refuse other layouts
 
 # ---- cases
+
+
+def relu2_mlp_gluon(t: Form) -> None:
+    gk.relu2_mlp(t("mk"), t("nk"), t("kn"), negative_slope=0.5, impl="gluon").sum().backward()
 
 
 def fake_quantize_groups(t: Form) -> None:
@@ -91,6 +97,7 @@ def muon_update(t: Form) -> None:
 OPS = {
     "linear_relu2": (ROWS, lambda t: gk.linear_relu2(t("mk"), t("nk"), negative_slope=0.5).sum().backward()),
     "relu2_mlp": (ROWS, lambda t: gk.relu2_mlp(t("mk"), t("nk"), t("kn"), negative_slope=0.5).sum().backward()),
+    "relu2_mlp gluon": (HALF_PRECISION, relu2_mlp_gluon),
     "softcap_cross_entropy": (ROWS, lambda t: gk.softcap_cross_entropy(t("mk"), t("nk"), t.targets()).backward()),
     "token_logprobs": (ODD, lambda t: gk.token_logprobs(t("mk"), t("nk"), t.targets(), mask=t.targets() == 0)),
     "newton_schulz wide": (MATRICES, lambda t: gk.newton_schulz(t("mk", 3), steps=1, dtype=t.dtype)),
@@ -132,6 +139,7 @@ def activate(sm: int = 90) -> None:
     offline.replace(_jit.num_programs, lambda device: offline.MULTIPROCESSORS[sm])
     offline.replace(_tiles.compute_capability, lambda device: sm)
     offline.replace(_dispatch.cannot_run, lambda device, dtype: None)
+    offline.replace(gluon_cannot_run, lambda device, dtype: None)
     gk.set_implementation("triton")
     offline.hash_kernels()  # what tests/test_offline.py has compiled is found
 

@@ -93,6 +93,12 @@ def test_gate(job, compiled):
     assert not [failure for row in compiled[str(job)] for failure in offline.failures(row)]
 
 
+def test_gluon_specialises_warps(compiled):
+    rows = [row for found in compiled.values() for row in found if row["case"] == "relu2_mlp_gluon"]
+    assert [row["variant"]["grad"] for row in rows] == [False, True]
+    assert all(row[opcode] for row in rows for opcode in ("HGMMA", "UTMALDG", "UTMASTG", "USETMAXREG"))
+
+
 @pytest.mark.parametrize("expected", BAD)
 def test_gate_has_teeth(expected, compiled):
     (row,) = compiled[str(BAD[expected])]

@@ -155,14 +155,14 @@ def leaf(*shape: int, seed: int, device: str) -> torch.Tensor:
 
 
 def linear_relu2(device):
-    yield (leaf(9, 16, seed=0, device=device), leaf(24, 16, seed=1, device=device), 0.0), {}
+    yield (leaf(9, 16, seed=0, device=device), leaf(24, 16, seed=1, device=device), 0.0, False), {}
 
 
 def relu2_mlp(device):
     x, w_fc, w_proj = (
         leaf(*shape, seed=seed, device=device) for seed, shape in enumerate([(9, 16), (24, 16), (8, 24)])
     )
-    yield (x, w_fc, w_proj, 0.5), {}
+    yield (x, w_fc, w_proj, 0.5, False), {}
 
 
 def relu2_dz(device):
@@ -171,10 +171,8 @@ def relu2_dz(device):
 
 
 def relu2_mlp_dz(device):
-    yield (
-        (randn(9, 8, device=device), randn(8, 24, seed=1, device=device), randn(9, 24, device=device).square(), 0.0),
-        {},
-    )
+    dy, w_proj, h = (randn(*shape, seed=seed, device=device) for seed, shape in enumerate([(9, 8), (8, 24), (9, 24)]))
+    yield (dy, w_proj, h.square(), 0.0, False), {}
 
 
 def weight_grad_parts(device):

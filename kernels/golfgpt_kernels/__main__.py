@@ -30,6 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, size in sizes.items():
         check.add_argument(f"--{name}", type=int, default=size, help="of the model; default: %(default)d")
     check.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the activations")
+    check.add_argument(
+        "--impl", choices=["triton", "gluon"], default="triton", help="which kernel; default: %(default)s"
+    )
     check.add_argument("--device", type=torch.device, default=torch.device("cuda", 0))
     check.add_argument("--json", action="store_true", help="print {op: why it is wrong, or null}")
     options = parser.parse_args(arguments)
@@ -51,7 +54,7 @@ def check_ops(options: argparse.Namespace) -> int:
     cases = _cases.op_cases(*sizes, kv=options.kv, dtype=dtype)
     for op in options.ops:
         try:
-            wrong[op] = _cases.check(cases[op], options.device)
+            wrong[op] = _cases.check(cases[op], options.device, impl=options.impl)
         except (RuntimeError, ValueError, ImportError) as error:
             wrong[op] = tuning.reason(error)
         if not options.json:

@@ -1,10 +1,11 @@
 """Which implementation of an op runs, and the input checks that ops share.
 
-`impl` is "auto", "eager" or "triton", the last keyword of every op that has a kernel. A named implementation
-runs or raises its reason; it never falls back. "auto" is "eager" (which torch.compile fuses with the rest of a model)
-unless a measurement says that the kernel wins: an entry of measured.json for this architecture, or of the
-file that `python -m golfgpt_kernels tune` wrote on this machine for this GPU and these versions. It logs once
-per op what it chose on a GPU and why. `set_implementation` gives "auto" another meaning for the whole process.
+`impl` is "auto", "eager" or "triton", the last keyword of every op that has a kernel; those of GLUON_OPS have another
+kernel, "gluon". A named implementation runs or raises its reason; it never falls back. "auto" is "eager" (which
+torch.compile fuses with the rest of a model) unless a measurement says that the kernel wins: an entry of measured.json
+for this architecture, or of the file that `python -m golfgpt_kernels tune` wrote on this machine for this GPU and these
+versions. It logs once per op what it chose on a GPU and why. `set_implementation` gives "auto" another meaning for the
+whole process.
 
 Checks of dtype, shape and device always run. Checks of values (NaN, targets outside the vocabulary) would make the
 host wait for a GPU and break a compiled graph: they run only for CPU tensors outside torch.compile.
@@ -28,6 +29,8 @@ from ._jit import INTERPRETING, MISSING
 from ._tiles import compute_capability
 
 Impl = Literal["auto", "triton", "eager"]
+GluonImpl = Literal["auto", "triton", "gluon", "eager"]  # of GLUON_OPS
+GLUON_OPS = ("linear_relu2", "relu2_mlp")
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -36,23 +39,25 @@ log = logging.getLogger("golfgpt_kernels")
 
 # Of impl="auto", in general and for single ops; torch.compile guards on them, so that a change recompiles.
 _meaning: Impl = "auto"
-_meanings: Mapping[str, Impl] = {}
+_meanings: Mapping[str, GluonImpl] = {}
 
 
 class set_implementation:
     """What impl="auto" means from now on, in the whole process: "eager" or "triton", as if every op were called with
     that name, or "auto", the choice by measurements. `ops` (name -> implementation) have a meaning of their own; names
-    are those of `implementation`. In a `with` statement the former meaning returns at the end. Raises ValueError for
-    unknown names."""
+    are those of `implementation`, and "linear_relu2" and "relu2_mlp" can be "gluon" too. In a `with` statement the
+    former meaning returns at the end. Raises ValueError for unknown names."""
 
-    def __init__(self, impl: Impl, ops: Mapping[str, Impl] | None = None):
+    def __init__(self, impl: Impl, ops: Mapping[str, GluonImpl] | None = None):
         global _meaning, _meanings
-        for meaning in (impl, *(ops or {}).values()):
-            if meaning not in ("auto", "eager", "triton"):
-                raise ValueError(f"set_implementation: {meaning!r}; expected 'auto', 'eager' or 'triton'")
-        if unknown := [op for op in ops or {} if op not in op_dtypes()]:
+        ops = dict(ops or {})
+        for op, meaning in {"": impl, **ops}.items():
+            if meaning not in ("auto", "eager", "triton") and (meaning != "gluon" or op not in GLUON_OPS):
+                where = f" for {op}" if op else ""
+                raise ValueError(f"set_implementation: {meaning!r}{where}; expected 'auto', 'eager' or 'triton'")
+        if unknown := [op for op in ops if op not in op_dtypes()]:
             raise ValueError(f"set_implementation: op {unknown[0]!r}; expected some of {', '.join(op_dtypes())}")
-        self.former, _meaning, _meanings = (_meaning, _meanings), impl, dict(ops or {})
+        self.former, _meaning, _meanings = (_meaning, _meanings), impl, ops
 
     def __enter__(self) -> None:
         pass
@@ -62,7 +67,7 @@ class set_implementation:
         _meaning, _meanings = self.former
 
 
-def resolve(op: str, impl: Impl) -> Impl:
+def resolve(op: str, impl: GluonImpl) -> GluonImpl:
     """`impl`, or for "auto" what set_implementation made of it for `op`."""
     return _meanings.get(op, _meaning) if impl == "auto" else impl
 
@@ -95,7 +100,8 @@ def runs_triton(op: str, impl: Impl, tensor: Tensor, rows: int) -> bool:
 
 
 def implementation(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """What impl="auto" means for `op` there: ("triton" or "eager", the reason in one sentence)."""
+    """What impl="auto" means for `op` there: ("triton" or "eager", or what set_implementation says; the reason in one
+    sentence)."""
     tuned = op_dtypes()
     if op not in tuned:
         raise ValueError(f"implementation: op={op!r}; expected one of {', '.join(tuned)}")

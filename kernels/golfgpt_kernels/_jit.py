@@ -20,7 +20,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from ._versions import too_old
+from ._versions import gluon_untried, too_old
 
 try:
     import triton
@@ -28,6 +28,7 @@ except ImportError as error:
     MISSING = f"triton is not installed ({error}): pip install triton, which has wheels for Linux"
 else:
     MISSING = too_old("triton", triton.__version__)
+GLUON_MISSING = MISSING or gluon_untried(triton.__version__)  # why impl="gluon" does not run
 
 if MISSING:
     INTERPRETING = False

@@ -41,15 +41,30 @@ records 59 and 87). The sign in the mantissa is ours.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._dispatch import Impl, autocast, check_floats, check_linear, runs_triton
-from ._jit import ceil_div, descriptor, dot, dot_precision, empty_rows, halves, jit, launch, narrow, num_programs, tl
+from ._dispatch import GluonImpl, autocast, check_floats, check_linear, resolve, runs_triton
+from ._jit import (
+    GLUON_MISSING,
+    ceil_div,
+    descriptor,
+    dot,
+    dot_precision,
+    empty_rows,
+    halves,
+    jit,
+    launch,
+    narrow,
+    num_programs,
+    tl,
+)
 from ._ops import add_op_namespace_prefix
-from ._tiles import INTERPRETED_GEMM, Tile, TileTable
+from ._tiles import INTERPRETED_GEMM, Tile, TileTable, compute_capability
 from ._weight_grad import weight_grad
 
 
@@ -219,12 +234,24 @@ def relu2_dz(dh: Tensor, h: Tensor, slope: float) -> Tensor:
     return dz
 
 
+def gemms(gluon: bool) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """linear_relu2_fwd and relu2_mlp_dz of that form."""
+    if not gluon:
+        return linear_relu2_fwd, relu2_mlp_dz
+    # Here, because that file needs this one, and Gluon.
+    from ._relu2_mlp_gluon import linear_relu2_fwd as up
+    from ._relu2_mlp_gluon import relu2_mlp_dz as dz
+
+    return up, dz
+
+
 # ---- custom ops and their gradients
 
 
 @torch.library.custom_op(add_op_namespace_prefix("linear_relu2"), mutates_args=())
-def _linear_relu2(x: Tensor, w: Tensor, slope: float) -> Tensor:
-    return linear_relu2_fwd(x, w.to(x.dtype), slope)
+def _linear_relu2(x: Tensor, w: Tensor, slope: float, gluon: bool) -> Tensor:
+    up, _ = gemms(gluon)
+    return up(x, w.to(x.dtype), slope)
 
 
 @torch.library.custom_op(add_op_namespace_prefix("relu2_dz"), mutates_args=())
@@ -233,18 +260,20 @@ def _relu2_dz(dh: Tensor, h: Tensor, slope: float) -> Tensor:
 
 
 @torch.library.custom_op(add_op_namespace_prefix("relu2_mlp"), mutates_args=())
-def _relu2_mlp(x: Tensor, w_fc: Tensor, w_proj: Tensor, slope: float) -> tuple[Tensor, Tensor]:
-    h = linear_relu2_fwd(x, w_fc.to(x.dtype), slope)
+def _relu2_mlp(x: Tensor, w_fc: Tensor, w_proj: Tensor, slope: float, gluon: bool) -> tuple[Tensor, Tensor]:
+    up, _ = gemms(gluon)
+    h = up(x, w_fc.to(x.dtype), slope)
     return F.linear(h, w_proj.to(x.dtype)), h
 
 
 @torch.library.custom_op(add_op_namespace_prefix("relu2_mlp_dz"), mutates_args=())
-def _relu2_mlp_dz(dy: Tensor, w_proj: Tensor, h: Tensor, slope: float) -> Tensor:
-    return relu2_mlp_dz(dy, w_proj.to(dy.dtype), h, slope)
+def _relu2_mlp_dz(dy: Tensor, w_proj: Tensor, h: Tensor, slope: float, gluon: bool) -> Tensor:
+    _, dz = gemms(gluon)
+    return dz(dy, w_proj.to(dy.dtype), h, slope)
 
 
 @_linear_relu2.register_fake
-def _(x, w, slope):
+def _(x, w, slope, gluon):
     return empty_rows((x.shape[0], w.shape[0]), x.dtype, x.device)
 
 
@@ -254,18 +283,18 @@ def _(dh, h, slope):
 
 
 @_relu2_mlp.register_fake
-def _(x, w_fc, w_proj, slope):
+def _(x, w_fc, w_proj, slope, gluon):
     h = empty_rows((x.shape[0], w_fc.shape[0]), x.dtype, x.device)
     return x.new_empty((x.shape[0], w_proj.shape[0])), h
 
 
 @_relu2_mlp_dz.register_fake
-def _(dy, w_proj, h, slope):
+def _(dy, w_proj, h, slope, gluon):
     return empty_rows(h.shape, dy.dtype, dy.device)
 
 
 def _save_linear_relu2(ctx, inputs, output):
-    x, w, ctx.slope = inputs
+    x, w, ctx.slope, _ = inputs
     ctx.save_for_backward(x, w, output)
 
 
@@ -274,14 +303,14 @@ def _linear_relu2_backward(ctx, dh):
     dz = _relu2_dz(dh, h, ctx.slope)
     dx = dz @ w.to(x.dtype) if ctx.needs_input_grad[0] else None
     dw = weight_grad(dz, x, w.dtype) if ctx.needs_input_grad[1] else None
-    return dx, dw, None
+    return dx, dw, None, None
 
 
 _linear_relu2.register_autograd(_linear_relu2_backward, setup_context=_save_linear_relu2)
 
 
 def _save_relu2_mlp(ctx, inputs, output):
-    x, w_fc, w_proj, ctx.slope = inputs
+    x, w_fc, w_proj, ctx.slope, ctx.gluon = inputs
     ctx.save_for_backward(x, w_fc, w_proj, output[1])
     ctx.set_materialize_grads(False)
 
@@ -290,12 +319,12 @@ def _relu2_mlp_backward(ctx, dy, _dh):
     x, w_fc, w_proj, h = ctx.saved_tensors
     dx = dw_fc = dw_proj = None
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-        dz = _relu2_mlp_dz(dy, w_proj, h, ctx.slope)
+        dz = _relu2_mlp_dz(dy, w_proj, h, ctx.slope, ctx.gluon)
         dx = dz @ w_fc.to(x.dtype) if ctx.needs_input_grad[0] else None
         dw_fc = weight_grad(dz, x, w_fc.dtype) if ctx.needs_input_grad[1] else None
     if ctx.needs_input_grad[2]:
         dw_proj = weight_grad(dy, h, w_proj.dtype)
-    return dx, dw_fc, dw_proj, None
+    return dx, dw_fc, dw_proj, None, None
 
 
 _relu2_mlp.register_autograd(_relu2_mlp_backward, setup_context=_save_relu2_mlp)
@@ -304,19 +333,28 @@ _relu2_mlp.register_autograd(_relu2_mlp_backward, setup_context=_save_relu2_mlp)
 # ---- public
 
 
-def linear_relu2(x: Tensor, w: Tensor, *, negative_slope: float = 0.0, impl: Impl = "auto") -> Tensor:
-    """relu(x wᵀ)²: x (..., K), w (N, K) -> (..., N) in x's dtype."""
+def linear_relu2(x: Tensor, w: Tensor, *, negative_slope: float = 0.0, impl: GluonImpl = "auto") -> Tensor:
+    """relu(x wᵀ)²: x (..., K), w (N, K) -> (..., N) in x's dtype. For impl="gluon" see `relu2_mlp`."""
     check_floats("linear_relu2", x=x, w=w)
     check_linear("linear_relu2", x, w)
     _check_slope("linear_relu2", negative_slope)
     x, lead = autocast(x), x.shape[:-1]
-    if not runs_triton("linear_relu2", impl, x, lead.numel()):
+    form = _form("linear_relu2", impl, x, lead.numel())
+    if form == "eager":
         return linear_relu2_ref(x, w, negative_slope=negative_slope)
-    return _linear_relu2(x.reshape(lead.numel(), x.shape[-1]), w, float(negative_slope)).reshape(*lead, w.shape[0])
+    h = _linear_relu2(x.reshape(lead.numel(), x.shape[-1]), w, float(negative_slope), form == "gluon")
+    return h.reshape(*lead, w.shape[0])
 
 
-def relu2_mlp(x: Tensor, w_fc: Tensor, w_proj: Tensor, *, negative_slope: float = 0.0, impl: Impl = "auto") -> Tensor:
-    """relu(x w_fcᵀ)² w_projᵀ: x (..., K), w_fc (H, K), w_proj (N, H) -> (..., N) in x's dtype."""
+def relu2_mlp(
+    x: Tensor, w_fc: Tensor, w_proj: Tensor, *, negative_slope: float = 0.0, impl: GluonImpl = "auto"
+) -> Tensor:
+    """relu(x w_fcᵀ)² w_projᵀ: x (..., K), w_fc (H, K), w_proj (N, H) -> (..., N) in x's dtype.
+
+    impl="gluon" takes the up and the dz GEMM of _relu2_mlp_gluon.py (sm_90, fp16 and bf16, triton 3.6 to 3.9), which
+    has never run; the rest is as for "triton". Where it cannot run it is a RuntimeError with the reason. "auto" means
+    it only if `set_implementation` says so.
+    """
     check_floats("relu2_mlp", x=x, w_fc=w_fc, w_proj=w_proj)
     check_linear("relu2_mlp", x, w_fc, w_name="w_fc")
     if w_proj.ndim != 2 or w_proj.shape[1] != w_fc.shape[0]:
@@ -326,10 +364,32 @@ def relu2_mlp(x: Tensor, w_fc: Tensor, w_proj: Tensor, *, negative_slope: float 
         )
     _check_slope("relu2_mlp", negative_slope)
     x, lead = autocast(x), x.shape[:-1]
-    if not runs_triton("relu2_mlp", impl, x, lead.numel()):
+    form = _form("relu2_mlp", impl, x, lead.numel())
+    if form == "eager":
         return relu2_mlp_ref(x, w_fc, w_proj, negative_slope=negative_slope)
-    y, _ = _relu2_mlp(x.reshape(lead.numel(), x.shape[-1]), w_fc, w_proj, float(negative_slope))
+    y, _ = _relu2_mlp(x.reshape(lead.numel(), x.shape[-1]), w_fc, w_proj, float(negative_slope), form == "gluon")
     return y.reshape(*lead, w_proj.shape[0])
+
+
+def _form(op: str, impl: GluonImpl, x: Tensor, rows: int) -> Literal["triton", "gluon", "eager"]:
+    """What computes `op`; raises as runs_triton does."""
+    if resolve(op, impl) != "gluon":
+        return "triton" if runs_triton(op, impl, x, rows) else "eager"
+    if reason := gluon_cannot_run(x.device, x.dtype):
+        raise RuntimeError(f"impl='gluon' cannot run: {reason}; impl='eager' can")
+    return "gluon"
+
+
+def gluon_cannot_run(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why impl="gluon" would raise for tensors of this device and dtype; None if it would run."""
+    reasons = [GLUON_MISSING]
+    if device.type != "cuda":
+        reasons.append(f"tensors are on {device}, not on CUDA, and Triton's interpreter does not know Gluon")
+    elif (sm := compute_capability(device)) // 10 != 9:
+        reasons.append(f"it is for sm_90, and {torch.cuda.get_device_name(device)} is sm_{sm}")
+    if dtype not in (torch.float16, torch.bfloat16):
+        reasons.append(f"it computes in torch.float16 and torch.bfloat16, not in {dtype}")
+    return "; ".join(filter(None, reasons)) or None
 
 
 def _check_slope(op: str, negative_slope: float) -> None:
