@@ -178,6 +178,12 @@ def test_a_failure_costs_that_alternative_only(trial):
     assert chosen.kernels == "eager"
 
 
+def test_another_form_of_a_kernel_replaces_it(trial):
+    ms = {"mlp": 90.0, "mlp_gluon": 80.0, "mlp,loss": 70.0, "mlp_gluon,loss": 60.0}
+    chosen, _ = trial(kernels("mlp", "mlp_gluon", "loss"), lambda r: ms.get(r.kernels, 100.0))
+    assert chosen.kernels == "mlp_gluon,loss"
+
+
 def test_a_time_limit_ends_the_trials(trial, monkeypatch):
     monkeypatch.setattr(execution, "SECONDS", -1.0)
     chosen, verdicts = trial(kernels("mlp"), lambda r: 1.0)
@@ -223,7 +229,7 @@ def names(runtime, step):
 
 def test_a_gpu_tries_kernels_attention_and_graphs(tiny):
     auto = RuntimeConfig()
-    expected = ["mlp", "loss", "optimizer", "attention cudnn", "graph optimizer", "graph step"]
+    expected = ["mlp", "mlp_gluon", "loss", "optimizer", "attention cudnn", "graph optimizer", "graph step"]
     assert names(auto, on(True, tiny)) == expected
     qat = replace(tiny, quant=replace(tiny.quant, qat="r4"))
     assert "fake_quant" in names(auto, on(True, qat))
@@ -293,7 +299,9 @@ def test_what_a_run_chose_elsewhere_is_replaced_and_said():
 
 @pytest.mark.parametrize("kernels", ["mlp,head", "", "auto,mlp"])
 def test_unknown_kernels_are_refused(kernels):
-    with pytest.raises(ValueError, match="expected auto, eager, triton, or some of mlp,loss,optimizer,fake_quant"):
+    with pytest.raises(
+        ValueError, match="expected auto, eager, triton, or some of mlp,mlp_gluon,loss,"
+    ):
         RuntimeConfig(kernels=kernels)
 
 

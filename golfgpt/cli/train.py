@@ -123,8 +123,8 @@ class EvalRuntime:
     dtype: Literal["auto", "bfloat16", "float32"]
     """Dtype of activations and matmuls; auto: bfloat16 on cuda, float32 on a CPU."""
     kernels: str
-    """Where Triton kernels replace PyTorch: triton, eager, some of mlp, loss, optimizer, fake_quant (of which scoring
-    uses mlp and loss), or auto: where `python -m golfgpt_kernels tune` found them faster."""
+    """Where Triton kernels replace PyTorch: triton, eager, some of mlp, mlp_gluon, loss, optimizer, fake_quant (of
+    which scoring uses the first three), or auto: where `python -m golfgpt_kernels tune` found them faster."""
     attention: Literal["auto", "cudnn", "flash", "flash3", "efficient", "math"]
     """Backend of scaled_dot_product_attention; auto: on a GPU the fastest backend that agrees with math."""
     compile: Literal["auto", "on", "off"]

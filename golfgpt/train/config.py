@@ -10,12 +10,13 @@ from golfgpt.fields import Count, CountOrZero, NotNegative, Section
 Device = Literal["auto", "cpu", "cuda"]
 
 KERNELS = {
-    "mlp": ("relu2_mlp", "linear_relu2"),
-    "loss": ("softcap_cross_entropy", "token_logprobs"),
-    "optimizer": ("newton_schulz", "muon_momentum_", "muon_update_"),
-    "fake_quant": ("fake_quantize_rows", "quantize_rows", "muon_update_rows_"),
+    "mlp": {"relu2_mlp": "triton", "linear_relu2": "triton"},
+    "mlp_gluon": {"relu2_mlp": "gluon", "linear_relu2": "gluon"},
+    "loss": {"softcap_cross_entropy": "triton", "token_logprobs": "triton"},
+    "optimizer": {"newton_schulz": "triton", "muon_momentum_": "triton", "muon_update_": "triton"},
+    "fake_quant": {"fake_quantize_rows": "triton", "quantize_rows": "triton", "muon_update_rows_": "triton"},
 }
-"""Parts of a step that runtime.kernels can name, and their ops in golfgpt_kernels."""
+"""Parts of a step that runtime.kernels can name: ops of golfgpt_kernels, each with its implementation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +40,8 @@ class RuntimeConfig(Section):
     backward. Needs a GPU, compile and warmup_steps above 0. auto: the fastest."""
     kernels: str = "auto"
     """Where Triton kernels replace PyTorch in the ops of golfgpt_kernels: triton (everywhere, or an error if they
-    cannot run), eager (nowhere), or some of mlp, loss, optimizer, fake_quant, separated by commas. auto: where the
-    step is faster with them."""
+    cannot run), eager (nowhere), or some of mlp, mlp_gluon (instead of mlp, on an H100), loss, optimizer, fake_quant,
+    separated by commas. auto: where the step is faster with them."""
     attention: Literal["auto", "cudnn", "flash", "flash3", "efficient", "math"] = "auto"
     """Backend of scaled_dot_product_attention. auto: on a GPU, the backend with the fastest step of those that agree
     with math; on a CPU, the first that agrees."""

@@ -67,10 +67,12 @@ class Alternative:
     fields: Mapping[str, Any]
 
     def on(self, runtime: RuntimeConfig) -> RuntimeConfig:
-        """`runtime` with this change; kernels are added to those that it has."""
+        """`runtime` with this change; kernels are added to those that it has, or replace those of the same ops."""
         fields = dict(self.fields)
         if "kernels" in fields and runtime.kernels != "eager":
-            fields["kernels"] = f"{runtime.kernels},{fields['kernels']}"
+            new = fields["kernels"]
+            others = [part for part in runtime.kernels.split(",") if not KERNELS[part].keys() & KERNELS[new].keys()]
+            fields["kernels"] = ",".join((*others, new))
         return replace(runtime, **fields)
 
 
@@ -273,7 +275,8 @@ class Trials:
         sizes |= {"--dim": m.model_dim, "--kv": m.kv_dim, "--hidden": m.mlp_hidden, "--vocab": m.vocab_size}
         sizes |= {"--layers": m.num_layers, "--dtype": str(step.dtype).removeprefix("torch.")}
         options = [str(part) for pair in sizes.items() for part in pair]
-        return [sys.executable, "-m", "golfgpt_kernels", "check", *KERNELS[name], "--json", *options]
+        (impl,) = set(KERNELS[name].values())
+        return [sys.executable, "-m", "golfgpt_kernels", "check", *KERNELS[name], "--json", "--impl", impl, *options]
 
     def _ready(self, runtime: RuntimeConfig) -> str | None:
         """Compile it and capture its graphs, on all ranks; why that failed on some."""

@@ -23,4 +23,4 @@ def set_kernels(choice: str) -> set_implementation:
     """The value of runtime.kernels for the process."""
     if choice in ("auto", "eager", "triton"):
         return set_implementation(choice)
-    return set_implementation("eager", {op: "triton" for part in choice.split(",") for op in KERNELS[part]})
+    return set_implementation("eager", {op: impl for part in choice.split(",") for op, impl in KERNELS[part].items()})
