@@ -64,3 +64,14 @@ class Interrupted(GolfError):
     def __init__(self, message: str, signum: int):
         super().__init__(message)
         self.exit_code = 128 + signum
+
+
+def interruption(error: BaseException | None) -> Interrupted | None:
+    """The Interrupted that caused `error`, if one did: compilers wrap what is raised within them."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, Interrupted):
+            return error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return None

@@ -84,6 +84,12 @@ def test_strict_loading(edit, message):
             lambda: ModelConfig(parallel=ParallelConfig(kind="routed", first=9)),
             "model.parallel.first is 9; expected different layers from 0 to 8",
         ),
+        (
+            lambda: ModelConfig(
+                loop=LoopConfig(first=2, last=4, passes=2), parallel=ParallelConfig(kind="merged", first=4)
+            ),
+            "model.parallel.first is 4; expected a layer after model.loop.last, 4",
+        ),
         (lambda: ValueEmbeddingConfig(dim=8), "expected both or neither"),
         (
             lambda: ModelConfig(model_dim=64, attn_gate="sparse", gate_window=65),

@@ -68,7 +68,7 @@ RECORDS = {
     "pr1477": replace(LOOPED, parallel=ParallelConfig(kind="merged", first=3)),
     "2026-04-09": replace(LOOPED, parallel=ParallelConfig(kind="one_lane", first=3)),
     "2026-04-16": replace(LOOPED, attn_gate="window", parallel=ParallelConfig(kind="routed", first=3, final="mlp")),
-    "2026-04-19": replace(LOOPED, attn_gate="dense", parallel=ParallelConfig(kind="routed", first=2)),
+    "2026-04-19": replace(LOOPED, attn_gate="dense", parallel=ParallelConfig(kind="routed", first=4)),
     "2026-04-27": replace(
         LOOPED,
         attn_gate="sparse",

@@ -193,7 +193,13 @@ def evaluate(args: Eval) -> int:
         choice = select_dtype(wanted, model, config.data, ranks)
         dtype = choice.dtype
         shape = (batch_windows(config, ranks), config.window)
-        attention = select_backend(config.runtime.attention, config.model, [shape], ranks, dtype, backward=False)
+        try:
+            attention = select_backend(config.runtime.attention, config.model, [shape], ranks, dtype, backward=False)
+        except InputError as error:
+            if args.runtime.attention != started.runtime.attention:
+                raise
+            reporter.line(f"{error}: numbers may differ from the run's by rounding")
+            attention = select_backend("auto", config.model, [shape], ranks, dtype, backward=False)
         reporter.line(f"device:{ranks.device} dtype:{choice} attention:{attention} data:{config.data.path}")
         with Signals(folder), choose_kernels(config, ranks):
             score = evaluate(

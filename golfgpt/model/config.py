@@ -189,6 +189,15 @@ class ModelConfig(Section):
             if any(not 0 <= i < self.num_layers for i in layers) or len(set(layers)) < len(layers):
                 shown = layers if name.endswith("layers") else layers[0]
                 raise ValueError(f"model.{name} is {shown}; expected different layers from 0 to {self.num_layers - 1}")
+        if (
+            self.parallel.kind in ("merged", "routed")
+            and self.loop.passes > 1
+            and self.parallel.first <= self.loop.last
+        ):
+            raise ValueError(
+                f"model.parallel.first is {self.parallel.first}; expected a layer after model.loop.last, "
+                f"{self.loop.last}, because a second lane does not end before the last layer"
+            )
         if self.gate_window > self.model_dim and self.reads_window:
             raise ValueError(
                 f"model.gate_window is {self.gate_window}; expected at most model.model_dim, {self.model_dim}"

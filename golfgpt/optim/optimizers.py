@@ -182,6 +182,19 @@ class Muon(torch.optim.Optimizer):
         return scaled * (norms[0] / norms[1].clamp_min(1e-10))[..., None, None]
 
 
+def record_graph(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """`work` as a CUDA graph; nothing is executed."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        # "thread_local": with "global", the data thread could not allocate page-locked memory during the capture.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            work()
+    except Exception:
+        torch.cuda.set_stream(stream)  # a capture that fails to end leaves its own
+        raise
+    return graph
+
+
 def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
     """0-d float32 tensor on the device. It is filled, because a copy would make the host wait for the GPU."""
     return value if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float32, device=device)
@@ -312,10 +325,7 @@ class Optimizers:
             raise RuntimeError("some parameter has no gradient or no state yet; take a step before the capture")
         for group in self.adam.param_groups:
             group["capturable"] = True  # asserts what fused Adam is anyway; before a capture, torch would warn of it
-        graph = torch.cuda.CUDAGraph()
-        # "thread_local": with "global", the data thread could not allocate page-locked memory during the capture.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._step()
+        graph = record_graph(self._step)
         self._graph, self._captured = graph, addresses
 
     def release(self) -> None:

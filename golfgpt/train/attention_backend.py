@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from golfgpt.config import ModelConfig, from_dict
 from golfgpt.distributed import Ranks
 from golfgpt.errors import InputError
-from golfgpt.train.children import verdicts
+from golfgpt.train.children import settled, verdicts
 from golfgpt.train.machine_cache import kept_times, kept_value
 
 BACKENDS = {
@@ -97,6 +97,7 @@ def select_backend(
     works = [name for name in works if name != "math"] or works  # math is the last resort
     ranks.raise_on_any_rank(None if works else InputError(f"runtime.attention {choice} does not work here: {refused}"))
     ms, kept = _measure(works, config, shapes[0], device, dtype, backward) if gpu and len(works) > 1 else ({}, False)
+    ms, kept = ranks.broadcast_object((ms, kept))
     best = ranks.broadcast_object(min(works, key=ms.get) if ms else works[0])
     if not ranks.is_main and (why := probe(best, config, lengths, device, dtype)):
         raise InputError(f"runtime.attention {best}, which rank 0 chose, does not work on rank {ranks.rank}: {why}")
@@ -172,9 +173,13 @@ def _probe_in_children(
     command = [sys.executable, "-m", "golfgpt.train.attention_backend", json.dumps(facts)]
 
     def make() -> dict[str, str | None]:
-        return verdicts({name: [*command, name] for name in BACKENDS}, PROBE_SECONDS)
+        tried = [name for name in BACKENDS if name != "math"]
+        return verdicts({name: [*command, name] for name in tried}, PROBE_SECONDS) | {"math": None}
 
-    return kept_value("attention", device, facts, lambda found: {name: found[name] for name in BACKENDS}, make)[0]
+    def keep(found: dict[str, str | None]) -> bool:
+        return all(map(settled, found.values()))
+
+    return kept_value("attention", device, facts, lambda found: {name: found[name] for name in BACKENDS}, make, keep)[0]
 
 
 def _probe(name: str, config: ModelConfig, length: int, device: torch.device, dtype: torch.dtype) -> str | None:

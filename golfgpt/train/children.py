@@ -11,6 +11,14 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TextIO
 
+TRANSIENT = ("no result in time", "ended by", "exit code", "OutOfMemory", "are over")
+"""What a verdict says that another try need not say."""
+
+
+def settled(verdict: str | None) -> bool:
+    """Whether `verdict` may be kept for later runs."""
+    return not any(sign in (verdict or "") for sign in TRANSIENT)
+
 
 def verdicts(commands: Mapping[str, Sequence[str]], seconds: float) -> dict[str, str | None]:
     """Run all `commands` at once, for `seconds` at most. Of each, by name, why it failed, or None.

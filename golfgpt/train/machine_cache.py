@@ -34,17 +34,22 @@ def kept_file(folder: str, device: torch.device, facts: dict[str, Any], suffix: 
 
 
 def kept_value(
-    folder: str, device: torch.device, facts: dict[str, Any], read: Callable[[Any], Value], make: Callable[[], Any]
+    folder: str,
+    device: torch.device,
+    facts: dict[str, Any],
+    read: Callable[[Any], Value],
+    make: Callable[[], Any],
+    keep: Callable[[Any], bool] = bool,
 ) -> tuple[Value, bool]:
     """read(value) of a JSON value, and whether an earlier run with the same `facts` made it. Else it is made now, and
-    kept unless it is empty. A kept file that `read` does not understand (ValueError, KeyError, TypeError,
-    AttributeError) is ignored."""
+    kept if keep(value), by default unless it is empty. A kept file that `read` does not understand (ValueError,
+    KeyError, TypeError, AttributeError) is ignored."""
     file = None
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError):
         file = kept_file(folder, device, facts, ".json")  # RuntimeError: there is no home directory
         return read(json.loads(file.read_text(encoding="utf-8"))["value"]), True
     value = make()
-    if file and value:
+    if file and keep(value):
         with contextlib.suppress(OSError):
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, facts | {"value": value})

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -33,7 +34,7 @@ from golfgpt.errors import InputError, NonFiniteError
 from golfgpt.model.gpt import GPT
 from golfgpt.optim.averaging import Average
 from golfgpt.optim.flat import FlatGradients
-from golfgpt.optim.optimizers import Optimizers
+from golfgpt.optim.optimizers import Optimizers, record_graph
 from golfgpt.optim.schedule import budget_used, lr_multiplier, muon_momentum, quantization_aware
 from golfgpt.published.names import to_published
 from golfgpt.quant.compute_copies import ComputeCopies
@@ -289,17 +290,12 @@ class TrainStep:
         if graph == "step":
             torch.cuda.empty_cache()  # the graph keeps its own memory, as much as a step outside needed
             self._tokens = self.data.read(0).to(self.ranks.device)
-            for looping in self._ways():
-                captured = torch.cuda.CUDAGraph()
-                # "thread_local": with "global", the data thread could not allocate page-locked memory meanwhile.
-                with torch.cuda.graph(captured, capture_error_mode="thread_local"):
-                    for _ in self._accumulate(self._tokens, looping):
-                        pass
-                self._graphs[looping] = captured
+            for looping in self.ways():
+                self._graphs[looping] = record_graph(lambda way=looping: deque(self._accumulate(self._tokens, way), 0))
         if graph in ("optimizer", "step"):
             self.optimizers.capture()
 
-    def _ways(self) -> tuple[bool, ...]:
+    def ways(self) -> tuple[bool, ...]:
         """The values of `looping` that the run has."""
         return (False, True) if self.config.model.loop.start else (True,)
 
@@ -330,7 +326,7 @@ class TrainStep:
         """Run `steps` full steps to compile everything, then undo them, and capture the graphs; the same again with
         the loop, if it begins later. `say` receives a progress message for each step."""
         with self.undone():
-            for looping in self._ways():  # no compilation is left for the step at which the loop begins
+            for looping in self.ways():  # no compilation is left for the step at which the loop begins
                 for step in range(steps):
                     say(f"compiling and warming up ({step + 1} of {steps})")
                     self.rehearse(looping)

@@ -12,7 +12,7 @@ from golfgpt import distributed
 from golfgpt.config import RunConfig
 from golfgpt.data.shards import Dataset
 from golfgpt.distributed import Ranks
-from golfgpt.errors import Interrupted
+from golfgpt.errors import interruption
 from golfgpt.files import sha256_file, write_json
 from golfgpt.quant import artifact
 from golfgpt.quant.budget import budget_report, check_budget, fitted
@@ -25,7 +25,7 @@ from golfgpt.tables import score_lines, table
 from golfgpt.train import compile_cache
 from golfgpt.train.attention_backend import Selection, select_backend
 from golfgpt.train.clock import Ledger
-from golfgpt.train.execution import FIELDS, select_execution
+from golfgpt.train.execution import FIELDS, available, select_execution
 from golfgpt.train.export import Exporter
 from golfgpt.train.kernels import choose_kernels
 from golfgpt.train.loop import Loop
@@ -58,6 +58,10 @@ def train(config: RunConfig, path: Path, *, resume: bool = False, quiet: bool = 
         with ledger.phase("setup"):
             with ranks.raise_on_any():
                 config, dataset = check(config, ranks, resume)
+            missing = ""
+            if resume:
+                runtime, missing = available(config.runtime, config.runtime, ranks.device)
+                config = replace(config, runtime=runtime)
             with ranks.raise_on_any():
                 stack.enter_context(choose_kernels(config, ranks))
                 step = TrainStep(config, dataset, ranks)
@@ -71,6 +75,8 @@ def train(config: RunConfig, path: Path, *, resume: bool = False, quiet: bool = 
         try:
             reporter = Reporter(folder, speak=ranks.is_main, quiet=quiet)
             stack.callback(reporter.close)
+            if missing:
+                reporter.line(f"warning: {missing}")
             with ledger.phase("setup"):
                 # Orthogonal initialization uses QR, which rounds differently on other CPUs.
                 for p in step.model.parameters():
@@ -80,7 +86,7 @@ def train(config: RunConfig, path: Path, *, resume: bool = False, quiet: bool = 
                 attention = choose_attention(config, step)
                 announce(config, dataset, step, attention, reporter)
             with ledger.phase("compile"), memory_advice(config, step.dtype.itemsize):
-                config = choose_execution(config, step, attention, reporter)
+                config = choose_execution(config, step, attention, reporter, resume)
                 if folder and not resume:
                     write_config(path, config)
             saver = Saver(config, path, dataset, step, ledger, folder, reporter, signals)
@@ -95,8 +101,11 @@ def train(config: RunConfig, path: Path, *, resume: bool = False, quiet: bool = 
             loop.run()
             return export_and_score(config, path, dataset, exporter, scorer, loop.done)
         except Exception as error:
-            if folder and not resume and not isinstance(error, Interrupted):
+            stopped = interruption(error)
+            if folder and not resume and not stopped:
                 folder.discard()
+            if stopped and stopped is not error:
+                raise stopped from error
             raise
 
 
@@ -117,10 +126,12 @@ def choose_attention(config: RunConfig, step: TrainStep) -> Selection:
     return select_backend(config.runtime.attention, config.model, shapes, step.ranks, step.dtype)
 
 
-def choose_execution(config: RunConfig, step: TrainStep, attention: Selection, reporter: Reporter) -> RunConfig:
+def choose_execution(
+    config: RunConfig, step: TrainStep, attention: Selection, reporter: Reporter, resume: bool
+) -> RunConfig:
     """Choose what runtime leaves to "auto", and return the config with it, as it is stored."""
     compile_cache.load(compile_cache.cache_file(config, step.dtype, step.ranks.device))
-    found = select_execution(step, attention, reporter.status)
+    found = select_execution(step, attention, reporter.status, trials=not resume)
     runtime = found.runtime
     chosen = " ".join(f"{name}:{getattr(runtime, name)}" for name in FIELDS)
     reporter.line(f"execution:{chosen}{' (trials of an earlier run)' if found.kept else ''}")

@@ -29,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sizes = {"dim": 512, "kv": 256, "hidden": 1024, "vocab": 1024, "layers": 9}
     for name, size in sizes.items():
         check.add_argument(f"--{name}", type=int, default=size, help="of the model; default: %(default)d")
+    check.add_argument("--slope", type=float, default=0.0, help="of the MLP's leaky relu; default: %(default)g")
+    check.add_argument("--softcap", type=float, default=30.0, help="of the logits; default: %(default)g")
     check.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the activations")
     check.add_argument(
         "--impl", choices=["triton", "gluon"], default="triton", help="which kernel; default: %(default)s"
@@ -51,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def check_ops(options: argparse.Namespace) -> int:
     dtype, wrong = getattr(torch, options.dtype), {}
     sizes = options.rows, options.dim, options.hidden, options.vocab, options.layers
-    cases = _cases.op_cases(*sizes, kv=options.kv, dtype=dtype)
+    cases = _cases.op_cases(*sizes, kv=options.kv, dtype=dtype, slope=options.slope, softcap=options.softcap)
     for op in options.ops:
         try:
             wrong[op] = _cases.check(cases[op], options.device, impl=options.impl)

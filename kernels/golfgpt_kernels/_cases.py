@@ -83,10 +83,19 @@ class Case:
 
 
 def op_cases(
-    rows: int, k: int, hidden: int, vocab: int, layers: int, *, kv: int | None = None, dtype: torch.dtype = BF16
+    rows: int,
+    k: int,
+    hidden: int,
+    vocab: int,
+    layers: int,
+    *,
+    kv: int | None = None,
+    dtype: torch.dtype = BF16,
+    slope: float = 0.0,
+    softcap: float | None = 30.0,
 ) -> dict[str, Case]:
     """A case of each op, those in which a training step spends most first. The banks are those of a model with `kv` key
-    channels (None: half of `k`); `dtype` is that of activations and compute copies."""
+    channels (None: half of `k`); `dtype` is that of activations and compute copies, `slope` the activation's."""
     banks = (2 * layers, k, k), (2 * layers, kv or k // 2, k), (layers, hidden, k), (layers, k, hidden)
     count, numel = sum(bank[0] for bank in banks), sum(map(math.prod, banks))
     scales = [max(1.0, n / k) ** 0.5 for _, n, k in banks]
@@ -137,9 +146,11 @@ def op_cases(
         return (r.normal(m // hidden, hidden, k, dtype=FP32),)
 
     model = sum(layers * n for layers, n, _ in banks), (count, numel)
-    cross_entropy = partial(softcap_cross_entropy, reduction="none")  # of each token: errors would cancel in a mean
+    cross_entropy = partial(
+        softcap_cross_entropy, softcap=softcap, reduction="none"
+    )  # of each token: errors would cancel in a mean
     cases = (
-        Case("relu2_mlp", rows, (rows, k, hidden), mlp, relu2_mlp, True, dtype),
+        Case("relu2_mlp", rows, (rows, k, hidden), mlp, partial(relu2_mlp, negative_slope=slope), True, dtype),
         Case("softcap_cross_entropy", rows, (rows, k, vocab), head, cross_entropy, True, dtype),
         Case(
             "newton_schulz",
@@ -160,11 +171,11 @@ def op_cases(
             dtype,
             columns=(*COLUMNS, "compute_copy"),
         ),
-        Case("token_logprobs", rows, (rows, k, vocab), head, token_logprobs, dtype=dtype),
+        Case("token_logprobs", rows, (rows, k, vocab), head, partial(token_logprobs, softcap=softcap), dtype=dtype),
         Case("muon_momentum_", *model, draw_banks(FP32, FP32), momentum, dtype=FP32),
         Case("muon_update_", *model, draw_banks(FP32, dtype), update, dtype=FP32),
         Case("muon_update_rows_", *model, draw_banks(FP32, dtype), partial(update, spec=INT6), dtype=FP32, exact=True),
-        Case("linear_relu2", rows, (rows, k, hidden), linear, linear_relu2, True, dtype),
+        Case("linear_relu2", rows, (rows, k, hidden), linear, partial(linear_relu2, negative_slope=slope), True, dtype),
         Case(
             "quantize_rows",
             layers * hidden,
