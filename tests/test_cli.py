@@ -72,7 +72,8 @@ def test_train_eval_sample_budget_inspect_export(trained, corpus, capsys):
     assert sample == run_json(capsys, "sample", trained, "--prompt", "def main", "--tokens", "12")
     info = run_json(capsys, "inspect", trained)
     assert info["bytes"] == result["artifact_bytes"] and info["sha256"] == result["artifact_sha256"]
-    assert info["plan"][1] == {"row": 1, "skip_source": 0, "skip_row": 0}
+    plain = {"input_scale": 1.0, "xsa": False, "residual": "sequential"}
+    assert info["plan"][1] == {"row": 1, "skip_source": 0, "skip_row": 0} | plain
     assert run_json(capsys, "budget", trained)["file_bytes"] == result["artifact_bytes"]
     assert run_json(capsys, "export", trained, "--to", "safetensors")["tensors"] == 22
     tensors = load_file(trained / "model.safetensors")

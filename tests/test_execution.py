@@ -95,7 +95,7 @@ def test_a_step_is_compared_with_a_plain_one(tiny, monkeypatch):
     assert execution.check_step(config).startswith("the gradient of q_gain errs by")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_compiled_step_of_a_cpu_is_the_plain_one(tiny):
     config = replace(tiny, runtime=replace(PLAIN, device="cpu", dtype="float32", compile="on"))
     assert execution.check_step(config) is None
