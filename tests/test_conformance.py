@@ -376,27 +376,29 @@ class ShardOnly:
         self.train = [open_shard(shard) for shard in shards]
 
 
+def optimizers(hyper: dict, **others: float | None) -> OptimConfig:
+    """What all files call by our names, and `others`."""
+    same = (
+        "matrix_lr", "scalar_lr", "tied_embed_lr", "muon_momentum", "muon_momentum_warmup_start",
+        "muon_momentum_warmup_steps", "adam_eps", "grad_clip_norm",
+    )  # fmt: skip
+    return OptimConfig(**{name: hyper[name] for name in same}, **others)
+
+
 def check_record_trajectory(v: Vectors) -> None:
     if v.meta["loader"] != "sequential":
         pytest.skip(f"the loader {v.meta['loader']} is not built")
     hyper, config = v.meta["hyperparameters"], frontier_config(v)
     run = RunConfig(
         model=config,
-        optim=OptimConfig(
-            matrix_lr=hyper["matrix_lr"],
-            scalar_lr=hyper["scalar_lr"],
-            tied_embed_lr=hyper["tied_embed_lr"],
-            muon_momentum=hyper["muon_momentum"],
-            muon_momentum_warmup_start=hyper["muon_momentum_warmup_start"],
-            muon_momentum_warmup_steps=hyper["muon_momentum_warmup_steps"],
+        optim=optimizers(
+            hyper,
             muon_ns_steps=hyper["muon_backend_steps"],
             adam_beta1=hyper["beta1"],
             adam_beta2=hyper["beta2"],
-            adam_eps=hyper["adam_eps"],
             weight_decay=hyper["muon_wd"],
             embed_weight_decay=hyper.get("embed_wd"),
             scalar_weight_decay=hyper["adam_wd"],
-            grad_clip_norm=hyper["grad_clip_norm"],
         ),
         schedule=ScheduleConfig(
             kind="warmdown_steps",
@@ -438,19 +440,7 @@ def check_trajectory(v: Vectors) -> None:
     beta1, beta2 = hyper["adam_betas"]
     run = RunConfig(
         model=config,
-        optim=OptimConfig(
-            matrix_lr=hyper["matrix_lr"],
-            scalar_lr=hyper["scalar_lr"],
-            tied_embed_lr=hyper["tied_embed_lr"],
-            muon_momentum=hyper["muon_momentum"],
-            muon_momentum_warmup_start=hyper["muon_momentum_warmup_start"],
-            muon_momentum_warmup_steps=hyper["muon_momentum_warmup_steps"],
-            adam_beta1=beta1,
-            adam_beta2=beta2,
-            adam_eps=hyper["adam_eps"],
-            weight_decay=hyper["weight_decay"],
-            grad_clip_norm=hyper["grad_clip_norm"],
-        ),
+        optim=optimizers(hyper, adam_beta1=beta1, adam_beta2=beta2, weight_decay=hyper["weight_decay"]),
         schedule=ScheduleConfig(
             kind="warmdown_steps",
             max_seconds=None,

@@ -283,8 +283,9 @@ def test_a_gpu_tries_kernels_attention_and_graphs(tiny):
     assert names(auto, on(True, tiny)) == expected
     qat = replace(tiny, quant=replace(tiny.quant, qat="r4"))
     assert "fake_quant" in names(auto, on(True, qat))
-    named = RuntimeConfig(kernels="eager", attention="flash", graph="off")
+    named = RuntimeConfig(kernels="triton", attention="flash", graph="off")
     assert not names(named, on(True, tiny)) and not names(auto, on(True, tiny, compiled=False))
+    assert not names(RuntimeConfig(kernels="eager"), on(True, tiny)), "no question is asked"
     start = execution.starting_point(auto, on(True, tiny), ATTENTION)
     assert (start.kernels, start.graph, start.compile) == ("eager", "off", "auto")
     assert execution.starting_point(auto, on(True, tiny, compiled=False), ATTENTION).kernels == "auto"

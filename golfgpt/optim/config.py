@@ -55,7 +55,7 @@ class OptimConfig(Section):
     adam_eps: NotNegative = 1e-8
     """Adam's epsilon, added to the root of the mean squared gradient."""
     weight_decay: NotNegative = 0.0
-    """Decoupled weight decay of matrices, and of all others: w <- w (1 - lr * weight_decay) - update."""
+    """Decoupled weight decay, w <- w (1 - lr * weight_decay) - update, of all parameters without one of their own."""
     embed_weight_decay: NotNegative | None = None
     """That of embeddings and the head; None: weight_decay."""
     scalar_weight_decay: NotNegative | None = None

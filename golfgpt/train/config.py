@@ -41,7 +41,7 @@ class RuntimeConfig(Section):
     kernels: str = "auto"
     """Where Triton kernels replace PyTorch in the ops of golfgpt_kernels: triton (everywhere, or an error if they
     cannot run), eager (nowhere), or some of mlp, mlp_gluon (instead of mlp, on an H100), loss, optimizer, fake_quant,
-    separated by commas. auto: where the step is faster with them."""
+    separated by commas. auto: where the step is faster with them. With eager a run tries no other execution either."""
     attention: Literal["auto", "cudnn", "flash", "flash3", "efficient", "math"] = "auto"
     """Backend of scaled_dot_product_attention. auto: on a GPU, the backend with the fastest step of those that agree
     with math; on a CPU, the first that agrees."""

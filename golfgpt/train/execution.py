@@ -105,7 +105,9 @@ class Execution:
 
 
 def alternatives(runtime: RuntimeConfig, step: TrainStep, attention: Selection) -> list[Alternative]:
-    """What is to be tried, in this order, for the fields of `runtime` that are "auto"."""
+    """What is to be tried, in this order, for the fields of `runtime` that are "auto"; nothing if kernels are eager."""
+    if runtime.kernels == "eager":
+        return []
     if not step.cuda:
         most = torch.get_num_threads()
         fewer = [most >> i for i in range(1, most.bit_length())] if runtime.threads == 0 else []
