@@ -133,7 +133,8 @@ def choose_execution(
     compile_cache.load(compile_cache.cache_file(config, step.dtype, step.ranks.device))
     found = select_execution(step, attention, reporter.status, trials=not resume)
     runtime = found.runtime
-    chosen = " ".join(f"{name}:{getattr(runtime, name)}" for name in FIELDS)
+    shown = replace(runtime, threads=torch.get_num_threads())
+    chosen = " ".join(f"{name}:{getattr(shown, name)}" for name in FIELDS)
     reporter.line(f"execution:{chosen}{' (trials of an earlier run)' if found.kept else ''}")
     for trial in found.trials:
         reporter.line(f"  {trial}")
