@@ -22,9 +22,10 @@ from pathlib import Path
 import sentencepiece
 
 from golfgpt.data.documents import read_documents
+from golfgpt.data.orders import step_spans
 from golfgpt.data.prepare import prepare
 from golfgpt.data.shards import Dataset
-from golfgpt.data.stream import TokenStream, step_spans
+from golfgpt.data.stream import TokenStream
 from golfgpt.data.tokenizer import Tokenizer, train_tokenizer
 
 

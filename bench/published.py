@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from golfgpt.config import ModelConfig, OptimConfig, RunConfig
-from golfgpt.data.stream import TokenStream, step_spans
+from golfgpt.data.orders import step_spans
+from golfgpt.data.stream import TokenStream
 from golfgpt.optim.schedule import lr_multiplier, muon_momentum
 from golfgpt.published.names import to_published
 

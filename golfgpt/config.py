@@ -60,6 +60,18 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}; expected 0 to 2^63 - 1")
+        if self.optim.grad_clip == "span" and self.data.span_tokens % self.data.microbatch:
+            raise ValueError(
+                f"optim.grad_clip span expected data.microbatch_tokens to divide the span's {self.data.span_tokens} "
+                f"tokens, got {self.data.microbatch}"
+            )
+        if self.data.order == "packed":
+            start, mixes = self.model.document_start, self.model.mixes_tokens
+            if start != (self.data.document_start if mixes else None):
+                raise ValueError(
+                    f"model.document_start is {start}; expected data.document_start {self.data.document_start}: with "
+                    'data.order "packed" attention stays within documents, and model.smear_gate and model.bigram must'
+                )
         if self.stride > self.window:
             raise ValueError(
                 f"eval.stride {self.stride} exceeds the window {self.window} (eval.window, else data.seq_len), so "

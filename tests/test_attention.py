@@ -53,8 +53,8 @@ def test_a_named_backend_that_does_not_work(name, why):
 def test_a_backend_with_wrong_gradients_is_refused(monkeypatch):
     right = attention._attend
 
-    def wrong(q, k, v, g):
-        out, dq, dk, dv = right(q, k, v, g)
+    def wrong(q, k, v, g, longest=0):
+        out, dq, dk, dv = right(q, k, v, g, longest)
         return [out, dq, dk * (1.03 if torch.backends.cuda.flash_sdp_enabled() else 1), dv]
 
     monkeypatch.setattr(attention, "_attend", wrong)
@@ -64,14 +64,14 @@ def test_a_backend_with_wrong_gradients_is_refused(monkeypatch):
 @pytest.mark.parametrize("backward", [True, False])
 def test_the_fastest_is_found_and_remembered(monkeypatch, tmp_path, backward):
     """Two real backends are timed; which one wins on a CPU does not matter."""
-    facts = ["flash", "math"], SMALL, (2, 64), CPU.device, torch.float32, backward
+    facts = ["flash", "math"], SMALL, attention.Shape(2, 64), CPU.device, torch.float32, backward
     ms, kept = attention._measure(*facts)
     assert set(ms) == {"flash", "math"} and min(ms.values()) > 0 and not kept
     assert list(ms) == sorted(ms, key=ms.get)
     monkeypatch.setattr(attention, "time_us", None)  # nothing is timed again
     assert attention._measure(*facts) == (ms, True)
     (file,) = (tmp_path / "golfgpt" / "attention").iterdir()
-    assert json.loads(file.read_text())["shape"] == [2, 64]
+    assert json.loads(file.read_text())["shape"] == [2, 64, 0]
     monkeypatch.setattr(attention, "time_us", lambda *_: Timing(1.0, 0.0))
     for damaged in ("[]", "", '{"times": []}', '{"times": {"flash": 1}}', '{"times": {"flash": null, "math": 1}}',
                     '{"times": {"flash": NaN, "math": 1}}', '{"times": {"flash": 0, "math": 1}}'):  # fmt: skip

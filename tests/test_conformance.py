@@ -7,6 +7,7 @@ Tolerances are those of the vectors' own description.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from dataclasses import replace
@@ -33,7 +34,9 @@ from golfgpt.config import (
     ScheduleConfig,
     ValueEmbeddingConfig,
 )
+from golfgpt.data.orders import boundaries
 from golfgpt.data.shards import open_shard
+from golfgpt.data.stream import Prefetcher
 from golfgpt.distributed import Ranks
 from golfgpt.model.gpt import GPT
 from golfgpt.model.parameters import parameter_shapes, parameter_table
@@ -386,9 +389,12 @@ def optimizers(hyper: dict, **others: float | None) -> OptimConfig:
 
 
 def check_record_trajectory(v: Vectors) -> None:
-    if v.meta["loader"] != "sequential":
-        pytest.skip(f"the loader {v.meta['loader']} is not built")
     hyper, config = v.meta["hyperparameters"], frontier_config(v)
+    order = {"shuffled_sequences": "shuffled", "document_packing": "packed"}.get(v.meta["loader"], "sequential")
+    rows = {"sequential": hyper["train_seq_len"]}.get(order, hyper["train_batch_tokens"] // hyper["grad_accum_steps"])
+    stepwise = "warmdown_iters" in hyper
+    if config.loop.passes > 1:
+        config = replace(config, loop=replace(config.loop, start=hyper["enable_looping_at"]))
     run = RunConfig(
         model=config,
         optim=optimizers(
@@ -399,15 +405,27 @@ def check_record_trajectory(v: Vectors) -> None:
             weight_decay=hyper["muon_wd"],
             embed_weight_decay=hyper.get("embed_wd"),
             scalar_weight_decay=hyper["adam_wd"],
+            muon_row_norm=hyper.get("muon_row_normalize", False),
+            muon_coefficients="polar_express_5" if "2026-04-27" in v.meta["record"] else "quintic",
+            grad_clip="span" if order == "packed" else "step",
         ),
         schedule=ScheduleConfig(
-            kind="warmdown_steps",
+            kind="warmdown_steps" if stepwise else "warmdown_frac",
             max_seconds=None,
             max_steps=hyper["iterations"],
-            warmdown_steps=hyper["warmdown_iters"],
+            warmdown_steps=hyper.get("warmdown_iters", 0),
+            warmdown_frac=hyper.get("warmdown_frac", 0.0),
+            min_lr=hyper.get("min_lr", 0.0),
         ),
         average=AverageConfig(kind="ema", ema_decay=hyper["ema_decay"], ema_start="initial"),
-        data=DataConfig(batch_tokens=hyper["train_batch_tokens"], seq_len=hyper["train_seq_len"]),
+        data=DataConfig(
+            batch_tokens=hyper["train_batch_tokens"],
+            seq_len=hyper["train_seq_len"],
+            spans=8 if order == "sequential" else 1,
+            microbatch_tokens=rows,
+            order=order,
+            document_start=v.meta["bos_id"] if order == "packed" else None,
+        ),
         runtime=RuntimeConfig(dtype="float32"),
     )
     shards = ShardOnly(*(v.path.with_name(name) for name in v.meta["shards"]))
@@ -421,6 +439,7 @@ def check_record_trajectory(v: Vectors) -> None:
         result = trainer.wait(pending)
         tolerance = 1e-5 if step == 0 else 2e-3 if step < 8 else 1e-2
         assert abs(result.loss - v["losses"][step].item()) <= tolerance, step
+        assert config.loop.passes == 1 or trainer.looping(step) == bool(v["looping"][step]), step
         assert abs(muon_momentum(step, run.optim) - v["momentum"][step].item()) <= 1e-9, step
         assert abs(trainer.update(pending) - v["lr_multiplier"][step].item()) <= 1e-9, step
     final = to_published({k: p.detach() for k, p in trainer.model.named_parameters()})
@@ -476,8 +495,39 @@ def check_trajectory(v: Vectors) -> None:
                 assert error <= 0.3, (prefix, name, error)
 
 
+def check_loaders(v: Vectors) -> None:
+    """What each span reads, as long as the published loaders were recorded: `order`.wsSPANS.rankSPAN."""
+    shards = [open_shard(v.path.with_name(name)) for name in v.meta["shards"]]
+    for order, spans in itertools.product(("shuffled", "packed"), (1, 2)):
+        config = DataConfig(  # a microbatch of the published loop is a step here
+            batch_tokens=v[f"{order}.ws{spans}.rank0.inputs"][0].numel() * spans,
+            seq_len=v.meta["seq_len"],
+            spans=spans,
+            order=order,
+            document_start=1 if order == "packed" else None,
+        )
+        for span in range(spans):
+            tag = f"{order}.ws{spans}.rank{span}"
+            inputs, targets = v[f"{tag}.inputs"].long(), v.get(f"{tag}.targets")
+            data = Prefetcher(shards, config, range(span, span + 1), pin=False)
+            for step, expected in enumerate(inputs):
+                tokens = data.read(step)
+                assert torch.equal(tokens.windows[:, :-1].reshape(expected.shape), expected), (tag, step)
+                if order == "packed":
+                    assert torch.equal(tokens.windows[:, 1:].reshape(expected.shape), targets[step].long())
+                    assert torch.equal(tokens.boundaries[0], v[f"{tag}.cu.{step:02}"]), (tag, step)
+            data.close()
+    for name in (name for name in v if name.startswith("cu.")):
+        case = v.meta[name]
+        row = np.zeros(case["total"], dtype=np.uint16)
+        row[case["bos"]] = 1
+        found = boundaries(row, 1, case["max_doc_len"] or case["total"], case["bucket"])
+        assert found.tolist() == v[name].tolist(), name
+
+
 CHECKS = {
     "fwd": check_frontier_forward,
+    "loaders": check_loaders,
     "newton": check_newton_schulz,
     "muon": check_muon,
     "ntk": check_ntk_rope,

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from golfgpt.data.stream import TokenStream, spans_of_rank, step_spans
+from golfgpt.data.orders import step_spans
+from golfgpt.data.stream import TokenStream, spans_of_rank
 from golfgpt.errors import InputError
 
 lengths = st.lists(st.integers(0, 9), min_size=1, max_size=5).filter(any)

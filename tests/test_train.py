@@ -421,7 +421,7 @@ def test_a_rank_without_windows_and_an_error_on_one_rank(tiny, corpus):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where", ["golfgpt.train.step.TokenStream", "golfgpt.train.train.RunFolder.create"])
+@pytest.mark.parametrize("where", ["golfgpt.train.step.Prefetcher", "golfgpt.train.train.RunFolder.create"])
 def test_a_rank_that_fails_in_set_up_stops_all_and_leaves_the_name_free(tiny, tmp_path, where):
     """Rank 1 of two in its own set-up, or rank 0 when it makes the folder."""
     (tmp_path / "config.json").write_text(json.dumps(to_dict(tiny)))
@@ -429,7 +429,7 @@ def test_a_rank_that_fails_in_set_up_stops_all_and_leaves_the_name_free(tiny, tm
     code = (
         "import json, os\nfrom pathlib import Path\nfrom unittest import mock\n"
         "from golfgpt.config import RunConfig, from_dict\nfrom golfgpt.train.train import train\n"
-        f"fails = int(os.environ['RANK']) == {int(name == 'TokenStream')}\n"
+        f"fails = int(os.environ['RANK']) == {int(name == 'Prefetcher')}\n"
         f"config = from_dict(RunConfig, json.loads(Path({str(tmp_path / 'config.json')!r}).read_text()))\n"
         "try:\n"
         f"    with mock.patch({where!r}, side_effect=OSError('bad disk')) if fails else mock.MagicMock():\n"
@@ -441,7 +441,7 @@ def test_a_rank_that_fails_in_set_up_stops_all_and_leaves_the_name_free(tiny, tm
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run([*command, tmp_path / "main.py"], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    failed = int(name == "TokenStream")
+    failed = int(name == "Prefetcher")
     assert [(tmp_path / str(rank)).read_text() for rank in (failed, 1 - failed)] == ["OSError", "PeerError"]
     assert not (tmp_path / "run" / "config.json").exists()
 

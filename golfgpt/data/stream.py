@@ -1,21 +1,17 @@
-"""Which tokens a training step reads: one endless sequential stream, assigned to the ranks in spans.
-
-    step s, span i:  tokens [s (B + S) + i (B/S + 1),  + B/S + 1)      B = batch_tokens, S = spans
-
-so a step consumes B + S tokens and spans share none: each span holds B/S inputs and the target of the last.
-The stream wraps at its end, has no shuffling and no state but the position, so a run resumes from the step
-number, and the data of a step are the same for every number of ranks. With S = 8 this is the published order.
-"""
+"""The tokens that a training step reads: windows of one stream of all shards, where `golfgpt.data.orders` says."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from golfgpt.data.config import DataConfig
+from golfgpt.data.orders import boundaries, steps, window_tokens
 from golfgpt.data.shards import gather
 from golfgpt.errors import InputError
 
@@ -42,39 +38,82 @@ class TokenStream:
         return out
 
 
+class Tokens(NamedTuple):
+    """What the spans of a rank read in a step."""
+
+    windows: Tensor
+    """int64 (windows, window_tokens + 1): inputs, and one more for the last target."""
+    boundaries: list[Tensor] | None
+    """For each window with order "packed", where its segments start (golfgpt.data.orders.boundaries)."""
+
+    def to(self, device: torch.device) -> Tokens:
+        """The same on `device`, without waiting for it."""
+        parts = self.boundaries and [part.to(device, non_blocking=True) for part in self.boundaries]
+        return Tokens(self.windows.to(device, non_blocking=True), parts)
+
+    def like(self, other: Tokens) -> bool:
+        """Whether the tensors of both have the same shapes: documents may need longer boundaries."""
+        return [len(part) for part in self.boundaries or ()] == [len(part) for part in other.boundaries or ()]
+
+    def copy_(self, other: Tokens) -> None:
+        """Take the values of `other`, without waiting for the device."""
+        self.windows.copy_(other.windows, non_blocking=True)
+        for mine, its in zip(self.boundaries or (), other.boundaries or (), strict=True):
+            mine.copy_(its, non_blocking=True)
+
+
 class Prefetcher:
     """The tokens of a rank's spans, step by step, read a step ahead by a thread."""
 
-    def __init__(self, stream: TokenStream, batch_tokens: int, spans: int, assigned: range, *, pin: bool):
-        """`assigned`: the spans to read (`spans_of_rank`); `pin`: use page-locked memory, for copies to a GPU."""
-        self._stream, self._batch_tokens, self._spans = stream, batch_tokens, spans
-        self._assigned, self._pin = assigned, pin
+    def __init__(self, shards: Sequence[np.ndarray], config: DataConfig, assigned: range, *, pin: bool):
+        """`assigned`: the spans to read (`spans_of_rank`); `pin`: use page-locked memory, for copies to a GPU. Raises
+        InputError for shards that the order cannot read."""
+        self._stream, self._shards = TokenStream(shards), [shard for shard in shards if len(shard)]
+        self._config, self._assigned, self._pin = config, assigned, pin
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="data")
-        self._ahead: tuple[int, Future[Tensor]] | None = None
+        self._ahead: tuple[int, Future[Tokens]] | None = None
+        self._begin()
+        self._first = next(self._steps)
+        self._done = 1
 
-    def read(self, step: int) -> Tensor:
-        """int64 (spans of this rank, batch_tokens / spans + 1) of `step`; the step after it is read meanwhile."""
+    def _begin(self) -> None:
+        self._steps, self._done = steps(self._config, self._shards, self._assigned), 0
+
+    def read(self, step: int) -> Tokens:
+        """What the spans of this rank read in `step`; the step after it is read meanwhile."""
         ahead, self._ahead = self._ahead, None
-        tokens = ahead[1].result() if ahead and ahead[0] == step else self._read(step)
+        tokens = ahead[1].result() if ahead else None
+        if tokens is None or ahead[0] != step:
+            tokens = self._read(step)
         self._ahead = step + 1, self._thread.submit(self._read, step + 1)
         return tokens
 
-    def _read(self, step: int) -> Tensor:
-        positions = step_spans(step, self._batch_tokens, self._spans)
-        count = self._batch_tokens // self._spans + 1
-        tokens = np.stack([self._stream.read(positions[span], count) for span in self._assigned]).astype(np.int64)
-        return torch.from_numpy(tokens).pin_memory() if self._pin else torch.from_numpy(tokens)
+    def _read(self, step: int) -> Tokens:
+        count, order = window_tokens(self._config) + 1, self._config.order
+        windows = np.stack([self._stream.read(int(position), count) for position in self._positions(step).flat])
+        found = None
+        if order == "packed":
+            start, longest = self._config.document_start, self._config.seq_len
+            found = [self._host(boundaries(window[:-1], start, longest)) for window in windows]
+        return Tokens(self._host(windows.astype(np.int64)), found)
+
+    def _positions(self, step: int) -> np.ndarray:
+        """Starts of the windows of `step`. Orders only go forward: an earlier step begins again."""
+        if step == 0:  # what a rehearsal takes again and again
+            return self._first
+        if step < self._done:
+            self._begin()
+        while self._done <= step:
+            positions = next(self._steps)
+            self._done += 1
+        return positions
+
+    def _host(self, array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory() if self._pin else tensor
 
     def close(self) -> None:
         self._thread.shutdown(cancel_futures=True)
-
-
-def step_spans(step: int, batch_tokens: int, spans: int) -> list[int]:
-    """Stream positions of the spans of `step`; each span is batch_tokens / spans + 1 tokens long."""
-    if spans < 1 or batch_tokens < 1 or batch_tokens % spans:
-        raise InputError(f"batch_tokens {batch_tokens} is not a positive multiple of spans {spans}")
-    start = step * (batch_tokens + spans)
-    return [start + i * (batch_tokens // spans + 1) for i in range(spans)]
 
 
 def spans_of_rank(rank: int, world: int, spans: int) -> range:

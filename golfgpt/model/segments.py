@@ -1,59 +1,68 @@
 """Causal attention within segments of a packed row of documents: memory grows with T times the longest segment.
 
-No segment is longer than `longest` = L tokens. So the queries of a block of L tokens see keys of their own block and of
-the one before, and a mask of L x 2 L says which. Every shape is static.
+FlashAttention takes the boundaries as they are, in bfloat16 on a GPU where torch has it for grouped heads. Elsewhere a
+mask says the same: no segment is longer than `longest` = L tokens, so the queries of a block of L tokens see keys of
+their own block and of the one before, and a mask of L x 2 L for each block says which.
 
-B rows, T tokens, H query heads, K key-value heads, h head_dim.
+T tokens, H query heads, K key-value heads, h head_dim.
 """
 
 from __future__ import annotations
 
+import inspect
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+_GROUPED = "enable_gqa" in inspect.signature(varlen_attn).parameters
+"""torch 2.10 has no such option."""
 
 
 class Segments(NamedTuple):
-    """Which tokens belong together."""
+    """Which tokens of one row belong together."""
 
-    number: Tensor
-    """(B, T): the number of each token's segment in its row."""
+    boundaries: Tensor
+    """(n,) int32, rising: where segments start, and then T, as often as fills the tensor (cu_seqlens of
+    FlashAttention)."""
     longest: int
     """No segment has more tokens than this."""
+    mask: Tensor | None
+    """(blocks, L, 2 L): which keys a query may see; None for FlashAttention."""
 
     @classmethod
-    def of(cls, boundaries: Tensor, length: int, longest: int) -> Segments:
-        """Of one row of `length` tokens. `boundaries`, (n,) int32, rise: where segments start, and then `length`, as
-        often as fills the tensor (cu_seqlens of FlashAttention)."""
-        positions = torch.arange(length, device=boundaries.device, dtype=boundaries.dtype)
-        return cls(torch.searchsorted(boundaries, positions, right=True)[None], longest)
+    def of(cls, boundaries: Tensor, length: int, longest: int, dtype: torch.dtype = torch.float32) -> Segments:
+        """Of a row of `length` tokens, for q, k and v in `dtype` and the attention backend that is enabled now."""
+        half = dtype in (torch.bfloat16, torch.float16)
+        if boundaries.is_cuda and half and _GROUPED and torch.backends.cuda.flash_sdp_enabled():
+            return cls(boundaries, longest, None)
+        size = min(longest, length)
+        positions = torch.arange(-(-length // size) * size, device=boundaries.device, dtype=boundaries.dtype)
+        number = torch.searchsorted(boundaries, positions, right=True).unflatten(0, (-1, size))
+        keys = _with_block_before(number, -1)
+        position = torch.arange(2 * size, device=boundaries.device)
+        mask = (number[..., None] == keys[:, None]) & (position <= position[:size, None] + size)
+        return cls(boundaries, longest, mask)
 
 
 def attend_within(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    """softmax(q kᵀ / √h) v over the token itself and those before it in its segment: q (B, H, T, h), k and v
-    (B, K, T, h) -> (B, H, T, h)."""
-    number, size = segments.number, min(segments.longest, q.size(2))
-    length = q.size(2)
-    blocks = -(-length // size)
-    padding = blocks * size - length
-    q, k, v = (F.pad(t, (0, 0, 0, padding)) for t in (q, k, v))
-    number = F.pad(number, (0, padding), value=-1)
-    query_numbers = number.unflatten(1, (blocks, size))  # (B, blocks, size)
-    key_numbers = _with_block_before(query_numbers, -2)
-    position = torch.arange(2 * size, device=q.device)
-    mask = (query_numbers[..., None] == key_numbers[:, :, None]) & (position <= position[:size, None] + size)
-    q, k, v = (t.unflatten(2, (blocks, size)).transpose(1, 2) for t in (q, k, v))  # (B, blocks, heads, size, h)
-    k, v = (_with_block_before(t.transpose(2, 3), 0).transpose(2, 3) for t in (k, v))
-    y = F.scaled_dot_product_attention(
-        *(t.flatten(0, 1) for t in (q, k, v)), attn_mask=mask.flatten(0, 1)[:, None], enable_gqa=True
-    )
-    return y.unflatten(0, (-1, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
+    """softmax(q kᵀ / √h) v over the token itself and those before it in its segment: q (1, H, T, h), k and v
+    (1, K, T, h) -> (1, H, T, h)."""
+    q, k, v = (t[0].transpose(0, 1) for t in (q, k, v))  # (T, heads, h), as the model makes them
+    if segments.mask is None:
+        at, most = segments.boundaries, segments.longest
+        return varlen_attn(q, k, v, at, at, most, most, window_size=(-1, 0), enable_gqa=True).transpose(0, 1)[None]
+    length, (blocks, size, _) = len(q), segments.mask.shape
+    q, k, v = (F.pad(t, (0, 0, 0, 0, 0, blocks * size - length)).unflatten(0, (blocks, size)) for t in (q, k, v))
+    k, v = (_with_block_before(t, 0) for t in (k, v))
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=segments.mask[:, None], enable_gqa=True)
+    return y.transpose(1, 2).flatten(0, 1)[:length].transpose(0, 1)[None]
 
 
 def _with_block_before(x: Tensor, fill: int) -> Tensor:
-    """x (B, blocks, size, ...) -> (B, blocks, 2 size, ...): each block after the one before it, the first after
-    `fill`."""
-    before = torch.cat((torch.full_like(x[:, :1], fill), x[:, :-1]), dim=1)
-    return torch.cat((before, x), dim=2)
+    """x (blocks, L, ...) -> (blocks, 2 L, ...): each block after the one before it, the first after `fill`."""
+    before = torch.cat((torch.full_like(x[:1], fill), x[:-1]))
+    return torch.cat((before, x), dim=1)

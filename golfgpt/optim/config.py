@@ -60,8 +60,18 @@ class OptimConfig(Section):
     """That of embeddings and the head; None: weight_decay."""
     scalar_weight_decay: NotNegative | None = None
     """That of gains, scales and mixes; None: weight_decay."""
+    weight_decay_end: Fraction = 1.0
+    """Factor of Muon's weight decay at the end of the budget (0.5 in 2026-04-18)."""
+    weight_decay_taper: FractionBelowOne = 0.7
+    """Fraction of the budget from which that factor goes linearly from 1 to weight_decay_end."""
+    projections: Literal["muon", "adam"] = "muon"
+    """What updates the projections of pair table and value embedding: Muon, or Adam with scalar_lr and
+    scalar_weight_decay (2026-03-25)."""
     grad_clip_norm: NotNegative = 0.0
     """Maximum global gradient norm, for clipping; 0: no clipping."""
+    grad_clip: Literal["step", "span"] = "step"
+    """What is clipped: the gradient of the step, or, as a flaw of the records with banks (2026-03-25 and from
+    2026-04-10 on), that of each span before they are summed."""
     embed_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the token embedding, the pair table and their Adam moments. bfloat16, as published, loses late updates
     that are smaller than its rounding error."""
@@ -75,6 +85,8 @@ class ScheduleConfig(Section):
     """Maximum number of optimizer steps."""
     max_seconds: Positive | None = 600.0
     """Maximum training time in seconds, without compilation, warm-up, checkpoints and evaluation; None: no limit."""
+    reserve_seconds: NotNegative = 0.0
+    """Part of max_seconds in which nothing is trained. Published runs calibrate their quantizer in it."""
     kind: Literal["warmdown_steps", "warmdown_frac"] = "warmdown_frac"
     """Which rule sets the length of the decay. warmdown_steps: as published, a number of steps, converted to time with
     the mean step time. warmdown_frac: the last fraction of the budget of steps or of seconds, whichever is closer
@@ -98,6 +110,16 @@ class ScheduleConfig(Section):
                 f"schedule.warmdown_max_frac {self.warmdown_max_frac} expected kind warmdown_steps and a number for "
                 f"max_seconds, got kind {self.kind} and max_seconds {self.max_seconds}; drop it or change them"
             )
+        if self.reserve_seconds and self.reserve_seconds >= (self.max_seconds or 0):
+            raise ValueError(
+                f"schedule.reserve_seconds is {self.reserve_seconds:g}; expected less than schedule.max_seconds, "
+                f"{self.max_seconds}"
+            )
+
+    @property
+    def cap(self) -> float | None:
+        """Seconds in which training must end; None: no limit."""
+        return None if self.max_seconds is None else self.max_seconds - self.reserve_seconds
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,15 +41,17 @@ class Stack:
 
 
 class FlatGradients:
-    """The gradients of a model and their sum over ranks. `control` is the number of control numbers."""
+    """The gradients of a model and their sum over ranks. `control` is the number of control numbers; `matrices` names
+    what may be sharded (None: every matrix)."""
 
-    def __init__(self, model: GPT, ranks: Ranks, *, sharded: bool, control: int):
+    def __init__(self, model: GPT, ranks: Ranks, *, sharded: bool, control: int, matrices: Sequence[str] | None = None):
         self.ranks, self.sharded = ranks, sharded and ranks.world > 1
         self._parts = ranks.world if self.sharded else 1
         named = dict(model.named_parameters())
         self._parameters = list(named.values())
         groups: dict[tuple[int, ...], list[str]] = {}
-        for name in (matrices := of_kind(model.table, "matrix")):
+        matrices = of_kind(model.table, "matrix") if matrices is None else matrices
+        for name in matrices:
             groups.setdefault(tuple(named[name].shape[-2:]), []).append(name)
         padded = {shape: self._pad(shape, [named[n] for n in names]) for shape, names in groups.items()}
         rest = [name for name in named if name not in matrices]
@@ -91,6 +93,11 @@ class FlatGradients:
             torch._foreach_copy_(views, list(gradients))
         else:
             torch._foreach_add_(views, [g.to(view.dtype) for g, view in zip(gradients, views, strict=True)])
+
+    def clip_(self, limit: float, scale: float = 1.0) -> None:
+        """Clip what this rank has accumulated: its norm, times `scale`, to `limit`."""
+        norm = torch.linalg.vector_norm(self.gradients) * scale
+        self.gradients.mul_((limit / (norm + 1e-6)).clamp(max=1.0).nan_to_num(nan=1.0))
 
     def sum_(self) -> None:
         """Sum the buffer over ranks. If it is sharded, each rank gets the sum of its shard of every stack and of all

@@ -32,7 +32,8 @@ from golfgpt.quant.compute_copies import ComputeCopies
 class Muon(torch.optim.Optimizer):
     """Momentum orthogonalized by Newton-Schulz, over parameters (..., rows, cols) with rows = out features.
 
-    `lr` and `momentum` of a group are numbers or 0-d float32 tensors on the device of the parameters. `compute_copies`
+    `lr`, `momentum` and `weight_decay` of a group are numbers or 0-d float32 tensors on the device of the parameters (a
+    decay on the device costs a pass over the weights). `compute_copies`
     maps parameters to tensors of the same shape. Every update also writes the new weights to the copy, rounded to its
     dtype. If the parameter has an entry in `quantizers`, the copy is also fake-quantized while `enabled`, a 0-d bool
     tensor, is true (None: always). `dtype` is the dtype of the Newton-Schulz iteration. Raises ValueError for a
@@ -48,7 +49,7 @@ class Muon(torch.optim.Optimizer):
         nesterov: bool = True,
         ns_steps: int = 5,
         coefficients: str | Sequence[tuple[float, float, float]] = "quintic",
-        weight_decay: float = 0.0,
+        weight_decay: float | Tensor = 0.0,
         row_norm: bool = False,
         variance_beta: float = 0.0,
         dtype: torch.dtype = torch.bfloat16,
@@ -152,6 +153,10 @@ class Muon(torch.optim.Optimizer):
         )
         if group["variance_beta"]:
             updates = [self._equalize(p, o, group["variance_beta"], ok) for p, o in zip(params, updates, strict=True)]
+        decay, lr = group["weight_decay"], _scalar(group["lr"], params[0].device)
+        if isinstance(decay, Tensor):
+            torch._foreach_mul_(params, 1 - lr * decay * (1.0 if ok is None else ok))
+            decay = 0.0
         of = dict(zip(params, updates, strict=True))
         for copied in (True, False):
             members = [p for p in params if (p in self.compute_copies) == copied]
@@ -160,9 +165,9 @@ class Muon(torch.optim.Optimizer):
             muon_update_(
                 members,
                 [of[p] for p in members],
-                _scalar(group["lr"], params[0].device),
+                lr,
                 scales=[max(1.0, p.size(-2) / p.size(-1)) ** 0.5 for p in members],
-                weight_decay=group["weight_decay"],
+                weight_decay=decay,
                 compute_copies=[self.compute_copies[p] for p in members] if copied else None,
                 specs=[self.quantizers.get(p) for p in members],
                 enabled=self.enabled,
@@ -180,6 +185,12 @@ class Muon(torch.optim.Optimizer):
         scaled = o * variance.clamp_min(1e-10).rsqrt()
         norms = [torch.linalg.matrix_norm(x.float()) for x in (o, scaled)]
         return scaled * (norms[0] / norms[1].clamp_min(1e-10))[..., None, None]
+
+
+def by_muon(model: GPT, config: OptimConfig) -> list[str]:
+    """Names of the parameters that Muon updates."""
+    named = of_kind(model.table, "matrix")
+    return [name for name in named if model.table[name].by_layer or config.projections == "muon"]
 
 
 def record_graph(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
@@ -219,7 +230,9 @@ class Optimizers:
         named = dict(model.named_parameters())
         embed_lr = config.tied_embed_lr if model.config.tie_embeddings else config.embed_lr
         rates = {"embedding": embed_lr, "head": config.head_lr, "control": config.scalar_lr}
+        matrices = by_muon(model, config)
         members = {kind: [named[name] for name in of_kind(model.table, kind)] for kind in rates}
+        members["control"] += [named[name] for name in of_kind(model.table, "matrix") if name not in matrices]
         embed, scalar = (
             config.weight_decay if decay is None else decay
             for decay in (config.embed_weight_decay, config.scalar_weight_decay)
@@ -230,12 +243,12 @@ class Optimizers:
             for kind, lr in rates.items()
             if members[kind]
         ]
-        matrices = [named[name] for name in of_kind(model.table, "matrix")]
         self._flat = flat if flat is not None and flat.sharded else None
         device = named["tok_emb"].device
         self._base = [group["lr"] for group in groups] + [config.matrix_lr]
-        self._scalars = torch.zeros(len(self._base) + 1, device=device)
-        *rates_on_device, momentum = self._scalars.unbind()
+        self._decay = config.weight_decay
+        self._scalars = torch.zeros(len(self._base) + 2, device=device)
+        *rates_on_device, momentum, decay = self._scalars.unbind()
         for group, lr in zip(groups, rates_on_device, strict=False):
             group["lr"] = lr
         self.adam = torch.optim.AdamW(
@@ -246,14 +259,15 @@ class Optimizers:
         )
         self._copies = copies = compute_copies
         written = copies.written_by_muon() if copies is not None and self._flat is None else {}
+        written = {name: spec for name, spec in written.items() if name in matrices}
         self._refreshed = [] if copies is None else [name for name in copies.banks if name not in written]
         self.muon = Muon(
-            matrices if self._flat is None else [stack.shard for stack in self._flat.stacks],
+            [named[name] for name in matrices] if self._flat is None else [stack.shard for stack in self._flat.stacks],
             lr=rates_on_device[-1],
             momentum=momentum,
             ns_steps=config.muon_ns_steps,
             coefficients=config.muon_coefficients,
-            weight_decay=config.weight_decay,
+            weight_decay=config.weight_decay if config.weight_decay_end == 1 else decay,
             row_norm=config.muon_row_norm,
             variance_beta=config.muon_variance_beta,
             dtype=dtype,
@@ -271,9 +285,10 @@ class Optimizers:
         self._round([named[name].data for name in sorted(self.bf16_params)])
         self._graph: torch.cuda.CUDAGraph | None = None
 
-    def step(self, multiplier: float, momentum: float) -> None:
-        """Update every parameter from its .grad, which must be finite, with learning rates base * multiplier."""
-        values = torch.tensor([base * multiplier for base in self._base] + [momentum])
+    def step(self, multiplier: float, momentum: float, decay: float = 1.0) -> None:
+        """Update every parameter from its .grad, which must be finite, with learning rates base * multiplier and, where
+        it tapers, Muon's weight decay times `decay`."""
+        values = torch.tensor([base * multiplier for base in self._base] + [momentum, self._decay * decay])
         if self._scalars.is_cuda:
             values = values.pin_memory()
         self._scalars.copy_(values, non_blocking=True)

@@ -9,10 +9,10 @@ from golfgpt.config import OptimConfig, QuantConfig, ScheduleConfig
 
 def budget_used(step: int, seconds: float, config: ScheduleConfig) -> float:
     """Fraction of the training budget that is used after `step` completed steps and `seconds`, at most 1. It is the
-    larger of the fraction of max_steps and the fraction of max_seconds."""
+    larger of the fraction of max_steps and the fraction of the seconds in which training must end."""
     done = step / config.max_steps
-    if config.max_seconds is not None:
-        done = max(done, seconds / config.max_seconds)
+    if config.cap is not None:
+        done = max(done, seconds / config.cap)
     return min(done, 1.0)
 
 
@@ -27,13 +27,13 @@ def lr_multiplier(step: int, seconds: float, config: ScheduleConfig) -> float:
         left, length = 1.0 - budget_used(step, seconds, config), config.warmdown_frac
     elif config.warmdown_steps == 0:
         return 1.0
-    elif config.max_seconds is None:
+    elif config.cap is None:
         left, length = max(config.max_steps - step, 0), config.warmdown_steps
     else:
-        left = max(config.max_seconds - seconds, 0.0)
+        left = max(config.cap - seconds, 0.0)
         length = config.warmdown_steps * seconds / max(step, 1)
         if config.warmdown_max_frac is not None:
-            length = min(length, config.warmdown_max_frac * config.max_seconds)
+            length = min(length, config.warmdown_max_frac * config.cap)
     if left > length or length <= 0:
         return 1.0
     part = left / length
@@ -54,9 +54,15 @@ def muon_momentum(step: int, config: OptimConfig) -> float:
     return (1 - frac) * config.muon_momentum_warmup_start + frac * config.muon_momentum
 
 
+def weight_decay_factor(used: float, config: OptimConfig) -> float:
+    """Factor on Muon's weight decay of a step that starts after the fraction `used` of the budget."""
+    over = max(used - config.weight_decay_taper, 0.0) / (1 - config.weight_decay_taper)
+    return 1 - over * (1 - config.weight_decay_end)
+
+
 def crosses_cap(begun: float, step_seconds: float, config: ScheduleConfig) -> bool:
     """Whether the step after the one that began at `begun` seconds could end after the cap.
 
     `step_seconds` is the duration of the slowest recent step. Each of the two steps may take 5 % longer.
     """
-    return config.max_seconds is not None and begun + 2.1 * step_seconds > config.max_seconds
+    return config.cap is not None and begun + 2.1 * step_seconds > config.cap

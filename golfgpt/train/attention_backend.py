@@ -12,6 +12,8 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from golfgpt.config import ModelConfig, from_dict
 from golfgpt.distributed import Ranks
 from golfgpt.errors import InputError
+from golfgpt.model.segments import Segments, attend_within
 from golfgpt.train.children import settled, verdicts
 from golfgpt.train.machine_cache import kept_times, kept_value
 
@@ -42,8 +45,19 @@ PROBE_SECONDS = 120.0
 MAX_ERROR = 0.02
 """Relative difference from math that a backend may have: rounding to bfloat16 gives 0.003."""
 
-Shape = tuple[int, int]
-"""Sequences and tokens of a batch."""
+
+class Shape(NamedTuple):
+    """Of a batch that attends."""
+
+    sequences: int
+    tokens: int
+    longest: int = 0
+    """Tokens of a segment, if it is a packed row; 0: all tokens of a sequence attend to each other."""
+
+    @property
+    def probed(self) -> Shape:
+        """A batch of fewer tokens with the same kernels."""
+        return Shape(1, min(self.tokens, 4 * self.longest) if self.longest else self.tokens, self.longest)
 
 
 @dataclass(frozen=True)
@@ -70,28 +84,29 @@ class Selection:
 def select_backend(
     choice: str,
     config: ModelConfig,
-    shapes: Sequence[Shape],
+    shapes: Sequence[tuple[int, ...]],
     ranks: Ranks,
     dtype: torch.dtype,
     *,
     backward: bool = True,
     enable: bool = True,
 ) -> Selection:
-    """Choose the backend `choice`, or the best one if it is "auto", and enable it for the process. All ranks take rank
-    0's. On a GPU "auto" tries the backends in child processes first, where one may crash.
+    """Choose the backend `choice`, or the best one if it is "auto", and enable it for the process. `shapes` are as
+    `Shape`. All ranks take rank 0's. On a GPU "auto" tries the backends in child processes first, where one may crash.
 
     A backend must run forward and backward on this model's heads at the lengths of all `shapes` and agree with math
     (cuDNN's backward has returned NaN for some lengths). On a GPU one attention on the first of `shapes` is timed, with
     or without its `backward`. Math stays enabled too, for tensors on another device and for explicit masks. Raises
     InputError if no candidate passes.
     """
-    device, lengths = ranks.device, sorted({length for _, length in shapes})
+    device, shapes = ranks.device, [Shape(*shape) for shape in shapes]
+    probed = sorted({shape.probed for shape in shapes})
     gpu = device.type == "cuda"
     names = (choice,) if choice != "auto" else tuple(BACKENDS) if gpu else ("flash", "math")
     if choice == "auto" and gpu:
-        found = ranks.broadcast_object(_probe_in_children(config, lengths, device, dtype) if ranks.is_main else None)
+        found = ranks.broadcast_object(_probe_in_children(config, probed, device, dtype) if ranks.is_main else None)
     else:
-        found = {name: probe(name, config, lengths, device, dtype) for name in names}
+        found = {name: probe(name, config, probed, device, dtype) for name in names}
     refused = {name: why for name, why in found.items() if why}
     works = [name for name in names if name not in refused]
     works = [name for name in works if name != "math"] or works  # math is the last resort
@@ -99,7 +114,7 @@ def select_backend(
     ms, kept = _measure(works, config, shapes[0], device, dtype, backward) if gpu and len(works) > 1 else ({}, False)
     ms, kept = ranks.broadcast_object((ms, kept))
     best = ranks.broadcast_object(min(works, key=ms.get) if ms else works[0])
-    if not ranks.is_main and (why := probe(best, config, lengths, device, dtype)):
+    if not ranks.is_main and (why := probe(best, config, probed, device, dtype)):
         raise InputError(f"runtime.attention {best}, which rank 0 chose, does not work on rank {ranks.rank}: {why}")
     if enable:
         enable_backend(best)
@@ -143,33 +158,38 @@ def _inputs(config: ModelConfig, shape: Shape, device: torch.device, dtype: torc
     """q, k, v and the output's gradient, (B, heads, T, head_dim) in the memory order in which the model makes them."""
     generator = torch.Generator(device).manual_seed(0)
     heads = config.num_heads, config.num_kv_heads, config.num_kv_heads, config.num_heads
-    sizes = [(*shape, count, config.head_dim) for count in heads]
+    sizes = [(shape.sequences, shape.tokens, count, config.head_dim) for count in heads]
     made = [torch.randn(size, generator=generator, device=device, dtype=dtype).transpose(1, 2) for size in sizes]
     q, k, v = (t.requires_grad_() for t in made[:3])
     return {"q": q, "k": k, "v": v, "g": made[3]}
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, g: Tensor, backward: bool = True) -> list[Tensor]:
+def _attend(q: Tensor, k: Tensor, v: Tensor, g: Tensor, longest: int = 0, backward: bool = True) -> list[Tensor]:
     """The output, and with `backward` the gradients of q, k and v."""
     with torch.set_grad_enabled(backward):
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        if longest:
+            starts = torch.arange(0, q.size(2), longest, device=q.device, dtype=torch.int32)
+            ends = torch.cat((starts, starts.new_tensor([q.size(2)])))
+            out = attend_within(q, k, v, Segments.of(ends, q.size(2), longest, q.dtype))
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     gradients = torch.autograd.grad(out, (q, k, v), g) if backward else ()
     return [out.detach(), *gradients]
 
 
 def probe(
-    name: str, config: ModelConfig, lengths: Sequence[int], device: torch.device, dtype: torch.dtype
+    name: str, config: ModelConfig, shapes: Sequence[Shape], device: torch.device, dtype: torch.dtype
 ) -> str | None:
-    """Why the backend cannot be used; None if its output and gradients on random input of each length agree with
+    """Why the backend cannot be used; None if its output and gradients on random input of each shape agree with
     math."""
-    return next(filter(None, (_probe(name, config, length, device, dtype) for length in lengths)), None)
+    return next(filter(None, (_probe(name, config, Shape(*shape), device, dtype) for shape in shapes)), None)
 
 
 def _probe_in_children(
-    config: ModelConfig, lengths: Sequence[int], device: torch.device, dtype: torch.dtype
+    config: ModelConfig, shapes: Sequence[Shape], device: torch.device, dtype: torch.dtype
 ) -> dict[str, str | None]:
     """`probe` of all backends, in a child process each, since a backend may crash or hang; kept for the next run."""
-    facts = {"model": asdict(config), "lengths": list(lengths), "device": str(device), "dtype": str(dtype)}
+    facts = {"model": asdict(config), "shapes": list(shapes), "device": str(device), "dtype": str(dtype)}
     command = [sys.executable, "-m", "golfgpt.train.attention_backend", json.dumps(facts)]
 
     def make() -> dict[str, str | None]:
@@ -182,10 +202,10 @@ def _probe_in_children(
     return kept_value("attention", device, facts, lambda found: {name: found[name] for name in BACKENDS}, make, keep)[0]
 
 
-def _probe(name: str, config: ModelConfig, length: int, device: torch.device, dtype: torch.dtype) -> str | None:
+def _probe(name: str, config: ModelConfig, shape: Shape, device: torch.device, dtype: torch.dtype) -> str | None:
     if name == "math":
         return None
-    inputs = _inputs(config, (1, length), device, dtype)
+    inputs = _inputs(config, shape, device, dtype) | {"longest": shape.longest}
     with only("math"):
         expected = _attend(**inputs)
     try:
@@ -216,7 +236,8 @@ def _measure(
         inputs, ms = _inputs(config, shape, device, dtype), {}
         for name in names:
             with only(name):
-                ms[name] = time_us(lambda each: _attend(**each, backward=backward), [inputs], device).us / 1e3
+                work = partial(_attend, longest=shape.longest, backward=backward)
+                ms[name] = time_us(lambda each, work=work: work(**each), [inputs], device).us / 1e3
         return ms
 
     return kept_times("attention", device, question, names, measure)
@@ -225,4 +246,4 @@ def _measure(
 if __name__ == "__main__":
     facts, name = json.loads(sys.argv[1]), sys.argv[2]
     model, dtype = from_dict(ModelConfig, facts["model"]), getattr(torch, facts["dtype"].removeprefix("torch."))
-    print(json.dumps({name: probe(name, model, facts["lengths"], torch.device(facts["device"]), dtype)}))
+    print(json.dumps({name: probe(name, model, facts["shapes"], torch.device(facts["device"]), dtype)}))

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from golfgpt_kernels import cannot_run
 
-from golfgpt.config import DataConfig, RunConfig, RuntimeConfig, from_dict, to_dict
+from golfgpt.config import RunConfig, RuntimeConfig, from_dict, to_dict
 from golfgpt.distributed import Ranks
 from golfgpt.errors import GolfError, interruption
 from golfgpt.train import compile_cache
@@ -112,7 +112,7 @@ def alternatives(runtime: RuntimeConfig, step: TrainStep, attention: Selection) 
         most = torch.get_num_threads()
         fewer = [most >> i for i in range(1, most.bit_length())] if runtime.threads == 0 else []
         threads = [Alternative(f"threads {count}", {"threads": count}) for count in fewer]
-        compile = runtime.compile == "auto" and repays_compilation(step, step.config.schedule.max_seconds or math.inf)
+        compile = runtime.compile == "auto" and repays_compilation(step, step.config.schedule.cap or math.inf)
         return threads + [Alternative("compile", {"compile": "on"})] * compile
     if not (step.compiled and runtime.warmup_steps):
         return []
@@ -370,9 +370,11 @@ def check_step(config: RunConfig) -> str | None:
     elements are sums that may cancel)."""
     seq_len, ranks = config.data.seq_len, Ranks(0, 1, torch.device(config.runtime.device))
     tokens = min(config.data.batch_tokens, max(1, CHECKED_TOKENS // seq_len) * seq_len)
-    data = DataConfig(batch_tokens=tokens, seq_len=seq_len, spans=1)
+    data = replace(config.data, batch_tokens=tokens, spans=1, microbatch_tokens=None, path=None)
     generator = torch.Generator().manual_seed(0)
     text = torch.randint(config.model.vocab_size, (4 * tokens + 1,), generator=generator).numpy().astype("uint16")
+    if data.document_start is not None:
+        text[::997] = data.document_start
     plain = replace(config.runtime, kernels="eager", compile="off", graph="off")
     gradients, losses = [], []
     for runtime in (replace(plain, dtype="float32"), plain, config.runtime):

@@ -113,7 +113,7 @@ class Loop:
         self._stopping = self._stopping or result.stop
         seconds, pace = self.ledger.elapsed("train"), self.step.pace
         settling, duration = pace.settling, pace.step_over(seconds)
-        if settling and self.config.schedule.max_seconds is not None:
+        if settling and self.config.schedule.cap is not None:
             self._decide_for_all(seconds, duration)
         self._watch_compilation()
         last = not self._pending and (self._stopping or self.done == self.config.schedule.max_steps)
@@ -123,7 +123,7 @@ class Loop:
     def _decide_for_all(self, seconds: float, duration: float) -> None:
         """Whether another step fits. Rank 0 decides it for all after each of the first two steps of an execution, when
         there is no step duration yet for its vote."""
-        cap = self.config.schedule.max_seconds
+        cap = self.config.schedule.cap
         stop, seconds, duration = self.step.ranks.broadcast_object((seconds + 1.05 * duration > cap, seconds, duration))
         if seconds > cap and self.done == 1:
             raise BudgetError(
@@ -154,7 +154,7 @@ class Loop:
 
     def _say_how_it_ended(self) -> None:
         c, pace = self.config, self.step.pace
-        seconds, cap = self.ledger.seconds["train"], c.schedule.max_seconds
+        seconds, cap = self.ledger.seconds["train"], c.schedule.cap
         if pace.taken == 0:
             self.reporter.line(f"training was over at step {self.done}: exporting and scoring again")
         elif self.done < c.schedule.max_steps:

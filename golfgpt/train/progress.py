@@ -20,7 +20,7 @@ DECAY = 0.96
 def announce(config: RunConfig, dataset: Dataset, step: TrainStep, attention: Selection, reporter: Reporter) -> None:
     """Print the settings of the run once."""
     c, say, ranks = config, reporter.line, step.ranks
-    cap = f"{c.schedule.max_seconds:.3f}" if c.schedule.max_seconds else "none"
+    cap = f"{c.schedule.cap:.3f}" if c.schedule.cap else "none"
     say(f"train_loader:dataset:{c.data.path} train_shards:{len(dataset.train)} digest:{dataset.digest[:16]}")
     say(f"val_loader:tokens:{dataset.val_tokens}")
     reporter.status("forecasting the size of the artifact")
@@ -66,8 +66,8 @@ class Progress:
         if m := self._manifest:
             bpb = bits_per_byte(smooth * m.train.tokens, m.train.decoded_bytes)
         left = (c.schedule.max_steps - done) * mean
-        if c.schedule.max_seconds is not None:
-            left = min(left, c.schedule.max_seconds - seconds)
+        if c.schedule.cap is not None:
+            left = min(left, c.schedule.cap - seconds)
         self.reporter.status(
             f"step {done}  loss {smooth:.4f}  {f'{bpb:.4f} bits/byte  ' if bpb else ''}{mean * 1000:.1f} ms/step  "
             f"{c.data.batch_tokens / mean:,.0f} tokens/s  {max(left, 0):.0f} s left  {projection}"

@@ -2,7 +2,7 @@
 
 The gradients of this rank's spans accumulate in views of one flat buffer. One all-reduce (or its sharded equivalent)
 sums them over ranks, together with the loss, rank 0's clock and the votes. Every rank then takes the same update. A
-step reads `data.spans` spans of span_tokens + 1 tokens, which are divided among the ranks. One rank or eight therefore
+step reads `data.spans` spans of span_tokens tokens, which are divided among the ranks. One rank or eight therefore
 see the same tokens. Gradients are token-weighted sums, so they agree within rounding.
 
 On a GPU, `backward`, `sum` and `update` only enqueue work. `wait` reads the result of a step after the next one is
@@ -28,14 +28,21 @@ from torch import Tensor
 
 from golfgpt.config import RunConfig, RuntimeConfig
 from golfgpt.data.shards import Dataset
-from golfgpt.data.stream import Prefetcher, TokenStream, spans_of_rank
+from golfgpt.data.stream import Prefetcher, Tokens, spans_of_rank
 from golfgpt.distributed import Ranks
 from golfgpt.errors import InputError, NonFiniteError
 from golfgpt.model.gpt import GPT
+from golfgpt.model.segments import Segments
 from golfgpt.optim.averaging import Average
 from golfgpt.optim.flat import FlatGradients
-from golfgpt.optim.optimizers import Optimizers, record_graph
-from golfgpt.optim.schedule import budget_used, lr_multiplier, muon_momentum, quantization_aware
+from golfgpt.optim.optimizers import Optimizers, by_muon, record_graph
+from golfgpt.optim.schedule import (
+    budget_used,
+    lr_multiplier,
+    muon_momentum,
+    quantization_aware,
+    weight_decay_factor,
+)
 from golfgpt.published.names import to_published
 from golfgpt.quant.compute_copies import ComputeCopies
 from golfgpt.quant.quantizer import Quantizer
@@ -117,7 +124,8 @@ class TrainStep:
         self.dtype_choice = select_dtype(config.runtime.dtype, self.model, config.data, ranks)
         self.dtype = self.dtype_choice.dtype
         sharded = config.runtime.optimizer == "sharded"
-        self.flat = FlatGradients(self.model, ranks, sharded=sharded, control=_CONTROL)
+        matrices = by_muon(self.model, config.optim)
+        self.flat = FlatGradients(self.model, ranks, sharded=sharded, control=_CONTROL, matrices=matrices)
         named, quant = dict(self.model.named_parameters()), config.quant
         scheduled = quant.qat_start > 0 or quant.qat_below_lr < 1
         self._enabled = torch.zeros((), dtype=torch.bool, device=ranks.device) if scheduled else None
@@ -126,8 +134,7 @@ class TrainStep:
         self.optimizers = Optimizers(self.model, config.optim, self.flat, self.compute_copies, self.dtype)
         self.average = Average(named, config.average, self.optimizers.bf16_params)
         assigned = spans_of_rank(ranks.rank, ranks.world, config.data.spans)
-        stream = TokenStream(dataset.train)
-        self.data = Prefetcher(stream, config.data.batch_tokens, config.data.spans, assigned, pin=self.cuda)
+        self.data = Prefetcher(dataset.train, config.data, assigned, pin=self.cuda)
         self.pace = Pace(config.schedule, self.ahead)
         self._loss_sum = torch.zeros((), device=ranks.device)
         self._compiled: dict[tuple[str, str], Callable] = {}
@@ -155,16 +162,21 @@ class TrainStep:
         self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
         """Forward and backward, by `looping`."""
 
-    def loss(self, ids: Tensor, targets: Tensor, looping: bool) -> Tensor:
+    def loss(self, ids: Tensor, targets: Tensor, segments: Segments | None, looping: bool) -> Tensor:
         """Mean loss in nats of targets (B, T) given ids (B, T), computed with the compute copies of the weights.
-        `looping`: with all passes of model.loop."""
+        `segments` as in GPT.forward; `looping`: with all passes of model.loop."""
         stand_ins = self.compute_copies.stand_ins()
-        return self.model.loss(ids, targets, dtype=self.dtype, stand_ins=stand_ins, looping=looping)
+        how = dict(dtype=self.dtype, stand_ins=stand_ins, segments=segments, looping=looping)
+        return self.model.loss(ids, targets, **how)
 
     @property
     def ahead(self) -> int:
         """Number of steps that may be pending when another one is enqueued."""
         return int(self.cuda)
+
+    def budget_used(self, step: int) -> float:
+        """Fraction of the training budget that `step` completed steps have used."""
+        return budget_used(step, self.pace.seconds_at(step), self.config.schedule)
 
     def multiplier(self, step: int) -> float:
         """Factor on the learning rates of the step after `step` completed ones."""
@@ -172,13 +184,11 @@ class TrainStep:
 
     def quantization_aware(self, step: int) -> bool:
         """Whether the forward of the step after `step` completed ones is fake-quantized."""
-        used = budget_used(step, self.pace.seconds_at(step), self.config.schedule)
-        return quantization_aware(used, self.multiplier(step), self.config.quant)
+        return quantization_aware(self.budget_used(step), self.multiplier(step), self.config.quant)
 
     def looping(self, step: int) -> bool:
         """Whether the step after `step` completed ones has all passes of model.loop."""
-        used = budget_used(step, self.pace.seconds_at(step), self.config.schedule)
-        return used >= self.config.model.loop.start
+        return self.budget_used(step) >= self.config.model.loop.start
 
     def prepare(self, step: int) -> None:
         """Prepare the compute copies for `step`, at the start and after loading weights; else `update` does it."""
@@ -199,26 +209,41 @@ class TrainStep:
             self.prepare(step)
         tokens = self.data.read(step)
         looping = self.looping(step) if looping is None else looping
-        if looping in self._graphs:
+        if looping in self._graphs and self._tokens.like(tokens):
             yield 0, 1
-            self._tokens.copy_(tokens, non_blocking=True)
+            self._tokens.copy_(tokens)
             self._graphs[looping].replay()
         else:
-            yield from self._accumulate(tokens.to(self.ranks.device, non_blocking=True), looping)
+            yield from self._accumulate(tokens.to(self.ranks.device), looping)
 
-    def _accumulate(self, tokens: Tensor, looping: bool) -> Iterator[tuple[int, int]]:
-        """Sum the gradients of the spans `tokens` (spans, span_tokens + 1), on the device; yields as `backward`."""
-        data = self.config.data
+    def _accumulate(self, tokens: Tokens, looping: bool) -> Iterator[tuple[int, int]]:
+        """Sum the gradients of this rank's spans of `tokens`, on the device; yields as `backward`."""
+        data, optim = self.config.data, self.config.optim
         self._loss_sum.zero_()
-        ids, targets = (t.reshape(-1, data.seq_len) for t in (tokens[:, :-1], tokens[:, 1:]))
-        rows = data.microbatch // data.seq_len
+        length = data.microbatch if data.order == "packed" else data.seq_len
+        ids, targets = (t.reshape(-1, length) for t in (tokens.windows[:, :-1], tokens.windows[:, 1:]))
+        rows = data.microbatch // length
         batches = list(zip(ids.split(rows), targets.split(rows), strict=True))
+        by_span = optim.grad_clip == "span" and optim.grad_clip_norm > 0
+        group = data.span_tokens // data.microbatch if by_span else len(batches)
+        total = None
         for done, (x, y) in enumerate(batches):
             yield done, len(batches)
-            part = self._loss(x, y, looping) * (y.numel() / data.batch_tokens)
+            segments = None
+            if tokens.boundaries:
+                segments = Segments.of(tokens.boundaries[done], length, data.seq_len, self.dtype)
+                if self.compiled:
+                    torch._dynamo.maybe_mark_dynamic(segments.boundaries, 0)
+            part = self._loss(x, y, segments, looping) * (y.numel() / data.batch_tokens)
             gradients = torch.autograd.grad(part, self.compute_copies.leaves)
-            self.flat.accumulate_(gradients, first=done == 0)
+            self.flat.accumulate_(gradients, first=done % group == 0)
             self._loss_sum += part.detach()
+            if by_span and (done + 1) % group == 0:
+                self.flat.clip_(optim.grad_clip_norm, data.spans)
+                if group < len(batches):
+                    total = self.flat.gradients.clone() if total is None else total.add_(self.flat.gradients)
+        if total is not None:
+            self.flat.gradients.copy_(total)
 
     def sum(self, step: int, seconds: float = 0.0, votes: Votes = NO_VOTES) -> Pending:
         """Sum the gradients of `backward` over ranks, together with the loss, the training clock `seconds` of rank 0
@@ -244,12 +269,13 @@ class TrainStep:
         learning-rate multiplier. If the loss or a gradient was not finite in this or an earlier step, nothing
         changes."""
         step, limit = pending.step, self.config.optim.grad_clip_norm
-        if limit:
+        if limit and self.config.optim.grad_clip == "step":
             self.flat.gradients.mul_((limit / (pending.norm + 1e-6)).clamp(max=1.0).nan_to_num(nan=1.0))
         multiplier = self.multiplier(step)
         if self._enabled is not None:
             self._enabled.fill_(self.quantization_aware(step + 1))
-        self.optimizers.step(multiplier, muon_momentum(step, self.config.optim))
+        decay = weight_decay_factor(self.budget_used(step), self.config.optim)
+        self.optimizers.step(multiplier, muon_momentum(step, self.config.optim), decay)
         self.average.update(step + 1, multiplier, self.optimizers.ok)
         return multiplier
 

@@ -23,7 +23,7 @@ from golfgpt.score.evaluate import open_dataset
 from golfgpt.score.sums import PartialSums
 from golfgpt.tables import score_lines, table
 from golfgpt.train import compile_cache
-from golfgpt.train.attention_backend import Selection, select_backend
+from golfgpt.train.attention_backend import Selection, Shape, select_backend
 from golfgpt.train.clock import Ledger
 from golfgpt.train.execution import FIELDS, available, select_execution
 from golfgpt.train.export import Exporter
@@ -122,7 +122,10 @@ def check(config: RunConfig, ranks: Ranks, resume: bool) -> tuple[RunConfig, Dat
 def choose_attention(config: RunConfig, step: TrainStep) -> Selection:
     """Select the attention backend of this process, for training and scoring."""
     data = config.data
-    shapes = [(data.microbatch // data.seq_len, data.seq_len), (1, config.window)]
+    training = Shape(data.microbatch // data.seq_len, data.seq_len)
+    if data.order == "packed":
+        training = Shape(1, data.microbatch, min(data.seq_len, data.microbatch))
+    shapes = [training, Shape(1, config.window)]
     return select_backend(config.runtime.attention, config.model, shapes, step.ranks, step.dtype)
 
 
