@@ -58,7 +58,8 @@ def unseen(config: ModelConfig) -> ModelConfig:
     lanes, values = config.parallel, config.value_embedding
     return replace(
         config, vocab_size=3000, model_dim=2 * config.model_dim, num_kv_heads=1, mlp_hidden=7, tie_embeddings=True,
-        bigram=BigramConfig(), gate_window=3, attn_gate="none", skip_gates=False,
+        bigram=BigramConfig(), attn_gate="none", skip_gates=False,
+        gate_window=3 if config.reads_window else config.gate_window,
         smear_gate="input" if config.document_start else "none" if config.smear_gate == "input" else config.smear_gate,
         parallel=replace(lanes, kind="off") if lanes.kind in ("merged", "routed") else lanes,
         value_embedding=replace(values, dim=5) if values.dim else values,

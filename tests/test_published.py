@@ -504,13 +504,16 @@ def test_value_embeddings_are_those_of_the_last_layers_if_nothing_else_is_said()
     more = dataclasses.replace(like, value_embedding=ValueEmbeddingConfig(dim=3, layers=(1, 2, 4)))
     with pytest.raises(InputError, match=r"missing tensors: ve_layer_scales\.2$"):
         infer_config(trained(config), more)
+    without = {name: tensor for name, tensor in trained(config).items() if not name.startswith("ve_layer_scales")}
+    with pytest.raises(InputError, match=r"missing tensors: ve_layer_scales\.0$"):
+        infer_config(without, like)
 
 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("2026-04-05", {"loop": LoopConfig()}, r"skip_weights has 4 rows, expected 2, .* 5 layers, and 0 to 0 in 1 pass"),
-        ("2026-04-05", {"loop": LoopConfig(first=1, last=3, passes=3)}, "expected 5, .*1 to 3 in 3 passes; set model.loop"),
+        ("2026-04-05", {"loop": LoopConfig()}, r"skip_weights has 4 rows, expected 2, half of the 5 layers that run with .* passes 1;"),
+        ("2026-04-05", {"loop": LoopConfig(first=1, last=3, passes=3)}, "expected 5, .*first 1, last 3 and passes 3; set"),
         ("2026-03-22", {"loop": LoopConfig(first=1, last=2, passes=2)}, "skip_weights has 2 rows, expected 3"),
         ("2026-03-22", {"skip_gates": True}, "missing tensors: skip_gates, which the recipe or the options ask for"),
         ("2026-03-22", {"attn_gate": "dense"}, r"missing tensors: blocks.{i}.attn.attn_gate_w, which the recipe"),

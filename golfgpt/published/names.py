@@ -171,10 +171,9 @@ def infer_config(state: Mapping[str, Tensor], like: ModelConfig | None = None) -
     unseen = "one_lane" if like.parallel.kind == "one_lane" else "off"
     parallel = next((kind for name, kind in lanes.items() if name in tensors), unseen)
     _, value_dim = sizes("ve_shared.embed.weight", 2, (0, 0))
-    value_layers = sum(name.startswith("ve_layer_scales.") for name in tensors)
-    last = tuple(range(max(num_layers - value_layers, 0), num_layers))
+    scales = sum(name.startswith("ve_layer_scales.") for name in tensors)
+    value_layers = like.value_embedding.layers or tuple(range(num_layers))[-max(scales, 1) :]
     try:
-        values = ValueEmbeddingConfig(dim=value_dim, layers=like.value_embedding.layers or last)
         config = replace(
             like,
             vocab_size=vocab_size,
@@ -190,7 +189,7 @@ def infer_config(state: Mapping[str, Tensor], like: ModelConfig | None = None) -
             gate_window=window,
             skip_gates="skip_gates" in tensors,
             parallel=ParallelConfig() if parallel == "off" else replace(like.parallel, kind=parallel),
-            value_embedding=values if value_dim else ValueEmbeddingConfig(),
+            value_embedding=ValueEmbeddingConfig(dim=value_dim, layers=value_layers if value_dim else ()),
             document_start=like.document_start if smear_gate != "none" or pairs else None,
         )
     except ValueError as error:
@@ -204,9 +203,9 @@ def infer_config(state: Mapping[str, Tensor], like: ModelConfig | None = None) -
     if tensors.keys() == shapes.keys() and skips != config.num_skips:
         loop = config.loop
         raise InputError(
-            f"tensor skip_weights has {skips} rows, expected {config.num_skips}, a row for every two layers that run: "
-            f"{num_layers} layers, and {loop.first} to {loop.last} in {loop.passes} passes; set model.loop (published: "
-            f"{_LOOPS})"
+            f"tensor skip_weights has {skips} rows, expected {config.num_skips}, half of the "
+            f"{len(config.layer_order())} layers that run with model.loop.first {loop.first}, last {loop.last} and "
+            f"passes {loop.passes}; set these (published: {_LOOPS})"
         )
     check_state(tensors, shapes)
     return config
