@@ -512,8 +512,8 @@ def test_value_embeddings_are_those_of_the_last_layers_if_nothing_else_is_said()
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("2026-04-05", {"loop": LoopConfig()}, r"skip_weights has 4 rows, expected 2, half of the 5 layers that run with .* passes 1;"),
-        ("2026-04-05", {"loop": LoopConfig(first=1, last=3, passes=3)}, "expected 5, .*first 1, last 3 and passes 3; set"),
+        ("2026-04-05", {"loop": LoopConfig()}, "4 rows, expected 2, half of the 5 layers .* passes 1;"),
+        ("2026-04-05", {"loop": LoopConfig(first=1, last=3, passes=3)}, "expected 5, .*last 3 and passes 3; set"),
         ("2026-03-22", {"loop": LoopConfig(first=1, last=2, passes=2)}, "skip_weights has 2 rows, expected 3"),
         ("2026-03-22", {"skip_gates": True}, "missing tensors: skip_gates, which the recipe or the options ask for"),
         ("2026-03-22", {"attn_gate": "dense"}, r"missing tensors: blocks.{i}.attn.attn_gate_w, which the recipe"),
