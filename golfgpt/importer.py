@@ -19,7 +19,7 @@ from golfgpt.errors import InputError
 from golfgpt.files import write_bytes
 from golfgpt.model.parameters import parameter_table
 from golfgpt.published.files import Export
-from golfgpt.published.names import canonical_name, from_published, infer_config
+from golfgpt.published.names import canonical_name, from_published, infer_config, split_banks
 from golfgpt.quant import artifact
 from golfgpt.quant.quantizer import DTYPES, QuantizedTensor, Quantizer, TensorFormat, layer_groups
 from golfgpt.train import checkpoint
@@ -29,11 +29,11 @@ from golfgpt.train.run_folder import RunFolder
 def import_model(export: Export, tokenizer: Tokenizer, config: RunConfig, path: Path) -> artifact.ArtifactInfo:
     """Write the run folder `path` of a published file: checkpoint, tokenizer, and model.golf.
 
-    `config.model` gives what no tensor shows (see `model_of`), the rest of `config` goes into the run as it is; a file
+    `config.model` gives what no tensor shows (`infer_config`), the rest of `config` goes into the run as it is; a file
     that is not quantized is exported under config.quant. Raises InputError for a tokenizer of another vocabulary and
     for a folder that holds a run.
     """
-    model = model_of(export, config.model)
+    model = infer_config(export.state, config.model)
     if tokenizer.vocab_size != model.vocab_size:
         raise InputError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.vocab_size}")
     config = replace(config, model=model)
@@ -55,20 +55,6 @@ def import_model(export: Export, tokenizer: Tokenizer, config: RunConfig, path: 
     return artifact.inspect(folder.artifact)
 
 
-def model_of(export: Export, like: ModelConfig) -> ModelConfig:
-    """Sizes from the tensors, and from `like` what they do not show: softcap, rotary base and reference length, the
-    place of the smear gate ("none": as published beside such tensors), document_start if the model mixes tokens."""
-    mixes = any(name.startswith(("smear", "bigram")) for name in export.state)
-    return infer_config(
-        export.state,
-        logit_softcap=like.logit_softcap,
-        rope_base=like.rope_base,
-        rope_reference_len=like.rope_reference_len,
-        smear_gate=None if like.smear_gate == "none" else like.smear_gate,
-        document_start=like.document_start if mixes else None,
-    )
-
-
 def layer_groups_of(export: Export, model: ModelConfig) -> dict[str, QuantizedTensor]:
     """The file's own codes, scales and passthrough tensors as layer groups; bfloat16 tensors become float32.
 
@@ -76,12 +62,12 @@ def layer_groups_of(export: Export, model: ModelConfig) -> dict[str, QuantizedTe
     bfloat16 repeats.
     """
     codes = {canonical_name(name): pair for name, pair in export.codes.items()}
-    passthrough = {canonical_name(name): tensor for name, tensor in export.passthrough.items()}
+    passthrough = {canonical_name(name): tensor for name, tensor in split_banks(export.passthrough).items()}
+    if other := [name for name, (values, _) in codes.items() if values.ndim != 2]:
+        raise InputError(f"{other[0]} is quantized, expected a passthrough tensor: it is not a matrix")
     out: dict[str, QuantizedTensor] = {}
     for bank, param in parameter_table(model).items():
         quantized = [name for name in param.published_names if name in codes]
-        if flat := [name for name in quantized if codes[name][0].ndim != 2]:
-            raise InputError(f"{flat[0]} is quantized, expected a passthrough tensor: it is not a matrix")
         bits = max((_bits(codes[name][0]) for name in quantized), default=0)
         formats = [
             (f"int{bits}", _number(codes[name][1])) if name in codes else (_number(passthrough[name]), None)

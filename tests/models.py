@@ -12,6 +12,7 @@ import torch
 from golfgpt_kernels import fake_quantize_rows
 
 from golfgpt.config import (
+    BigramConfig,
     DataConfig,
     EvalConfig,
     LoopConfig,
@@ -50,6 +51,36 @@ def latest_record(config: ModelConfig, start: float = 0.0) -> ModelConfig:
         loop=LoopConfig(first=1, last=1, passes=3, start=start),
         parallel=ParallelConfig(kind="routed", first=config.num_layers - 1),
     )  # fmt: skip
+
+
+def unseen(config: ModelConfig) -> ModelConfig:
+    """`config` with other values, or defaults, in the fields that its published tensors show."""
+    lanes, values = config.parallel, config.value_embedding
+    return replace(
+        config, vocab_size=3000, model_dim=2 * config.model_dim, num_kv_heads=1, mlp_hidden=7, tie_embeddings=True,
+        bigram=BigramConfig(), attn_gate="none", skip_gates=False,
+        gate_window=3 if config.reads_window else config.gate_window,
+        smear_gate="input" if config.document_start else "none" if config.smear_gate == "input" else config.smear_gate,
+        parallel=replace(lanes, kind="off") if lanes.kind in ("merged", "routed") else lanes,
+        value_embedding=replace(values, dim=5) if values.dim else values,
+    )  # fmt: skip
+
+
+def in_banks(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A published state as the scripts with banks have it."""
+    out = dict(state)
+    for bank, kinds in BANKS.items():
+        layers = sum(name.endswith(f"{kinds[0]}.weight") for name in state)
+        out[bank] = torch.stack([out.pop(f"blocks.{i}.{kind}.weight") for kind in kinds for i in range(layers)])
+    return out
+
+
+BANKS = {
+    "qo_bank": ("attn.c_q", "attn.proj"),
+    "kv_bank": ("attn.c_k", "attn.c_v"),
+    "mlp_up_bank": ("mlp.fc",),
+    "mlp_down_bank": ("mlp.proj",),
+}
 
 
 def fake_quantized(

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from golfgpt_kernels import newton_schulz
-from models import fake_quantized
+from models import fake_quantized, unseen
 from safetensors import safe_open
 
 from golfgpt.config import (
@@ -129,6 +129,9 @@ def frontier_config(v: Vectors) -> ModelConfig:
 def check_frontier_forward(v: Vectors) -> None:
     config = frontier_config(v)
     model = build(config, v.part("param."))
+    published, expected = to_published(model.state_dict()), split_banks(v.part("param."))
+    assert infer_config(v.part("param."), unseen(config)) == infer_config(published, unseen(config)) == config
+    assert published.keys() == expected.keys() and all(torch.equal(w, expected[k]) for k, w in published.items())
     looping, segments = v.meta.get("looping_active", True), None
     if "encoder_indices" in v.meta:
         order = v.meta["encoder_indices"] + v.meta["decoder_indices"]

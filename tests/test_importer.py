@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
-from models import tiny_config
+from models import in_banks, latest_record, lively, tiny_config
 
 from golfgpt.cli import main
 from golfgpt.config import AverageConfig, QuantConfig
@@ -88,6 +89,43 @@ def test_a_state_dict_becomes_a_run_that_scores_like_the_run_it_is_of(trained, s
     assert main(["export", "runs/a"]) == 0 and Path("runs/a/model.safetensors").exists()
 
 
+RECORD = latest_record(tiny_config(Path()).model)
+RECORD_OPTIONS = [
+    "--model.num-layers", "3", "--model.mlp-slope", "0.5", "--model.rope-dims", "4", "--model.ln-scale",
+    "--model.xsa-layers", "0", "1", "2", "--model.attn-gate-scale", "0.5", "--model.smear-gate", "input",
+    "--model.document-start", "1", "--model.loop.first", "1", "--model.loop.last", "1", "--model.loop.passes", "3",
+    "--model.parallel.first", "2",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("spelling", [dict, in_banks])
+def test_a_later_record_is_imported_scored_exported_and_imported_again(import_argv, corpus, spelling, capsys):
+    weights = {name: p.detach() for name, p in lively(RECORD).named_parameters()}
+    torch.save(spelling({name: tensor.clone() for name, tensor in to_published(weights).items()}), "m.pt")
+    assert main(import_argv) == 3
+    assert "skip_weights has 2 rows, expected 1" in capsys.readouterr().err
+    assert main([*import_argv, *RECORD_OPTIONS]) == 0
+    out = capsys.readouterr().out
+    for shown in (
+        "loop.last 1 (layers 4 to 5 in",
+        "parallel.first 2 (7 of 11",
+        "attn_gate_scale 0.5 (0.5 in",
+        "xsa_layers (0, 1",
+    ):
+        assert f"assumed, because the tensors do not show it: model.{shown}" in out
+    assert "model.parallel.kind" not in out and "value_embedding" not in out
+    model = artifact.inspect("runs/a/model.golf").model
+    assert model == RECORD
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in trained_weights(Path("runs/a")).items())
+    tail = ["--data.path", str(corpus), "--eval.max-tokens", "500", "--eval.window", "64", "--runtime.device", "cpu"]
+    assert math.isfinite(run_json(capsys, "eval", "runs/a", *tail)["score"]["val_bpb"])
+    assert main(["sample", "runs/a", "--tokens", "5"]) == 0
+    assert main(["export", "runs/a", "--source", "checkpoint", "--out", "a.safetensors"]) == 0
+    torch.save(safetensors.torch.load_file("a.safetensors"), "m.pt")
+    run_json(capsys, *import_argv[:-1], "b", *RECORD_OPTIONS)
+    assert Path("runs/a/model.golf").read_bytes() == Path("runs/b/model.golf").read_bytes()
+
+
 def test_codes_are_taken_over_and_not_quantized_twice(trained, import_argv, capsys):
     torch.save(mixed(trained), "m.pt")
     run_json(capsys, *import_argv, "--average.kind", "swa")  # as the recipe that a user names may have it
@@ -120,9 +158,19 @@ def small_vocabulary(content: dict) -> None:
         content["w"][name] = content["w"][name][:300].clone()
 
 
+def banked_codes(content: dict) -> None:
+    w, m, names = content["w"], content["m"], [f"blocks.{i}.mlp.fc.weight" for i in range(3)]
+    w["mlp_up_bank.q"] = torch.stack([w.pop(f"{name}.q") for name in names])
+    w["mlp_up_bank.scale"] = torch.ones(3, dtype=torch.float16)
+    for name in names:
+        del w[f"{name}.scale"], m[name]
+    m["mlp_up_bank"] = {"type": "int6"}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (banked_codes, "mlp_up_bank is quantized, expected a passthrough tensor: it is not a matrix"),
         (flat_codes, "attn.q_gain is quantized, expected a passthrough tensor"),
         (large_scales, "scales whose weights exceed float32"),
         (small_vocabulary, "the tokenizer has 384 tokens, the model 300"),

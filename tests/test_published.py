@@ -17,9 +17,11 @@ import torch
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import in_banks, unseen
+from test_model import RECORDS
 from torch import nn
 
-from golfgpt.config import BigramConfig, ModelConfig
+from golfgpt.config import BigramConfig, LoopConfig, ModelConfig, ParallelConfig, ValueEmbeddingConfig
 from golfgpt.errors import InputError
 from golfgpt.model.gpt import GPT
 from golfgpt.published.files import read_export
@@ -442,18 +444,126 @@ def test_names_of_pr65_are_read(name):
 
 def test_what_the_tensors_do_not_show_is_given_or_assumed():
     fields = {"logit_softcap": 15.0, "rope_base": 5e3, "rope_reference_len": 1024}
-    assert assumed_fields(trained(SMALL)).keys() == fields.keys()
-    assert infer_config(trained(SMALL), **fields) == dataclasses.replace(SMALL, **fields)
+    assert assumed_fields(SMALL).keys() == fields.keys()
+    assert infer_config(trained(SMALL), ModelConfig(**fields)) == dataclasses.replace(SMALL, **fields)
     fields |= {"smear_gate": "before_norm", "document_start": 1}
     state = trained(MODELS["xor"])
-    assert assumed_fields(state).keys() == fields.keys()
-    assert infer_config(state, **fields) == dataclasses.replace(MODELS["xor"], **fields)
-    assert infer_config(state, smear_gate="after_norm") == MODELS["xor"]
-    assert assumed_fields(trained(MODELS["pairs only"])).keys() == fields.keys() - {"smear_gate"}
-    with pytest.raises(InputError, match=r"smear_gate before_norm .* no tensor smear.gate: choose none"):
-        infer_config(trained(SMALL), smear_gate="before_norm")
-    with pytest.raises(InputError, match="document_start 1 changes nothing"):
-        infer_config(trained(SMALL), document_start=1)
+    assert assumed_fields(MODELS["xor"]).keys() == fields.keys()
+    assert infer_config(state, ModelConfig(**fields)) == dataclasses.replace(MODELS["xor"], **fields)
+    assert infer_config(state, ModelConfig(smear_gate="after_norm")) == MODELS["xor"]
+    assert assumed_fields(MODELS["pairs only"]).keys() == fields.keys() - {"smear_gate"}
+    pairs = dataclasses.replace(MODELS["pairs only"], document_start=1)
+    assert (
+        infer_config(
+            trained(pairs), ModelConfig(**fields | {"smear_gate": "none"}, bigram=BigramConfig(rows=9, dim=9))
+        ).document_start
+        == 1
+    )
+    with pytest.raises(InputError, match=r"missing tensors: smear.gate, which the recipe or the options ask for"):
+        infer_config(trained(SMALL), ModelConfig(smear_gate="before_norm"))
+
+
+@pytest.mark.parametrize("name", RECORDS)
+@pytest.mark.parametrize("spelling", [dict, in_banks])
+def test_models_of_later_records_are_read_off_the_tensors(name, spelling):
+    single, config = trained(RECORDS[name]), RECORDS[name]
+    state = spelling(single)
+    assert infer_config(state, unseen(config)) == infer_config(state, config) == config
+    back = to_published(from_published(state, config))
+    assert back.keys() == single.keys() and all(torch.equal(tensor, single[key]) for key, tensor in back.items())
+
+
+def test_every_record_lists_what_was_assumed_for_it():
+    always = {"logit_softcap", "rope_base", "rope_reference_len", "mlp_slope", "xsa_layers", "rope_dims", "ln_scale"}
+    loops = {"loop.first", "loop.last", "loop.passes"}
+    more = {
+        "2026-03-22": {"smear_gate", "document_start", "value_embedding.layers"},
+        "2026-04-05": loops | {"parallel.kind"},
+        "pr1477": loops | {"parallel.first"},
+        "2026-04-09": loops | {"parallel.kind", "parallel.first"},
+        "2026-04-16": loops | {"parallel.first", "parallel.final"},
+        "2026-04-19": loops | {"parallel.first", "parallel.final"},
+        "2026-04-27": loops | {"parallel.first", "parallel.final", "document_start", "attn_gate_scale"},
+    }
+    assert {name: assumed_fields(config).keys() - always for name, config in RECORDS.items()} == more
+    assert all(always < assumed_fields(config).keys() for config in RECORDS.values())
+
+
+def test_a_gate_of_all_channels_is_dense_unless_its_window_is_as_wide():
+    dense = RECORDS["2026-04-19"]
+    sparse = dataclasses.replace(dense, attn_gate="sparse", gate_window=dense.model_dim)
+    state = trained(dense)
+    assert infer_config(state, dataclasses.replace(sparse, gate_window=12)).attn_gate == "dense"
+    assert infer_config(state, sparse) == sparse and trained(sparse).keys() == state.keys()
+
+
+def test_value_embeddings_are_those_of_the_last_layers_if_nothing_else_is_said():
+    config = RECORDS["2026-03-22"]
+    like = dataclasses.replace(config, value_embedding=ValueEmbeddingConfig())
+    assert infer_config(trained(config), like).value_embedding == ValueEmbeddingConfig(dim=10, layers=(3, 4))
+    more = dataclasses.replace(like, value_embedding=ValueEmbeddingConfig(dim=3, layers=(1, 2, 4)))
+    with pytest.raises(InputError, match=r"missing tensors: ve_layer_scales\.2$"):
+        infer_config(trained(config), more)
+    without = {name: tensor for name, tensor in trained(config).items() if not name.startswith("ve_layer_scales")}
+    with pytest.raises(InputError, match=r"missing tensors: ve_layer_scales\.0$"):
+        infer_config(without, like)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("2026-04-05", {"loop": LoopConfig()}, "4 rows, expected 2, half of the 5 layers .* passes 1;"),
+        ("2026-04-05", {"loop": LoopConfig(first=1, last=3, passes=3)}, "expected 5, .*last 3 and passes 3; set"),
+        ("2026-03-22", {"loop": LoopConfig(first=1, last=2, passes=2)}, "skip_weights has 2 rows, expected 3"),
+        ("2026-03-22", {"skip_gates": True}, "missing tensors: skip_gates, which the recipe or the options ask for"),
+        ("2026-03-22", {"attn_gate": "dense"}, r"missing tensors: blocks.{i}.attn.attn_gate_w, which the recipe"),
+        ("2026-04-05", {"parallel": ParallelConfig(kind="routed", first=3)}, "tensors: parallel_post_.* the recipe"),
+        ("pr1477", {"parallel": ParallelConfig()}, "parallel.first is 0; expected a layer after model.loop.last"),
+        ("pr1477", {"parallel": ParallelConfig(kind="routed", first=3)}, "tensors: parallel_post_lambdas, .* recipe"),
+        ("2026-04-05", {"num_layers": 9, "xsa_layers": (3, 5)}, "xsa_layers is .3, 5.; expected .* from 0 to 4"),
+        ("2026-04-05", {"model_dim": 480, "rope_dims": 16}, "rope_dims is 16; expected .* up to head_dim, 12"),
+    ],
+)  # fmt: skip
+def test_options_that_the_tensors_contradict_are_refused(name, options, message):
+    with pytest.raises(InputError, match=message):
+        infer_config(trained(RECORDS[name]), dataclasses.replace(RECORDS[name], **options))
+
+
+LARGE = [
+    ("qo_bank", (9, 48, 48), "qo_bank has shape .9, 48, 48., expected .10, 48, 48."),
+    ("qo_bank", (10, 48, 47), "qo_bank has shape .10, 48, 47., expected .10, 48, 48."),
+    ("qo_bank", (), "qo_bank has shape .., expected .10, 48, 48."),
+    ("qo_bank", None, "missing tensors: blocks.0.attn.c_q.weight, .* and 2 more"),
+    ("kv_bank", (1, 24, 48), "kv_bank has shape .1, 24, 48., expected .10, 24, 48."),
+    ("kv_bank", (10, 25, 48), "kv_bank has shape .10, 25, 48., expected .10, 24, 48."),
+    ("kv_bank", (10, 24), "kv_bank has shape .10, 24., expected 3 dimensions"),
+    ("kv_bank", None, "missing tensors: blocks.0.attn.c_k.weight"),
+    ("mlp_up_bank", (6, 80, 48), "mlp_up_bank has shape .6, 80, 48., expected .5, 80, 48."),
+    ("mlp_up_bank", (5, 80, 48, 1), "mlp_up_bank has shape .5, 80, 48, 1., expected 3 dimensions"),
+    ("mlp_down_bank", (5, 80, 48), "mlp_down_bank has shape .5, 80, 48., expected .5, 48, 80."),
+    ("mlp_down_bank", (0, 48, 80), "mlp_down_bank has shape .0, 48, 80., expected .5, 48, 80."),
+    ("blocks.2.mlp.fc.weight", (80, 48), "unexpected tensors: blocks.2.mlp.fc.weight"),
+    ("smear_gate.weight", (12,), "smear_gate.weight has shape .12,., expected 2 dimensions"),
+    ("smear_gate.weight", (1, 13), "smear_gate.weight has shape .1, 13., expected .1, 12."),
+    ("blocks.3.attn.attn_gate_w", (4, 11), "blocks.3.attn.attn_gate_w has shape .4, 11., expected .4, 12."),
+    ("skip_gates", (5, 48), "skip_gates has shape .5, 48., expected .4, 48."),
+    ("parallel_post_lambdas", (5, 2), "parallel_post_lambdas has shape .5, 2., expected .5, 2, 2."),
+    ("lane_merge", (), "unexpected tensors: lane_merge"),
+    ("ve_layer_scales.0", (1,), "unexpected tensors: ve_layer_scales.0"),
+]
+
+
+@pytest.mark.parametrize(("name", "shape", "message"), LARGE)
+def test_malformed_states_with_banks_are_refused_by_name(name, shape, message):
+    state, config = in_banks(trained(RECORDS["2026-04-27"])), RECORDS["2026-04-27"]
+    if shape is None:
+        del state[name]
+    else:
+        state[name] = torch.ones(shape)
+    with pytest.raises(InputError, match=message):
+        infer_config(state, config)
+    with pytest.raises(InputError, match=r"missing|unexpected|has shape"):
+        from_published(state, config)
 
 
 Q_GAIN = "blocks.0.attn.q_gain"

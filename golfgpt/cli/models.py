@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -253,7 +254,7 @@ def import_file(args: Import) -> int:
     export = read_export(args.file)
     path = RUNS / run_name(args.name, args.file.name.split(".")[0])
     info = import_model(export, Tokenizer.from_file(args.tokenizer), args.config, path)
-    assumed = {name: (getattr(info.model, name), known) for name, known in assumed_fields(export.state).items()}
+    assumed = {name: (attrgetter(name)(info.model), known) for name, known in assumed_fields(info.model).items()}
     if args.json:
         facts = {"run": str(path), "format": export.format, "compressor": export.compressor, "bytes": info.file_bytes}
         print_json(facts | {"parameters": info.parameters, "model": to_dict(info.model), "assumed": list(assumed)})
