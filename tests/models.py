@@ -53,6 +53,16 @@ def latest_record(config: ModelConfig, start: float = 0.0) -> ModelConfig:
     )  # fmt: skip
 
 
+def packed(config: RunConfig, start: float = 0.0) -> RunConfig:
+    """`config` with the model of the latest record, its rows of documents and its clip."""
+    return replace(
+        config,
+        model=latest_record(config.model, start),
+        data=replace(config.data, order="packed", document_start=1),
+        optim=replace(config.optim, grad_clip_norm=0.05, grad_clip="span", weight_decay=0.1, weight_decay_end=0.5),
+    )
+
+
 def unseen(config: ModelConfig) -> ModelConfig:
     """`config` with other values, or defaults, in the fields that its published tensors show."""
     lanes, values = config.parallel, config.value_embedding

@@ -27,7 +27,8 @@ from golfgpt.config import (
     from_dict,
     to_dict,
 )
-from golfgpt.optim.schedule import crosses_cap, lr_multiplier, muon_momentum
+from golfgpt.optim.schedule import crosses_cap, lr_multiplier, muon_momentum, weight_decay_factor
+from golfgpt.train.clock import Pace
 
 
 @pytest.mark.parametrize("recipe", recipes.RECIPES.values(), ids=lambda r: r.name)
@@ -99,6 +100,18 @@ def test_strict_loading(edit, message):
         (lambda: OptimConfig(muon_momentum=1.0), "optim.muon_momentum is 1.0; expected >= 0 and < 1"),
         (lambda: ScheduleConfig(max_seconds=0.0), "schedule.max_seconds is 0.0; expected > 0"),
         (lambda: ScheduleConfig(warmdown_frac=1.5), "schedule.warmdown_frac is 1.5; expected >= 0 and <= 1"),
+        (
+            lambda: ScheduleConfig(max_seconds=5.0, reserve_seconds=6.0),
+            "schedule.reserve_seconds is 6; expected less than schedule.max_seconds, 5.0",
+        ),
+        (
+            lambda: ScheduleConfig(max_seconds=None, reserve_seconds=6.0),
+            "schedule.reserve_seconds is 6; expected less than schedule.max_seconds, None",
+        ),
+        (
+            lambda: RunConfig(optim=OptimConfig(grad_clip="span"), data=DataConfig(microbatch_tokens=131_072)),
+            "optim.grad_clip span expected data.microbatch_tokens to divide the span's 65536 tokens, got 131072",
+        ),
         (lambda: DataConfig(batch_tokens=1000), "data.batch_tokens 1000 is not a multiple"),
         (lambda: DataConfig(microbatch_tokens=1000), "data.microbatch_tokens is 1000; expected a multiple"),
         (lambda: QuantConfig(bits=1), "quant.bits is 1; expected >= 2 and <= 8"),
@@ -160,6 +173,20 @@ def test_fraction_schedule(step, seconds, frac):
         assert value == pytest.approx(1)
 
 
+def test_what_is_kept_in_reserve_is_no_training_time():
+    config, short = ScheduleConfig(max_seconds=600.0, reserve_seconds=13.0), ScheduleConfig(max_seconds=587.0)
+    for seconds in (0.0, 200.0, 580.0, 586.9):
+        assert lr_multiplier(9, seconds, config) == lr_multiplier(9, seconds, short)
+        assert crosses_cap(seconds, 0.1, config) == crosses_cap(seconds, 0.1, short)
+
+
+def test_weight_decay_tapers():
+    """As in PR #1729: whole up to 70 % of the budget, then linear to a half."""
+    config = OptimConfig(weight_decay_end=0.5)
+    assert [weight_decay_factor(used, config) for used in (0, 0.7, 0.85, 1)] == pytest.approx([1, 1, 0.75, 0.5])
+    assert weight_decay_factor(1.0, OptimConfig()) == 1
+
+
 def test_muon_momentum_warms_up():
     config = OptimConfig(muon_momentum_warmup_steps=100)
     assert [muon_momentum(s, config) for s in (0, 50, 100, 1000)] == pytest.approx([0.85, 0.9, 0.95, 0.95])
@@ -180,3 +207,23 @@ def test_the_cap_is_never_crossed(durations, cap):
             stop = clock + 1.05 * duration > cap
         recent = [*recent, duration][-32:]
     assert clock <= cap + 1e-9 or len(recent) == 1
+
+
+@given(st.integers(3, 60), st.floats(0.95, 1.05), st.integers(0, 1))
+def test_the_cap_is_never_crossed_when_a_loop_begins(begins, noise, ahead):
+    """Steps take as long as their layers; the steps that vote know the layers of the step that comes after them."""
+    config = ScheduleConfig(max_seconds=60.0)
+    pace, clock, done, starts, stop = Pace(config, ahead), 0.0, 0, [], None
+    pace.start(0.0)
+
+    def layers(step: int) -> int:
+        return 17 if step >= begins else 11
+
+    while stop is None or done <= stop + ahead:
+        starts.append(clock)
+        if stop is None and done > 2 and pace.crosses_cap(clock, layers(done + 1 + ahead)):
+            stop = done
+        clock += layers(done) / 11 * (noise if done % 2 else 1.0)
+        pace.step_over(clock, layers(done))
+        done += 1
+    assert 60 - 5 * 17 / 11 < clock <= 60

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from dataclasses import replace
 from itertools import pairwise
 
@@ -22,6 +23,7 @@ from golfgpt.config import (
     ParallelConfig,
     ValueEmbeddingConfig,
 )
+from golfgpt.model import segments
 from golfgpt.model.gpt import GPT
 from golfgpt.model.kv_cache import KVCache
 from golfgpt.model.linear import LoRA, Observed, rms_norm, scaled
@@ -269,6 +271,28 @@ def test_segments_are_attention_within_documents(config, longest):
         assert torch.equal(model(changed, segments=whole)[0, elsewhere], hidden[0, elsewhere])
 
 
+def test_flash_attention_is_called_as_torch_has_it(monkeypatch):
+    """On a GPU in bfloat16. Here plain attention takes its place, with the arguments as torch's function binds them."""
+    signature, q = inspect.signature(segments.varlen_attn), torch.randn(1, 40, 4, 8).transpose(1, 2)
+    k, v = (torch.randn(1, 40, 2, 8).transpose(1, 2) for _ in range(2))
+    boundaries = torch.tensor([0, 7, 23, 32, 40, 40], dtype=torch.int32)
+
+    def flash(*args, **options):
+        a = signature.bind(*args, **options).arguments
+        assert a["window_size"] == (-1, 0) and a["enable_gqa"] and a["max_q"] == a["max_k"] == 16
+        assert a["query"].is_contiguous() and a["cu_seq_q"] is a["cu_seq_k"]
+        parts = [(int(x), int(y)) for x, y in pairwise(a["cu_seq_q"]) if x < y]
+        q, k, v = (a[name].transpose(0, 1) for name in ("query", "key", "value"))
+        attend = torch.nn.functional.scaled_dot_product_attention
+        out = [attend(*(t[:, x:y] for t in (q, k, v)), is_causal=True, enable_gqa=True) for x, y in parts]
+        return torch.cat(out, 1).transpose(0, 1)
+
+    monkeypatch.setattr(segments, "varlen_attn", flash)
+    masked = Segments.of(boundaries, 40, 16)
+    assert masked.mask is not None
+    torch.testing.assert_close(attend_within(q, k, v, masked._replace(mask=None)), attend_within(q, k, v, masked))
+
+
 def test_segments_cost_no_mask_of_all_pairs():
     """Twice the row, twice the memory: the largest tensor of attention grows with T, not with T²."""
 
@@ -284,7 +308,8 @@ def test_segments_cost_no_mask_of_all_pairs():
     def largest(length: int) -> int:
         q, kv = torch.zeros(1, 2, length, 4), torch.zeros(1, 1, length, 4)
         with Largest() as seen:
-            attend_within(q, kv, kv, Segments(torch.arange(length)[None] // 16, 16))
+            starts = torch.arange(0, length + 16, 16, dtype=torch.int32)
+            attend_within(q, kv, kv, Segments.of(starts, length, 16))
         return seen.numel
 
     assert largest(2048) == 2 * largest(1024) < 2048 * 2048 / 16

@@ -15,11 +15,11 @@ from golfgpt_kernels import muon as kernels
 from golfgpt_kernels.fake_quant import fake_quantize_rows_ref
 from golfgpt_kernels.testing import randn
 
-from golfgpt.config import ModelConfig, OptimConfig
+from golfgpt.config import BigramConfig, ModelConfig, OptimConfig, ValueEmbeddingConfig
 from golfgpt.distributed import Ranks
 from golfgpt.model.gpt import GPT
 from golfgpt.optim.flat import FlatGradients
-from golfgpt.optim.optimizers import Muon, Optimizers
+from golfgpt.optim.optimizers import Muon, Optimizers, by_muon
 
 pytestmark = pytest.mark.numeric
 
@@ -370,3 +370,35 @@ def test_bfloat16_embeddings_are_those_of_bfloat16_tensors():
     model.tok_emb.grad = None
     optimizers.step(1.0, 0.9)
     assert torch.equal(model.tok_emb.detach(), expected.detach().float())
+
+
+def test_a_decay_on_the_device_is_the_same_decay():
+    """As it tapers; and nothing decays in a step that is not ok."""
+    w, g = randn(6, 8), randn(6, 8, seed=1)
+    ends = []
+    for decay in (0.3, torch.tensor(0.3)):
+        p = torch.nn.Parameter(w.clone())
+        p.grad = g
+        Muon([p], lr=0.1, weight_decay=decay, dtype=torch.float32).step()
+        ends.append(p.detach())
+    torch.testing.assert_close(*ends)
+    p = torch.nn.Parameter(w.clone())
+    p.grad = g
+    Muon([p], lr=0.1, weight_decay=torch.tensor(0.3)).step(ok=torch.tensor(False))
+    assert torch.equal(p.detach(), w)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_projections_by_adam_as_published(sharded):
+    values = ValueEmbeddingConfig(dim=8, layers=(1,))
+    model = GPT(replace(SMALL, bigram=BigramConfig(rows=20, dim=8), value_embedding=values))
+    config = OptimConfig(projections="adam", weight_decay=0.5, scalar_weight_decay=0.25)
+    flat = FlatGradients(
+        model, Ranks(0, 2, torch.device("cpu")), sharded=sharded, control=0, matrices=by_muon(model, config)
+    )
+    optimizers = Optimizers(model, config, flat)
+    control = next(group for group in optimizers.adam.param_groups if group["weight_decay"] == 0.25)
+    members = {id(p) for p in control["params"]}
+    assert {id(model.bigram_proj), id(model.value_proj), id(model.q_gain)} <= members
+    assert not {"bigram_proj", "value_proj"} & {name for stack in flat.stacks for name in stack.names}
+    assert set(by_muon(model, OptimConfig())) - set(by_muon(model, config)) == {"bigram_proj", "value_proj"}

@@ -26,15 +26,25 @@ PUBLISHED = {
     "int6-ptq-4096": (21_778_504, 22_387_856),
     "int5-int6-swa": (25_517_137, 26_158_242),
     "int5-int6-swa-base": (25_517_137, 26_288_802),
+    "ema-gptq-lite": (26_993_756, None),
+    "xsa-ar-gptq": (27_067_484, None),
+    "sp8192-loop": (35_943_512, None),
+    "loop-parallel": (35_944_536, None),
+    "varlen": (35_944_602, None),
+    "frontier": (35_945_671, None),
 }
-"""Parameters and bytes before compression, from the published logs and their formulas."""
+"""Parameters and bytes before compression, from the published logs and their formulas; None where the recipe does not
+have the published formats."""
+EARLY = [name for name, (_, payload) in PUBLISHED.items() if payload]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_sizes_are_the_published_ones(name):
     config = RECIPES[name].config
     quantizer = Quantizer(config.model, config.quant)
-    assert (sum(f.elements for f in quantizer.formats.values()), quantizer.payload_bytes) == PUBLISHED[name]
+    parameters, payload = PUBLISHED[name]
+    assert sum(f.elements for f in quantizer.formats.values()) == parameters
+    assert payload in (quantizer.payload_bytes, None)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -51,7 +61,7 @@ def test_a_recipe_is_stored_explained_and_can_be_started(name, capsys):
 
 def test_what_the_published_tables_say():
     """Tokens a step, rotary base in training and scoring, and what is trained at which rate."""
-    tokens = {name: RECIPES[name].config.data.batch_tokens for name in PUBLISHED}
+    tokens = {name: RECIPES[name].config.data.batch_tokens for name in EARLY}
     assert tokens == {
         "baseline": 524_288,
         "warmdown-int8": 524_288,
@@ -64,14 +74,14 @@ def test_what_the_published_tables_say():
         "int5-int6-swa-base": 786_432,
     }
     bases = {}
-    for name in PUBLISHED:
+    for name in EARLY:
         c = RECIPES[name].config
         bases[name] = tuple(round(c.model.rope_base_at(length)) for length in (c.data.seq_len, c.window))
     assert bases["baseline"] == bases["mixed-qat"] == bases["int6-qat-4096"] == (10_000, 10_000)
     assert bases["warmdown-int8"] == (10_000, 13_892)
     assert bases["long-context"] == bases["int6-mlp3x"] == (20_452, 20_452)
     assert bases["int5-int6-swa"] == (10_000, 20_452)
-    for name in PUBLISHED.keys() - {"baseline", "warmdown-int8"}:
+    for name in set(EARLY) - {"baseline", "warmdown-int8"}:
         o = RECIPES[name].config.optim
         assert (o.matrix_lr, o.tied_embed_lr, o.muon_momentum, o.muon_momentum_warmup_steps) == (0.02, 0.03, 0.99, 1500)
 
@@ -157,10 +167,14 @@ def data(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.parametrize("name", [*PUBLISHED, "golf"])
+@pytest.mark.parametrize("name", [*EARLY, "ema-gptq-lite", "frontier", "golf", "golf2"])
 def test_one_step_at_full_size_from_data_to_score(name, data, tmp_path):
-    """One optimizer step on one sequence, export, byte count of the file, reload, two windows scored."""
+    """One optimizer step on one sequence, export, byte count of the file, reload, two windows scored. The data have
+    the vocabulary of most; brotli takes a minute."""
     c = RECIPES[name].config
+    c = replace(c, model=replace(c.model, vocab_size=1024))
+    if c.quant.compressor == "brotli":
+        c = replace(c, quant=replace(c.quant, compressor="zlib"))
     config = replace(
         c,
         schedule=replace(c.schedule, max_steps=1),
@@ -179,7 +193,8 @@ def test_one_step_at_full_size_from_data_to_score(name, data, tmp_path):
     info = artifact.inspect(file)
     fit = fitted(c)
     quantizer = Quantizer(fit.model, fit.quant)
-    expected = PUBLISHED.get(name, (sum(f.elements for f in quantizer.formats.values()), quantizer.payload_bytes))
+    expected = (sum(f.elements for f in quantizer.formats.values()), quantizer.payload_bytes)
+    assert name not in EARLY or expected == PUBLISHED[name]
     assert (result["parameters"], info.payload_bytes) == (info.parameters, info.payload_bytes) == expected
     assert result["artifact_bytes"] == file.stat().st_size == info.file_bytes
     assert result["total_bytes"] == file.stat().st_size + c.budget.code_bytes

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models import final_weights, latest_record, metrics
+from models import final_weights, metrics, packed
 
 from golfgpt.config import BudgetConfig, DataConfig, ScheduleConfig, to_dict
 from golfgpt.distributed import Ranks
@@ -31,7 +31,7 @@ CPU = Ranks(0, 1, torch.device("cpu"))
 @pytest.mark.parametrize("record", [False, True], ids=["plain", "2026-04-27"])
 def test_resume_is_bit_identical(tiny, tmp_path, monkeypatch, capfd, record):
     """Of the record, the loop begins after the interruption."""
-    tiny = replace(tiny, model=latest_record(tiny.model, start=0.8)) if record else tiny
+    tiny = packed(tiny, start=0.8) if record else tiny
     loss, seen = GPT.loss, []
     monkeypatch.setattr(GPT, "loss", lambda *args, **kw: seen.append(kw["looping"]) or loss(*args, **kw))
     train(tiny, tmp_path / "unbroken")

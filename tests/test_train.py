@@ -15,7 +15,7 @@ from dataclasses import replace
 import pytest
 import torch
 from golfgpt_kernels import implementation
-from models import final_weights, latest_record, metrics
+from models import final_weights, metrics, packed
 
 import golfgpt
 from golfgpt.config import AverageConfig, BudgetConfig, ScheduleConfig, to_dict
@@ -75,18 +75,16 @@ def test_end_to_end(tiny, tmp_path):
 @pytest.mark.numeric
 @pytest.mark.parametrize("record", [False, True], ids=["plain", "2026-04-27"])
 def test_gradients_do_not_depend_on_ranks_or_microbatches(tiny, corpus, record):
-    """Three ranks take spans 3/3/2; their sums are the gradient of one rank, and so is a split batch."""
-    tiny = replace(tiny, model=latest_record(tiny.model)) if record else tiny
+    """Three ranks take spans 3/3/2; their sums are the gradient of one rank, and so is a split batch. A packed row is a
+    microbatch, so the record has only one size of them; its spans are clipped one by one."""
+    tiny = packed(tiny) if record else tiny
     dataset = Dataset.open(corpus)
     whole = TrainStep(tiny, dataset, CPU)
     expected = whole.wait(whole.launch(3))
-    config = replace(tiny, data=replace(tiny.data, microbatch_tokens=64))
-    several = replace(tiny, data=replace(tiny.data, microbatch_tokens=512))
-    for trainers in (
-        [TrainStep(config, dataset, CPU)],
-        [TrainStep(several, dataset, CPU)],
-        [TrainStep(tiny, dataset, Ranks(r, 3, CPU.device)) for r in range(3)],
-    ):
+    config = replace(tiny, data=replace(tiny.data, microbatch_tokens=128 if record else 64))
+    several = replace(tiny, data=replace(tiny.data, microbatch_tokens=128 if record else 512))
+    split = [] if record else [[TrainStep(config, dataset, CPU)], [TrainStep(several, dataset, CPU)]]
+    for trainers in (*split, [TrainStep(tiny, dataset, Ranks(r, 3, CPU.device)) for r in range(3)]):
         total, loss = torch.zeros_like(whole.flat.gradients), 0.0
         for trainer in trainers:
             trainer.flat.ranks = _Silent(trainer.ranks)
@@ -108,9 +106,12 @@ class _Silent:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world, optimizer", [(2, "replicated"), (3, "replicated"), (2, "sharded")])
-def test_gloo_processes_agree_with_one(tiny, tmp_path, world, optimizer):
-    """Losses equal within rounding, and every rank ends with the same score."""
+@pytest.mark.parametrize(
+    "world, optimizer, record", [(2, "replicated", False), (3, "replicated", True), (2, "sharded", True)]
+)
+def test_gloo_processes_agree_with_one(tiny, tmp_path, world, optimizer, record):
+    """Losses equal within rounding, and every rank ends with the same score. Of the record, the loop begins within."""
+    tiny = packed(tiny, start=0.5) if record else tiny
     train(tiny, tmp_path / "one")
     config = replace(tiny, runtime=replace(tiny.runtime, optimizer=optimizer))
     (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))

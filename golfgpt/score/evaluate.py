@@ -81,11 +81,12 @@ def open_dataset(config: RunConfig, ranks: Ranks) -> Dataset:
     if config.data.path is None:
         raise InputError("no data: expected a prepared folder, --data.path DIR (see golfgpt data prepare)")
     dataset = Dataset.open(Path(config.data.path))
-    bos, start = dataset.need_tokenizer().bos_id, config.model.document_start
-    if start is not None and start != bos:
-        raise InputError(
-            f"model.document_start is {start}; expected {bos}, the token that starts documents in {config.data.path}"
-        )
+    bos = dataset.need_tokenizer().bos_id
+    for name, start in (("model", config.model.document_start), ("data", config.data.document_start)):
+        if start is not None and start != bos:
+            raise InputError(
+                f"{name}.document_start is {start}; expected {bos}, which starts documents in {config.data.path}"
+            )
     if dataset.vocab_size != config.model.vocab_size:
         raise InputError(
             f"model.vocab_size is {config.model.vocab_size}; expected {dataset.vocab_size}, the size of the tokenizer "

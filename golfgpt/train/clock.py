@@ -68,7 +68,8 @@ class Pace:
         self.settling = True
         """True until the first two steps of this execution are over. The first step includes one-time work, so there is
         no representative duration yet, and no step is enqueued ahead."""
-        self._recent: deque[float] = deque(maxlen=32)
+        self._recent: deque[tuple[float, int]] = deque(maxlen=32)
+        """Seconds and layers of steps."""
 
     def sync(self, step: int, seconds: float) -> None:
         """Set rank 0's clock at the start of `step` to `seconds`. Every rank must call it."""
@@ -86,14 +87,14 @@ class Pace:
         """Called when training begins or continues, at `seconds` of this rank's clock."""
         self._ended = seconds
 
-    def step_over(self, seconds: float) -> float:
-        """Called when a step is known to be over, at `seconds` of this rank's clock. Returns the duration of the
-        step."""
+    def step_over(self, seconds: float, layers: int = 1) -> float:
+        """Called when a step of so many layers is known to be over, at `seconds` of this rank's clock. Returns its
+        duration."""
         duration, self._ended = seconds - self._ended, seconds
         if self.settling and len(self._recent) == 1:
             self._recent.clear()
             self.settling = False
-        self._recent.append(duration)
+        self._recent.append((duration, layers))
         return duration
 
     @property
@@ -105,15 +106,16 @@ class Pace:
     @property
     def slowest(self) -> float:
         """Duration of the slowest recent step in seconds."""
-        return max(self._recent, default=0.0)
+        return max((seconds for seconds, _ in self._recent), default=0.0)
 
     @property
     def mean(self) -> float:
         """Mean duration of the recent steps in seconds."""
-        return sum(self._recent) / len(self._recent)
+        return sum(seconds for seconds, _ in self._recent) / len(self._recent)
 
-    def crosses_cap(self, begun: float) -> bool:
-        """Whether a step after those already enqueued could end after the cap. The current one began at `begun`
-        seconds."""
-        slowest = 0.0 if self.settling else self.slowest
+    def crosses_cap(self, begun: float, layers: int = 1) -> bool:
+        """Whether a step after those already enqueued, which has so many layers, could end after the cap. The current
+        one began at `begun` seconds. Before a loop begins, its steps are expected to take longer by the layers that it
+        adds (published: 1.375 times as long with 1.364 times the layers, 1.46 with 1.545)."""
+        slowest = 0.0 if self.settling else layers * max(seconds / layers for seconds, layers in self._recent)
         return crosses_cap(begun, slowest * (1 + self._ahead), self._schedule)

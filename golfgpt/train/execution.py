@@ -249,7 +249,7 @@ class Trials:
         use(self.step, replace(runtime, threads=runtime.threads or self.threads))
 
     def _rehearse_all(self) -> None:
-        """Compile what a run executes, before and after its loop begins."""
+        """Take what a run executes, before and after its loop begins."""
         for looping in self.step.ways():
             self.step.rehearse(looping)
 
@@ -344,18 +344,18 @@ class Trials:
         return why or ("it failed on another rank" if failed else None)
 
     def _turn(self, runtime: RuntimeConfig) -> float:
-        """Milliseconds of a step, by rank 0's clock."""
+        """Milliseconds of a step, by rank 0's clock; of a loop that begins later, the mean of both ways."""
         step = self.step
         self._use(runtime)
         step.capture()
         if step.cuda:
-            step.rehearse()  # the first after a change waits for the host
+            self._rehearse_all()  # the first after a change waits for the host
         self._synchronize()
         begun = time.perf_counter()
         for _ in range(self.steps):
-            step.rehearse()
+            self._rehearse_all()
         self._synchronize()
-        return step.ranks.broadcast_object(1e3 * (time.perf_counter() - begun) / self.steps)
+        return step.ranks.broadcast_object(1e3 * (time.perf_counter() - begun) / (self.steps * len(step.ways())))
 
     def _synchronize(self) -> None:
         if self.step.cuda:

@@ -95,7 +95,8 @@ class Loop:
         with memory_advice(self.config, self.step.dtype.itemsize, first=self.step.pace.taken == 0):
             for microbatch, of in self.step.backward(number):
                 self.progress.within(number, microbatch, of, self.ledger.elapsed("train") - begun)
-            votes = Votes(self.step.pace.crosses_cap(begun), self.saver.due(), bool(self.signals.caught))
+            crosses = self.step.pace.crosses_cap(begun, self.step.layers(number + 1 + self.step.ahead))
+            votes = Votes(crosses, self.saver.due(), bool(self.signals.caught))
             pending = self.step.sum(number, begun, votes)
             self._pending.append((pending, self.step.update(pending)))
 
@@ -112,19 +113,22 @@ class Loop:
         self.loss = result.loss
         self._stopping = self._stopping or result.stop
         seconds, pace = self.ledger.elapsed("train"), self.step.pace
-        settling, duration = pace.settling, pace.step_over(seconds)
+        layers = self.step.layers(pending.step)
+        settling, duration = pace.settling, pace.step_over(seconds, layers)
         if settling and self.config.schedule.cap is not None:
-            self._decide_for_all(seconds, duration)
+            self._decide_for_all(seconds, duration, self.step.layers(self.done) / layers)
         self._watch_compilation()
         last = not self._pending and (self._stopping or self.done == self.config.schedule.max_steps)
         self.progress.step(self.done, result, multiplier, seconds, pace.mean, self.saver.projection, last)
         return result
 
-    def _decide_for_all(self, seconds: float, duration: float) -> None:
-        """Whether another step fits. Rank 0 decides it for all after each of the first two steps of an execution, when
-        there is no step duration yet for its vote."""
+    def _decide_for_all(self, seconds: float, duration: float, growth: float) -> None:
+        """Whether another step fits, which has `growth` times the layers. Rank 0 decides it for all after each of the
+        first two steps of an execution, when there is no step duration yet for its vote."""
         cap = self.config.schedule.cap
-        stop, seconds, duration = self.step.ranks.broadcast_object((seconds + 1.05 * duration > cap, seconds, duration))
+        stop, seconds, duration = self.step.ranks.broadcast_object(
+            (seconds + 1.05 * duration * growth > cap, seconds, duration)
+        )
         if seconds > cap and self.done == 1:
             raise BudgetError(
                 f"schedule.max_seconds {cap:g} is too short for one step, which took {duration:.1f} s; raise "

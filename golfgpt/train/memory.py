@@ -16,7 +16,7 @@ def activation_bytes(model: ModelConfig, tokens: int, itemsize: int) -> int:
     14 values of width model_dim, keys and values, and two values of width mlp_hidden. The estimate is 1.05 to 1.08
     times the published peaks (8.5 to 18.9 GB)."""
     per_layer = 14 * model.model_dim + 2 * model.kv_dim + 2 * model.mlp_hidden
-    return tokens * model.num_layers * per_layer * itemsize
+    return tokens * len(model.layer_order()) * per_layer * itemsize
 
 
 @contextlib.contextmanager

@@ -190,6 +190,10 @@ class TrainStep:
         """Whether the step after `step` completed ones has all passes of model.loop."""
         return self.budget_used(step) >= self.config.model.loop.start
 
+    def layers(self, step: int) -> int:
+        """Layers that run in the step after `step` completed ones."""
+        return len(self.model.plans[self.looping(step)])
+
     def prepare(self, step: int) -> None:
         """Prepare the compute copies for `step`, at the start and after loading weights; else `update` does it."""
         if self._enabled is not None:
