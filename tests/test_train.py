@@ -15,10 +15,10 @@ from dataclasses import replace
 import pytest
 import torch
 from golfgpt_kernels import implementation
-from models import final_weights, metrics, packed
+from models import final_weights, lively, metrics, packed
 
 import golfgpt
-from golfgpt.config import AverageConfig, BudgetConfig, ScheduleConfig, to_dict
+from golfgpt.config import AverageConfig, BudgetConfig, LoopConfig, ScheduleConfig, to_dict
 from golfgpt.data.shards import Dataset
 from golfgpt.distributed import Ranks
 from golfgpt.errors import BudgetError, InputError, Interrupted, NonFiniteError
@@ -93,6 +93,51 @@ def test_gradients_do_not_depend_on_ranks_or_microbatches(tiny, corpus, record):
             loss += result.loss
         assert loss == pytest.approx(expected.loss, abs=1e-5)
         torch.testing.assert_close(total, whole.flat.gradients, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("microbatch", [128, 64])
+def test_spans_are_clipped_one_by_one(tiny, corpus, microbatch):
+    """Against the gradients of single spans, of which some exceed the limit."""
+    data = replace(tiny.data, microbatch_tokens=microbatch)
+    dataset, model = Dataset.open(corpus), lively(tiny.model)
+    step = TrainStep(replace(tiny, data=data), dataset, CPU)
+    step.model.load_state_dict(model.state_dict())
+    windows = step.data.read(2).windows
+    gradients = []
+    for span in windows:
+        loss = model.loss(span[:-1].view(-1, 64), span[1:].view(-1, 64))
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    norms = torch.stack([torch.stack(torch._foreach_norm(g)).norm() for g in gradients])
+    limit = float(norms.median())
+    assert norms.min() < limit < norms.max()
+    config = replace(tiny, data=data, optim=replace(tiny.optim, grad_clip_norm=limit, grad_clip="span"))
+    step = TrainStep(config, dataset, CPU)
+    step.model.load_state_dict(model.state_dict())
+    step.launch(2)
+    for i, p in enumerate(step.model.parameters()):
+        parts = [g[i] * min(1.0, limit / norm) for g, norm in zip(gradients, norms, strict=True)]
+        torch.testing.assert_close(p.grad, sum(parts) / 8, atol=1e-6, rtol=1e-4)
+
+
+def test_a_span_that_is_not_finite_is_not_clipped_away(tiny, corpus):
+    step = TrainStep(tiny, Dataset.open(corpus), CPU)
+    step.flat.gradients.fill_(1e30)  # finite, but not its norm
+    step.flat.clip_(1.0)
+    assert (step.flat.gradients == torch.tensor(1e30)).all()
+
+
+def test_the_decay_of_a_step_tapers(tiny, corpus):
+    """A matrix without a gradient only decays: whole up to 70 % of the budget, by half at the end of it."""
+    optim = replace(tiny.optim, weight_decay=0.5, weight_decay_end=0.5, matrix_lr=0.1)
+    config = replace(tiny, optim=optim, schedule=replace(tiny.schedule, warmdown_frac=0.0))
+    step, shares = TrainStep(config, Dataset.open(corpus), CPU), []
+    for number in range(8):
+        pending = step.launch(number)
+        step.model.mlp_fc.grad.zero_()
+        before = step.model.mlp_fc.detach().clone()
+        step.update(pending)
+        shares.append(float((1 - step.model.mlp_fc.detach() / before).median()) / 0.05)
+    assert shares == pytest.approx([1] * 6 + [1 - 0.5 * (0.75 - 0.7) / 0.3, 1 - 0.5 * (0.875 - 0.7) / 0.3], abs=1e-3)
 
 
 class _Silent:
@@ -253,6 +298,9 @@ def test_the_cap_stops_before_the_step_that_would_cross(tiny, tmp_path, monkeypa
     assert "stopping_early: wallclock_cap" in (tmp_path / "run" / "train.log").read_text()
     second = replace(config, schedule=replace(config.schedule, max_seconds=0.035))
     assert train(second, tmp_path / "one")["steps"] == 1, "the second step would cross"
+    looped = replace(config.model, loop=LoopConfig(first=1, last=1, passes=4, start=0.2))
+    looped = replace(config, model=looped, schedule=replace(config.schedule, max_seconds=0.055))
+    assert train(looped, tmp_path / "looped")["steps"] == 1, "it would have twice the layers"
 
 
 @pytest.mark.parametrize("ahead", [0, 1])

@@ -32,6 +32,8 @@ class DataPrepare:
     """Fraction of the documents used for validation if --val is not given; default: 0.05."""
     document_separator: str | None = None
     """Text between documents in .txt files; default: blank lines, packed to at least 2 kB per document."""
+    shard_tokens: int | None = None
+    """Tokens in a shard; default: 100,000,000, as published. --data.order shuffled needs a shard for each span."""
     workers: int | None = None
     """Worker processes; default: one per core."""
     overwrite: bool = False
@@ -79,6 +81,7 @@ def prepare_folder(args: DataPrepare) -> Any:
             val=args.val or None,
             val_fraction=args.val_fraction,
             separator=args.document_separator,
+            **({} if args.shard_tokens is None else {"shard_tokens": args.shard_tokens}),
             workers=args.workers,
             overwrite=args.overwrite,
             progress=progress,

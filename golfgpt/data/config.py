@@ -26,7 +26,7 @@ class DataConfig(Section):
     fewer kernel launches. The result of the step is the same, except with order "packed", which fills rows of this
     many tokens."""
     order: Literal["sequential", "shuffled", "coprime", "packed"] = "sequential"
-    """Which tokens a step reads (golfgpt.data.stream has the rules). sequential: the next ones. shuffled: sequences at
+    """Which tokens a step reads (golfgpt.data.orders has the rules). sequential: the next ones. shuffled: sequences at
     random, from shards of the span's own (2026-04-05). coprime: sequences of many shards, by strides (PR #726). packed:
     the next ones, in rows of whole microbatches; tokens attend only within their document (2026-04-10)."""
     document_start: CountOrZero | None = None

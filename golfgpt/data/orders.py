@@ -9,8 +9,8 @@
                  shard when its S rows of n + 1 tokens do not fit is skipped (2026-04-10)
 
 B = batch_tokens, S = spans. All of a step but the tokens themselves follows from the lengths of the shards (and where
-packed ones start), so a step reads the same tokens on any number of ranks, and a run resumes from the step number: the
-orders with random choices make them again from step 0, about 5 s for 5,000 published steps of all spans.
+packed ones start), so a step reads the same tokens on any number of ranks, and a run resumes from the step number. The
+orders with random choices then make them again from step 0, which takes seconds and is not training time.
 
 The published seeds are fixed, so orders do not depend on the run's seed: shuffled has the span's number; coprime a hash
 of the shards' paths, which a run elsewhere cannot repeat, so here it is one of their lengths.
@@ -64,7 +64,7 @@ def shuffled(config: DataConfig, shards: Sequence[np.ndarray], assigned: range) 
             raise InputError(
                 f"data.order shuffled found no sequence for span {span}: each of data.spans = {config.spans} expected "
                 f"a shard of its own of more than data.seq_len = {config.seq_len} tokens, got shards of {lengths[:8]} "
-                "tokens; prepare the data in more shards, or lower data.spans"
+                "tokens; prepare the data in more shards (golfgpt data prepare --shard-tokens), or lower data.spans"
             )
     draws = [
         _draws(span, firsts[span :: config.spans], lengths[span :: config.spans], config.seq_len) for span in assigned
@@ -82,13 +82,14 @@ def _draws(seed: int, firsts: Sequence[int], lengths: Sequence[int], seq_len: in
         for first, length in zip(firsts, lengths, strict=True):
             phase, blocks = _phase(random, length, seq_len)
             waiting.append(first + phase + random.permutation(blocks) * seq_len)
-        left = np.array([len(each) for each in waiting])
-        for _ in range(left.sum()):
+        left = np.array([len(each) for each in waiting], dtype=float)
+        total = int(left.sum())
+        for drawn, number in enumerate(random.random(total)):
             # Generator.choice(len(left), p=left / left.sum()), without the checks that take most of its time.
-            share = (left / left.sum()).cumsum()
-            shard = int((share / share[-1]).searchsorted(random.random(), side="right"))
+            share = (left / (total - drawn)).cumsum()
+            shard = (share / share[-1]).searchsorted(number, side="right")
             left[shard] -= 1
-            yield int(waiting[shard][left[shard]])
+            yield int(waiting[shard][int(left[shard])])
 
 
 def coprime(config: DataConfig, shards: Sequence[np.ndarray], assigned: range) -> Steps:

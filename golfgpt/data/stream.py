@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from golfgpt.data.config import DataConfig
@@ -51,15 +52,23 @@ class Tokens(NamedTuple):
         parts = self.boundaries and [part.to(device, non_blocking=True) for part in self.boundaries]
         return Tokens(self.windows.to(device, non_blocking=True), parts)
 
-    def like(self, other: Tokens) -> bool:
-        """Whether the tensors of both have the same shapes: documents may need longer boundaries."""
-        return [len(part) for part in self.boundaries or ()] == [len(part) for part in other.boundaries or ()]
+    def with_room(self) -> Tokens:
+        """The same with room for twice as many segments and 64 more."""
+        end = self.windows.size(1) - 1
+        return self._replace(
+            boundaries=self.boundaries and [F.pad(part, (0, len(part) + 64), value=end) for part in self.boundaries]
+        )
+
+    def hold(self, other: Tokens) -> bool:
+        """Whether `other` fits into these tensors."""
+        return all(len(a) >= len(b) for a, b in zip(self.boundaries or (), other.boundaries or (), strict=True))
 
     def copy_(self, other: Tokens) -> None:
-        """Take the values of `other`, without waiting for the device."""
+        """Take the values of `other`, which fits, without waiting for the device."""
         self.windows.copy_(other.windows, non_blocking=True)
         for mine, its in zip(self.boundaries or (), other.boundaries or (), strict=True):
-            mine.copy_(its, non_blocking=True)
+            mine[: len(its)].copy_(its, non_blocking=True)
+            mine[len(its) :] = self.windows.size(1) - 1
 
 
 class Prefetcher:
@@ -73,11 +82,18 @@ class Prefetcher:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="data")
         self._ahead: tuple[int, Future[Tokens]] | None = None
         self._begin()
-        self._first = next(self._steps)
-        self._done = 1
+        self._rehearsed = [next(self._steps), next(self._steps)]
+        self._begin()
 
     def _begin(self) -> None:
         self._steps, self._done = steps(self._config, self._shards, self._assigned), 0
+
+    def seek(self, step: int) -> None:
+        """Wait until `step` is read, which may mean to draw again what random orders drew before it."""
+        if self._ahead:
+            self._ahead[1].result()
+        self._ahead = step, self._thread.submit(self._read, step)
+        self._ahead[1].result()
 
     def read(self, step: int) -> Tokens:
         """What the spans of this rank read in `step`; the step after it is read meanwhile."""
@@ -99,8 +115,8 @@ class Prefetcher:
 
     def _positions(self, step: int) -> np.ndarray:
         """Starts of the windows of `step`. Orders only go forward: an earlier step begins again."""
-        if step == 0:  # what a rehearsal takes again and again
-            return self._first
+        if step < 2:  # what rehearsals take, and read ahead
+            return self._rehearsed[step]
         if step < self._done:
             self._begin()
         while self._done <= step:

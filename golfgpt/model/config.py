@@ -122,6 +122,9 @@ class ModelConfig(Section):
     """Sequences longer than this many tokens use a larger rotary base (NTK-aware scaling); None: never."""
     matrix_init: Literal["uniform", "orthogonal"] = "uniform"
     """Initial c_q, c_k, c_v and mlp_fc: U(±1/sqrt(fan_in)), or orthogonal if both dimensions are at least 64 (R5)."""
+    projection_init: Literal["by_depth", "unscaled"] = "by_depth"
+    """Whether the initial projections of pair table and value embedding are multiplied by 1/sqrt(2 num_layers), which
+    2026-03-25 does not."""
     resid_mix_init: Literal["identity", "phase"] = "identity"
     """Initial (x, x0) weights of each block. identity: (1, 0); phase: (p, 1 - p), with p rising from 0.18 to 0.82 over
     depth (R5)."""

@@ -121,7 +121,7 @@ def _rows(c: ModelConfig) -> dict[str, Param]:
     embed_std = c.tied_embed_init_std if c.tie_embeddings else 1.0
     # One factor of BigramHash starts at zero, the table ("xor") or the projection, so that it adds nothing at first.
     pair_table = constant if xor else partial(normal, std=0.01)
-    deep = partial(drawn, scale=(2 * L) ** -0.5)
+    deep = partial(drawn, scale=(2 * L) ** -0.5 if c.projection_init == "by_depth" else 1.0)
     pair_proj = deep if xor else constant
     return {
         "tok_emb":      Param("tok_emb.weight", (V, D), "embedding", partial(normal, std=embed_std)),

@@ -97,7 +97,8 @@ class FlatGradients:
     def clip_(self, limit: float, scale: float = 1.0) -> None:
         """Clip what this rank has accumulated: its norm, times `scale`, to `limit`."""
         norm = torch.linalg.vector_norm(self.gradients) * scale
-        self.gradients.mul_((limit / (norm + 1e-6)).clamp(max=1.0).nan_to_num(nan=1.0))
+        factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+        self.gradients.mul_(torch.where(norm.isfinite(), factor, 1.0))  # else it would hide what is not finite
 
     def sum_(self) -> None:
         """Sum the buffer over ranks. If it is sharded, each rank gets the sum of its shard of every stack and of all

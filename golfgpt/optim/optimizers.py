@@ -193,12 +193,12 @@ def by_muon(model: GPT, config: OptimConfig) -> list[str]:
     return [name for name in named if model.table[name].by_layer or config.projections == "muon"]
 
 
-def record_graph(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """`work` as a CUDA graph; nothing is executed."""
+def record_graph(work: Callable[[], None], pool: tuple[int, int] | None = None) -> torch.cuda.CUDAGraph:
+    """`work` as a CUDA graph; nothing is executed. `pool`: the memory of another graph that never runs meanwhile."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
         # "thread_local": with "global", the data thread could not allocate page-locked memory during the capture.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             work()
     except Exception:
         torch.cuda.set_stream(stream)  # a capture that fails to end leaves its own

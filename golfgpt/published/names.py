@@ -194,10 +194,11 @@ def infer_config(state: Mapping[str, Tensor], like: ModelConfig | None = None) -
         )
     except ValueError as error:
         raise InputError(f"golfgpt has no model of these sizes with these options: {error}") from None
-    if lacking := parameter_table(like).keys() - parameter_table(config).keys() - {"skip_weights"}:
+    wanted = parameter_table(like)
+    if lacking := wanted.keys() - parameter_table(config).keys() - {"skip_weights"}:
         raise InputError(
-            f"missing tensors: {listed(PUBLISHED_NAMES[name] for name in lacking)}, which the recipe or the options "
-            "ask for; choose others"
+            f"missing tensors: {listed(wanted[name].published_names[0] for name in lacking)}, which the recipe or the "
+            "options ask for; choose others"
         )
     shapes = _shapes_beside(tensors, config)
     if tensors.keys() == shapes.keys() and skips != config.num_skips:

@@ -52,7 +52,7 @@ def cache_file(config: RunConfig, dtype: torch.dtype, device: torch.device) -> P
     facts = {
         "model": to_dict(config.model),
         "quant": to_dict(config.quant),
-        "data": {"seq_len": config.data.seq_len, "tokens": config.data.microbatch},
+        "data": {"seq_len": config.data.seq_len, "tokens": config.data.microbatch, "order": config.data.order},
         "dtype": str(dtype),
     }
     return kept_file("compile", device, facts, ".bin")

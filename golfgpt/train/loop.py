@@ -58,6 +58,7 @@ class Loop:
     def run(self) -> None:
         """Train. Raises Interrupted after a signal and NonFiniteError after a bad step, with the state saved."""
         c, pace = self.config, self.step.pace
+        self.step.data.seek(self.done)
         pace.start(self.ledger.seconds["train"])
         self.saver.start()
         self._graphs = compile_cache.graphs()
@@ -113,29 +114,35 @@ class Loop:
         self.loss = result.loss
         self._stopping = self._stopping or result.stop
         seconds, pace = self.ledger.elapsed("train"), self.step.pace
-        layers = self.step.layers(pending.step)
-        settling, duration = pace.settling, pace.step_over(seconds, layers)
+        settling, duration = pace.settling, pace.step_over(seconds, pending.layers)
         if settling and self.config.schedule.cap is not None:
-            self._decide_for_all(seconds, duration, self.step.layers(self.done) / layers)
+            self._decide_for_all(seconds, duration / pending.layers)
         self._watch_compilation()
         last = not self._pending and (self._stopping or self.done == self.config.schedule.max_steps)
         self.progress.step(self.done, result, multiplier, seconds, pace.mean, self.saver.projection, last)
         return result
 
-    def _decide_for_all(self, seconds: float, duration: float, growth: float) -> None:
-        """Whether another step fits, which has `growth` times the layers. Rank 0 decides it for all after each of the
-        first two steps of an execution, when there is no step duration yet for its vote."""
-        cap = self.config.schedule.cap
-        stop, seconds, duration = self.step.ranks.broadcast_object(
-            (seconds + 1.05 * duration * growth > cap, seconds, duration)
-        )
-        if seconds > cap and self.done == 1:
+    def _decide_for_all(self, seconds: float, per_layer: float) -> None:
+        """Whether another step fits, by rank 0's clock and seconds for each layer of the step that is over. Decided so
+        after each of the first two steps of an execution, when there is no step duration yet for rank 0's vote."""
+        schedule = self.config.schedule
+        seconds, per_layer = self.step.ranks.broadcast_object((seconds, per_layer))
+        if seconds > schedule.cap and self.done == 1:
             raise BudgetError(
-                f"schedule.max_seconds {cap:g} is too short for one step, which took {duration:.1f} s; raise "
-                "--schedule.max-seconds or lower --data.batch-tokens"
+                f"{self._cap} is too short for one step, which took {seconds:.1f} s; raise --schedule.max-seconds or "
+                "lower --data.batch-tokens"
             )
-        self._stopping = self._stopping or stop
         self.step.pace.sync(self.done, seconds)
+        duration = per_layer * self.step.layers(self.done)
+        self._stopping = self._stopping or seconds + 1.05 * duration > schedule.cap
+
+    @property
+    def _cap(self) -> str:
+        """The seconds of training, by their fields."""
+        c = self.config.schedule
+        return f"schedule.max_seconds {c.max_seconds:g}" + f" less reserve_seconds {c.reserve_seconds:g}" * (
+            c.reserve_seconds > 0
+        )
 
     def _watch_compilation(self) -> None:
         if not self.step.compiled or (graphs := compile_cache.graphs()) <= self._graphs:
@@ -164,8 +171,8 @@ class Loop:
         elif self.done < c.schedule.max_steps:
             self.reporter.line(
                 f"stopping_early: wallclock_cap train_time:{seconds * 1000:.0f}ms "
-                f"step:{self.done}/{c.schedule.max_steps} (the slowest recent step took "
-                f"{pace.slowest * 1000:.0f}ms, so another step could cross {cap:g} s)"
+                f"step:{self.done}/{c.schedule.max_steps} (a step like the slowest recent one would take "
+                f"{pace.slowest(self.step.layers(self.done)) * 1000:.0f}ms, so another could cross {cap:g} s)"
             )
         if self.loss >= 0.99 * math.log(c.model.vocab_size):
             self.reporter.line(
@@ -173,4 +180,4 @@ class Loop:
                 f"{c.model.vocab_size} tokens: lower the learning rates, or take more steps"
             )
         if cap is not None and seconds > cap:
-            self.reporter.line(f"warning: training took {seconds:.3f} s, more than schedule.max_seconds {cap:g}")
+            self.reporter.line(f"warning: training took {seconds:.3f} s, more than {self._cap}")

@@ -41,8 +41,9 @@ def out_of_memory(config: RunConfig, itemsize: int, error: Exception) -> InputEr
     smaller = next(
         (n for n in (micro // 2, micro // 4, data.seq_len) if n and n % data.seq_len == 0 and n < micro), None
     )
+    same = "reads other rows, in" if data.order == "packed" else "takes the same steps in"
     advice = (
-        f"--data.microbatch-tokens {smaller} takes the same steps in about "
+        f"--data.microbatch-tokens {smaller} {same} about "
         f"{activation_bytes(config.model, smaller, itemsize) / 2**30:.1f} GiB"
         if smaller
         else "one sequence is the minimum: lower --data.seq-len or choose a smaller model"

@@ -21,6 +21,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -82,7 +83,7 @@ class StepResult:
     signaled: bool
     """Some rank received a signal to stop."""
     grad_norm: float
-    """Global gradient norm before clipping."""
+    """Global gradient norm before clipping; of spans that are clipped one by one, after it."""
 
     @property
     def finite(self) -> bool:
@@ -94,6 +95,10 @@ class Pending:
     """An enqueued step."""
 
     step: int
+    looping: bool
+    """Whether it had all passes of model.loop."""
+    layers: int
+    """Layers that ran."""
     norm: Tensor
     """Norm of the summed gradients, 0-d, on the device."""
     values: Tensor
@@ -212,8 +217,8 @@ class TrainStep:
         if self.compute_copies.stale():
             self.prepare(step)
         tokens = self.data.read(step)
-        looping = self.looping(step) if looping is None else looping
-        if looping in self._graphs and self._tokens.like(tokens):
+        self._looping = looping = self.looping(step) if looping is None else looping
+        if looping in self._graphs and self._tokens.hold(tokens):
             yield 0, 1
             self._tokens.copy_(tokens)
             self._graphs[looping].replay()
@@ -266,7 +271,7 @@ class TrainStep:
             copied.record()
         if not self.ahead:
             self.pace.sync(step, float(values[1]))
-        return Pending(step, norm, values, copied)
+        return Pending(step, self._looping, len(self.model.plans[self._looping]), norm, values, copied)
 
     def update(self, pending: Pending) -> float:
         """Clip, update all parameters and the average, and prepare the weights for the next step. Returns the
@@ -292,7 +297,7 @@ class TrainStep:
         result = pending.result()
         if not result.finite:
             if self.ahead:  # a later step has overwritten the gradients: compute them again
-                self.launch(pending.step)
+                self.launch(pending.step, looping=pending.looping)
             raise NonFiniteError(f"step {pending.step}: {self._culprit(result)} is not finite; nothing was updated")
         self.pace.sync(pending.step, result.seconds)
         return result
@@ -319,9 +324,12 @@ class TrainStep:
         graph = self.config.runtime.graph
         if graph == "step":
             torch.cuda.empty_cache()  # the graph keeps its own memory, as much as a step outside needed
-            self._tokens = self.data.read(0).to(self.ranks.device)
-            for looping in self.ways():
-                self._graphs[looping] = record_graph(lambda way=looping: deque(self._accumulate(self._tokens, way), 0))
+            self._tokens = self.data.read(0).to(self.ranks.device).with_room()
+            pool = None  # one for both: they never run at once, and the first is the larger
+            for looping in reversed(self.ways()):
+                work = partial(self._accumulate, self._tokens, looping)
+                self._graphs[looping] = graph = record_graph(lambda work=work: deque(work(), 0), pool)
+                pool = graph.pool()
         if graph in ("optimizer", "step"):
             self.optimizers.capture()
 
