@@ -186,6 +186,11 @@ def plan_formats(table: Mapping[str, Param], config: QuantConfig) -> dict[str, T
 
     Raises InputError for a rule that decides nothing, or that asks for what a tensor's shape does not have.
     """
+    return {name: format for name, (format, _) in _plan(table, config).items()}
+
+
+def _plan(table: Mapping[str, Param], config: QuantConfig) -> dict[str, tuple[TensorFormat, float]]:
+    """Layer group -> its format, and its clip in standard deviations, 0 with another clip."""
     rules = [QuantRule.parse(text) for text in config.rules]
     formats, deciding = {}, set()
     for bank, param in table.items():
@@ -195,7 +200,7 @@ def plan_formats(table: Mapping[str, Param], config: QuantConfig) -> dict[str, T
         kinds = [_kind(param, rule, config) for rule in first]
         for group, shape, members, kind in layer_groups(bank, param, kinds):
             try:
-                formats[group] = TensorFormat(shape, *kind)
+                formats[group] = TensorFormat(shape, *kind[:-1]), kind[-1]
             except InputError as error:
                 raise InputError(f"quant.rules: {members[0]} ({group}): {error}") from None
     if idle := [rule.pattern for rule in rules if rule not in deciding]:
@@ -215,15 +220,17 @@ def matches(pattern: str, name: str, num_layers: int) -> bool:
     return fnmatchcase(name, pattern)
 
 
-def _kind(param: Param, rule: QuantRule | None, config: QuantConfig) -> tuple[str, str | None, int | None]:
-    """(format, scale dtype, columns per scale) of a published tensor."""
+def _kind(param: Param, rule: QuantRule | None, config: QuantConfig) -> tuple[str, str | None, int | None, float]:
+    """(format, scale dtype, columns per scale, deviations) of a published tensor."""
+    if rule is not None and rule.format.startswith("int"):
+        return rule.format, config.scale_dtype, rule.group, rule.deviations or config.deviations
     if rule is not None:
-        return rule.format, config.scale_dtype if rule.format.startswith("int") else None, rule.group
+        return rule.format, None, None, 0.0
     if param.kind == "control":
-        return config.control_dtype, None, None
+        return config.control_dtype, None, None, 0.0
     if math.prod(param.shape[param.layered :]) <= config.keep_numel:
-        return "float16", None, None
-    return f"int{config.bits}", config.scale_dtype, None
+        return "float16", None, None, 0.0
+    return f"int{config.bits}", config.scale_dtype, None, config.deviations
 
 
 # Pruning
@@ -261,7 +268,11 @@ class Quantizer:
     @cached_property
     def formats(self) -> dict[str, TensorFormat]:
         """Layer group -> format, known before any training. Raises InputError as `plan_formats`."""
-        return plan_formats(self.parameters, self.config)
+        return {name: format for name, (format, _) in self._plan.items()}
+
+    @cached_property
+    def _plan(self) -> dict[str, tuple[TensorFormat, float]]:
+        return _plan(self.parameters, self.config)
 
     @property
     def payload_bytes(self) -> int:
@@ -275,10 +286,11 @@ class Quantizer:
 
     def spec(self, name: str) -> RowQuant:
         """How a quantized layer group becomes codes and scales."""
-        c, format = self.config, self.formats[name]
+        c, (format, deviations) = self.config, self._plan[name]
         spec = RowQuant(
             bits=format.bits,
             clip=c.clip,
+            deviations=deviations,
             code_range=c.code_range,
             scale_dtype=DTYPES[format.scale],
             scale_floor=c.scale_floor,
