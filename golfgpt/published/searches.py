@@ -48,7 +48,7 @@ def gptq_clip_search(w: Tensor, hessian: Tensor, largest: int) -> tuple[Tensor, 
 
 
 def damped_twice(hessian: Tensor) -> Tensor:
-    """What 2026-03-25 and 2026-03-29 give their solver, which damps again. Their zero inputs are then not recognized."""
+    """What 2026-03-25 and 2026-03-29 give their solver, which damps again. It then knows no zero input."""
     return hessian + 0.01 * hessian.diagonal().mean().clamp_min(1e-6) * torch.eye(len(hessian))
 
 

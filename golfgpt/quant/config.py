@@ -6,7 +6,16 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from golfgpt.fields import Count, CountOrZero, FractionAboveZero, FractionBelowOne, Limit, NotNegative, Section
+from golfgpt.fields import (
+    Count,
+    CountOrZero,
+    FractionAboveZero,
+    FractionBelowOne,
+    Limit,
+    NotNegative,
+    Positive,
+    Section,
+)
 
 Compressor = Literal["smallest", "zlib", "zstd", "lzma", "brotli"]
 LEVELS = {"zlib": (1, 9), "zstd": (1, 22), "lzma": (0, 9), "brotli": (0, 11)}
@@ -71,6 +80,14 @@ class QuantConfig(Section):
     codes_from: Literal["stored_scale", "float32_scale"] = "stored_scale"
     """Scale from which the codes are computed: the stored scale (correct), or the scale before rounding (published
     R0)."""
+    method: Literal["rtn", "gptq"] = "rtn"
+    """How codes are chosen. rtn: each weight is rounded to the nearest; gptq: so that the products with the inputs of
+    training text err least (golfgpt.quant.gptq). What was trained through fake quantization ships unchanged with rtn
+    only."""
+    calibration_tokens: Count = 262_144
+    """Training tokens whose inputs gptq sees, whole steps of them. Published runs take 1.6 to 6.3 million."""
+    damping: Positive = 0.01
+    """For gptq: this part of a Hessian's mean diagonal is added to its diagonal."""
     keep_numel: CountOrZero = 65_536
     """Matrices with at most this many elements are stored in float16."""
     control_dtype: Literal["float32", "float16"] = "float32"

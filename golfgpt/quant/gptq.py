@@ -30,14 +30,15 @@ def solve(
     damping: float = 0.01,
     block: int = 128,
 ) -> Tensor:
-    """Codes, int8 (n, rows, cols), of w (n, rows, cols) for scales (n, rows, 1 or cols), from -`largest` (or `least`) to
-    `largest`, which may differ by column, (cols,).
+    """Codes, int8 (n, rows, cols), of w (n, rows, cols) for scales (n, rows, 1 or cols), from `least` (None: -`largest`)
+    to `largest`, which may differ by column, (cols,).
 
     `hessian` (n, cols, cols), float32 or float64, is also the dtype of the computation. Raises InputError for one that
     is not finite or not positive definite after damping; the message has its number in the batch.
     """
     count, rows, cols = w.shape
-    low, high = (torch.as_tensor(x, device=w.device).expand(cols) for x in (-largest if least is None else least, largest))
+    least = -largest if least is None else least
+    low, high = (torch.as_tensor(x, device=w.device).expand(cols) for x in (least, largest))
     h = hessian.clone()
     diagonal = h.diagonal(dim1=-2, dim2=-1)
     dead = diagonal == 0
@@ -49,8 +50,8 @@ def solve(
     bad = failed.bool() | ~factor.isfinite().flatten(1).all(1)
     if bad.any():
         raise InputError(
-            f"the Hessian of matrix {int(bad.nonzero()[0])} is not positive definite with damping {damping:g} times its "
-            "mean diagonal: more calibration text, or a larger quant.damping, makes it so"
+            f"the Hessian of matrix {int(bad.nonzero()[0])} is not positive definite with damping {damping:g} times "
+            "its mean diagonal: take more quant.calibration_tokens or a larger quant.damping"
         )
     upper = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
 

@@ -39,6 +39,7 @@ from golfgpt.errors import InputError
 from golfgpt.model.parameters import Param, parameter_shapes, parameter_table
 from golfgpt.published.names import check_state
 from golfgpt.published.quirks import export_quirks, published_fake_quant
+from golfgpt.quant.gptq import solve
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16} | {f"int{bits}": torch.int8 for bits in range(2, 9)}
 
@@ -332,11 +333,14 @@ class Quantizer:
             return None
         return published_fake_quant(self.config.qat, self.parameters[parse_layer_group(name)[0]], format.bits)
 
-    def encode(self, state: Mapping[str, Tensor]) -> dict[str, QuantizedTensor]:
-        """Prune and quantize the model's banks (any float dtype, any device); layer group -> tensor.
+    def encode(
+        self, state: Mapping[str, Tensor], hessians: Mapping[str, Tensor] | None = None
+    ) -> dict[str, QuantizedTensor]:
+        """Prune and quantize the model's banks (any float dtype, any device); layer group -> tensor. Groups that have
+        `hessians` (golfgpt.quant.calibration) get their codes from GPTQ, all others are rounded.
 
-        Raises InputError naming a tensor that is missing, unexpected, mis-shaped or not finite, or whose float16
-        passthrough values exceed it.
+        Raises InputError naming a tensor that is missing, unexpected, mis-shaped or not finite, whose float16
+        passthrough values exceed it, or whose Hessian is not positive definite.
         """
         check_state(state, parameter_shapes(self.model))
         encoded = {}
@@ -346,12 +350,35 @@ class Quantizer:
                 raise InputError(f"tensor {name} has {int((~w.isfinite()).sum())} non-finite weights")
             w = pruned(self.parameters[parse_layer_group(name)[0]], w, self.config.prune)
             if format.quantized:  # eager, also for CPU tensors of a run with runtime.kernels triton
-                encoded[name] = QuantizedTensor(format, *quantize_rows(w, self.spec(name), impl="eager"))
+                codes, scale = quantize_rows(w, self.spec(name), impl="eager")
+                if hessians and name in hessians:
+                    codes = self._solve(name, w, scale, hessians[name])
+                encoded[name] = QuantizedTensor(format, codes, scale)
                 continue
             encoded[name] = QuantizedTensor(format, w.to(DTYPES[format.format]))
             if not encoded[name].values.isfinite().all():
                 raise InputError(f"tensor {name} has magnitudes up to {w.abs().max():.3g}: float16 ends at 65504")
         return encoded
+
+    def _solve(self, name: str, w: Tensor, scale: Tensor, hessian: Tensor) -> Tensor:
+        """GPTQ's codes of a layer group for its scales."""
+        spec = self.spec(name)
+        columns = (
+            scale.float().repeat_interleave(spec.group_size or 1, -1) if spec.group_size else scale.float()[..., None]
+        )
+        matrices, columns = (x.reshape(len(hessian), -1, x.size(-1)) for x in (w, columns))
+        try:
+            codes = solve(
+                matrices,
+                hessian.to(w.device),
+                columns,
+                spec.qmax,
+                least=-spec.qmax - (spec.code_range == "full"),
+                damping=self.config.damping,
+            )
+        except InputError as error:
+            raise InputError(f"tensor {name}: {error}") from None
+        return codes.view_as(w)
 
     def projected_bytes(self, state: Mapping[str, Tensor]) -> int:
         """Forecast of the compressed payload: the order-0 entropy of the codes of each tensor, scales and
@@ -364,13 +391,16 @@ class Quantizer:
                 bits += 8 * tensor.format.scale_bytes + tensor.format.elements * code_entropy(tensor.values)
         return math.ceil(bits / 8)
 
-    def table(self, state: Mapping[str, Tensor] | None = None) -> list[TensorReport]:
-        """One report per layer group; with `state`, the error that pruning and quantizing it makes."""
+    def table(
+        self, state: Mapping[str, Tensor] | None = None, encoded: Mapping[str, QuantizedTensor] | None = None
+    ) -> list[TensorReport]:
+        """One report per layer group; with `state`, the error that pruning and quantizing it makes, or that of
+        `encoded`, which was made from it."""
         if state is None:
             return [tensor_report(name, format) for name, format in self.formats.items()]
         return [
             tensor_report(name, tensor.format, _relative_error(layers_of(state, name).cpu(), tensor.decode().cpu()))
-            for name, tensor in self.encode(state).items()
+            for name, tensor in (encoded or self.encode(state)).items()
         ]
 
 
