@@ -30,8 +30,8 @@ def solve(
     damping: float = 0.01,
     block: int = 128,
 ) -> Tensor:
-    """Codes, int8 (n, rows, cols), of w (n, rows, cols) for scales (n, rows, 1 or cols), from `least` (None: -`largest`)
-    to `largest`, which may differ by column, (cols,).
+    """Codes, int8 (n, rows, cols), of w (n, rows, cols) for scales (n, rows, 1 or cols), from `least` (None:
+    -`largest`) to `largest`, which may differ by column, (cols,).
 
     `hessian` (n, cols, cols), float32 or float64, is also the dtype of the computation. Raises InputError for one that
     is not finite or not positive definite after damping; the message has its number in the batch.

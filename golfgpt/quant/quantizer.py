@@ -363,9 +363,8 @@ class Quantizer:
     def _solve(self, name: str, w: Tensor, scale: Tensor, hessian: Tensor) -> Tensor:
         """GPTQ's codes of a layer group for its scales."""
         spec = self.spec(name)
-        columns = (
-            scale.float().repeat_interleave(spec.group_size or 1, -1) if spec.group_size else scale.float()[..., None]
-        )
+        scale, group = scale.float(), spec.group_size
+        columns = scale[..., None] if group is None else scale.repeat_interleave(group, -1)
         matrices, columns = (x.reshape(len(hessian), -1, x.size(-1)) for x in (w, columns))
         try:
             codes = solve(
