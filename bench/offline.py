@@ -92,11 +92,16 @@ def case(
 
 ROWS, DIM, HIDDEN, VOCAB = 1024, 512, 1024, 1024
 SLOPES = (0.0, 0.5)  # relu² and LeakyReLU²
+CLIPS = ("max", "quantile", "deviation")
 SOFTCAPS = (30.0, 50.0, None)  # bounded softmax, running maximum, no cap
 
 
 def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype)
+
+
+def row_quant(clip: str) -> RowQuant:
+    return RowQuant(bits=6, clip=clip, deviations=12.85 if clip == "deviation" else 0.0)
 
 
 def banks(dtype: torch.dtype) -> list[torch.Tensor]:
@@ -134,19 +139,19 @@ def _(dtype, tile):
     weight_grad_parts(empty(ROWS, HIDDEN, dtype=dtype), empty(ROWS, DIM, dtype=dtype), tile=tile)
 
 
-@case("quantize_rows", columns=(512, 8192), clip=("max", "quantile"), dots=False)
+@case("quantize_rows", columns=(512, 8192), clip=CLIPS, dots=False)
 def _(dtype, tile, columns, clip):
     w, codes, scale = (
         empty(ROWS, columns, dtype=dtype),
         empty(ROWS, columns, dtype=torch.int8),
         empty(ROWS, dtype=dtype),
     )
-    quantize_matrices([w], [codes], [scale], [RowQuant(bits=6, clip=clip)], tile=tile)
+    quantize_matrices([w], [codes], [scale], [row_quant(clip)], tile=tile)
 
 
-@case("fake_quantize_banks", table="quantize_rows", clip=("max", "quantile"), dots=False)
+@case("fake_quantize_banks", table="quantize_rows", clip=CLIPS, dots=False)
 def _(dtype, tile, clip):
-    ws, specs = banks(dtype), [RowQuant(bits=6, clip=clip)] * 4
+    ws, specs = banks(dtype), [row_quant(clip)] * 4
     quantize_matrices(ws, banks(torch.bfloat16), None, specs, torch.tensor(True), tile)
 
 
@@ -164,14 +169,14 @@ def _(dtype, tile):
     update_launch(banks(dtype), banks(torch.bfloat16), lr, scales, 0.1, banks(torch.bfloat16), ok, tile)
 
 
-@case("muon_update_rows", columns=(None, 8192), clip=("max", "quantile"), dots=False)
+@case("muon_update_rows", columns=(None, 8192), clip=CLIPS, dots=False)
 def _(dtype, tile, columns, clip):
     """The model's matrices, or one whose rows are longer than a block."""
     like = banks if columns is None else lambda dtype: [empty(ROWS, columns, dtype=dtype)]
     params, yes = like(dtype), torch.tensor(True)
     update_rows_launch(
         params, like(torch.bfloat16), torch.tensor(0.02), [1.0] * len(params), 0.1, like(torch.bfloat16), yes, yes,
-        [RowQuant(bits=6, clip=clip)] * len(params), tile,
+        [row_quant(clip)] * len(params), tile,
     )  # fmt: skip
 
 

@@ -159,7 +159,7 @@ def test_the_layout_is_chosen_on_whole_leading_layers(monkeypatch):
 
 def test_write_read_inspect_agree(tmp_path, monkeypatch):
     path = tmp_path / "model.golf"
-    info = write(path, random_state(), model=MODEL, quant=QUANT, **SOURCE)
+    info = write(path, Quantizer(MODEL, QUANT).encode(random_state()), model=MODEL, quant=QUANT, **SOURCE)
     assert path.read_bytes() == BLOB and info == read(path).info
     monkeypatch.setattr(artifact, "decompress", None)
     assert info == inspect(path), "which decompresses nothing"

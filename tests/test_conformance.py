@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from golfgpt_kernels import newton_schulz
+from golfgpt_kernels import RowQuant, newton_schulz, quantize_rows
 from models import fake_quantized, unseen
 from safetensors import safe_open
 
@@ -46,6 +46,14 @@ from golfgpt.optim.optimizers import Muon
 from golfgpt.optim.schedule import muon_momentum
 from golfgpt.published.files import read_export
 from golfgpt.published.names import from_published, infer_config, split_banks, to_published
+from golfgpt.published.searches import (
+    clip_search,
+    damped_twice,
+    gptq_clip_search,
+    group_scores,
+    hessian_aware_scales,
+)
+from golfgpt.quant.gptq import solve
 from golfgpt.quant.quantizer import Quantizer, parse_layer_group, prune_threshold, pruned
 from golfgpt.recipes import RECIPES
 from golfgpt.score.windows import Scorer, Windows, score_windows
@@ -528,6 +536,54 @@ def check_loaders(v: Vectors) -> None:
         assert found.tolist() == v[name].tolist(), name
 
 
+def check_gptq(v: Vectors) -> None:
+    bits = {15: 5, 31: 6, 63: 7, 127: 8}
+    for case in v.meta["cases"]:
+        tag = case["case"]
+        w, h = v[f"{tag}.W"], v[f"{tag}.H"]
+        if f"{tag}.H_damped" in v:
+            inputs = [v[f"{tag}.X.{i}"].float() for i in range(case["n_batches"])]
+            assert relative(sum(x.T @ x for x in inputs) / len(inputs), h) <= 1e-5
+            assert relative(damped_twice(h), v[f"{tag}.H_damped"]) <= 1e-5
+        for variant in case["variants"]:
+            name, kind, largest = f"{tag}.{variant['name']}", variant["kind"], variant.get("clip_range")
+
+            def by_deviation(largest: int, variant: dict = variant, w: torch.Tensor = w) -> torch.Tensor:
+                spec = RowQuant(bits=bits[largest], clip="deviation", deviations=variant["clip_sigmas"])
+                return quantize_rows(w, spec, impl="eager")[1]
+
+            columns = largest
+            if kind == "clip_search":
+                codes, scale = clip_search(w, largest)
+            elif kind == "gptq_clip_search":
+                codes, scale = gptq_clip_search(w, h, largest)
+            elif kind == "int8_row":
+                part = w[variant["first_row"] :, : variant["columns"]].contiguous()
+                codes, scale = quantize_rows(part, RowQuant(bits=8), impl="eager")
+            else:
+                scale = by_deviation(largest) if kind != "gptq_hessian_sdclip" else hessian_aware_scales(
+                    w, h, largest, variant["clip_sigmas"], variant["hessian_clip_lambda"]
+                )  # fmt: skip
+                of_columns = scale.float()[:, None].expand(w.shape)
+                if kind == "gptq_sdclip_awq":
+                    group, high = variant["group_size"], variant["protect_clip_range"]
+                    scores = group_scores(w, v[f"{tag}.awq.act_rms"], group)
+                    torch.testing.assert_close(scores, v[f"{tag}.awq.group_scores"])
+                    start = int(scores.argmax()) * group
+                    assert [start] == variant["starts"]
+                    protected = (torch.arange(w.size(1)) - start).unsqueeze(0).ge(0) & (
+                        torch.arange(w.size(1)) < start + group
+                    )
+                    wide = by_deviation(high)
+                    assert torch.equal(wide, v[f"{name}.s_hi"])
+                    of_columns = torch.where(protected, wide.float()[:, None], of_columns)
+                    columns = torch.where(protected[0], high, largest)
+                codes = solve(w[None], h[None], of_columns[None], columns)[0]
+            assert torch.equal(scale, v[f"{name}.scale"]), name
+            different = (codes.int() - v[f"{name}.q"].int()).abs()
+            assert different.max() <= 1 and (different > 0).float().mean() <= 0.001, name
+
+
 CHECKS = {
     "fwd": check_frontier_forward,
     "loaders": check_loaders,
@@ -535,6 +591,7 @@ CHECKS = {
     "muon": check_muon,
     "ntk": check_ntk_rope,
     "prune": check_prune,
+    "q_gptq": check_gptq,
     "quant": check_quant,
     "sliding": check_sliding,
     "trajectory": check_trajectory,
@@ -565,7 +622,7 @@ def test_conformance(path: Path):
     if path.suffix == ".ptz":
         return check_ptz(path)
     v = Vectors(path)
-    kind = path.name.replace(".", "_").split("_")[0]
+    kind = path.stem if path.stem.startswith("q_") else path.name.replace(".", "_").split("_")[0]
     if path.name.startswith("quant_state"):
         pytest.skip("input of the quant_* vectors")
     if kind not in CHECKS:

@@ -46,9 +46,10 @@ def assert_same_quantization(w, **options):
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("clip", ["max", "quantile"])
+@pytest.mark.parametrize("clip", ["max", "quantile", "deviation"])
 def test_bits_and_clip(bits, clip, device):
-    assert_same_quantization(hard_rows(100, device=device), bits=bits, clip=clip)
+    deviations = 12.85 if clip == "deviation" else 0.0
+    assert_same_quantization(hard_rows(100, device=device), bits=bits, clip=clip, deviations=deviations)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -62,8 +63,10 @@ def test_dtypes(dtype, scale_dtype, codes_from, device):
 # "two blocks": rows longer than a block when interpreting are read twice, the quantile's maxima merged across blocks
 @pytest.mark.parametrize("cols", [1, 2, 3, 512, 1536, 2049, 4100], ids=lambda n: f"{n} columns")
 def test_widths(cols, device):
-    for clip in ("max", "quantile"):
-        assert_same_quantization(hard_rows(cols, device=device), bits=6, clip=clip, scale_floor=1 / 31)
+    for clip in ("max", "quantile", "deviation"):
+        options = dict(clip=clip, deviations=3.0 if clip == "deviation" and cols > 1 else 0.0, scale_floor=1 / 31)
+        if cols > 1 or clip != "deviation":
+            assert_same_quantization(hard_rows(cols, device=device), bits=6, **options)
 
 
 def test_quantile_maxima_in_different_blocks(device):

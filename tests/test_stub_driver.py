@@ -37,6 +37,7 @@ pytestmark = [
 LAUNCHES = {
     "fake_quantize_banks clip=max": 1,
     "fake_quantize_banks clip=quantile": 1,
+    "fake_quantize_banks clip=deviation": 1,
     "muon_momentum sums=False": 1,
     "muon_momentum sums=True": 1,
     "muon_update": 1,

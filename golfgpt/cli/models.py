@@ -13,7 +13,7 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 from golfgpt.cli.common import RUNS, Config, print_json, run_name, stored_config
-from golfgpt.config import QuantConfig, RunConfig, differences, to_dict
+from golfgpt.config import ModelConfig, QuantConfig, RunConfig, differences, to_dict
 from golfgpt.errors import InputError
 
 
@@ -171,6 +171,7 @@ def export(args: Export) -> int:
     from golfgpt.files import write_bytes
     from golfgpt.published.names import to_published
     from golfgpt.quant import artifact
+    from golfgpt.quant.quantizer import Quantizer
     from golfgpt.tables import tensor_table
     from golfgpt.train.run_folder import artifact_file, trained_weights
 
@@ -202,8 +203,10 @@ def export(args: Export) -> int:
         raise InputError(f"--out {out} is in the checkpoints folder of a run; choose another folder")
     if args.to == "golf":
         options = {"tokenizer_sha256": info.tokenizer_sha256, "seq_len": info.seq_len}
+        found = _hessians(args.run, info.model, state, args.quant) if args.quant.method == "gptq" else None
         print(f"compressing ({args.quant.compressor})", file=sys.stderr)
-        written = artifact.write(out, state, model=info.model, quant=args.quant, **options)
+        encoded = Quantizer(info.model, args.quant).encode(state, found)
+        written = artifact.write(out, encoded, model=info.model, quant=args.quant, **options)
     else:
         tensors = {name: tensor.contiguous() for name, tensor in to_published(state).items()}
         meta = {"config": json.dumps(to_dict(info.model)), "tokenizer_sha256": info.tokenizer_sha256}
@@ -223,6 +226,32 @@ def export(args: Export) -> int:
     else:
         print(f"{out}: {len(tensors)} float32 tensors, {size:,} bytes, from the {source}'s weights")
     return 0
+
+
+def _hessians(run: Path, model: ModelConfig, state: dict[str, Any], quant: QuantConfig) -> dict[str, Any]:
+    """What GPTQ needs to know of the run's training data, for weights `state` that are not quantized."""
+    from golfgpt import distributed
+    from golfgpt.model.gpt import GPT
+    from golfgpt.quant import calibration
+    from golfgpt.quant.quantizer import Quantizer
+    from golfgpt.score.evaluate import open_dataset
+    from golfgpt.train.compute_dtype import select_dtype
+
+    config = stored_config(run)
+    ranks = distributed.start(config.runtime.device)
+    try:
+        dataset, gpt = open_dataset(config, ranks), GPT(model)
+        gpt.load_state_dict(state)
+        gpt = gpt.to(ranks.device)
+        dtype = select_dtype(config.runtime.dtype, gpt, config.data, ranks).dtype
+
+        def progress(text: str) -> None:
+            print(text, file=sys.stderr)
+
+        text = calibration.batches(config.data, quant.calibration_tokens, dataset, ranks, dtype, progress)
+        return calibration.hessians(gpt, text, Quantizer(model, quant), ranks, dtype)
+    finally:
+        ranks.close()
 
 
 @dataclass(frozen=True, kw_only=True)

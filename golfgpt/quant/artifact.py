@@ -177,12 +177,12 @@ def pack(state: Mapping[str, Tensor], *, model: ModelConfig, quant: QuantConfig,
     return seal(Quantizer(model, quant).encode(state), model=model, quant=quant, **options)
 
 
-def write(path: str | Path, state: Mapping[str, Tensor], **options: Any) -> ArtifactInfo:
-    """Write the `pack` of `state` atomically: on any failure `path` keeps what it held.
+def write(path: str | Path, encoded: Mapping[str, QuantizedTensor], **options: Any) -> ArtifactInfo:
+    """Write the `seal` of quantized layer groups atomically: on any failure `path` keeps what it held.
 
-    Raises as `pack`, and OSError as the file system reports it (a full disk).
+    Raises as `seal`, and OSError as the file system reports it (a full disk).
     """
-    blob = pack(state, **options)
+    blob = seal(encoded, **options)
     info, _ = _open(blob)
     write_bytes(path, blob)
     return info

@@ -6,7 +6,16 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from golfgpt.fields import Count, CountOrZero, FractionAboveZero, FractionBelowOne, Limit, NotNegative, Section
+from golfgpt.fields import (
+    Count,
+    CountOrZero,
+    FractionAboveZero,
+    FractionBelowOne,
+    Limit,
+    NotNegative,
+    Positive,
+    Section,
+)
 
 Compressor = Literal["smallest", "zlib", "zstd", "lzma", "brotli"]
 LEVELS = {"zlib": (1, 9), "zstd": (1, 22), "lzma": (0, 9), "brotli": (0, 11)}
@@ -23,17 +32,21 @@ class QuantRule:
     """float32, float16 or int2 to int8."""
     group: int | None = None
     """Columns per scale; None: one scale per row."""
+    deviations: float | None = None
+    """Clip of a row in its standard deviations; None: quant.deviations."""
 
     @classmethod
     def parse(cls, text: str) -> QuantRule:
-        """Parse PATTERN=FORMAT or PATTERN=FORMAT/GROUP. Raises ValueError for other text."""
-        match = re.fullmatch(r"([^=]+)=(float32|float16|int[2-8])(?:/([1-9][0-9]{0,5}))?", text)
-        if not match or (match[3] and not match[2].startswith("int")):
+        """Parse PATTERN=FORMAT[/GROUP][@DEVIATIONS]. Raises ValueError for other text."""
+        number = r"[1-9][0-9]{0,5}"
+        match = re.fullmatch(rf"([^=]+)=(float32|float16|int[2-8])(?:/({number}))?(?:@({number}(?:\.[0-9]+)?))?", text)
+        if not match or ((match[3] or match[4]) and not match[2].startswith("int")):
             raise ValueError(
                 f"quant.rules: got {text!r}; expected PATTERN=FORMAT with float32, float16 or int2 to int8, such as "
-                "'tok_emb.weight=float16', '*.mlp.*=int5' or '*.attn.*=int6/64' (64 columns per scale)"
+                "'tok_emb.weight=float16', '*.mlp.*=int5', '*.attn.*=int6/64' (64 columns per scale) or "
+                "'tok_emb.weight=int8@20' (clipped at 20 standard deviations)"
             )
-        return cls(match[1], match[2], int(match[3]) if match[3] else None)
+        return cls(match[1], match[2], int(match[3]) if match[3] else None, float(match[4]) if match[4] else None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +57,17 @@ class QuantConfig(Section):
     bits: Annotated[int, Limit(">=", 2), Limit("<=", 8)] = 8
     """Bits per matrix code, 2 to 8. Each code is stored as one byte; packing is left to the compressor."""
     rules: tuple[str, ...] = ()
-    """Formats of single tensors, PATTERN=FORMAT[/GROUP], for example "*.mlp.*=int5" or "tok_emb.weight=float16". The
-    first rule that matches applies. Patterns are globs over published names (blocks.3.attn.c_q.weight); layers can
-    also be counted from the end (blocks.-1.). GROUP is the number of columns per scale."""
-    clip: Literal["max", "quantile"] = "max"
-    """Clip of a row. max: its largest magnitude; quantile: the 0.9999984 quantile of its magnitudes, as published."""
+    """Formats of single tensors, PATTERN=FORMAT[/GROUP][@DEVIATIONS], for example "*.mlp.*=int5" or
+    "tok_emb.weight=float16". The first rule that matches applies. Patterns are globs over published names
+    (blocks.3.attn.c_q.weight); layers can also be counted from the end (blocks.-1.). GROUP is the number of columns per
+    scale."""
+    clip: Literal["max", "quantile", "deviation"] = "max"
+    """Clip of a row. max: its largest magnitude; quantile: the 0.9999984 quantile of its magnitudes, as published until
+    2026-04-04; deviation: a number of its standard deviations (SDClip, from 2026-04-05 on), which makes the codes'
+    entropy, and with it the file, as small as one likes."""
+    deviations: NotNegative = 0.0
+    """That number, for clip "deviation"; DEVIATIONS of a rule replaces it. More is a coarser grid: int6 with 12.85
+    takes about 3.3 bits a weight."""
     clip_floor: Floor = 0.0
     """Smallest clip of a row. Published R0 to R4b use 1, which wastes levels on rows with a maximum below 1."""
     scale_floor: Floor = 0.0
@@ -61,6 +80,14 @@ class QuantConfig(Section):
     codes_from: Literal["stored_scale", "float32_scale"] = "stored_scale"
     """Scale from which the codes are computed: the stored scale (correct), or the scale before rounding (published
     R0)."""
+    method: Literal["rtn", "gptq"] = "rtn"
+    """How codes are chosen. rtn: each weight is rounded to the nearest; gptq: so that the products with the inputs of
+    training text err least (golfgpt.quant.gptq). What was trained through fake quantization ships unchanged with rtn
+    only."""
+    calibration_tokens: Count = 262_144
+    """Training tokens whose inputs gptq sees, whole steps of them. Published runs take 1.6 to 6.3 million."""
+    damping: Positive = 0.01
+    """For gptq: this part of a Hessian's mean diagonal is added to its diagonal."""
     keep_numel: CountOrZero = 65_536
     """Matrices with at most this many elements are stored in float16."""
     control_dtype: Literal["float32", "float16"] = "float32"
@@ -83,8 +110,17 @@ class QuantConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for rule in self.rules:
-            QuantRule.parse(rule)
+        rules = [QuantRule.parse(rule) for rule in self.rules]
+        if (self.clip == "deviation") != (self.deviations > 0):
+            raise ValueError(
+                f"quant.clip is {self.clip} and quant.deviations is {self.deviations:g}; expected a positive number "
+                "with clip deviation, 12.85 say, and 0 with any other"
+            )
+        if self.clip != "deviation" and (idle := [rule for rule in rules if rule.deviations]):
+            raise ValueError(
+                f"quant.rules: {idle[0].pattern} has @{idle[0].deviations:g}, which only quant.clip deviation reads; "
+                f"got clip {self.clip}"
+            )
         if self.qat == "off" and (self.qat_start, self.qat_below_lr) != (0, 1):
             raise ValueError(
                 f"quant.qat_start {self.qat_start:g} and quant.qat_below_lr {self.qat_below_lr:g} have no effect while "

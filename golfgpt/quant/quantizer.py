@@ -39,6 +39,7 @@ from golfgpt.errors import InputError
 from golfgpt.model.parameters import Param, parameter_shapes, parameter_table
 from golfgpt.published.names import check_state
 from golfgpt.published.quirks import export_quirks, published_fake_quant
+from golfgpt.quant.gptq import solve
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16} | {f"int{bits}": torch.int8 for bits in range(2, 9)}
 
@@ -186,6 +187,11 @@ def plan_formats(table: Mapping[str, Param], config: QuantConfig) -> dict[str, T
 
     Raises InputError for a rule that decides nothing, or that asks for what a tensor's shape does not have.
     """
+    return {name: format for name, (format, _) in _plan(table, config).items()}
+
+
+def _plan(table: Mapping[str, Param], config: QuantConfig) -> dict[str, tuple[TensorFormat, float]]:
+    """Layer group -> its format, and its clip in standard deviations, 0 with another clip."""
     rules = [QuantRule.parse(text) for text in config.rules]
     formats, deciding = {}, set()
     for bank, param in table.items():
@@ -195,7 +201,7 @@ def plan_formats(table: Mapping[str, Param], config: QuantConfig) -> dict[str, T
         kinds = [_kind(param, rule, config) for rule in first]
         for group, shape, members, kind in layer_groups(bank, param, kinds):
             try:
-                formats[group] = TensorFormat(shape, *kind)
+                formats[group] = TensorFormat(shape, *kind[:-1]), kind[-1]
             except InputError as error:
                 raise InputError(f"quant.rules: {members[0]} ({group}): {error}") from None
     if idle := [rule.pattern for rule in rules if rule not in deciding]:
@@ -215,15 +221,17 @@ def matches(pattern: str, name: str, num_layers: int) -> bool:
     return fnmatchcase(name, pattern)
 
 
-def _kind(param: Param, rule: QuantRule | None, config: QuantConfig) -> tuple[str, str | None, int | None]:
-    """(format, scale dtype, columns per scale) of a published tensor."""
+def _kind(param: Param, rule: QuantRule | None, config: QuantConfig) -> tuple[str, str | None, int | None, float]:
+    """(format, scale dtype, columns per scale, deviations) of a published tensor."""
+    if rule is not None and rule.format.startswith("int"):
+        return rule.format, config.scale_dtype, rule.group, rule.deviations or config.deviations
     if rule is not None:
-        return rule.format, config.scale_dtype if rule.format.startswith("int") else None, rule.group
+        return rule.format, None, None, 0.0
     if param.kind == "control":
-        return config.control_dtype, None, None
+        return config.control_dtype, None, None, 0.0
     if math.prod(param.shape[param.layered :]) <= config.keep_numel:
-        return "float16", None, None
-    return f"int{config.bits}", config.scale_dtype, None
+        return "float16", None, None, 0.0
+    return f"int{config.bits}", config.scale_dtype, None, config.deviations
 
 
 # Pruning
@@ -261,7 +269,11 @@ class Quantizer:
     @cached_property
     def formats(self) -> dict[str, TensorFormat]:
         """Layer group -> format, known before any training. Raises InputError as `plan_formats`."""
-        return plan_formats(self.parameters, self.config)
+        return {name: format for name, (format, _) in self._plan.items()}
+
+    @cached_property
+    def _plan(self) -> dict[str, tuple[TensorFormat, float]]:
+        return _plan(self.parameters, self.config)
 
     @property
     def payload_bytes(self) -> int:
@@ -275,10 +287,11 @@ class Quantizer:
 
     def spec(self, name: str) -> RowQuant:
         """How a quantized layer group becomes codes and scales."""
-        c, format = self.config, self.formats[name]
+        c, (format, deviations) = self.config, self._plan[name]
         spec = RowQuant(
             bits=format.bits,
             clip=c.clip,
+            deviations=deviations,
             code_range=c.code_range,
             scale_dtype=DTYPES[format.scale],
             scale_floor=c.scale_floor,
@@ -320,11 +333,14 @@ class Quantizer:
             return None
         return published_fake_quant(self.config.qat, self.parameters[parse_layer_group(name)[0]], format.bits)
 
-    def encode(self, state: Mapping[str, Tensor]) -> dict[str, QuantizedTensor]:
-        """Prune and quantize the model's banks (any float dtype, any device); layer group -> tensor.
+    def encode(
+        self, state: Mapping[str, Tensor], hessians: Mapping[str, Tensor] | None = None
+    ) -> dict[str, QuantizedTensor]:
+        """Prune and quantize the model's banks (any float dtype, any device); layer group -> tensor. Groups that have
+        `hessians` (golfgpt.quant.calibration) get their codes from GPTQ, all others are rounded.
 
-        Raises InputError naming a tensor that is missing, unexpected, mis-shaped or not finite, or whose float16
-        passthrough values exceed it.
+        Raises InputError naming a tensor that is missing, unexpected, mis-shaped or not finite, whose float16
+        passthrough values exceed it, or whose Hessian is not positive definite.
         """
         check_state(state, parameter_shapes(self.model))
         encoded = {}
@@ -334,12 +350,34 @@ class Quantizer:
                 raise InputError(f"tensor {name} has {int((~w.isfinite()).sum())} non-finite weights")
             w = pruned(self.parameters[parse_layer_group(name)[0]], w, self.config.prune)
             if format.quantized:  # eager, also for CPU tensors of a run with runtime.kernels triton
-                encoded[name] = QuantizedTensor(format, *quantize_rows(w, self.spec(name), impl="eager"))
+                codes, scale = quantize_rows(w, self.spec(name), impl="eager")
+                if hessians and name in hessians:
+                    codes = self._solve(name, w, scale, hessians[name])
+                encoded[name] = QuantizedTensor(format, codes, scale)
                 continue
             encoded[name] = QuantizedTensor(format, w.to(DTYPES[format.format]))
             if not encoded[name].values.isfinite().all():
                 raise InputError(f"tensor {name} has magnitudes up to {w.abs().max():.3g}: float16 ends at 65504")
         return encoded
+
+    def _solve(self, name: str, w: Tensor, scale: Tensor, hessian: Tensor) -> Tensor:
+        """GPTQ's codes of a layer group for its scales."""
+        spec = self.spec(name)
+        scale, group = scale.float(), spec.group_size
+        columns = scale[..., None] if group is None else scale.repeat_interleave(group, -1)
+        matrices, columns = (x.reshape(len(hessian), -1, x.size(-1)) for x in (w, columns))
+        try:
+            codes = solve(
+                matrices,
+                hessian.to(w.device),
+                columns,
+                spec.qmax,
+                least=-spec.qmax - (spec.code_range == "full"),
+                damping=self.config.damping,
+            )
+        except InputError as error:
+            raise InputError(f"tensor {name}: {error}") from None
+        return codes.view_as(w)
 
     def projected_bytes(self, state: Mapping[str, Tensor]) -> int:
         """Forecast of the compressed payload: the order-0 entropy of the codes of each tensor, scales and
@@ -352,13 +390,16 @@ class Quantizer:
                 bits += 8 * tensor.format.scale_bytes + tensor.format.elements * code_entropy(tensor.values)
         return math.ceil(bits / 8)
 
-    def table(self, state: Mapping[str, Tensor] | None = None) -> list[TensorReport]:
-        """One report per layer group; with `state`, the error that pruning and quantizing it makes."""
+    def table(
+        self, state: Mapping[str, Tensor] | None = None, encoded: Mapping[str, QuantizedTensor] | None = None
+    ) -> list[TensorReport]:
+        """One report per layer group; with `state`, the error that pruning and quantizing it makes, or that of
+        `encoded`, which was made from it."""
         if state is None:
             return [tensor_report(name, format) for name, format in self.formats.items()]
         return [
             tensor_report(name, tensor.format, _relative_error(layers_of(state, name).cpu(), tensor.decode().cpu()))
-            for name, tensor in self.encode(state).items()
+            for name, tensor in (encoded or self.encode(state)).items()
         ]
 
 

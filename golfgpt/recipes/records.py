@@ -96,7 +96,14 @@ _sp8192_loop = RunConfig(
     schedule=ScheduleConfig(warmdown_frac=0.667, reserve_seconds=12.0),
     data=replace(_CONTEXT, order="shuffled"),
     average=_ema_gptq_lite.average,
-    quant=QuantConfig(bits=6, rules=("tok_emb.weight=int8",), control_dtype="float16", compressor="brotli"),
+    quant=QuantConfig(
+        bits=6,
+        rules=("tok_emb.weight=int8@20",),
+        clip="deviation",
+        deviations=12.85,
+        control_dtype="float16",
+        compressor="brotli",
+    ),
     eval=EvalConfig(window=2048, stride=64),
 )
 
@@ -132,7 +139,7 @@ _frontier = replace(
     model=replace(_varlen.model, attn_gate="sparse", attn_gate_scale=0.5, smear_gate="input", document_start=1),
     optim=replace(_varlen.optim, matrix_lr=0.026, adam_beta2=0.99, muon_coefficients="polar_express_5"),
     schedule=replace(_varlen.schedule, warmdown_frac=0.85, min_lr=0.1, reserve_seconds=0.5),
-    quant=replace(_varlen.quant, rules=("tok_emb.weight=int7",)),
+    quant=replace(_varlen.quant, rules=("tok_emb.weight=int7@14", "*.mlp.*=int6@11.5"), deviations=13.0),
 )
 
 _INIT = "Published initial matrices are rounded to bfloat16; here they are not"

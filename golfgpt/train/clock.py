@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from golfgpt.config import ScheduleConfig
 from golfgpt.optim.schedule import crosses_cap
 
-PHASES = ("setup", "compile", "train", "checkpoint", "validate", "export", "eval")
-COUNTED = ("train",)
+PHASES = ("setup", "compile", "train", "checkpoint", "validate", "calibrate", "export", "eval")
+COUNTED = ("train", "calibrate")
 
 
 class Ledger:

@@ -1,12 +1,18 @@
-"""Pack the trained weights into an artifact, on disk or in memory, and load the decoded weights on every rank."""
+"""Pack the trained weights into an artifact, on disk or in memory, and load the decoded weights on every rank.
+
+With quant.method "gptq" a plainly rounded artifact is on disk before calibration begins, and is then replaced. Probes
+are rounded.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from torch import Tensor
 
 from golfgpt.config import RunConfig
 from golfgpt.data.shards import Dataset
-from golfgpt.quant import artifact
+from golfgpt.quant import artifact, calibration
 from golfgpt.quant.artifact import ArtifactInfo
 from golfgpt.quant.quantizer import Quantizer
 from golfgpt.tables import budget_lines, tensor_table
@@ -22,6 +28,7 @@ class Exporter:
         self, config: RunConfig, dataset: Dataset, step: TrainStep, folder: RunFolder | None, reporter: Reporter
     ):
         self.config, self.step, self.folder, self.reporter = config, step, folder, reporter
+        self.dataset = dataset
         self.quantizer = Quantizer(config.model, config.quant)
         self._options = {
             "model": config.model,
@@ -46,13 +53,25 @@ class Exporter:
         self._share()
         return None if blob is None else len(blob)
 
-    def export(self, steps: int) -> ArtifactInfo | None:
+    def calibrate(self) -> dict[str, Tensor]:
+        """The Hessians of the weights to export, for `export`. All ranks must call it."""
+        step, quant, ranks = self.step, self.config.quant, self.step.ranks
+        state = self.weights()
+        with ranks.raise_on_any():
+            if self.folder:
+                artifact.write(self.folder.artifact, self.quantizer.encode(state), **self._options)
+        step.model.load_state_dict(state)
+        options = (quant.calibration_tokens, self.dataset, ranks, step.dtype, self.reporter.status)
+        text = calibration.batches(self.config.data, *options)
+        return calibration.hessians(step.model, text, self.quantizer, ranks, step.dtype)
+
+    def export(self, steps: int, hessians: Mapping[str, Tensor] | None = None) -> ArtifactInfo | None:
         """Write model.golf after `steps` steps, print what it holds, and load the weights read back from it on every
         rank. Returns the header on rank 0. An error is raised on all ranks."""
-        info = None
+        info, state = None, self.weights() if self.folder else {}
         with self.step.ranks.raise_on_any():
             if self.folder:
-                info = self._write(steps)
+                info = self._write(steps, state, hessians)
                 self.step.model.load_state_dict(artifact.read(self.folder.artifact).state)
         self._share()
         return info
@@ -61,9 +80,8 @@ class Exporter:
         for p in self.step.model.parameters():
             self.step.ranks.broadcast_(p.data)
 
-    def _write(self, steps: int) -> ArtifactInfo:
+    def _write(self, steps: int, state: dict[str, Tensor], hessians: Mapping[str, Tensor] | None) -> ArtifactInfo:
         c, say, average = self.config, self.reporter.line, self.step.average
-        state = self.weights()
         if c.average.kind != "none" and average.ready:
             say(f"{c.average.kind}:exporting the average of {average.count} steps' weights")
         elif c.average.kind != "none":
@@ -72,11 +90,16 @@ class Exporter:
                 f"the last weights (swa uses a step every {c.average.swa_every} steps once the learning rate is below "
                 f"{c.average.swa_start_lr:g} of its base: average.swa_every, average.swa_start_lr)"
             )
+        if hessians:
+            again = ", quantized again after fake quantization" if c.quant.qat != "off" else ""
+            say(f"gptq:{len(hessians)} of {len(self.quantizer.formats)} tensor groups{again}")
+            self.reporter.status("solving for the codes")
+        encoded = self.quantizer.encode(state, hessians)
         self.reporter.status("compressing")
-        info = artifact.write(self.folder.artifact, state, **self._options)
+        info = artifact.write(self.folder.artifact, encoded, **self._options)
         label = f"{self.quantizer.label}+{info.compressor}"
         raw = sum(value.numel() * value.element_size() for value in state.values())
-        say(tensor_table(self.quantizer.table(state)))
+        say(tensor_table(self.quantizer.table(state, encoded)))
         say(f"Serialized model: {raw} bytes")
         say(f"Code size: {c.budget.code_bytes} bytes (allowance)")
         say(

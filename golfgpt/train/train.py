@@ -163,8 +163,19 @@ def export_and_score(
     """Export, reload, score, report. The artifact is on disk before scoring starts, and the score before those of
     the reference compressors are computed."""
     ranks, ledger, reporter, say = exporter.step.ranks, scorer.ledger, exporter.reporter, exporter.reporter.line
+    hessians = None
+    if config.quant.method == "gptq":
+        with ledger.phase("calibrate"):
+            hessians = exporter.calibrate()
+        used, most = ledger.seconds["train"] + ledger.seconds["calibrate"], config.schedule.max_seconds
+        if most is not None and used > most:
+            say(
+                f"warning: training and calibration took {used:.1f} s, more than schedule.max_seconds {most:g}: "
+                f"calibration took {ledger.seconds['calibrate']:.1f} s, and schedule.reserve_seconds leaves "
+                f"{config.schedule.reserve_seconds:g}"
+            )
     with ledger.phase("export"):
-        info = exporter.export(steps)
+        info = exporter.export(steps, hessians)
     with ledger.phase("eval"):
         digest = ranks.broadcast_object(sha256_file(path / "model.golf") if ranks.is_main else None)
         keep = PartialSums(path, ranks.rank, digest, say)

@@ -36,8 +36,10 @@ class RowQuant:
 
     bits: int
     """2 to 8."""
-    clip: Literal["max", "quantile"] = "max"
-    """Clip magnitude of a row: its maximum, or torch.quantile(|w|, 0.9999984)."""
+    clip: Literal["max", "quantile", "deviation"] = "max"
+    """Clip magnitude of a row: its maximum, torch.quantile(|w|, 0.9999984), or `deviations` standard deviations."""
+    deviations: float = 0.0
+    """For clip="deviation"; 0 with any other."""
     code_range: Literal["symmetric", "full"] = "symmetric"
     """Codes from -qmax, or from -qmax - 1; both to qmax."""
     scale_dtype: torch.dtype = torch.float16
@@ -53,7 +55,7 @@ class RowQuant:
         if not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
             raise ValueError(f"RowQuant: bits={self.bits}; expected 2 to 8")
         for name, expected in (
-            ("clip", ("max", "quantile")),
+            ("clip", ("max", "quantile", "deviation")),
             ("code_range", ("symmetric", "full")),
             ("scale_dtype", FLOAT_DTYPES),
             ("codes_from", ("stored_scale", "float32_scale")),
@@ -63,6 +65,11 @@ class RowQuant:
         largest = torch.finfo(self.scale_dtype).max
         if not 0 <= self.scale_floor <= largest:
             raise ValueError(f"RowQuant: scale_floor={self.scale_floor}; expected 0 to {largest}")
+        if (self.deviations > 0) != (self.clip == "deviation") or not self.deviations < float("inf"):
+            raise ValueError(
+                f"RowQuant: deviations={self.deviations} with clip={self.clip!r}; expected a positive number with "
+                "clip='deviation' and 0 with any other"
+            )
         if self.group_size is not None and self.group_size < 1:
             raise ValueError(f"RowQuant: group_size={self.group_size}; expected None or columns, at least 1")
 
@@ -79,6 +86,8 @@ def check_rows(op: str, name: str, w: Tensor, spec: RowQuant) -> None:
         raise ValueError(f"{op}: {name} has shape {tuple(w.shape)}; expected (..., rows, cols) with cols >= 1")
     check_group(op, w, spec.group_size)
     cols = spec.group_size or w.shape[-1]
+    if spec.clip == "deviation" and cols < 2:
+        raise ValueError(f"{op}: clip='deviation' of {name} with rows of one column, which have none; choose another")
     if spec.clip == "quantile" and cols > _QUANTILE_MAX_COLS:
         raise ValueError(f"{op}: clip='quantile' with {cols} columns; expected up to {_QUANTILE_MAX_COLS}")
 
@@ -117,7 +126,8 @@ def by_launch(specs: Sequence[RowQuant | None]) -> list[list[int]]:
 
 
 SPEC_SCHEMA = (
-    "int[] bits, str clip, str code_range, ScalarType scale_dtype, float scale_floor, str codes_from, int? group_size"
+    "int[] bits, str clip, float deviations, str code_range, ScalarType scale_dtype, float scale_floor, "
+    "str codes_from, int? group_size"
 )
 
 
@@ -140,9 +150,12 @@ def quantize_rows_ref(w: Tensor, spec: RowQuant) -> tuple[Tensor, Tensor]:
     rows = w.to(accumulate_dtype(w.dtype)).contiguous()
     if spec.group_size is not None:
         rows = rows.unflatten(-1, (-1, spec.group_size))
-    c = _clip_magnitude(rows.abs(), spec.clip).unsqueeze(-1)
+    c = _clip_magnitude(rows, spec).unsqueeze(-1)
     # Divided by a tensor: CUDA turns division by a number into multiplication by its rounded reciprocal.
-    s = _representable((c / torch.full_like(c, spec.qmax)).clamp(min=spec.scale_floor), spec.scale_dtype)
+    s = (c / torch.full_like(c, spec.qmax)).clamp(min=spec.scale_floor)
+    s = _representable(s, spec.scale_dtype, up=spec.clip != "deviation")
+    if spec.clip == "deviation":
+        c = torch.full_like(c, float("inf"))
     scale = s.to(spec.scale_dtype)
     s = scale.to(s.dtype) if spec.codes_from == "stored_scale" else s
     codes = torch.round(rows.clamp(-c, c) / s).clamp(-spec.qmax - (spec.code_range == "full"), spec.qmax)
@@ -156,8 +169,16 @@ def fake_quantize_rows_ref(
     return w_hat if enabled is None else torch.where(enabled, w_hat, w.to(w_hat.dtype))
 
 
-def _clip_magnitude(magnitude: Tensor, clip: str) -> Tensor:
-    if clip == "max":
+def _clip_magnitude(rows: Tensor, spec: RowQuant) -> Tensor:
+    if spec.clip == "deviation":  # in float64, so that no order of the sums shows in the scale
+        cols, wide = rows.shape[-1], rows.double()
+        mean_square = wide.square().sum(-1) / cols
+        variance = mean_square - (wide.sum(-1) / cols).square()
+        # Less is a row of equal weights, and rounding errors.
+        variance = torch.where(variance > 1e-12 * mean_square, variance, 0.0) * (cols / (cols - 1))
+        return variance.sqrt().to(rows.dtype) * spec.deviations
+    magnitude = rows.abs()
+    if spec.clip == "max":
         return magnitude.amax(dim=-1)
     cols = magnitude.shape[-1]
     top = magnitude.topk(min(2, cols), dim=-1).values
@@ -165,11 +186,12 @@ def _clip_magnitude(magnitude: Tensor, clip: str) -> Tensor:
     return torch.lerp(top[..., -1], top[..., 0], (rank - rank.floor()).to(magnitude.dtype))
 
 
-def _representable(s: Tensor, dtype: torch.dtype) -> Tensor:
+def _representable(s: Tensor, dtype: torch.dtype, up: bool) -> Tensor:
     """s moved into the positive finite numbers of `dtype`; see "Range of the stored scale" in fake_quant.py."""
     info = torch.finfo(dtype)
     step = info.tiny * info.eps if dtype == torch.float16 else info.tiny
-    s = torch.where(s < info.tiny, torch.ceil(s / step) * step, s)
+    if up:
+        s = torch.where(s < info.tiny, torch.ceil(s / step) * step, s)
     return s.clamp(min=step, max=info.max)
 
 
@@ -189,7 +211,8 @@ def row_arguments(
     """(programs, runtime arguments, keywords) of a launch over rows of matrices whose specs differ in bits only.
 
     Blocks starts[i] to starts[i + 1] are matrix i. Runtime arguments are starts; of each matrix the number of rows,
-    qmax and the quantile's fraction; the floor. A group of columns is a row of its own. `tile` None: by the table.
+    qmax and the quantile's fraction or the deviations; the floor. A group of columns is a row of its own. `tile` None:
+    by the table.
     """
     spec = specs[0]
     cols = tuple(spec.group_size or matrix.shape[-1] for matrix in matrices)
@@ -199,12 +222,13 @@ def row_arguments(
     blocks = (ceil_div(n, tile["BLOCK"] // width) for n, width in zip(rows, widths, strict=True))
     starts = (0, *itertools.accumulate(blocks))
     ranks = [torch.full((), CLIP_QUANTILE, dtype=torch.float32, device="cpu") * (n - 1) for n in cols]
-    fractions = tuple(float(rank - rank.floor()) for rank in ranks)
+    deviation = spec.clip == "deviation"
+    fractions = tuple(spec.deviations if deviation else float(rank - rank.floor()) for rank in ranks)
     info = torch.finfo(spec.scale_dtype)
     keywords = {
         "COLS": cols,
         "WIDTH": widths,
-        "QUANTILE": spec.clip == "quantile",
+        "CLIP": {"max": 0, "quantile": 1, "deviation": 2}[spec.clip],
         "FULL": spec.code_range == "full",
         "STORED": spec.codes_from == "stored_scale",
         "SCALE": getattr(tl, str(spec.scale_dtype).removeprefix("torch.")),
@@ -237,7 +261,38 @@ def load_rows(ptr, rows, offs_r, start, COLS: tl.constexpr, WIDTH: tl.constexpr)
 
 
 @jit
-def two_largest(magnitude, COLS: tl.constexpr):
+def row_statistics(w, COLS: tl.constexpr, CLIP: tl.constexpr):
+    """Two numbers of each row of a tile from which its clip magnitude follows: the two largest magnitudes, or the sum
+    and the sum of squares in float64."""
+    if CLIP == 2:
+        wide = w.to(tl.float64)
+        return tl.sum(wide, axis=1), tl.sum(wide * wide, axis=1)
+    return _two_largest(tl.abs(w), COLS)
+
+
+@jit
+def joined_statistics(first, second, other_first, other_second, CLIP: tl.constexpr):
+    """The same of rows that come in two parts."""
+    if CLIP == 2:
+        return first + other_first, second + other_second
+    return tl.maximum(first, other_first), tl.maximum(tl.minimum(first, other_first), tl.maximum(second, other_second))
+
+
+@jit
+def clip_magnitude(first, second, option, COLS: tl.constexpr, CLIP: tl.constexpr):
+    """Clip magnitudes of rows of COLS columns, fp32. `option`: the quantile's fraction, or the deviations."""
+    if CLIP == 0:
+        return first
+    if CLIP == 1:
+        return _interpolate(first, second, option)
+    mean_square = second / COLS
+    variance = mean_square - (first / COLS) * (first / COLS)
+    variance = tl.where(variance > 1e-12 * mean_square, variance, 0.0) * (COLS / (COLS - 1))
+    return tl.sqrt(variance).to(tl.float32) * option
+
+
+@jit
+def _two_largest(magnitude, COLS: tl.constexpr):
     """Largest and second largest of each row of (rows, columns), equal to the largest where that comes twice."""
     first = tl.max(magnitude, axis=1)
     largest = magnitude == first[:, None]
@@ -247,16 +302,8 @@ def two_largest(magnitude, COLS: tl.constexpr):
 
 
 @jit
-def two_largest_of_both(first, second, other_first, other_second):
-    """The same of rows that come in two parts."""
-    return tl.maximum(first, other_first), tl.maximum(tl.minimum(first, other_first), tl.maximum(second, other_second))
-
-
-@jit
-def interpolate(first, second, fraction, QUANTILE: tl.constexpr):
+def _interpolate(first, second, fraction):
     """torch.lerp(second, first, fraction), whose multiply-add is fused: two fp32 factors are exact in float64."""
-    if not QUANTILE:
-        return first
     near = fraction >= 0.5
     weight = tl.where(near, fraction - 1, fraction).to(tl.float64)
     base = tl.where(near, first, second).to(tl.float64)
@@ -264,20 +311,23 @@ def interpolate(first, second, fraction, QUANTILE: tl.constexpr):
 
 
 @jit
-def stored_scale(c, qmax, floor, DTYPE: tl.constexpr, TINY: tl.constexpr, STEP: tl.constexpr, MAX: tl.constexpr):
+def stored_scale(
+    c, qmax, floor, CLIP: tl.constexpr, DTYPE: tl.constexpr, TINY: tl.constexpr, STEP: tl.constexpr, MAX: tl.constexpr
+):
     """The fp32 scale moved into DTYPE's positive finite range, and what DTYPE stores of it."""
     s = tl.maximum(tl.div_rn(c, tl.zeros_like(c) + qmax), floor)
-    # STEP is a power of two, so both products are exact.
-    s = tl.where(s < TINY, tl.ceil(tl.minimum(s, TINY) * (1 / STEP)) * STEP, s)
+    if CLIP != 2:  # STEP is a power of two, so both products are exact
+        s = tl.where(s < TINY, tl.ceil(tl.minimum(s, TINY) * (1 / STEP)) * STEP, s)
     s = tl.minimum(tl.maximum(s, STEP), MAX)
     return s, narrow(s, DTYPE)
 
 
 @jit
-def row_codes(w, c, s, qmax, FULL: tl.constexpr):
+def row_codes(w, c, s, qmax, FULL: tl.constexpr, CLIP: tl.constexpr):
     """Codes, whole numbers in fp32, of a tile w with clip magnitude c and scale s per row."""
-    clipped = tl.minimum(tl.maximum(w, -c[:, None]), c[:, None])
-    q = tl.div_rn(clipped, tl.zeros_like(w) + s[:, None])
+    if CLIP != 2:
+        w = tl.minimum(tl.maximum(w, -c[:, None]), c[:, None])
+    q = tl.div_rn(w, tl.zeros_like(w) + s[:, None])
     q = tl.minimum(tl.maximum(q, -512.0), 512.0)
     q = (q + 12582912.0) - 12582912.0  # 1.5 x 2^23: rounds half to even
     return tl.minimum(tl.maximum(q, -qmax - 1 if FULL else -qmax), qmax)

@@ -7,9 +7,11 @@ Shapes: w (..., rows, cols), banks with leading dimensions included; codes as w,
 scale (..., rows), or (..., rows, cols / group_size) where groups of `group_size` neighbouring columns
 have their own scale. All options are fields of `RowQuant`.
 
-clip "max": c = max |w|. clip "quantile": c = torch.quantile(|w|, 0.9999984, dim=-1), bit for bit in fp32 as torch up
-to 2.13 computes it, which made the published exports; 2.14 rounds the rank elsewhere (1e-5 of c at 1,000 columns).
-Its rank 0.9999984 (cols - 1), computed in fp32, falls between the two largest magnitudes: a top-2 finds it.
+clip "max": c = max |w|. clip "deviation": c = `deviations` unbiased standard deviations of the row, and only the range
+of the codes clips (SDClip, 2026-04-05). clip "quantile": c = torch.quantile(|w|, 0.9999984, dim=-1), bit for bit in
+fp32 as torch up to 2.13 computes it, which made the published exports; 2.14 rounds the rank elsewhere (1e-5 of c at
+1,000 columns). Its rank 0.9999984 (cols - 1), computed in fp32, falls between the two largest magnitudes: a top-2 finds
+it.
 
 Precision: fp32 throughout (float64 for float64 weights), true division, round half to even. The scale is stored
 rounded to `scale_dtype`. `codes_from` says whether codes divide by the scale as stored (decoding then undoes exactly
@@ -75,21 +77,21 @@ from ._rows import (
     by_launch,
     check_group,
     check_rows,
+    clip_magnitude,
     decode_rows,
     fake_quantize_rows_ref,
     from_fields,
-    interpolate,
+    joined_statistics,
     load_rows,
     one_each,
     quantize_rows_ref,
     row_arguments,
     row_codes,
     row_offsets,
+    row_statistics,
     stored_scale,
     stores_scale,
     to_fields,
-    two_largest,
-    two_largest_of_both,
 )
 from ._tiles import INTERPRETED_BLOCK, INTERPRETED_GEMM, Tile, TileTable
 
@@ -173,39 +175,37 @@ _CODES_TILES = TileTable(
 
 
 @jit
-def _clip(w_ptr, rows, offs_r, fraction, COLS: tl.constexpr, WIDTH: tl.constexpr, QUANTILE: tl.constexpr):
+def _clip(w_ptr, rows, offs_r, fraction, COLS: tl.constexpr, WIDTH: tl.constexpr, CLIP: tl.constexpr):
     """The clip magnitude of rows longer than a block, in one pass."""
-    first = tl.zeros_like(offs_r).to(tl.float32)
-    second = first
-    for start in tl.range(0, COLS, WIDTH):
-        w = load_rows(w_ptr, rows, offs_r, start, COLS, WIDTH)
-        largest, next_largest = two_largest(tl.abs(w), COLS)
-        first, second = two_largest_of_both(first, second, largest, next_largest)
-    return interpolate(first, second, fraction, QUANTILE)
+    first, second = row_statistics(load_rows(w_ptr, rows, offs_r, 0, COLS, WIDTH), COLS, CLIP)
+    for start in tl.range(WIDTH, COLS, WIDTH):
+        more = row_statistics(load_rows(w_ptr, rows, offs_r, start, COLS, WIDTH), COLS, CLIP)
+        first, second = joined_statistics(first, second, more[0], more[1], CLIP)
+    return clip_magnitude(first, second, fraction, COLS, CLIP)
 
 
 @jit
 def _quantize_matrix(
     w_ptr, out_ptr, scale_ptr, on, block, rows, qmax, fraction, floor,
     COLS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-    QUANTILE: tl.constexpr, FULL: tl.constexpr, STORED: tl.constexpr,
+    CLIP: tl.constexpr, FULL: tl.constexpr, STORED: tl.constexpr,
     SCALE: tl.constexpr, TINY: tl.constexpr, STEP: tl.constexpr, MAX: tl.constexpr, CODES: tl.constexpr,
 ):  # fmt: skip
     """One block of rows of one matrix: codes and scale if CODES, else ŵ (w where `on` is false)."""
     offs_r = block * (BLOCK // WIDTH) + tl.arange(0, BLOCK // WIDTH)
     w = load_rows(w_ptr, rows, offs_r, 0, COLS, WIDTH)
     if COLS <= WIDTH:
-        first, second = two_largest(tl.abs(w), COLS)
-        c = interpolate(first, second, fraction, QUANTILE)
+        first, second = row_statistics(w, COLS, CLIP)
+        c = clip_magnitude(first, second, fraction, COLS, CLIP)
     else:
-        c = _clip(w_ptr, rows, offs_r, fraction, COLS, WIDTH, QUANTILE)
-    s, stored = stored_scale(c, qmax, floor, SCALE, TINY, STEP, MAX)
+        c = _clip(w_ptr, rows, offs_r, fraction, COLS, WIDTH, CLIP)
+    s, stored = stored_scale(c, qmax, floor, CLIP, SCALE, TINY, STEP, MAX)
     decode = stored.to(tl.float32)
     s = decode if STORED else s
     for start in tl.range(0, COLS, WIDTH):
         if COLS > WIDTH:
             w = load_rows(w_ptr, rows, offs_r, start, COLS, WIDTH)
-        q = row_codes(w, c, s, qmax, FULL)
+        q = row_codes(w, c, s, qmax, FULL, CLIP)
         out = q if CODES else tl.where(on, q * decode[:, None], w)
         offs, mask = row_offsets(rows, offs_r, start, COLS, WIDTH)
         tl.store(out_ptr + offs, narrow(out, out_ptr.dtype.element_ty), mask=mask)
@@ -217,7 +217,7 @@ def _quantize_matrix(
 def _quantize_kernel(
     w_ptrs, out_ptrs, scale_ptrs, on_ptr, first_block, rows, qmax, fraction, floor,
     COLS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-    QUANTILE: tl.constexpr, FULL: tl.constexpr, STORED: tl.constexpr,
+    CLIP: tl.constexpr, FULL: tl.constexpr, STORED: tl.constexpr,
     SCALE: tl.constexpr, TINY: tl.constexpr, STEP: tl.constexpr, MAX: tl.constexpr, CODES: tl.constexpr,
     SWITCH: tl.constexpr,
 ):  # fmt: skip
@@ -228,7 +228,7 @@ def _quantize_kernel(
         if (pid >= first_block[i]) & (pid < first_block[i + 1]):
             _quantize_matrix(
                 w_ptrs[i], out_ptrs[i], scale_ptrs[i], on, pid - first_block[i], rows[i], qmax[i], fraction[i], floor,
-                COLS[i], WIDTH[i], BLOCK, QUANTILE, FULL, STORED, SCALE, TINY, STEP, MAX, CODES,
+                COLS[i], WIDTH[i], BLOCK, CLIP, FULL, STORED, SCALE, TINY, STEP, MAX, CODES,
             )  # fmt: skip
 
 

@@ -59,19 +59,19 @@ from ._rows import (
     RowQuant,
     by_launch,
     check_rows,
+    clip_magnitude,
     fake_quantize_rows_ref,
     from_fields,
-    interpolate,
+    joined_statistics,
     load_rows,
     one_each,
     row_arguments,
     row_codes,
     row_offsets,
+    row_statistics,
     stored_scale,
     stores_scale,
     to_fields,
-    two_largest,
-    two_largest_of_both,
 )
 from ._tiles import INTERPRETED_BLOCK, Tile, TileTable
 
@@ -220,25 +220,25 @@ def _updated(w_ptr, o_ptr, keep, step, rows, offs_r, start, COLS: tl.constexpr, 
 def _update_rows(
     w_ptr, o_ptr, copy_ptr, ok, on, keep, step, block, rows, qmax, fraction, floor,
     COLS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-    QUANTILE: tl.constexpr, FULL: tl.constexpr, STORED: tl.constexpr,
+    CLIP: tl.constexpr, FULL: tl.constexpr, STORED: tl.constexpr,
     SCALE: tl.constexpr, TINY: tl.constexpr, STEP: tl.constexpr, MAX: tl.constexpr,
 ):  # fmt: skip
     """One block of rows of one matrix. The quantizer's arithmetic is fake_quant.py's."""
     offs_r = block * (BLOCK // WIDTH) + tl.arange(0, BLOCK // WIDTH)
     w = _updated(w_ptr, o_ptr, keep, step, rows, offs_r, 0, COLS, WIDTH)
-    first, second = two_largest(tl.abs(w), COLS)
+    first, second = row_statistics(w, COLS, CLIP)
     for start in tl.range(WIDTH, COLS, WIDTH):
         more = _updated(w_ptr, o_ptr, keep, step, rows, offs_r, start, COLS, WIDTH)
-        largest, next_largest = two_largest(tl.abs(more), COLS)
-        first, second = two_largest_of_both(first, second, largest, next_largest)
-    c = interpolate(first, second, fraction, QUANTILE)
-    s, stored = stored_scale(c, qmax, floor, SCALE, TINY, STEP, MAX)
+        part = row_statistics(more, COLS, CLIP)
+        first, second = joined_statistics(first, second, part[0], part[1], CLIP)
+    c = clip_magnitude(first, second, fraction, COLS, CLIP)
+    s, stored = stored_scale(c, qmax, floor, CLIP, SCALE, TINY, STEP, MAX)
     decode = stored.to(tl.float32)
     s = decode if STORED else s
     for start in tl.range(0, COLS, WIDTH):
         if COLS > WIDTH:
             w = _updated(w_ptr, o_ptr, keep, step, rows, offs_r, start, COLS, WIDTH)
-        copy = tl.where(on, row_codes(w, c, s, qmax, FULL) * decode[:, None], w)
+        copy = tl.where(on, row_codes(w, c, s, qmax, FULL, CLIP) * decode[:, None], w)
         offs, mask = row_offsets(rows, offs_r, start, COLS, WIDTH)
         tl.store(w_ptr + offs, narrow(w, w_ptr.dtype.element_ty), mask=mask & ok)
         tl.store(copy_ptr + offs, narrow(copy, copy_ptr.dtype.element_ty), mask=mask & ok)
@@ -248,7 +248,7 @@ def _update_rows(
 def _update_rows_kernel(
     w_ptrs, o_ptrs, copy_ptrs, lr_ptr, ok_ptr, on_ptr, scales, weight_decay, starts, rows, qmax, fraction, floor,
     COLS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-    QUANTILE: tl.constexpr, FULL: tl.constexpr, STORED: tl.constexpr,
+    CLIP: tl.constexpr, FULL: tl.constexpr, STORED: tl.constexpr,
     SCALE: tl.constexpr, TINY: tl.constexpr, STEP: tl.constexpr, MAX: tl.constexpr,
     GUARDED: tl.constexpr, SWITCH: tl.constexpr,
 ):  # fmt: skip
@@ -262,7 +262,7 @@ def _update_rows_kernel(
             _update_rows(
                 w_ptrs[i], o_ptrs[i], copy_ptrs[i], ok, on, 1 - lr * weight_decay, lr * scales[i], pid - starts[i],
                 rows[i], qmax[i], fraction[i], floor,
-                COLS[i], WIDTH[i], BLOCK, QUANTILE, FULL, STORED, SCALE, TINY, STEP, MAX,
+                COLS[i], WIDTH[i], BLOCK, CLIP, FULL, STORED, SCALE, TINY, STEP, MAX,
             )  # fmt: skip
 
 

@@ -1,0 +1,105 @@
+"""Hessians of a model's matrices from text, for GPTQ: H = Σ xᵀ x over the inputs x of a matrix.
+
+c_q, c_k and c_v of a layer share their input, and with it H. A looped layer adds the inputs of all its passes. The
+tied embedding is a matrix at the head, with the hidden states after the final norm as inputs.
+
+The products are float32, their sums float64. Sums of so few float32 numbers are exact there, unless their magnitudes
+differ by 2^20 and more, so codes do not depend on how many ranks share the text. They take twice the bytes of float32
+Hessians.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from golfgpt.config import DataConfig
+from golfgpt.data.shards import Dataset
+from golfgpt.data.stream import Prefetcher, spans_of_rank
+from golfgpt.distributed import Ranks
+from golfgpt.errors import InputError, NonFiniteError
+from golfgpt.model.gpt import GPT
+from golfgpt.model.linear import Observed
+from golfgpt.model.segments import Segments
+from golfgpt.quant.quantizer import Quantizer, parse_layer_group
+
+_SOURCE = {bank: bank for bank in ("c_q", "attn_proj", "mlp_fc", "mlp_proj")} | dict.fromkeys(("c_k", "c_v"), "c_q")
+"""Bank -> the bank whose inputs are observed for it."""
+Batch = tuple[Tensor, Segments | None]
+"""Token ids (B, T) and their segments."""
+
+
+@torch.no_grad()
+def hessians(
+    model: GPT, batches: Iterable[Batch], quantizer: Quantizer, ranks: Ranks, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Quantized layer group -> (matrices, columns, columns), float32, of the inputs that all `batches` of all ranks
+    give in a forward in `dtype`. Groups of lookup tables have none. Raises NonFiniteError naming the first layer group
+    whose inputs are not finite."""
+    head = "tok_emb" if model.config.tie_embeddings else "lm_head"
+    groups = {name: parse_layer_group(name) for name, format in quantizer.formats.items() if format.quantized}
+    groups = {name: place for name, place in groups.items() if place[0] in _SOURCE or place[0] == head}
+    sums: dict[tuple[str, int], Tensor] = {}
+
+    def add(key: tuple[str, int], x: Tensor) -> None:
+        x = x.reshape(-1, x.size(-1)).float()
+        product = (x.mT @ x).double()
+        sums[key] = product if key not in sums else sums[key].add_(product)
+
+    for ids, segments in batches:
+        weights = model.weights(dtype)
+        observed = {_SOURCE[bank] for bank, _ in groups.values() if bank != head}
+        for row, layer in enumerate(weights.layers):
+            for source in observed:
+                layer[source] = Observed(layer[source], partial(add, (source, row)))
+        hidden = model(ids, dtype=dtype, weights=weights, segments=segments)
+        if any(bank == head for bank, _ in groups.values()):
+            add((head, 0), hidden)
+    for key in sorted(sums):
+        ranks.sum_(sums[key])
+    out = {}
+    for name, (bank, layers) in groups.items():
+        rows = [0] if bank == head else range(model.config.num_layers)[layers]
+        out[name] = torch.stack([sums[_SOURCE.get(bank, bank), row].float() for row in rows])
+        if not out[name].isfinite().all():
+            raise NonFiniteError(f"calibration: the inputs of {name} are not finite; nothing was quantized")
+    return out
+
+
+def batches(
+    config: DataConfig,
+    tokens: int,
+    dataset: Dataset,
+    ranks: Ranks,
+    dtype: torch.dtype,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Iterable[Batch]:
+    """This rank's part of the first `tokens` training tokens in the order of `config`, a span's row after another.
+    Raises InputError if the training data are shorter."""
+    if tokens > dataset.train_tokens:
+        raise InputError(
+            f"quant.calibration_tokens is {tokens:,}; expected at most the {dataset.train_tokens:,} tokens of the "
+            "training data"
+        )
+    assigned, total = spans_of_rank(ranks.rank, ranks.world, config.spans), -(-tokens // config.batch_tokens)
+    data = Prefetcher(dataset.train, replace(config, path=None), assigned, pin=False)
+    length = config.microbatch if config.order == "packed" else config.seq_len
+    try:
+        for step in range(total):
+            progress(f"calibrating: {step} of {total} steps' tokens")
+            windows, boundaries = data.read(step).to(ranks.device)
+            # Rows of one span at a time: the same products on any number of ranks.
+            rows = windows[:, :-1].reshape(len(assigned), -1, length)
+            for i, ids in enumerate(rows):
+                if boundaries is None:
+                    yield ids, None
+                    continue
+                of_span = boundaries[i * len(ids) : (i + 1) * len(ids)]
+                for row, starts in zip(ids, of_span, strict=True):
+                    yield row[None], Segments.of(starts, length, config.seq_len, dtype)
+    finally:
+        data.close()
