@@ -70,6 +70,15 @@ def hessians(
     return out
 
 
+def check_tokens(tokens: int, dataset: Dataset) -> None:
+    """Raise InputError for training data of fewer tokens."""
+    if tokens > dataset.train_tokens:
+        raise InputError(
+            f"quant.calibration_tokens is {tokens:,}; expected at most the {dataset.train_tokens:,} tokens of the "
+            "training data"
+        )
+
+
 def batches(
     config: DataConfig,
     tokens: int,
@@ -80,11 +89,7 @@ def batches(
 ) -> Iterable[Batch]:
     """This rank's part of the first `tokens` training tokens in the order of `config`, a span's row after another.
     Raises InputError if the training data are shorter."""
-    if tokens > dataset.train_tokens:
-        raise InputError(
-            f"quant.calibration_tokens is {tokens:,}; expected at most the {dataset.train_tokens:,} tokens of the "
-            "training data"
-        )
+    check_tokens(tokens, dataset)
     assigned, total = spans_of_rank(ranks.rank, ranks.world, config.spans), -(-tokens // config.batch_tokens)
     data = Prefetcher(dataset.train, replace(config, path=None), assigned, pin=False)
     length = config.microbatch if config.order == "packed" else config.seq_len

@@ -16,6 +16,7 @@ from golfgpt.errors import interruption
 from golfgpt.files import sha256_file, write_json
 from golfgpt.quant import artifact
 from golfgpt.quant.budget import budget_report, check_budget, fitted
+from golfgpt.quant.calibration import check_tokens
 from golfgpt.quant.codecs import require_compressor
 from golfgpt.quant.quantizer import Quantizer
 from golfgpt.score.compressors import compressors_bpb
@@ -114,6 +115,8 @@ def check(config: RunConfig, ranks: Ranks, resume: bool) -> tuple[RunConfig, Dat
     data. Raises InputError, and BudgetError if no width fits the budget."""
     require_compressor(config.quant.compressor)
     dataset = open_dataset(config, ranks)
+    if config.quant.method == "gptq":
+        check_tokens(config.quant.calibration_tokens, dataset)
     config = config if resume else fitted(config)  # a resumed run keeps its width
     artifact.check_payload_bytes(Quantizer(config.model, config.quant).formats)
     return config, dataset
