@@ -151,7 +151,7 @@ def test_a_run_and_an_export_ship_what_was_scored(tiny, tmp_path, capsys):
     model, _ = golfgpt.load(run)
     assert all(torch.equal(model.state_dict()[name], w) for name, w in shipped.items())
     assert metrics(run, "result")[0]["artifact_sha256"] == result["artifact_sha256"]
-    assert main(["export", str(run), "--to", "golf"]) == 0
+    assert main(["export", str(run), "--to", "golf", "--data", str(config.data.path)]) == 0
     assert (run / "export.golf").read_bytes() == (run / "model.golf").read_bytes()
     rounded = ["--quant.method", "rtn", "--out", str(run / "rounded.golf"), "--json"]
     capsys.readouterr()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
@@ -159,6 +159,8 @@ class Export:
     for safetensors, checkpoint for golf."""
     out: Path | None = None
     """File to write; default: export.golf in the run folder, or the name of the artifact with .safetensors."""
+    data: Path | None = None
+    """Folder with the training data, for --quant.method gptq; default: the run's."""
     overwrite: bool = False
     """Replace an earlier export."""
     json: bool = False
@@ -203,7 +205,7 @@ def export(args: Export) -> int:
         raise InputError(f"--out {out} is in the checkpoints folder of a run; choose another folder")
     if args.to == "golf":
         options = {"tokenizer_sha256": info.tokenizer_sha256, "seq_len": info.seq_len}
-        found = _hessians(args.run, info.model, state, args.quant) if args.quant.method == "gptq" else None
+        found = _hessians(args, info.model, state) if args.quant.method == "gptq" else None
         print(f"compressing ({args.quant.compressor})", file=sys.stderr)
         encoded = Quantizer(info.model, args.quant).encode(state, found)
         written = artifact.write(out, encoded, model=info.model, quant=args.quant, **options)
@@ -228,8 +230,8 @@ def export(args: Export) -> int:
     return 0
 
 
-def _hessians(run: Path, model: ModelConfig, state: dict[str, Any], quant: QuantConfig) -> dict[str, Any]:
-    """What GPTQ needs to know of the run's training data, for weights `state` that are not quantized."""
+def _hessians(args: Export, model: ModelConfig, state: dict[str, Any]) -> dict[str, Any]:
+    """What GPTQ needs to know of the training data, for weights `state` that are not quantized."""
     from golfgpt import distributed
     from golfgpt.model.gpt import GPT
     from golfgpt.quant import calibration
@@ -237,7 +239,9 @@ def _hessians(run: Path, model: ModelConfig, state: dict[str, Any], quant: Quant
     from golfgpt.score.evaluate import open_dataset
     from golfgpt.train.compute_dtype import select_dtype
 
-    config = stored_config(run)
+    config, quant = stored_config(args.run), args.quant
+    if args.data:
+        config = replace(config, data=replace(config.data, path=str(args.data)))
     ranks = distributed.start(config.runtime.device)
     try:
         dataset, gpt = open_dataset(config, ranks), GPT(model)
@@ -292,8 +296,10 @@ def import_file(args: Import) -> int:
     print(
         f"\n{args.file}: {export.format}, {export.compressor or 'not compressed'}, {args.file.stat().st_size:,} bytes; "
         f"{info.parameters:,} parameters\n{path}/model.golf: {info.compressor} level {info.level}, "
-        f"{info.file_bytes:,} bytes" + ("" if export.codes else f", quantized here ({args.config.quant.bits} bits)")
+        f"{info.file_bytes:,} bytes" + ("" if export.codes else f", rounded here ({args.config.quant.bits} bits)")
     )
+    if args.config.quant.method == "gptq" and not export.codes:
+        print(f"for GPTQ: golfgpt export {path} --to golf --data DIR")
     for name, (value, known) in assumed.items():
         print(f"assumed, because the tensors do not show it: model.{name} {value} ({known})")
     print(f"next: golfgpt eval {path} --data.path DIR")
