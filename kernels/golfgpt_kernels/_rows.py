@@ -266,29 +266,37 @@ def row_statistics(w, COLS: tl.constexpr, CLIP: tl.constexpr):
     and the sum of squares in float64."""
     if CLIP == 2:
         wide = w.to(tl.float64)
-        return tl.sum(wide, axis=1), tl.sum(wide * wide, axis=1)
-    return _two_largest(tl.abs(w), COLS)
+        first, second = tl.sum(wide, axis=1), tl.sum(wide * wide, axis=1)
+    else:
+        first, second = _two_largest(tl.abs(w), COLS)
+    return first, second
 
 
 @jit
 def joined_statistics(first, second, other_first, other_second, CLIP: tl.constexpr):
     """The same of rows that come in two parts."""
     if CLIP == 2:
-        return first + other_first, second + other_second
-    return tl.maximum(first, other_first), tl.maximum(tl.minimum(first, other_first), tl.maximum(second, other_second))
+        second += other_second
+        first += other_first
+    else:
+        second = tl.maximum(tl.minimum(first, other_first), tl.maximum(second, other_second))
+        first = tl.maximum(first, other_first)
+    return first, second
 
 
 @jit
 def clip_magnitude(first, second, option, COLS: tl.constexpr, CLIP: tl.constexpr):
     """Clip magnitudes of rows of COLS columns, fp32. `option`: the quantile's fraction, or the deviations."""
     if CLIP == 0:
-        return first
-    if CLIP == 1:
-        return _interpolate(first, second, option)
-    mean_square = second / COLS
-    variance = mean_square - (first / COLS) * (first / COLS)
-    variance = tl.where(variance > 1e-12 * mean_square, variance, 0.0) * (COLS / (COLS - 1))
-    return tl.sqrt(variance).to(tl.float32) * option
+        c = first
+    elif CLIP == 1:
+        c = _interpolate(first, second, option)
+    else:
+        mean_square = second / COLS
+        variance = mean_square - (first / COLS) * (first / COLS)
+        variance = tl.where(variance > 1e-12 * mean_square, variance, 0.0) * (COLS / (COLS - 1))
+        c = tl.sqrt(variance).to(tl.float32) * option
+    return c
 
 
 @jit

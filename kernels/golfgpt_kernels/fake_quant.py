@@ -177,8 +177,9 @@ _CODES_TILES = TileTable(
 @jit
 def _clip(w_ptr, rows, offs_r, fraction, COLS: tl.constexpr, WIDTH: tl.constexpr, CLIP: tl.constexpr):
     """The clip magnitude of rows longer than a block, in one pass."""
-    first, second = row_statistics(load_rows(w_ptr, rows, offs_r, 0, COLS, WIDTH), COLS, CLIP)
-    for start in tl.range(WIDTH, COLS, WIDTH):
+    first = tl.zeros_like(offs_r).to(tl.float64 if CLIP == 2 else tl.float32)
+    second = first
+    for start in tl.range(0, COLS, WIDTH):
         more = row_statistics(load_rows(w_ptr, rows, offs_r, start, COLS, WIDTH), COLS, CLIP)
         first, second = joined_statistics(first, second, more[0], more[1], CLIP)
     return clip_magnitude(first, second, fraction, COLS, CLIP)
