@@ -27,7 +27,7 @@ from golfgpt_kernels import relu2_mlp
 from torch import Tensor
 
 from golfgpt.config import ModelConfig
-from golfgpt.model.attention_output import exclusive, gated
+from golfgpt.model.attention_output import exclusive, output_gate
 from golfgpt.model.kv_cache import KVCache
 from golfgpt.model.linear import Weight, linear, rms_norm, scaled
 from golfgpt.model.plan import LayerPlan
@@ -124,9 +124,12 @@ def attention(
         causal = queries.mask is None and not queries.past
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=queries.mask, is_causal=causal, enable_gqa=True)
     y = y.transpose(1, 2)
+    gate = output_gate(n, w, tokens.config)
     if planned.xsa:
-        y = exclusive(y, own)
-    return linear(gated(y, n, w, tokens.config).flatten(2), w["attn_proj"])
+        y = exclusive(y, own, gate)
+    elif gate is not None:
+        y = y * gate[..., None]
+    return linear(y.flatten(2), w["attn_proj"])
 
 
 Streams = tuple[Tensor, Tensor | None]
