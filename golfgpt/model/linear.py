@@ -81,7 +81,7 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
         x, inverse_rms = ctx.saved_tensors
-        n, dy = x * inverse_rms, dy.to(inverse_rms.dtype)
+        n = x * inverse_rms  # and dy as it is: compiled, a sum of many would be kept in float32 if it were cast first
         dx = inverse_rms * ctx.scale * (dy - n * (dy * n).mean(-1, keepdim=True))
         return dx.to(x.dtype), None
 
