@@ -1,11 +1,13 @@
 """One training step on a CPU, and scoring: golfgpt's against the published model and Muon loop, in turns.
 
-    python -m bench.cpu_step [--recipes small baseline] [--dtypes float32 bfloat16] [--compile]
+    python -m bench.cpu_step [--recipes small baseline frontier] [--dtypes float32 bfloat16] [--compile]
 
 Every form takes the same tokens from the same weights. They take turns, a step each, so that whatever else the machine
 does meets all alike. Medians are printed, of the whole step, of the model (forward and backward) and of the optimizer,
 and the ratio of golfgpt's best form to the published best. --compile adds the forms under torch.compile. Scoring takes
 windows at a stride of 64; the published scripts compute all logits of a window and use the last 64.
+
+Of `frontier`, only the model is measured, at a toy size on one packed row, against bench/published_frontier.py.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -23,12 +26,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.forms import Form, Golfgpt, Published, Setup
+from bench import published_frontier
+from bench.forms import Form, Golfgpt, Published, Setup, made_up_tokens
 from bench.step import Marks
+from golfgpt.config import LoopConfig, ModelConfig, ParallelConfig
 from golfgpt.distributed import Ranks
+from golfgpt.model.gpt import GPT
+from golfgpt.model.segments import Segments
+from golfgpt.published.names import from_published
+from golfgpt.recipes import get
 from golfgpt.score.windows import Scorer
 from golfgpt.tables import table
 from golfgpt.train.attention_backend import select_backend
+from golfgpt.train.compile_cache import compile_loss
 
 CPU, WHO = torch.device("cpu"), ("golfgpt", "published")
 PARTS = ("step", "model", "optimizer", "scoring")
@@ -122,6 +132,66 @@ def measure_scoring(made: dict[str, Form], setup: Setup, turns: int) -> dict[str
     return {name: median(each) for name, each in times.items()}
 
 
+# ---- frontier
+
+
+def toy() -> ModelConfig:
+    """`frontier` with 6 layers of width 192: 0 and 1, three times 2 and 3, then 4 and 5 in two lanes."""
+    return replace(
+        get("frontier").config.model, vocab_size=1024, num_layers=6, model_dim=192, num_heads=6, num_kv_heads=3,
+        mlp_hidden=768, xsa_layers=tuple(range(6)), loop=LoopConfig(first=2, last=3, passes=3, start=0.35),
+        parallel=ParallelConfig(kind="routed", first=4),
+    )  # fmt: skip
+
+
+def toy_forms(tokens: int, dtype: torch.dtype, compiled: bool) -> dict[str, Callable[[], Tensor]]:
+    """Form name -> forward and backward of a row of documents of 128 tokens at most; returns the loss. Raises
+    RuntimeError if the forms give different losses."""
+    config, kind = toy(), str(dtype).removeprefix("torch.")
+    torch.manual_seed(0)
+    plain = published_frontier.Model(config, tokens, dtype)
+    for p in plain.parameters():
+        torch.nn.init.normal_(p, mean=float(p.ndim == 1), std=p.shape[-1] ** -0.5)
+    model = GPT(config)
+    model.load_state_dict(from_published(plain.state_dict(), config))
+    ids = torch.from_numpy(made_up_tokens(config.vocab_size, tokens + 1).astype("int64"))
+    starts = torch.arange(0, tokens, 96, dtype=torch.int32)
+    ids[starts] = config.document_start
+    segments = Segments.of(torch.cat((starts, torch.full((64,), tokens, dtype=torch.int32))), tokens, 128, dtype)
+    row = ids[None, :-1], ids[None, 1:], segments
+    parameters = list(model.parameters())
+
+    def ours(ids: Tensor, targets: Tensor, segments: Segments) -> Tensor:
+        return model.loss(ids, targets, dtype=dtype, segments=segments)
+
+    losses: dict[str, Callable[..., Tensor]] = {"published": plain, "golfgpt": ours}
+    if compiled:
+        losses["published, compiled"] = torch.compile(plain, dynamic=False, fullgraph=True)
+        losses["golfgpt, compiled"] = compile_loss(ours, CPU)
+
+    def run(name: str) -> Tensor:
+        loss = losses[name](*row)
+        torch.autograd.grad(loss, parameters if name.startswith("golfgpt") else list(plain.parameters()))
+        return loss.detach()
+
+    made = {f"{name}, {kind}": partial(run, name) for name in losses}
+    first = [step().item() for step in made.values()]
+    if max(first) - min(first) > 0.02:
+        raise RuntimeError(f"the forms have different losses: {dict(zip(made, first, strict=True))}")
+    return made
+
+
+def measure_toy(made: dict[str, Callable[[], Tensor]], turns: int) -> dict[str, float]:
+    """Form -> median milliseconds of forward and backward."""
+    times: dict[str, list[float]] = {name: [] for name in made}
+    for _ in range(turns):
+        for name, step in made.items():
+            begun = time.perf_counter()
+            step()
+            times[name].append(1e3 * (time.perf_counter() - begun))
+    return {name: median(each) for name, each in times.items()}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="+", default=["small", "baseline"])
@@ -135,6 +205,15 @@ def main() -> int:
     print(f"{cpu_name()}, {options.threads} threads, torch {torch.__version__}, {options.tokens} tokens a step")
     for recipe in options.recipes:
         made = {}
+        if recipe == "frontier":
+            for dtype in options.dtypes:
+                made |= toy_forms(options.tokens, getattr(torch, dtype), options.compile)
+            times = measure_toy(made, options.turns)
+            print("\n" + table([f"{recipe}, toy", "model ms"], [[name, f"{ms:.1f}"] for name, ms in times.items()]))
+            for name in times:
+                if name.startswith("golfgpt"):
+                    print(f"{times[name] / times[name.replace('golfgpt', 'published')]:.2f} x ({name})")
+            continue
         for dtype in options.dtypes:
             made |= forms(setup_of(recipe, options.tokens, getattr(torch, dtype)), options.compile)
         results = measure(made, options.turns)

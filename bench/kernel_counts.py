@@ -70,6 +70,11 @@ NO_LAUNCH = {
     "empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "set_", "lift_fresh", "detach",
     "_unsafe_view", "device",
 }  # fmt: skip
+# Attention within segments -> its kind and matrix products: over T tokens with segments of `max_k`, T max_k / 2 pairs.
+VARLEN = {
+    "torch_attn::_varlen_attn": ("attention", 2),
+    "torch_attn::_varlen_attn_backward": ("attention backward", 5),
+}
 WRITE_ONLY = {"copy_", "zero_", "fill_", "_foreach_copy_"}  # in-place ops that do not read what they write
 
 
@@ -83,6 +88,13 @@ class Count(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = function._schema.name
+        if name in VARLEN:
+            out = function(*args, **kwargs)
+            kind, products = VARLEN[name]
+            named = dict(zip((a.name for a in function._schema.arguments), args, strict=False)) | kwargs
+            flops = products * named["query"].numel() * named["max_k"]
+            self.on_kernel(Kernel(kind, name, num_bytes(tensors(args, kwargs, out)), flops))
+            return out
         if name in OPDEFS:
             with self:
                 OPDEFS[name]._init_fn(*args, **kwargs)

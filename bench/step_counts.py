@@ -5,12 +5,13 @@
 
 One rank of 8: forward and backward of its span, compiled, and its optimizer step. The forms:
 
-    published   bench/published.py
+    published   bench/published.py; of `frontier`, bench/published_frontier.py
     eager       golfgpt with runtime.kernels = eager: torch.compile fuses what it can
     triton      golfgpt with runtime.kernels = triton
 
 The phase "optimizer" updates every matrix; "optimizer, share of 8" is one of 8 ranks: the published rank 0, which
-orthogonalizes every eighth matrix, and golfgpt's sharded form. Communication is not counted.
+orthogonalizes every eighth matrix, of `frontier` an eighth of each bank, and golfgpt's sharded form. Communication is
+not counted. `frontier` runs all passes of its loop over one packed row.
 
 Inductor lowers the compiled part for a GPU that is not there (fake_cuda.py), and its kernels are counted after fusion.
 Everything else is counted as it is called: the optimizer's operations, and what our ops launch (kernel_counts.py). For
@@ -18,7 +19,8 @@ one version of torch the counts are exact:
 
 - launches, also those that Inductor's wrapper makes: sums of partial sums and their casts
 - bytes: what a kernel must read and write if it touches each address once. Of a view, what it shows.
-- flops: of matrix products and attention. Attention is causal: half of the full product.
+- flops: of matrix products and attention. Attention is causal: half of the full product. In a packed row every
+  segment is as long as segments can be, 2048 tokens; those of real documents are shorter and cost less.
 
 `ms` is a model: the sum over kernels of max(flops / rate, bytes / bandwidth) and a launch, at the rates in
 kernel_counts.py. It knows no L2 cache, no tuned choices, no overlap. It is for differences between forms; it is not a
@@ -48,11 +50,12 @@ from torch._inductor.graph import GraphLowering
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from bench import published
+from bench import published, published_frontier
 from bench.kernel_counts import Count, Kernel, graph_kernels, record_launches
 from golfgpt.config import RunConfig
 from golfgpt.distributed import Ranks
 from golfgpt.model.gpt import GPT
+from golfgpt.model.segments import Segments
 from golfgpt.optim.flat import FlatGradients
 from golfgpt.optim.optimizers import Optimizers
 from golfgpt.quant.compute_copies import ComputeCopies
@@ -60,7 +63,7 @@ from golfgpt.quant.quantizer import Quantizer
 from golfgpt.recipes import get
 from golfgpt.train.compile_cache import compile_loss
 
-RECIPES = ("baseline", "mixed-qat", "int5-int6-swa")
+RECIPES = ("baseline", "mixed-qat", "int5-int6-swa", "frontier")
 FORMS = ("published", "eager", "triton")
 WORLD = 8
 PHASES = ("forward", "backward", "optimizer", "optimizer, share of 8")
@@ -75,7 +78,7 @@ def fake(module: nn.Module) -> nn.Module:
     """The module with fake CUDA tensors in place of its parameters and buffers."""
     for part in module.modules():
         for name, p in part._parameters.items():
-            part._parameters[name] = nn.Parameter(torch.empty_like(p, device=fake_cuda.DEVICE))
+            part._parameters[name] = p if p is None else nn.Parameter(torch.empty_like(p, device=fake_cuda.DEVICE))
         for name, buffer in part._buffers.items():
             part._buffers[name] = torch.empty_like(buffer, device=fake_cuda.DEVICE)
     return module
@@ -131,12 +134,11 @@ def count(config: RunConfig, form: str) -> dict[str, list[Kernel]]:
     record_launches(recorder.add)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = fake(real)
-        rows = config.data.batch_tokens // WORLD // config.data.seq_len
-        ids = torch.zeros(rows, config.data.seq_len, dtype=torch.int64, device=fake_cuda.DEVICE)
+        inputs = step_inputs(config)
         steps = published_steps if form == "published" else golfgpt_steps
         loss, backward, optimizers = steps(model, config)
         with recorder.during("forward"):
-            value = loss(ids, ids)
+            value = loss(*inputs)
         with recorder.during("backward"), Count(recorder.add):
             backward(value)
         for phase, step in optimizers.items():
@@ -146,18 +148,32 @@ def count(config: RunConfig, form: str) -> dict[str, list[Kernel]]:
     return recorder.phases
 
 
+def step_inputs(config: RunConfig) -> tuple[Tensor | Segments, ...]:
+    """ids, targets and, of a packed row, segments: what a loss of one rank of WORLD takes."""
+    data = config.data
+    tokens, packed = data.batch_tokens // WORLD, data.order == "packed"
+    ids = torch.zeros(tokens, dtype=torch.int64, device=fake_cuda.DEVICE).view(-1, tokens if packed else data.seq_len)
+    if not packed:
+        return ids, ids
+    boundaries = torch.zeros(128, dtype=torch.int32, device=fake_cuda.DEVICE)
+    return ids, ids, Segments.of(boundaries, tokens, data.seq_len, torch.bfloat16)
+
+
 def published_model(config: RunConfig) -> nn.Module:
+    if config.data.order == "packed":
+        return published_frontier.Model(config.model, config.data.batch_tokens // WORLD, torch.bfloat16)
     return published.Model(config.model, config.data.seq_len, config.quant.qat, torch.bfloat16)
 
 
 def published_steps(model: nn.Module, config: RunConfig) -> tuple[Callable, dict[str, Callable]]:
-    compiled = torch.compile(published.newton_schulz, dynamic=False)
+    source = published_frontier if isinstance(model, published_frontier.Model) else published
+    compiled = torch.compile(source.newton_schulz, dynamic=False)
 
     def orthogonalize(u: Tensor, *options) -> Tensor:
         with _disable_current_modes():
             return compiled(u, *options)
 
-    optimizers = published.Optimizers(model, config.optim, torch.bfloat16, orthogonalize)
+    optimizers = source.Optimizers(model, config.optim, torch.bfloat16, orthogonalize)
 
     def step(world: int) -> None:
         optimizers.muon.world = world
@@ -179,8 +195,8 @@ def golfgpt_steps(model: GPT, config: RunConfig) -> tuple[Callable, Callable, di
     flat, copies, replicated = parts(model, 1)
     *_, sharded = parts(fake(GPT(config.model, seed=0)), WORLD)
 
-    def loss(ids: Tensor, targets: Tensor) -> Tensor:
-        return model.loss(ids, targets, dtype=torch.bfloat16, stand_ins=copies.stand_ins())
+    def loss(ids: Tensor, targets: Tensor, segments: Segments | None = None) -> Tensor:
+        return model.loss(ids, targets, dtype=torch.bfloat16, stand_ins=copies.stand_ins(), segments=segments)
 
     def backward(value: Tensor) -> None:
         flat.accumulate_(torch.autograd.grad(value, copies.leaves), first=True)
@@ -224,7 +240,7 @@ def sources() -> str:
     """Digest of the code that counts depend on."""
     root = Path(__file__).parent.parent
     files = [*root.glob("golfgpt/**/*.py"), *root.glob("kernels/**/*.py"), *root.glob("bench/*counts.py")]
-    text = b"".join(file.read_bytes() for file in sorted([*files, root / "bench" / "published.py"]))
+    text = b"".join(file.read_bytes() for file in sorted([*files, *root.glob("bench/published*.py")]))
     return hashlib.sha256(text).hexdigest()[:16]
 
 

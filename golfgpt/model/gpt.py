@@ -4,8 +4,7 @@ Shapes: B sequences, T tokens, D model_dim.
 
     x0 = x = embed(ids)                                     golfgpt.model.embedding
     per layer of the plan:                                  golfgpt.model.plan
-        x = x + skip_weights * output of an earlier layer   or, with skip gates g, g x + (1 - g) skip_weights * output
-        x = layer(x, x0)                                    golfgpt.model.layers
+        x = layer(x, x0, skip)                              golfgpt.model.layers
     logits = softcap * tanh(norm(x) headᵀ / softcap)
 
 Matrices of one kind of all layers are one parameter, a bank (layers, out, in). A forward unbinds each bank once. The
@@ -29,8 +28,8 @@ from golfgpt.config import ModelConfig
 from golfgpt.model.embedding import embed
 from golfgpt.model.generate import generate
 from golfgpt.model.kv_cache import KVCache
-from golfgpt.model.layers import Tokens, layer, visible
-from golfgpt.model.linear import Weight, rms_norm, scaled
+from golfgpt.model.layers import Skip, Tokens, layer, visible
+from golfgpt.model.linear import Weight, rms_norm
 from golfgpt.model.parameters import parameter_table
 from golfgpt.model.plan import layer_plan
 from golfgpt.model.rotary import rope_table
@@ -131,16 +130,12 @@ class GPT(nn.Module):
         lane, outputs, plan = None, {}, self.plans[looping]
         sources = {planned.skip_source for planned in plan}
         for i, planned in enumerate(plan):
-            if planned.residual == "routed" and lane is None:
-                lane = x
+            skip = last = None
             if planned.skip_source is not None:
-                x = self._skip(x, outputs.pop(planned.skip_source), planned.skip_row, weights.model)
-            if planned.residual == "merged" and lane is None:
-                lane = x
-            last = None
+                skip = self._skip(outputs.pop(planned.skip_source), planned.skip_row, weights.model)
             if suffix not in (None, length) and i == len(plan) - 1:
                 last = suffix, visible(ids, suffix, document_start)
-            x, lane = layer((x, lane), x0, weights.layers[planned.row], i, planned, tokens, last)
+            x, lane = layer((x, lane), x0, skip, weights.layers[planned.row], i, planned, tokens, last)
             if i in sources:
                 outputs[i] = x
         if lane is not None:
@@ -150,11 +145,12 @@ class GPT(nn.Module):
         return rms_norm(x)
 
     @staticmethod
-    def _skip(x: Tensor, output: Tensor, row: int, weights: Mapping[str, Tensor]) -> Tensor:
-        skipped = scaled(output, weights["skip_weights"][row])
+    def _skip(output: Tensor, row: int, weights: Mapping[str, Tensor]) -> Skip:
+        weight = weights["skip_weights"][row]
         if "skip_gates" not in weights:
-            return x + skipped
-        return torch.lerp(skipped, x, weights["skip_gates"][row].sigmoid().to(x.dtype))
+            return Skip(output, torch.ones_like(weight), weight)
+        gate = weights["skip_gates"][row].sigmoid()
+        return Skip(output, gate, (1 - gate) * weight)
 
     def _one_stream(self, x: Tensor, lane: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         """What two lanes end as."""

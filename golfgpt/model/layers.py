@@ -1,13 +1,14 @@
 """A layer: attention, then the MLP, on the residual stream. `linear` and `mlp` multiply by its matrices.
 
+    x = x + skip_weights p, or with skip gates g, g x + (1 - g) skip_weights p      where the plan has a skip from p
     r = resid_mix[0] x + resid_mix[1] x0
     x = r + attention(norm(r));  x = x + leaky_relu(norm(x) w_fcᵀ)² w_projᵀ                      sequential
     x = r + attention(norm(r)) + mlp(norm(r))                                                    one_lane
     x = r + attention(norm(r));  l = l + mlp(norm(l))                                            merged
     a = attention(norm(r));  f = mlp(norm(l));  x = ρ0 x + π00 a + π10 f;  l = ρ1 l + π01 a + π11 f    routed
 
-l is a second lane, equal to x where it begins; ρ are the layer's resid_lambdas, π its post_lambdas. Norms are
-multiplied by the plan's input_scale.
+l is a second lane; where it begins, it equals x, with the skip (merged) or without it (routed). ρ are the layer's
+resid_lambdas, π its post_lambdas. Norms are multiplied by the plan's input_scale.
 
 Shapes: B sequences, T tokens, D model_dim, H query heads, K key-value heads, h head_dim. Norms have no weight and
 return the dtype of their input (torch >= 2.12 puts rms_norm on autocast's float32 list; nothing here runs under
@@ -27,7 +28,7 @@ from golfgpt_kernels import relu2_mlp
 from torch import Tensor
 
 from golfgpt.config import ModelConfig
-from golfgpt.model.attention_output import exclusive, gated
+from golfgpt.model.attention_output import exclusive, output_gate
 from golfgpt.model.kv_cache import KVCache
 from golfgpt.model.linear import Weight, linear, rms_norm, scaled
 from golfgpt.model.plan import LayerPlan
@@ -124,9 +125,26 @@ def attention(
         causal = queries.mask is None and not queries.past
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=queries.mask, is_causal=causal, enable_gqa=True)
     y = y.transpose(1, 2)
+    gate = output_gate(n, w, tokens.config)
     if planned.xsa:
-        y = exclusive(y, own)
-    return linear(gated(y, n, w, tokens.config).flatten(2), w["attn_proj"])
+        y = exclusive(y, own, gate)
+    elif gate is not None:
+        y = y * gate[..., None]
+    return linear(y.flatten(2), w["attn_proj"])
+
+
+class Skip(NamedTuple):
+    """The output of an earlier layer (B, T, D) that is mixed into x: keep x + add output."""
+
+    output: Tensor
+    keep: Tensor
+    add: Tensor
+    """Vectors (D,)."""
+
+    def into(self, x: Tensor, factor: Tensor | float = 1.0) -> Tensor:
+        """factor (keep x + add output), by one vector for each of both tensors: the gradient of every factor follows
+        from two sums over the tokens, and x with the skip is no tensor that the backward needs."""
+        return scaled(x, factor * self.keep) + scaled(self.output, factor * self.add)
 
 
 Streams = tuple[Tensor, Tensor | None]
@@ -136,6 +154,7 @@ Streams = tuple[Tensor, Tensor | None]
 def layer(
     streams: Streams,
     x0: Tensor,
+    skip: Skip | None,
     w: Mapping[str, Weight],
     index: int,
     planned: LayerPlan,
@@ -148,18 +167,23 @@ def layer(
     slope, kind = tokens.config.mlp_slope, planned.residual
 
     def normed(x: Tensor) -> Tensor:
-        return rms_norm(x) if planned.input_scale == 1 else rms_norm(x) * planned.input_scale
+        return rms_norm(x, planned.input_scale)
 
     def fed(x: Tensor) -> Tensor:
         return mlp(normed(x), w["mlp_fc"], w["mlp_proj"], slope)
 
     # Indexed, not unbound: torch 2.13 compiles a stack of column sums into one that never gets them
     # (bench/kernel_counts.py raises if this happens).
-    read = scaled(x, w["resid_mix"][0]) + scaled(x0, w["resid_mix"][1])
+    mix = w["resid_mix"]
+    mixed = scaled(x, mix[0]) if skip is None else skip.into(x, mix[0])
+    read = mixed + scaled(x0, mix[1])
     attended = attention(normed(read), w, index, planned, tokens, last)
+    if lane is None and kind in ("merged", "routed"):
+        lane = x if skip is None or kind == "routed" else skip.into(x)
     if last is not None:
         x, read = (t[:, -last[0] :] for t in (x, read))
         lane = None if lane is None else lane[:, -last[0] :]
+        skip = skip and skip._replace(output=skip.output[:, -last[0] :])
     if kind == "sequential":
         x = read + attended
         return x + fed(x), None
@@ -168,5 +192,6 @@ def layer(
     if kind == "merged":
         return read + attended, lane + fed(lane)
     keep, post, result = w["resid_lambdas"], w["post_lambdas"], fed(lane)
-    x, lane = (keep[i] * t + post[0, i] * attended + post[1, i] * result for i, t in enumerate((x, lane)))
+    kept = keep[0] * x if skip is None else skip.into(x, keep[0]), keep[1] * lane
+    x, lane = (t + post[0, i] * attended + post[1, i] * result for i, t in enumerate(kept))
     return x, lane

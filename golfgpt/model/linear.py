@@ -66,6 +66,27 @@ def scaled(x: Tensor, s: Tensor) -> Tensor:
     return _Scaled.apply(x, s)
 
 
-def rms_norm(x: Tensor) -> Tensor:
-    """Divide by the root mean square of the last dimension. Keeps the dtype; eps is 1.19e-7, that of float32."""
-    return F.rms_norm(x, (x.size(-1),)).to(x.dtype)
+class _RmsNorm(torch.autograd.Function):
+    """With n = x / rms(x):  dx = scale (dy - n mean(dy n)) / rms(x). Kept are x and rms(x). Of torch's formula the
+    compiler keeps the float32 copy of x where a second lane is normalized: twice the bytes."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: float) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        inverse_rms = (wide.square().mean(-1, keepdim=True) + torch.finfo(wide.dtype).eps).rsqrt()
+        ctx.save_for_backward(x, inverse_rms)
+        ctx.scale = scale
+        return (wide * (inverse_rms * scale)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
+        x, inverse_rms = ctx.saved_tensors
+        n = x * inverse_rms  # and dy as it is: compiled, a sum of many would be kept in float32 if it were cast first
+        dx = inverse_rms * ctx.scale * (dy - n * (dy * n).mean(-1, keepdim=True))
+        return dx.to(x.dtype), None
+
+
+def rms_norm(x: Tensor, scale: float = 1.0) -> Tensor:
+    """Divide by the root mean square of the last dimension and multiply by `scale`. Keeps the dtype; eps is 1.19e-7,
+    that of float32."""
+    return _RmsNorm.apply(x, scale)
