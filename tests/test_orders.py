@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -102,6 +103,25 @@ def test_boundaries_cut_documents_and_long_ones_again(tokens, longest, multiple)
     for at in range(len(row)):
         begun = at if at == 0 or row[at] == START or at - begun == longest else begun
         assert (at in cuts) == (at == begun)
+
+
+def test_the_tensors_of_a_captured_step_have_room_for_more_documents():
+    config, none = replace(ORDERS["packed"], batch_tokens=1024), SHARDS[0].copy()
+    none[1:] = 5  # a single document, cut every 16 tokens
+    data = Prefetcher([np.tile(none, 9)], config, range(2), pin=False)
+    first, many = data.read(0), data.read(0)
+    data.close()
+    assert [len(part) for part in first.boundaries] == [64, 64]
+    room = first.with_room()
+    many = many._replace(boundaries=[torch.arange(100, dtype=torch.int32)] * 2, windows=many.windows + 1)
+    assert room.hold(many) and room.hold(first) and not first.hold(many)
+    room.copy_(many)
+    for part in room.boundaries:
+        assert part[:100].tolist() == list(range(100)) and set(part[100:].tolist()) == {512} and len(part) == 192
+    room.copy_(first)
+    for part, its in zip(room.boundaries, first.boundaries, strict=True):
+        assert torch.equal(part[:64], its) and set(part[64:].tolist()) == {512}
+    assert torch.equal(room.windows, first.windows)
 
 
 @pytest.mark.parametrize(
