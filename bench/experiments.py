@@ -19,7 +19,7 @@ import multiprocessing
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import replace
 from functools import cache
@@ -141,20 +141,33 @@ def read_rows(file: Path) -> dict[str, dict]:
 
 
 def run(experiments: Sequence[Experiment], data: Path, file: Path, processes: int, seconds: float) -> None:
-    """Run what `file` does not hold yet. Each training is a job of one thread in one of `processes` processes."""
+    """Run what `file` does not hold yet of `experiments`."""
+    work_off(jobs(experiments), run_job, data, file, processes, seconds)
+
+
+def work_off(
+    wanted: Sequence[list[RunConfig]],
+    job: Callable[[list[RunConfig], str], list[dict]],
+    data: Path,
+    file: Path,
+    processes: int,
+    seconds: float,
+) -> None:
+    """Add to `file` the lines of the configs that it lacks: what `job` returns for the configs of each training, in
+    their order. Each training is a job of one thread in one of `processes` processes."""
     begun, done = time.monotonic(), read_rows(file)
     digest = Dataset.open(data).digest
     if others := {row["dataset"] for row in done.values()} - {digest}:
         raise SystemExit(f"{file} holds results on other data ({', '.join(others)}); take another --out")
-    open_jobs = [[config for config in job if key(config) not in done] for job in jobs(experiments)]
-    open_jobs = [job for job in open_jobs if job]
+    open_jobs = [[config for config in configs if key(config) not in done] for configs in wanted]
+    open_jobs = [configs for configs in open_jobs if configs]
     total, running = len(open_jobs), set()
     print(f"{total} trainings, {sum(map(len, open_jobs))} scores to go", flush=True)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context) as pool, open(file, "ab", buffering=0) as out:
         while open_jobs or running:
             while open_jobs and len(running) < processes and time.monotonic() - begun < seconds:
-                running.add(pool.submit(run_job, open_jobs.pop(0), str(data)))
+                running.add(pool.submit(job, open_jobs.pop(0), str(data)))
             if not running:
                 return
             finished, running = wait(running, return_when=FIRST_COMPLETED)
