@@ -92,7 +92,7 @@ def case(
 
 ROWS, DIM, HIDDEN, VOCAB = 1024, 512, 1024, 1024
 SLOPES = (0.0, 0.5)  # relu² and LeakyReLU²
-CLIPS = ("max", "quantile", "deviation")
+CLIPS = ("deviation", "max", "quantile")
 SOFTCAPS = (30.0, 50.0, None)  # bounded softmax, running maximum, no cap
 
 

@@ -273,7 +273,7 @@ def test_segments_are_attention_within_documents(config, longest):
 
 def test_flash_attention_is_called_as_torch_has_it(monkeypatch):
     """On a GPU in bfloat16. Here plain attention takes its place, with the arguments as torch's function binds them."""
-    signature, q = inspect.signature(segments.varlen_attn), torch.randn(1, 40, 4, 8).transpose(1, 2)
+    signature, q = inspect.signature(segments.flash_attention()), torch.randn(1, 40, 4, 8).transpose(1, 2)
     k, v = (torch.randn(1, 40, 2, 8).transpose(1, 2) for _ in range(2))
     boundaries = torch.tensor([0, 7, 23, 32, 40, 40], dtype=torch.int32)
 
@@ -287,7 +287,7 @@ def test_flash_attention_is_called_as_torch_has_it(monkeypatch):
         out = [attend(*(t[:, x:y] for t in (q, k, v)), is_causal=True, enable_gqa=True) for x, y in parts]
         return torch.cat(out, 1).transpose(0, 1)
 
-    monkeypatch.setattr(segments, "varlen_attn", flash)
+    monkeypatch.setattr(segments, "flash_attention", lambda: flash)
     masked = Segments.of(boundaries, 40, 16)
     assert masked.mask is not None
     torch.testing.assert_close(attend_within(q, k, v, masked._replace(mask=None)), attend_within(q, k, v, masked))

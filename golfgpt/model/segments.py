@@ -9,16 +9,22 @@ T tokens, H query heads, K key-value heads, h head_dim.
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
-_GROUPED = "enable_gqa" in inspect.signature(varlen_attn).parameters
-"""torch 2.10 has no such option."""
+
+@functools.cache
+def flash_attention() -> Callable[..., Tensor] | None:
+    """torch's, for segments; None without grouped heads (torch 2.10). Its import takes as long as torch's own."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn if "enable_gqa" in inspect.signature(varlen_attn).parameters else None
 
 
 class Segments(NamedTuple):
@@ -36,7 +42,7 @@ class Segments(NamedTuple):
     def of(cls, boundaries: Tensor, length: int, longest: int, dtype: torch.dtype = torch.float32) -> Segments:
         """Of a row of `length` tokens, for q, k and v in `dtype` and the attention backend that is enabled now."""
         half = dtype in (torch.bfloat16, torch.float16)
-        if boundaries.is_cuda and half and _GROUPED and torch.backends.cuda.flash_sdp_enabled():
+        if boundaries.is_cuda and half and torch.backends.cuda.flash_sdp_enabled() and flash_attention():
             return cls(boundaries, longest, None)
         size = min(longest, length)
         positions = torch.arange(-(-length // size) * size, device=boundaries.device, dtype=boundaries.dtype)
@@ -53,7 +59,8 @@ def attend_within(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor
     q, k, v = (t[0].transpose(0, 1) for t in (q, k, v))  # (T, heads, h), as the model makes them
     if segments.mask is None:
         at, most = segments.boundaries, segments.longest
-        return varlen_attn(q, k, v, at, at, most, most, window_size=(-1, 0), enable_gqa=True).transpose(0, 1)[None]
+        y = flash_attention()(q, k, v, at, at, most, most, window_size=(-1, 0), enable_gqa=True)
+        return y.transpose(0, 1)[None]
     length, (blocks, size, _) = len(q), segments.mask.shape
     q, k, v = (F.pad(t, (0, 0, 0, 0, 0, blocks * size - length)).unflatten(0, (blocks, size)) for t in (q, k, v))
     k, v = (_with_block_before(t, 0) for t in (k, v))
