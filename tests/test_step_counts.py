@@ -86,6 +86,7 @@ step_counts.count(replace(config, model=replace(config.model, num_layers=3)), "e
 """
 
 
+@pytest.mark.long
 def test_a_column_sum_that_inductor_loses_is_an_error():
     """Unbound, the gradients of a layer's two mixing vectors are stacked; torch 2.13 compiles that wrongly."""
     done = subprocess.run([sys.executable, "-c", LOST], cwd=ROOT, capture_output=True, text=True)
