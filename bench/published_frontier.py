@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench import published
 from bench.published import norm
 from golfgpt.config import ModelConfig, OptimConfig
 from golfgpt.model.segments import Segments, attend_within
@@ -246,7 +247,7 @@ class Muon:
             p.add_(updates[: len(p)].to(p.dtype), alpha=-lr * scale)
 
 
-class Optimizers:
+class Optimizers(published.Optimizers):
     """Adam for the embedding and the rest, Muon for the banks."""
 
     def __init__(self, model: Model, optim: OptimConfig, dtype: torch.dtype, orthogonalize: Callable[..., Tensor]):
@@ -268,10 +269,3 @@ class Optimizers:
             for params, lr, decay in groups
         ]
         self.optim, self.muon = optim, Muon(banks, optim, dtype, orthogonalize)
-
-    def step(self, multiplier: float, momentum: float) -> None:
-        for adam in self.adam:
-            for group in adam.param_groups:
-                group["lr"] = group["base_lr"] * multiplier
-            adam.step()
-        self.muon.step(self.optim.matrix_lr * multiplier, momentum)

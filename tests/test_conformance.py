@@ -19,6 +19,7 @@ import torch
 from golfgpt_kernels import RowQuant, newton_schulz, quantize_rows
 from models import fake_quantized, unseen
 from safetensors import safe_open
+from searches import clip_search, damped_twice, gptq_clip_search, group_scores, hessian_aware_scales
 
 from golfgpt.config import (
     AverageConfig,
@@ -46,13 +47,6 @@ from golfgpt.optim.optimizers import Muon
 from golfgpt.optim.schedule import muon_momentum
 from golfgpt.published.files import read_export
 from golfgpt.published.names import from_published, infer_config, split_banks, to_published
-from golfgpt.published.searches import (
-    clip_search,
-    damped_twice,
-    gptq_clip_search,
-    group_scores,
-    hessian_aware_scales,
-)
 from golfgpt.quant.gptq import solve
 from golfgpt.quant.quantizer import Quantizer, parse_layer_group, prune_threshold, pruned
 from golfgpt.recipes import RECIPES

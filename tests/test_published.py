@@ -478,6 +478,8 @@ def test_every_record_lists_what_was_assumed_for_it():
     loops = {"loop.first", "loop.last", "loop.passes"}
     more = {
         "2026-03-22": {"smear_gate", "document_start", "value_embedding.layers"},
+        "2026-03-25": {"smear_gate", "document_start", "value_embedding.layers"},
+        "golf2": loops | {"document_start", "attn_gate_scale"},
         "2026-04-05": loops | {"parallel.kind"},
         "pr1477": loops | {"parallel.first"},
         "2026-04-09": loops | {"parallel.kind", "parallel.first"},

@@ -61,6 +61,11 @@ class DataConfig(Section):
         return self.batch_tokens // self.spans
 
     @property
+    def row_tokens(self) -> int:
+        """Tokens of a row of a forward."""
+        return self.microbatch if self.order == "packed" else self.seq_len
+
+    @property
     def microbatch(self) -> int:
         """Tokens per forward and backward."""
         return self.microbatch_tokens or self.span_tokens

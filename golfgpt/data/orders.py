@@ -43,8 +43,8 @@ def steps(config: DataConfig, shards: Sequence[np.ndarray], assigned: range) -> 
     return order(config, shards, assigned)
 
 
-def sequential(config: DataConfig, shards: Sequence[np.ndarray], assigned: range, start: int = 0) -> Steps:
-    for step in count(start):
+def sequential(config: DataConfig, shards: Sequence[np.ndarray], assigned: range) -> Steps:
+    for step in count():
         positions = step_spans(step, config.batch_tokens, config.spans)
         yield np.array([[positions[span]] for span in assigned], dtype=np.int64)
 

@@ -33,11 +33,11 @@ class Muon(torch.optim.Optimizer):
     """Momentum orthogonalized by Newton-Schulz, over parameters (..., rows, cols) with rows = out features.
 
     `lr`, `momentum` and `weight_decay` of a group are numbers or 0-d float32 tensors on the device of the parameters (a
-    decay on the device costs a pass over the weights). `compute_copies`
-    maps parameters to tensors of the same shape. Every update also writes the new weights to the copy, rounded to its
-    dtype. If the parameter has an entry in `quantizers`, the copy is also fake-quantized while `enabled`, a 0-d bool
-    tensor, is true (None: always). `dtype` is the dtype of the Newton-Schulz iteration. Raises ValueError for a
-    parameter with fewer than two dimensions, or with a quantizer but no compute copy.
+    decay on the device costs a pass over the weights). `compute_copies` maps parameters to tensors of the same shape.
+    Every update also writes the new weights to the copy, rounded to its dtype. If the parameter has an entry in
+    `quantizers`, the copy is also fake-quantized while `enabled`, a 0-d bool tensor, is true (None: always). `dtype` is
+    the dtype of the Newton-Schulz iteration. Raises ValueError for a parameter with fewer than two dimensions, or with
+    a quantizer but no compute copy.
     """
 
     def __init__(

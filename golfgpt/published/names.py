@@ -215,8 +215,9 @@ def infer_config(state: Mapping[str, Tensor], like: ModelConfig | None = None) -
 def assumed_fields(config: ModelConfig) -> dict[str, str]:
     """Field of an imported model -> what published models have, for each that its tensors do not show and that matters
     to it."""
-    record = config.skip_gates or config.value_embedding.dim > 0
-    lanes = config.parallel.kind
+    lanes, looped = config.parallel.kind, config.loop.passes > 1
+    record = config.skip_gates or config.value_embedding.dim > 0 or looped or config.attn_gate != "none"
+    record = record or config.smear_gate == "input"
     known = {
         "logit_softcap": (True, "30 in every published recipe and record"),
         "rope_base": (True, "10000 in every published recipe and record"),
@@ -239,7 +240,7 @@ def assumed_fields(config: ModelConfig) -> dict[str, str]:
         "ln_scale": (record, "True in these records"),
         "value_embedding.layers": (config.value_embedding.dim > 0, "the last 2 in 2026-03-22 and 2026-03-25"),
         "attn_gate_scale": (config.attn_gate == "sparse", "0.5 in 2026-04-27, 1 in PR #1787"),
-        **dict.fromkeys(("loop.first", "loop.last", "loop.passes"), (config.loop.passes > 1, _LOOPS)),
+        **dict.fromkeys(("loop.first", "loop.last", "loop.passes"), (looped, _LOOPS)),
         "parallel.kind": (
             config.skip_gates and lanes in ("off", "one_lane"),
             "one_lane in 2026-04-09, off in 2026-04-05",

@@ -11,7 +11,6 @@ Hessians.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -91,8 +90,7 @@ def batches(
     Raises InputError if the training data are shorter."""
     check_tokens(tokens, dataset)
     assigned, total = spans_of_rank(ranks.rank, ranks.world, config.spans), -(-tokens // config.batch_tokens)
-    data = Prefetcher(dataset.train, replace(config, path=None), assigned, pin=False)
-    length = config.microbatch if config.order == "packed" else config.seq_len
+    data, length = Prefetcher(dataset.train, config, assigned, pin=False), config.row_tokens
     try:
         for step in range(total):
             progress(f"calibrating: {step} of {total} steps' tokens")

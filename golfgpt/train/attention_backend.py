@@ -170,9 +170,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, g: Tensor, longest: int = 0, backwa
     """The output, and with `backward` the gradients of q, k and v."""
     with torch.set_grad_enabled(backward):
         if longest:
-            tokens = np.arange(q.size(2)) % (
-                longest * 2 // 3 + 1
-            )  # documents of 2/3 of the longest, as a loader has them
+            # Documents of two thirds of the longest, and boundaries as a loader gives them.
+            tokens = np.arange(q.size(2)) % (longest * 2 // 3 + 1)
             ends = torch.from_numpy(boundaries(tokens, 0, longest)).to(q.device)
             out = attend_within(q, k, v, Segments.of(ends, q.size(2), longest, q.dtype))
         else:

@@ -53,14 +53,17 @@ class Exporter:
         self._share()
         return None if blob is None else len(blob)
 
-    def calibrate(self) -> dict[str, Tensor]:
-        """The Hessians of the weights to export, for `export`. All ranks must call it."""
-        step, quant, ranks = self.step, self.config.quant, self.step.ranks
-        state = self.weights()
-        with ranks.raise_on_any():
+    def write_rounded(self) -> None:
+        """Write a plainly rounded model.golf, which stays if calibration fails. All ranks must call it."""
+        with self.step.ranks.raise_on_any():
             if self.folder:
-                artifact.write(self.folder.artifact, self.quantizer.encode(state), **self._options)
-        step.model.load_state_dict(state)
+                artifact.write(self.folder.artifact, self.quantizer.encode(self.weights()), **self._options)
+
+    def calibrate(self) -> dict[str, Tensor]:
+        """The Hessians of the weights to export: layer group -> (matrices, columns, columns), float32. All ranks must
+        call it."""
+        step, quant, ranks = self.step, self.config.quant, self.step.ranks
+        step.model.load_state_dict(self.weights())
         options = (quant.calibration_tokens, self.dataset, ranks, step.dtype, self.reporter.status)
         text = calibration.batches(self.config.data, *options)
         return calibration.hessians(step.model, text, self.quantizer, ranks, step.dtype)

@@ -58,7 +58,8 @@ class Loop:
     def run(self) -> None:
         """Train. Raises Interrupted after a signal and NonFiniteError after a bad step, with the state saved."""
         c, pace = self.config, self.step.pace
-        self.step.data.seek(self.done)
+        if not self.finished:
+            self.step.data.seek(self.done)
         pace.start(self.ledger.seconds["train"])
         self.saver.start()
         self._graphs = compile_cache.graphs()

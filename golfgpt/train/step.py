@@ -229,7 +229,7 @@ class TrainStep:
         """Sum the gradients of this rank's spans of `tokens`, on the device; yields as `backward`."""
         data, optim = self.config.data, self.config.optim
         self._loss_sum.zero_()
-        length = data.microbatch if data.order == "packed" else data.seq_len
+        length = data.row_tokens
         ids, targets = (t.reshape(-1, length) for t in (tokens.windows[:, :-1], tokens.windows[:, 1:]))
         rows = data.microbatch // length
         batches = list(zip(ids.split(rows), targets.split(rows), strict=True))

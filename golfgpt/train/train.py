@@ -125,10 +125,8 @@ def check(config: RunConfig, ranks: Ranks, resume: bool) -> tuple[RunConfig, Dat
 def choose_attention(config: RunConfig, step: TrainStep) -> Selection:
     """Select the attention backend of this process, for training and scoring."""
     data = config.data
-    training = Shape(data.microbatch // data.seq_len, data.seq_len)
-    if data.order == "packed":
-        training = Shape(1, data.microbatch, min(data.seq_len, data.microbatch))
-    shapes = [training, Shape(1, config.window)]
+    longest = min(data.seq_len, data.row_tokens) if data.order == "packed" else 0
+    shapes = [Shape(data.microbatch // data.row_tokens, data.row_tokens, longest), Shape(1, config.window)]
     return select_backend(config.runtime.attention, config.model, shapes, step.ranks, step.dtype)
 
 
@@ -168,6 +166,8 @@ def export_and_score(
     ranks, ledger, reporter, say = exporter.step.ranks, scorer.ledger, exporter.reporter, exporter.reporter.line
     hessians = None
     if config.quant.method == "gptq":
+        with ledger.phase("export"):
+            exporter.write_rounded()
         with ledger.phase("calibrate"):
             hessians = exporter.calibrate()
         used, most = ledger.seconds["train"] + ledger.seconds["calibrate"], config.schedule.max_seconds

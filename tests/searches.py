@@ -1,4 +1,5 @@
-"""What the records' quantizers do around rounding and GPTQ. For each: what it is truly worth, from their own logs.
+"""What the records' quantizers do around GPTQ, for the conformance vectors; no config reaches it. For each: what it is
+truly worth, from their own logs.
 
 R is the largest code, w a float32 matrix (rows, cols), H its Hessian. Sources: the published scripts.
 """
@@ -69,11 +70,3 @@ def group_scores(w: Tensor, input_rms: Tensor, group: int) -> Tensor:
     most together with what came with it."""
     columns = input_rms * w.abs().mean(0)
     return columns[: len(columns) // group * group].view(-1, group).sum(1)
-
-
-def low_rank_residual(w: Tensor, decoded: Tensor, rank: int = 4) -> tuple[Tensor, Tensor]:
-    """LQER (PR #1797): factors a (rows, rank), b (rank, cols) of the largest part of what quantization lost. Claimed to
-    recover 0.009 bits per byte; by the logs of nine runs 0.0003: rounding errors are nearly white, so four directions
-    of 512 hold 1 to 2 % of them."""
-    u, s, v = torch.linalg.svd(w - decoded, full_matrices=False)
-    return u[:, :rank] * s[:rank], v[:rank]
