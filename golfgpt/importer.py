@@ -21,7 +21,8 @@ from golfgpt.model.parameters import parameter_table
 from golfgpt.published.files import Export
 from golfgpt.published.names import canonical_name, from_published, infer_config, split_banks
 from golfgpt.quant import artifact
-from golfgpt.quant.quantizer import DTYPES, QuantizedTensor, Quantizer, TensorFormat, layer_groups
+from golfgpt.quant.formats import DTYPES, QuantizedTensor, TensorFormat, layer_groups
+from golfgpt.quant.quantizer import Quantizer
 from golfgpt.train import checkpoint
 from golfgpt.train.run_folder import RunFolder
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # the table of `data prepare` does not wait for torch
     from golfgpt.config import BudgetConfig
     from golfgpt.quant.artifact import ArtifactInfo
-    from golfgpt.quant.quantizer import TensorReport
+    from golfgpt.quant.formats import TensorReport
     from golfgpt.score.evaluate import Score
 
 
@@ -40,7 +40,7 @@ def budget_lines(info: ArtifactInfo, budget: BudgetConfig) -> str:
     from golfgpt.quant.budget import budget_report
 
     return (
-        f"payload {info.payload_bytes:,} bytes -> {info.compressor} level {info.level}: {info.compressed_bytes:,}, "
+        f"payload {info.payload_bytes:,} bytes -> {info.packing}: {info.compressed_bytes:,}, "
         f"header {info.header_bytes:,}, model.golf {info.file_bytes:,} bytes\n"
         f"{budget_report(info.file_bytes, budget)}"
     )

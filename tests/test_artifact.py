@@ -20,10 +20,11 @@ from golfgpt.config import BigramConfig, BudgetConfig, ModelConfig, QuantConfig,
 from golfgpt.errors import BudgetError, InputError
 from golfgpt.model.parameters import parameter_shapes
 from golfgpt.quant import artifact
-from golfgpt.quant.artifact import ArtifactInfo, inspect, pack, read, seal, unpack, write
+from golfgpt.quant.artifact import ArtifactInfo, Stream, inspect, pack, read, seal, unpack, write
 from golfgpt.quant.budget import budget_report, check_budget
 from golfgpt.quant.codecs import CODECS, compress, decompress, require_compressor
-from golfgpt.quant.quantizer import Quantizer, decode
+from golfgpt.quant.formats import decode
+from golfgpt.quant.quantizer import Quantizer
 
 MODEL = ModelConfig(vocab_size=16, num_layers=2, model_dim=8, num_heads=2, num_kv_heads=1, mlp_hidden=8)
 QUANT = QuantConfig(bits=6, keep_numel=63, compressor="zlib")  # c_k and c_v in float16
@@ -53,10 +54,18 @@ def sealed(header: dict | bytes, compressed: bytes) -> bytes:
     return artifact._prefix(header, compressed) + header + compressed
 
 
+def payload_of(encoded, columns) -> bytes:
+    return b"".join(artifact._parts(encoded, set(columns)))
+
+
+def one_stream(compressor: str, level: int, compressed: bytes, payload_bytes: int | None = None) -> dict:
+    return {"streams": [[compressor, level, payload_bytes or len(PAYLOAD), len(compressed)]]}
+
+
 ENCODED = Quantizer(MODEL, QUANT).encode(random_state())
 BLOB = packed()
 HEADER, COMPRESSED = parts(BLOB)
-PAYLOAD = artifact._join(ENCODED, set(HEADER["columns"]))
+PAYLOAD = payload_of(ENCODED, HEADER["columns"])
 
 
 @settings(max_examples=40, deadline=None)
@@ -118,10 +127,14 @@ def test_every_layout_round_trips(data):
         bound = encoded[name].format.max_code
         encoded[name].values.random_(-bound - 1, bound + 1, generator=generator)
         encoded[name].scale.copy_(torch.randint(1, 3, encoded[name].scale.shape, generator=generator))
-    payload = artifact._join(encoded, columns)
-    assert len(payload) == quantizer.payload_bytes
-    info = ArtifactInfo(MODEL, quantizer.formats, 64, DIGEST, "zlib", 9, columns)
-    got = unpack(sealed(info.header(), CODECS["zlib"].compress(payload, 9)))
+    parts = artifact._parts(encoded, columns)
+    if data.draw(st.booleans()):
+        parts = [b"".join(parts)]
+    pieces = [CODECS["zlib"].compress(part, 9) for part in parts]
+    streams = tuple(Stream("zlib", 9, len(part), len(piece)) for part, piece in zip(parts, pieces, strict=True))
+    assert sum(map(len, parts)) == quantizer.payload_bytes
+    info = ArtifactInfo(MODEL, quantizer.formats, 64, DIGEST, streams, columns)
+    got = unpack(sealed(info.header(), b"".join(pieces)))
     assert got.info.columns == columns
     for name, weights in decode(encoded).items():
         assert torch.equal(got.state[name], weights), name
@@ -132,8 +145,8 @@ def test_rows_are_stored_by_their_scale_and_ties_in_order():
     c_q.scale[:] = torch.tensor([3.0, 1.0, 2.0, 1.0, 4.0, 2.0, 1.0, 5.0])
     c_q.values[:] = torch.arange(8)[:, None]
     rows = bytes((1, 3, 6, 2, 5, 0, 4, 7))
-    assert artifact._join({"c_q": c_q}, {"c_q"})[:64] == rows * 8
-    assert artifact._join({"c_q": c_q}, set())[:64] == b"".join(bytes([row]) * 8 for row in rows)
+    assert payload_of({"c_q": c_q}, {"c_q"})[:64] == rows * 8
+    assert payload_of({"c_q": c_q}, ())[:64] == b"".join(bytes([row]) * 8 for row in rows)
 
 
 @pytest.mark.parametrize("compressor", CODECS)
@@ -145,6 +158,32 @@ def test_codes_whose_columns_differ_are_stored_by_columns(compressor):
     quant = QuantConfig(clip_floor=1.0, keep_numel=63, compressor=compressor)  # the floor leaves small rows small
     columns = unpack(pack(state, model=model, quant=quant, **SOURCE)).info.columns
     assert "mlp_fc" in columns and "mlp_proj" not in columns
+
+
+def test_streams_are_split_where_that_is_smaller():
+    """Codes of two kinds: incompressible ones, which a coder adapted to the others takes longer for, and constants."""
+    model = dataclasses.replace(MODEL, model_dim=64, mlp_hidden=512, num_heads=8, num_kv_heads=8)
+    encoded = Quantizer(model, dataclasses.replace(QUANT, bits=8, keep_numel=0)).encode(random_state(model))
+    for number, name in enumerate(("c_q", "c_k", "c_v", "attn_proj", "mlp_fc", "mlp_proj")):
+        values = encoded[name].values
+        values.copy_(torch.randint(2, values.shape, generator=torch.Generator().manual_seed(number)) * 20 * number - 50)
+    for compressor, count in (("zlib", 8), ("smallest", 8)):
+        quant = dataclasses.replace(QUANT, compressor=compressor)
+        got = unpack(seal(encoded, model=model, quant=quant, **SOURCE))
+        assert len(got.info.streams) == count and f"({count} streams)" in got.info.packing
+        assert all(torch.equal(got.state[name], w) for name, w in decode(encoded).items())
+    assert unpack(BLOB).info.packing == "zlib level 9"
+
+
+def test_version_4_is_read():
+    header = {name: value for name, value in HEADER.items() if name != "streams"}
+    header |= {"compressor": ["zlib", 9], "payload_bytes": len(PAYLOAD)}
+    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    got = unpack(artifact._prefix(text, COMPRESSED, 4) + text + COMPRESSED)
+    assert all(torch.equal(got.state[name], w) for name, w in unpack(BLOB).state.items())
+    with pytest.raises(InputError, match="canonical form"):
+        bad = text.replace(f'"payload_bytes":{len(PAYLOAD)}'.encode(), b'"payload_bytes":1')
+        unpack(artifact._prefix(bad, COMPRESSED, 4) + bad + COMPRESSED)
 
 
 def test_the_layout_is_chosen_on_whole_leading_layers(monkeypatch):
@@ -209,15 +248,18 @@ def test_values_that_no_encoder_makes_are_neither_written_nor_read(name, edit, m
     edit(encoded[name])
     with pytest.raises(InputError, match=message):
         seal(encoded, model=MODEL, quant=quant, **SOURCE)
+    payload = payload_of(encoded, header["columns"])
+    stream = CODECS["zlib"].compress(payload, 9)
     with pytest.raises(InputError, match=message):
-        unpack(sealed(header, CODECS["zlib"].compress(artifact._join(encoded, set(header["columns"])), 9)))
+        unpack(sealed(header | one_stream("zlib", 9, stream, len(payload)), stream))
 
 
 def test_a_model_beyond_the_payload_limit_is_refused_before_allocation(monkeypatch):
     huge = ModelConfig(vocab_size=65_536, num_layers=1000, model_dim=2**20, mlp_hidden=2**30)
-    info = ArtifactInfo(huge, Quantizer(huge, QUANT).formats, 64, DIGEST, "zlib", 9, frozenset())
+    quantizer = Quantizer(huge, QUANT)
+    fields = {"model": to_dict(huge), "tensors": {name: artifact._entry(f) for name, f in quantizer.formats.items()}}
     with pytest.raises(InputError, match=r"its tensors take \d+ bytes, more than"):
-        unpack(sealed(info.header(), COMPRESSED))
+        unpack(sealed(HEADER | fields, COMPRESSED))
     monkeypatch.setattr(artifact, "MAX_PAYLOAD_BYTES", Quantizer(MODEL, QUANT).payload_bytes - 1)
     with pytest.raises(InputError, match="more than"):
         packed()
@@ -264,7 +306,7 @@ def test_forged_damage_is_refused_or_decodes_to_finite_weights(data):
     ("offset", "value", "message"),
     [
         (0, b"PK\3\4\0\0\0\0", "magic"),
-        (8, b"\1\0\0\0", "version 1, this program reads version 4"),
+        (8, b"\1\0\0\0", "version 1, this program reads versions 4 to 5"),
         (12, (10**6 + 1).to_bytes(4, "little"), "header of 1000001 bytes"),
         (16, b"\xff" * 8, "truncated: .* bytes are missing"),
         (24, bytes(32), "SHA-256 does not match"),
@@ -294,7 +336,7 @@ LAYER = [[1, 8, 8], "int6", "float16"]
     [
         ({"extra": 1}, "fields are .*extra"),
         (model(hidden=1), "unknown key model.hidden"),
-        (model(num_layers=3), "canonical form, or a value contradicts its model config"),
+        (model(num_layers=3), r"its streams hold \d+ bytes, its tensors take"),
         (model(num_layers=2**62, vocab_size=2**16), "do not hold its|more than"),
         (model(logit_softcap=10**400), "bad header"),
         (tensors(c_q=None), "groups of tensor c_q do not hold its 2 layers once each"),
@@ -306,11 +348,17 @@ LAYER = [[1, 8, 8], "int6", "float16"]
         (tensors(c_q=[[2.0, 8, 8], "int6", "float16"]), "canonical form"),
         (tensors(c_q=[[2, 8, 8], "int9", "float16"]), "tensor format 'int9', expected one of float32"),
         (tensors(c_q=[[2, 8, 8], "int6", ["float16"]]), "bad header"),
-        (tensors(c_q=[[2, 8, 8], "float32"]), "payload_bytes is .*, expected"),
-        ({"payload_bytes": HEADER["payload_bytes"] + 1}, "payload_bytes is .*, expected"),
-        ({"compressor": ["gzip", 9]}, "compressor 'gzip', expected one of zlib, "),
-        ({"compressor": ["zlib", 10]}, r"level 10, expected an integer in 0\.\.9"),
-        ({"compressor": "zlib"}, "bad header"),
+        (tensors(c_q=[[2, 8, 8], "float32"]), r"its streams hold \d+ bytes, its tensors take"),
+        (one_stream("zlib", 9, COMPRESSED, len(PAYLOAD) + 1), r"its streams hold \d+ bytes, its tensors take"),
+        (one_stream("gzip", 9, COMPRESSED), "compressor 'gzip', expected one of zlib, "),
+        (one_stream("zlib", 10, COMPRESSED), r"level 10, expected an integer in 0\.\.9"),
+        (one_stream("zlib", 9, COMPRESSED + b"x"), r"its streams have \d+ bytes, the file"),
+        (one_stream("zlib", 9, COMPRESSED, -1), r"payload_bytes -1, expected an integer in 0\.\."),
+        ({"streams": []}, "0 streams, expected 1 to 64"),
+        ({"streams": [["zlib", 9, 0, 0]] * 100}, "65 streams, expected 1 to 64"),
+        ({"streams": [["zlib", 9, 0]]}, "bad header"),
+        ({"streams": "zlib"}, "bad header"),
+        ({"compressor": ["zlib", 9]}, "fields are .*compressor"),
         ({"columns": ["c_k"]}, "canonical form"),
         ({"columns": ["c_q", "c_q"]}, "canonical form"),
         ({"columns": 7}, "bad header"),
@@ -348,12 +396,11 @@ def test_other_texts_are_no_header(text, message):
 def test_damaged_streams_are_refused(compressor):
     level = CODECS[compressor].level
     stream = CODECS[compressor].compress(PAYLOAD, level)
-    header = HEADER | {"compressor": [compressor, level]}
-    assert unpack(sealed(header, stream)).info.compressor == compressor
+    assert unpack(sealed(HEADER | one_stream(compressor, level, stream), stream)).info.compressor == compressor
     lengths = [CODECS[compressor].compress(payload, level) for payload in (PAYLOAD[:-1], PAYLOAD + b"\0")]
     for damaged in (b"", stream[:-1], stream[: len(stream) // 2], stream + b"\0", stream + stream, *lengths):
         with pytest.raises(InputError, match=f"bad {compressor} payload|truncated|follow the|more than|its tensors"):
-            unpack(sealed(header, damaged))
+            unpack(sealed(HEADER | one_stream(compressor, level, damaged), damaged))
 
 
 @pytest.mark.parametrize("compressor", CODECS)
@@ -373,7 +420,7 @@ def test_long_streams_are_read_to_the_end(compressor, extra):
 def test_bombs_are_refused_in_little_memory(compressor):
     stream = CODECS[compressor].compress(bytes(32 * 2**20), CODECS[compressor].level)
     assert len(stream) < 2**17
-    blob = sealed(HEADER | {"compressor": [compressor, 9]}, stream)
+    blob = sealed(HEADER | one_stream(compressor, 9, stream), stream)
     tracemalloc.start()
     with pytest.raises(InputError, match=f"it holds more than {len(PAYLOAD)} bytes"):
         unpack(blob)
@@ -389,7 +436,7 @@ def test_zstd_frames_that_hide_or_falsify_their_size_are_refused():
     assert honest.count(declared) == 1
     for stream in (hidden, honest.replace(declared, len(PAYLOAD).to_bytes(4, "little"))):
         with pytest.raises(InputError, match="bad zstd payload"):
-            unpack(sealed(HEADER | {"compressor": ["zstd", 22]}, stream))
+            unpack(sealed(HEADER | one_stream("zstd", 22, stream), stream))
 
 
 # Files

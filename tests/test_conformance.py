@@ -19,7 +19,6 @@ import torch
 from golfgpt_kernels import RowQuant, newton_schulz, quantize_rows
 from models import fake_quantized, unseen
 from safetensors import safe_open
-from searches import clip_search, damped_twice, gptq_clip_search, group_scores, hessian_aware_scales
 
 from golfgpt.config import (
     AverageConfig,
@@ -45,10 +44,12 @@ from golfgpt.model.rotary import rope_table
 from golfgpt.model.segments import Segments
 from golfgpt.optim.optimizers import Muon
 from golfgpt.optim.schedule import muon_momentum
+from golfgpt.published import quantizers
 from golfgpt.published.files import read_export
 from golfgpt.published.names import from_published, infer_config, split_banks, to_published
+from golfgpt.quant.formats import QuantizedTensor, TensorFormat, parse_layer_group
 from golfgpt.quant.gptq import solve
-from golfgpt.quant.quantizer import Quantizer, parse_layer_group, prune_threshold, pruned
+from golfgpt.quant.quantizer import Quantizer, prune_threshold, pruned
 from golfgpt.recipes import RECIPES
 from golfgpt.score.windows import Scorer, Windows, score_windows
 from golfgpt.train.step import TrainStep
@@ -530,51 +531,52 @@ def check_loaders(v: Vectors) -> None:
         assert found.tolist() == v[name].tolist(), name
 
 
+def damped_twice(hessian: torch.Tensor) -> torch.Tensor:
+    """What 2026-03-25 and 2026-03-29 give their solver, which damps again."""
+    return hessian + 0.01 * hessian.diagonal().mean().clamp_min(1e-6) * torch.eye(len(hessian))
+
+
 def check_gptq(v: Vectors) -> None:
     bits = {15: 5, 31: 6, 63: 7, 127: 8}
     for case in v.meta["cases"]:
         tag = case["case"]
-        w, h = v[f"{tag}.W"], v[f"{tag}.H"]
+        w, h = v[f"{tag}.W"][None], v[f"{tag}.H"][None]
         if f"{tag}.H_damped" in v:
             inputs = [v[f"{tag}.X.{i}"].float() for i in range(case["n_batches"])]
-            assert relative(sum(x.T @ x for x in inputs) / len(inputs), h) <= 1e-5
-            assert relative(damped_twice(h), v[f"{tag}.H_damped"]) <= 1e-5
+            assert relative(sum(x.T @ x for x in inputs) / len(inputs), h[0]) <= 1e-5
+            assert relative(damped_twice(h[0]), v[f"{tag}.H_damped"]) <= 1e-5
         for variant in case["variants"]:
-            name, kind, largest = f"{tag}.{variant['name']}", variant["kind"], variant.get("clip_range")
-
-            def by_deviation(largest: int, variant: dict = variant, w: torch.Tensor = w) -> torch.Tensor:
+            name, kind, largest = f"{tag}.{variant['name']}", variant["kind"], variant.get("clip_range", 127)
+            spec = RowQuant(bits=bits[largest], scale_floor=1 / largest)
+            if "clip_sigmas" in variant:
                 spec = RowQuant(bits=bits[largest], clip="deviation", deviations=variant["clip_sigmas"])
-                return quantize_rows(w, spec, impl="eager")[1]
+            scale = quantize_rows(w, spec, impl="eager")[1]
 
-            columns = largest
-            if kind == "clip_search":
-                codes, scale = clip_search(w, largest)
-            elif kind == "gptq_clip_search":
-                codes, scale = gptq_clip_search(w, h, largest)
+            def solver(w, scale, largest=largest, h=h):
+                return solve(w, h, scale, largest)
+
+            if kind in ("clip_search", "gptq_clip_search"):
+                codes, scale = quantizers.clip_search(w, spec, solver if kind == "gptq_clip_search" else None)
             elif kind == "int8_row":
-                part = w[variant["first_row"] :, : variant["columns"]].contiguous()
+                part = w[:, variant["first_row"] :, : variant["columns"]].contiguous()
                 codes, scale = quantize_rows(part, RowQuant(bits=8), impl="eager")
+            elif kind == "gptq_hessian_sdclip":
+                scale = quantizers.hessian_scales(w, h, spec, variant["hessian_clip_lambda"], 0.01)
+                codes = solver(w, scale.float()[..., None], largest)
             else:
-                scale = by_deviation(largest) if kind != "gptq_hessian_sdclip" else hessian_aware_scales(
-                    w, h, largest, variant["clip_sigmas"], variant["hessian_clip_lambda"]
-                )  # fmt: skip
-                of_columns = scale.float()[:, None].expand(w.shape)
-                if kind == "gptq_sdclip_awq":
-                    group, high = variant["group_size"], variant["protect_clip_range"]
-                    scores = group_scores(w, v[f"{tag}.awq.act_rms"], group)
-                    torch.testing.assert_close(scores, v[f"{tag}.awq.group_scores"])
-                    start = int(scores.argmax()) * group
-                    assert [start] == variant["starts"]
-                    protected = (torch.arange(w.size(1)) - start).unsqueeze(0).ge(0) & (
-                        torch.arange(w.size(1)) < start + group
-                    )
-                    wide = by_deviation(high)
-                    assert torch.equal(wide, v[f"{name}.s_hi"])
-                    of_columns = torch.where(protected, wide.float()[:, None], of_columns)
-                    columns = torch.where(protected[0], high, largest)
-                codes = solve(w[None], h[None], of_columns[None], columns)[0]
-            assert torch.equal(scale, v[f"{name}.scale"]), name
-            different = (codes.int() - v[f"{name}.q"].int()).abs()
+                codes = solver(w, scale.float()[..., None], largest)
+            if kind == "gptq_sdclip_awq":
+                group = variant["group_size"]
+                scores = quantizers.group_scores(w[0], v[f"{tag}.awq.act_rms"], group)
+                torch.testing.assert_close(scores, v[f"{tag}.awq.group_scores"])
+                start = int(scores.argmax()) * group
+                assert [start] == variant["starts"]
+                tensor = QuantizedTensor(TensorFormat(tuple(w.shape), f"int{spec.bits}", "float16"), codes, scale)
+                tensor = quantizers.widened(tensor, w, slice(start, start + group), spec, solver)
+                codes = tensor.values
+                assert torch.equal(tensor.wide_scale[0], v[f"{name}.s_hi"])
+            assert torch.equal(scale[0], v[f"{name}.scale"]), name
+            different = (codes[0].int() - v[f"{name}.q"].int()).abs()
             assert different.max() <= 1 and (different > 0).float().mean() <= 0.001, name
 
 

@@ -13,13 +13,14 @@ from models import SMALL, lively, metrics, packed
 
 import golfgpt
 from golfgpt.cli import main
-from golfgpt.config import DataConfig, LoopConfig, ModelConfig, QuantConfig
+from golfgpt.config import LoopConfig, ModelConfig, QuantConfig, RunConfig
 from golfgpt.data.shards import Dataset
 from golfgpt.distributed import Ranks
 from golfgpt.errors import InputError, NonFiniteError
 from golfgpt.quant import artifact, calibration
+from golfgpt.quant.formats import decode
 from golfgpt.quant.gptq import solve
-from golfgpt.quant.quantizer import Quantizer, decode
+from golfgpt.quant.quantizer import Quantizer
 from golfgpt.train.train import train
 
 pytestmark = pytest.mark.numeric
@@ -111,7 +112,7 @@ def test_hessians_are_sums_over_inputs_and_passes():
 def test_text_that_is_too_short_or_makes_no_sense():
     text = SimpleNamespace(train=[torch.ones(500).numpy().astype("uint16")], train_tokens=500)
     with pytest.raises(InputError, match=r"quant\.calibration_tokens is 501; expected at most the 500 tokens"):
-        list(calibration.batches(DataConfig(), 501, text, CPU, torch.float32))
+        list(calibration.training_text(RunConfig(quant=QuantConfig(calibration_tokens=501)), text, CPU, torch.float32))
     model = lively()
     model.mlp_fc.data[3] = torch.nan
     ids = torch.zeros(1, 8, dtype=torch.int64)
@@ -119,18 +120,19 @@ def test_text_that_is_too_short_or_makes_no_sense():
         calibration.hessians(model, [(ids, None)], Quantizer(SMALL, replace(QUANT, rules=())), CPU, torch.float32)
 
 
-@pytest.mark.parametrize("record", [False, True], ids=["plain", "2026-04-27"])
-def test_codes_do_not_depend_on_ranks(tiny, corpus, record):
-    """Three ranks see 3, 3 and 2 spans of every step."""
-    tiny = packed(tiny) if record else tiny
+@pytest.mark.parametrize("case", ["plain", "2026-04-27", "samples"])
+def test_hessians_do_not_depend_on_ranks(tiny, corpus, case):
+    """Three ranks see 3, 3 and 2 spans of every step; or six batches of samples, two each."""
+    tiny = packed(tiny) if case == "2026-04-27" else tiny
+    source = "samples" if case == "samples" else "train"
     dataset, model = Dataset.open(corpus), lively(tiny.model)
     quantizer = Quantizer(tiny.model, replace(tiny.quant, bits=5, method="gptq"))
 
     def found(ranks: Ranks) -> dict[str, torch.Tensor]:
         sums = []
         ranks = SimpleNamespace(rank=ranks.rank, world=ranks.world, device=ranks.device, sum_=sums.append)
-        text = calibration.batches(tiny.data, 3000, dataset, ranks, torch.float32)
-        calibration.hessians(model, text, quantizer, ranks, torch.float32)
+        config = replace(tiny, quant=replace(quantizer.config, calibration_tokens=3000, calibration=source))
+        calibration.calibrate(config, model, dataset, ranks, torch.float32)
         return sums
 
     alone, parts = found(CPU), [found(Ranks(rank, 3, CPU.device)) for rank in range(3)]
@@ -145,7 +147,7 @@ def test_a_run_and_an_export_ship_what_was_scored(tiny, tmp_path, capsys):
     config = replace(tiny, quant=quant, schedule=replace(tiny.schedule, max_seconds=500.0, reserve_seconds=60.0))
     result, run = train(config, tmp_path / "run"), tmp_path / "run"
     log = (run / "train.log").read_text()
-    assert "gptq:5 of 12 tensor groups, quantized again after fake quantization" in log
+    assert "gptq:codes chosen on 4,096 tokens of train, quantized again after fake quantization" in log
     assert result["seconds"]["calibrate"] > 0 and "more than schedule.max_seconds" not in log
     shipped = artifact.read(run / "model.golf").state
     model, _ = golfgpt.load(run)
@@ -192,9 +194,7 @@ def test_rules_with_deviations():
         QuantConfig(deviations=3.0)
     with pytest.raises(ValueError, match=r"quant\.clip is deviation and quant\.deviations is 0; expected a positive"):
         QuantConfig(clip="deviation")
-    with pytest.raises(
-        ValueError, match=r"tok_emb\.weight has @14, which only quant\.clip deviation reads; got clip max"
-    ):
-        QuantConfig(rules=rules)
+    by_rule = Quantizer(config, QuantConfig(rules=("tok_emb.weight=int8@20", "*.c_k.*=int8@quantile"), keep_numel=0))
+    assert [by_rule.spec(name).clip for name in ("tok_emb", "c_k", "c_v")] == ["deviation", "quantile", "max"]
     with pytest.raises(ValueError, match=r"quant\.rules: got 'a=float16@3'"):
         QuantConfig(rules=("a=float16@3",))

@@ -18,7 +18,8 @@ from golfgpt.importer import layer_groups_of
 from golfgpt.published.files import read_export
 from golfgpt.published.names import from_published, to_published
 from golfgpt.quant import artifact
-from golfgpt.quant.quantizer import Quantizer, decode
+from golfgpt.quant.formats import decode
+from golfgpt.quant.quantizer import Quantizer
 from golfgpt.train.run_folder import trained_weights
 from golfgpt.train.train import train
 

@@ -13,16 +13,8 @@ from golfgpt.config import BigramConfig, ModelConfig, QuantConfig
 from golfgpt.errors import InputError
 from golfgpt.model.gpt import GPT
 from golfgpt.model.parameters import parameter_shapes, parameter_table
-from golfgpt.quant.quantizer import (
-    QuantizedTensor,
-    Quantizer,
-    TensorFormat,
-    decode,
-    payload_bytes,
-    plan_formats,
-    prune_threshold,
-    pruned,
-)
+from golfgpt.quant.formats import QuantizedTensor, TensorFormat, decode, payload_bytes
+from golfgpt.quant.quantizer import Quantizer, plan_formats, prune_threshold, pruned
 from golfgpt.recipes import RECIPES
 
 pytestmark = pytest.mark.numeric

@@ -18,7 +18,8 @@ from golfgpt.optim.averaging import Average
 from golfgpt.optim.flat import FlatGradients
 from golfgpt.optim.schedule import lr_multiplier, quantization_aware
 from golfgpt.quant import artifact, compute_copies
-from golfgpt.quant.quantizer import Quantizer, decode
+from golfgpt.quant.formats import decode
+from golfgpt.quant.quantizer import Quantizer
 from golfgpt.recipes import RECIPES
 from golfgpt.train.step import TrainStep
 

@@ -24,7 +24,8 @@ from golfgpt.distributed import Ranks
 from golfgpt.errors import BudgetError, InputError, Interrupted, NonFiniteError
 from golfgpt.optim.flat import FlatGradients
 from golfgpt.quant import artifact
-from golfgpt.quant.quantizer import Quantizer, decode
+from golfgpt.quant.formats import decode
+from golfgpt.quant.quantizer import Quantizer
 from golfgpt.recipes import RECIPES
 from golfgpt.train import checkpoint
 from golfgpt.train.clock import Ledger

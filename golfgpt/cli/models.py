@@ -42,7 +42,7 @@ def inspect(args: Inspect) -> int:
         "sha256": sha256_file(file),
         "parameters": info.parameters,
         "payload_bytes": info.payload_bytes,
-        "compressor": f"{info.compressor} level {info.level}",
+        "compressor": info.packing,
         "tokenizer_sha256": info.tokenizer_sha256,
         "seq_len": info.seq_len,
         **_flat(to_dict(info.model), "model."),
@@ -218,7 +218,7 @@ def export(args: Export) -> int:
         print_json({"file": str(out), "source": source, "tensors": len(to_published(state)), "bytes": size})
     elif args.to == "golf":
         print(tensor_table(written.table()))
-        print(f"\n{out}: {size:,} bytes, {written.compressor} level {written.level}, from the {source}'s weights")
+        print(f"\n{out}: {size:,} bytes, {written.packing}, from the {source}'s weights")
         here = out.resolve().parent == folder.resolve()
         print(
             f"next: golfgpt eval {out}"
@@ -235,11 +235,10 @@ def _hessians(args: Export, model: ModelConfig, state: dict[str, Any]) -> dict[s
     from golfgpt import distributed
     from golfgpt.model.gpt import GPT
     from golfgpt.quant import calibration
-    from golfgpt.quant.quantizer import Quantizer
     from golfgpt.score.evaluate import open_dataset
     from golfgpt.train.compute_dtype import select_dtype
 
-    config, quant = stored_config(args.run), args.quant
+    config = replace(stored_config(args.run), quant=args.quant, model=model)
     if args.data:
         config = replace(config, data=replace(config.data, path=str(args.data)))
     ranks = distributed.start(config.runtime.device)
@@ -252,8 +251,7 @@ def _hessians(args: Export, model: ModelConfig, state: dict[str, Any]) -> dict[s
         def progress(text: str) -> None:
             print(text, file=sys.stderr)
 
-        text = calibration.batches(config.data, quant.calibration_tokens, dataset, ranks, dtype, progress)
-        return calibration.hessians(gpt, text, Quantizer(model, quant), ranks, dtype)
+        return calibration.calibrate(config, gpt, dataset, ranks, dtype, progress)
     finally:
         ranks.close()
 
@@ -295,7 +293,7 @@ def import_file(args: Import) -> int:
     print(tensor_table(info.table()))
     print(
         f"\n{args.file}: {export.format}, {export.compressor or 'not compressed'}, {args.file.stat().st_size:,} bytes; "
-        f"{info.parameters:,} parameters\n{path}/model.golf: {info.compressor} level {info.level}, "
+        f"{info.parameters:,} parameters\n{path}/model.golf: {info.packing}, "
         f"{info.file_bytes:,} bytes" + ("" if export.codes else f", rounded here ({args.config.quant.bits} bits)")
     )
     if args.config.quant.method == "gptq" and not export.codes:

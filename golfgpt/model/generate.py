@@ -44,3 +44,16 @@ def generate(
         out.append(token)
         hidden = model(torch.tensor([[token]], device=ids.device), cache=cache)
     return out
+
+
+@torch.inference_mode()
+def sample(
+    model: GPT, first: Tensor, length: int, *, temperature: float, generator: torch.Generator, dtype: torch.dtype
+) -> Tensor:
+    """Sequences (B, length) that begin with first (B, 1), computed in `dtype`; `length` is also the window."""
+    cache, weights, ids = KVCache(length), model.weights(dtype), [first]
+    for _ in range(length - 1):
+        hidden = model(ids[-1], dtype=dtype, weights=weights, cache=cache)
+        chances = (model.logits(hidden[:, -1]) / temperature).softmax(-1)
+        ids.append(torch.multinomial(chances, 1, generator=generator))
+    return torch.cat(ids, dim=1)

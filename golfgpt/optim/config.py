@@ -85,8 +85,9 @@ class ScheduleConfig(Section):
     """Maximum number of optimizer steps."""
     max_seconds: Positive | None = 600.0
     """Maximum training time in seconds, without compilation, warm-up, checkpoints and evaluation; None: no limit."""
-    reserve_seconds: NotNegative = 0.0
-    """Part of max_seconds in which nothing is trained. Published runs calibrate their quantizer in it."""
+    reserve_seconds: NotNegative | None = None
+    """Part of max_seconds in which nothing is trained, for the calibration of quant.method gptq. None: what a small
+    calibration in the warm-up, timed, says that it takes; without gptq nothing. Published runs fix a number."""
     kind: Literal["warmdown_steps", "warmdown_frac"] = "warmdown_frac"
     """Which rule sets the length of the decay. warmdown_steps: as published, a number of steps, converted to time with
     the mean step time. warmdown_frac: the last fraction of the budget of steps or of seconds, whichever is closer
@@ -119,7 +120,7 @@ class ScheduleConfig(Section):
     @property
     def cap(self) -> float | None:
         """Seconds in which training must end; None: no limit."""
-        return None if self.max_seconds is None else self.max_seconds - self.reserve_seconds
+        return None if self.max_seconds is None else self.max_seconds - (self.reserve_seconds or 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

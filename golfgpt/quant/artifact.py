@@ -1,28 +1,30 @@
 """`model.golf`: the container of a trained model.
 
     magic        8 bytes   b"golfgpt\\0"
-    version      uint32    4                                     numbers are little-endian
+    version      uint32    5                                     numbers are little-endian
     header       uint32    bytes of the header, at most 1 MB
-    compressed   uint64    bytes of the compressed payload
+    compressed   uint64    bytes of the compressed streams
     digest      32 bytes   SHA-256 of everything else, in file order
     header                 canonical JSON: sorted keys, no spaces
-    compressed payload     nothing may follow
+    streams                one after another; nothing may follow
 
 The header holds the model config, the training sequence length, the tokenizer's SHA-256, the shape and format of each
-layer group (a bank, or some layers of one), the groups whose codes are stored by columns, the compressor with its
-level, and the exact payload length: all that decoding needs, and nothing of how the weights were made. The payload
-holds the codes of every quantized group, then the scales, then the passthrough groups, in the order of the parameter
-table. Numbers of two and four bytes are stored as byte planes (all first bytes, all second bytes, ...): exponents
-compress and mantissas do not, and keeping them apart saves 7 to 17 kB of the baseline's 15.8 MB.
+layer group (a bank, or some layers of one), the groups whose codes are stored by columns, and the streams, each with
+its compressor, level and lengths: all that decoding needs, and nothing of how the weights were made. The streams
+decompress to the parts of one payload: the codes of every quantized group, then their scales and corrections, then the
+passthrough groups, in the order of the parameter table. There is one stream for everything, or one for the codes of
+each bank and one for the rest, whichever is smaller (LOG.md: a few bytes either way). Numbers of two and four bytes are
+stored as byte planes (all first bytes, all second bytes, ...): exponents compress and mantissas do not, and keeping
+them apart saves 7 to 17 kB of the baseline's 15.8 MB.
 
 The rows of each matrix of codes are stored in the order of their scales, ties in the order of the matrix. Rows of like
 scale are alike in their outliers, and compressors adapt to stretches of one distribution. The reader derives the order
 from the scales, so it costs nothing. The codes then follow by rows or by columns, whichever is smaller for the group:
 inputs differ in size too. Both together save 0.1 to 0.4 percent of the file for models trained here (LOG.md).
 
-Reading trusts no length: each is checked before memory is allocated, and the payload must be as long as the shapes add
-up to. Every defect is an InputError that names it. The digest finds damage; it does not authenticate. There is no
-pickle and no code in the file.
+Version 4, which has one stream, is read too. Reading trusts no length: each is checked before memory is allocated, and
+the streams must decompress to as many bytes as the shapes add up to. Every defect is an InputError that names it. The
+digest finds damage; it does not authenticate. There is no pickle and no code in the file.
 """
 
 from __future__ import annotations
@@ -31,11 +33,11 @@ import hashlib
 import json
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -46,9 +48,8 @@ from golfgpt.errors import InputError
 from golfgpt.files import write_bytes
 from golfgpt.model.parameters import parameter_shapes
 from golfgpt.quant.codecs import CODECS, compress, decompress
-from golfgpt.quant.quantizer import (
+from golfgpt.quant.formats import (
     QuantizedTensor,
-    Quantizer,
     TensorFormat,
     TensorReport,
     decode,
@@ -57,10 +58,12 @@ from golfgpt.quant.quantizer import (
     payload_bytes,
     tensor_report,
 )
+from golfgpt.quant.quantizer import Quantizer
 
 MAGIC = b"golfgpt\0"
-VERSION = 4
-"""3 until model.bigram became a config of its own. A release with new fields of ModelConfig raises it."""
+VERSION, OLDEST = 5, 4
+"""The version that is written, and the oldest that is read. A release with new fields of ModelConfig raises both."""
+MAX_STREAMS = 64
 MAX_HEADER_BYTES = 10**6
 MAX_PAYLOAD_BYTES = 256 * 2**20
 """Largest payload, compressed or not."""
@@ -74,9 +77,18 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 _NUMPY = {"int8": "i1", "float16": "<f2", "float32": "<f4"}
 
 
+class Stream(NamedTuple):
+    """A part of the payload, compressed."""
+
+    compressor: str
+    level: int
+    payload_bytes: int
+    compressed_bytes: int
+
+
 @dataclass(frozen=True)
 class ArtifactInfo:
-    """What the header of an artifact says, and the size of its payload."""
+    """What the header of an artifact says."""
 
     model: ModelConfig
     formats: dict[str, TensorFormat]
@@ -84,39 +96,59 @@ class ArtifactInfo:
     seq_len: int
     """Tokens per training sequence."""
     tokenizer_sha256: str
-    compressor: str
-    level: int
+    streams: tuple[Stream, ...]
     columns: frozenset[str]
     """Groups whose codes are stored column after column; those of all others, row after row."""
-    compressed_bytes: int = 0
+    version: int = VERSION
 
     def __post_init__(self) -> None:
         """Raises InputError for what no header holds."""
-        if self.compressor not in CODECS:
-            raise InputError(f"compressor {self.compressor!r}, expected one of {', '.join(CODECS)}")
         if not re.fullmatch("[0-9a-f]{64}", self.tokenizer_sha256):
             raise InputError(f"tokenizer_sha256 {self.tokenizer_sha256!r}, expected 64 hexadecimal digits")
-        for name, low, high in ("level", 0, CODECS[self.compressor].level), ("seq_len", 1, MAX_SEQ_LEN):
-            value = getattr(self, name)
+        if not 1 <= len(self.streams) <= MAX_STREAMS:
+            raise InputError(f"{len(self.streams)} streams, expected 1 to {MAX_STREAMS}")
+        numbers = [("seq_len", self.seq_len, 1, MAX_SEQ_LEN)]
+        for compressor, level, payload, compressed in self.streams:
+            if compressor not in CODECS:
+                raise InputError(f"compressor {compressor!r}, expected one of {', '.join(CODECS)}")
+            numbers.append(("level", level, 0, CODECS[compressor].level))
+            numbers.append(("payload_bytes", payload, 0, MAX_PAYLOAD_BYTES))
+            numbers.append(("compressed_bytes", compressed, 0, 2 * MAX_PAYLOAD_BYTES))
+        for name, value, low, high in numbers:
             if type(value) is not int or not low <= value <= high:
                 raise InputError(f"{name} {value!r}, expected an integer in {low}..{high}")
+        if (total := sum(stream.payload_bytes for stream in self.streams)) != self.payload_bytes:
+            raise InputError(f"its streams hold {total} bytes, its tensors take {self.payload_bytes}")
 
     def header(self) -> bytes:
-        """Canonical JSON of all but compressed_bytes."""
+        """Canonical JSON."""
+        packing = {"streams": self.streams}
+        if self.version == 4:
+            packing = {"compressor": self.streams[0][:2], "payload_bytes": self.payload_bytes}
         fields = {
             "columns": [name for name in self.formats if name in self.columns],
-            "compressor": [self.compressor, self.level],
             "model": to_dict(self.model),
-            "payload_bytes": self.payload_bytes,
             "seq_len": self.seq_len,
-            "tensors": {
-                name: [f.shape, f.format, *(item for item in (f.scale, f.group) if item is not None)]
-                for name, f in self.formats.items()
-            },
+            "tensors": {name: _entry(format) for name, format in self.formats.items()},
             "tokenizer_sha256": self.tokenizer_sha256,
         }
-        text = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        text = json.dumps(fields | packing, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
         return text.encode()
+
+    @property
+    def compressor(self) -> str:
+        """Those of the streams, as brotli or brotli/lzma."""
+        return "/".join(sorted({stream.compressor for stream in self.streams}))
+
+    @property
+    def packing(self) -> str:
+        """Compressors with levels, and the number of streams."""
+        kinds = sorted({f"{stream.compressor} level {stream.level}" for stream in self.streams})
+        return ", ".join(kinds) + (f" ({len(self.streams)} streams)" if len(self.streams) > 1 else "")
+
+    @property
+    def compressed_bytes(self) -> int:
+        return sum(stream.compressed_bytes for stream in self.streams)
 
     @property
     def header_bytes(self) -> int:
@@ -162,11 +194,19 @@ def seal(
     formats = {name: tensor.format for name, tensor in encoded.items()}
     check_payload_bytes(formats)
     for name, tensor in encoded.items():
-        _check_values(name, tensor.format, tensor.values, tensor.scale)
+        _check_values(tensor, name)
     columns = _smaller_by_columns(encoded, quant.compressor, quant.level)
-    compressor, level, compressed = compress(_join(encoded, columns), quant.compressor, quant.level)
-    header = ArtifactInfo(model, formats, seq_len, tokenizer_sha256, compressor, level, columns).header()
+    streams, compressed = _compress(_parts(encoded, columns), quant.compressor, quant.level)
+    header = ArtifactInfo(model, formats, seq_len, tokenizer_sha256, streams, columns).header()
     return _prefix(header, compressed) + header + compressed
+
+
+def _entry(format: TensorFormat) -> list:
+    """A format in the header: its fields, without those at the end that are None."""
+    fields = list(astuple(format))
+    while fields[-1] is None:
+        fields.pop()
+    return fields
 
 
 def pack(state: Mapping[str, Tensor], *, model: ModelConfig, quant: QuantConfig, **options: Any) -> bytes:
@@ -201,7 +241,11 @@ def inspect(path: str | Path) -> ArtifactInfo:
 def unpack(blob: bytes) -> Artifact:
     """`read` of an artifact in memory."""
     info, compressed = _open(blob)
-    payload = np.frombuffer(decompress(info.compressor, compressed, info.payload_bytes), np.uint8)
+    parts = []
+    for stream in info.streams:
+        piece, compressed = compressed[: stream.compressed_bytes], compressed[stream.compressed_bytes :]
+        parts.append(np.frombuffer(decompress(stream.compressor, piece, stream.payload_bytes), np.uint8))
+    payload = parts[0] if len(parts) == 1 else np.concatenate(parts)
     tensors = _split(payload, info.formats, info.columns)
     return Artifact(info, decode(tensors))
 
@@ -209,14 +253,15 @@ def unpack(blob: bytes) -> Artifact:
 def header_bytes(quantizer: Quantizer) -> int:
     """Bytes of an artifact beside its compressed payload, at most."""
     columns = frozenset(name for name, format in quantizer.formats.items() if format.quantized)
-    return ArtifactInfo(quantizer.model, quantizer.formats, 10**6, "0" * 64, "brotli", 11, columns).file_bytes
+    streams = (Stream("brotli", 11, quantizer.payload_bytes, 0),)
+    return ArtifactInfo(quantizer.model, quantizer.formats, 10**6, "0" * 64, streams, columns).file_bytes
 
 
 # Container
 
 
-def _prefix(header: bytes, compressed: bytes | memoryview) -> bytes:
-    lengths = _PREFIX.pack(MAGIC, VERSION, len(header), len(compressed), b"")[:-_DIGEST_BYTES]
+def _prefix(header: bytes, compressed: bytes | memoryview, version: int = VERSION) -> bytes:
+    lengths = _PREFIX.pack(MAGIC, version, len(header), len(compressed), b"")[:-_DIGEST_BYTES]
     digest = hashlib.sha256(lengths + header)
     digest.update(compressed)
     return lengths + digest.digest()
@@ -240,8 +285,8 @@ def _open(blob: bytes) -> tuple[ArtifactInfo, memoryview]:
     magic, version, header_bytes, compressed_bytes, _ = _PREFIX.unpack_from(blob)
     if magic != MAGIC:
         raise InputError("it does not start with the magic of an artifact")
-    if version != VERSION:
-        raise InputError(f"version {version}, this program reads version {VERSION}")
+    if not OLDEST <= version <= VERSION:
+        raise InputError(f"version {version}, this program reads versions {OLDEST} to {VERSION}")
     if header_bytes > MAX_HEADER_BYTES:
         raise InputError(f"it claims a header of {header_bytes} bytes, more than {MAX_HEADER_BYTES}")
     excess = len(blob) - (_PREFIX.size + header_bytes + compressed_bytes)
@@ -249,31 +294,34 @@ def _open(blob: bytes) -> tuple[ArtifactInfo, memoryview]:
         raise InputError(f"{excess} trailing bytes" if excess > 0 else f"truncated: {-excess} bytes are missing")
     start = _PREFIX.size + header_bytes
     header, compressed = blob[_PREFIX.size : start], memoryview(blob)[start:]
-    if _prefix(header, compressed) != blob[: _PREFIX.size]:
+    if _prefix(header, compressed, version) != blob[: _PREFIX.size]:
         raise InputError("the SHA-256 does not match: the content is damaged")
-    return _parse_header(header, compressed_bytes), compressed
+    return _parse_header(header, compressed_bytes, version), compressed
 
 
 # Header
 
 
-def _parse_header(text: bytes, compressed_bytes: int) -> ArtifactInfo:
+def _parse_header(text: bytes, compressed_bytes: int, version: int) -> ArtifactInfo:
     try:
         fields = json.loads(text)
-        expected = {"columns", "compressor", "model", "payload_bytes", "seq_len", "tensors", "tokenizer_sha256"}
+        packing = {"compressor", "payload_bytes"} if version == 4 else {"streams"}
+        expected = {"columns", "model", "seq_len", "tensors", "tokenizer_sha256"} | packing
         if fields.keys() != expected:
             raise InputError(f"its fields are {sorted(fields)}, expected {sorted(expected)}")
         model = from_dict(ModelConfig, fields["model"], "model")
         formats = _parse_formats(fields["tensors"], parameter_shapes(model))
         check_payload_bytes(formats)
-        seq_len, digest, (compressor, level) = (fields[key] for key in ("seq_len", "tokenizer_sha256", "compressor"))
+        seq_len, digest = fields["seq_len"], fields["tokenizer_sha256"]
         columns = frozenset(name for name, f in formats.items() if f.quantized and name in fields["columns"])
-        info = ArtifactInfo(model, formats, seq_len, digest, compressor, level, columns, compressed_bytes)
+        if version == 4:
+            fields["streams"] = [[*fields["compressor"], payload_bytes(formats), compressed_bytes]]
+        streams = tuple(Stream(*stream) for stream in fields["streams"][: MAX_STREAMS + 1])
+        info = ArtifactInfo(model, formats, seq_len, digest, streams, columns, version)
+        if info.compressed_bytes != compressed_bytes:
+            raise InputError(f"its streams have {info.compressed_bytes} bytes, the file {compressed_bytes}")
         if info.header() != text:
-            raise InputError(
-                f"it is not in canonical form, or a value contradicts its model config and formats (payload_bytes is "
-                f"{fields['payload_bytes']!r}, expected {info.payload_bytes})"
-            )
+            raise InputError("it is not in canonical form, or a value contradicts its model config and formats")
         return info
     except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise InputError(f"bad header: {str(error)[:1000]}") from None  # the header may be all one name
@@ -311,9 +359,10 @@ def check_payload_bytes(formats: Mapping[str, TensorFormat]) -> None:
 
 def _arrays(formats: Mapping[str, TensorFormat]) -> Iterator[tuple[str, str, str, tuple[int, ...]]]:
     """(layer group, field of QuantizedTensor, number format, shape) of each array, in payload order."""
-    quantized = [(name, format) for name, format in formats.items() if format.quantized]
-    yield from ((name, "values", "int8", format.shape) for name, format in quantized)
-    yield from ((name, "scale", format.scale, format.scale_shape) for name, format in quantized)
+    quantized = {name: format.arrays for name, format in formats.items() if format.quantized}
+    yield from ((name, "values", *arrays["values"]) for name, arrays in quantized.items())
+    for name, arrays in quantized.items():
+        yield from ((name, field, *array) for field, array in arrays.items() if field != "values")
     yield from ((name, "values", f.format, f.shape) for name, f in formats.items() if not f.quantized)
 
 
@@ -323,17 +372,30 @@ def _row_order(format: TensorFormat, scale: Tensor) -> np.ndarray:
     return np.argsort(key, axis=-1, kind="stable")[..., None]
 
 
-def _join(tensors: Mapping[str, QuantizedTensor], columns: Set[str]) -> bytes:
-    arrays = []
+def _parts(tensors: Mapping[str, QuantizedTensor], columns: Set[str]) -> list[bytes]:
+    """The payload in parts: the codes of each bank, and the rest."""
+    parts: dict[str, list[bytes]] = {}
     for name, field, number, _ in _arrays({name: tensor.format for name, tensor in tensors.items()}):
         tensor = tensors[name]
         array = getattr(tensor, field).cpu().contiguous().numpy().astype(_NUMPY[number])
-        if number == "int8":
+        is_codes = field == "values" and tensor.format.quantized
+        if is_codes:
             array = np.take_along_axis(array, _row_order(tensor.format, tensor.scale), axis=-2)
             array = array.swapaxes(-1, -2) if name in columns else array
         planes = array.reshape(-1, 1).view(np.uint8).T  # (bytes of a number, numbers)
-        arrays.append(planes.tobytes())
-    return b"".join(arrays)
+        parts.setdefault(parse_layer_group(name)[0] if is_codes else "", []).append(planes.tobytes())
+    rest = parts.pop("", [])
+    return [b"".join(arrays) for arrays in (*parts.values(), rest) if arrays]
+
+
+def _compress(parts: Sequence[bytes], compressor: str, level: int | None) -> tuple[tuple[Stream, ...], bytes]:
+    """The streams of one payload, all in one or part by part, whichever gives fewer bytes."""
+    found = []
+    for pieces in ([b"".join(parts)], parts) if len(parts) > 1 else (parts,):
+        results = [compress(piece, compressor, level) for piece in pieces]
+        streams = [Stream(name, used, len(p), len(c)) for p, (name, used, c) in zip(pieces, results, strict=True)]
+        found.append((tuple(streams), b"".join(result[2] for result in results)))
+    return min(found, key=lambda way: len(way[1]) + len(json.dumps(way[0])))
 
 
 def _split(payload: np.ndarray, formats: Mapping[str, TensorFormat], columns: Set[str]) -> dict[str, QuantizedTensor]:
@@ -341,7 +403,7 @@ def _split(payload: np.ndarray, formats: Mapping[str, TensorFormat], columns: Se
     fields: dict[str, dict[str, Tensor]] = {name: {} for name in formats}
     for name, field, number, shape in _arrays(formats):
         dtype = np.dtype(_NUMPY[number])
-        if number == "int8" and name in columns:
+        if field == "values" and name in columns:
             shape = (*shape[:-2], shape[-1], shape[-2])
         size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         planes, payload = payload[:size].reshape(dtype.itemsize, -1), payload[size:]
@@ -352,24 +414,38 @@ def _split(payload: np.ndarray, formats: Mapping[str, TensorFormat], columns: Se
             stored = tensors["values"].mT if name in columns else tensors["values"]
             order = torch.from_numpy(_row_order(formats[name], tensors["scale"])).expand(stored.shape)
             tensors["values"] = torch.empty(stored.shape, dtype=torch.int8).scatter_(-2, order, stored)
-        _check_values(name, formats[name], **tensors)
-    return {name: QuantizedTensor(formats[name], **tensors) for name, tensors in fields.items()}
+    found = {name: QuantizedTensor(formats[name], **tensors) for name, tensors in fields.items()}
+    for name, tensor in found.items():
+        _check_values(tensor, name)
+    return found
 
 
-def _check_values(name: str, format: TensorFormat, values: Tensor, scale: Tensor | None = None) -> None:
-    shapes = tuple(values.shape), None if scale is None else tuple(scale.shape)
-    if shapes != (format.shape, format.scale_shape if format.quantized else None):
-        raise InputError(f"tensor {name} has values and scales of shapes {shapes}, its format is {format}")
+def _check_values(tensor: QuantizedTensor, name: str) -> None:
+    format = tensor.format
+    shapes = {field: tuple(array.shape) for field, array in tensor.arrays.items()}
+    if shapes != {field: shape for field, (_, shape) in format.arrays.items()}:
+        raise InputError(f"tensor {name} has arrays of shapes {shapes}, its format is {format}")
     if not format.quantized:
-        if not values.isfinite().all():
+        if not tensor.values.isfinite().all():
             raise InputError(f"tensor {name} holds non-finite weights")
         return
-    low, high = (int(bound) for bound in values.aminmax())
-    if max(-low - 1, high) > format.max_code:
-        raise InputError(f"tensor {name} holds codes {low} to {high}, outside {format.format}")
-    if not (scale.isfinite() & (scale > 0)).all():
-        raise InputError(f"tensor {name} holds scales that are not positive finite numbers")
-    if not (scale.float() * max(-low, high, format.max_code)).isfinite().all():
+    largest = 127
+    for field, array in tensor.arrays.items():
+        if array.is_floating_point():
+            if not (array.isfinite() & (array > 0)).all():
+                raise InputError(f"tensor {name} holds scales that are not positive finite numbers")
+            if not (array.float() * (largest + 1)).isfinite().all():
+                raise InputError(f"tensor {name} holds scales whose weights exceed float32")
+            continue
+        if field == "values" and format.wide is not None:
+            narrow = torch.ones(array.size(-1), dtype=torch.bool)
+            narrow[format.wide : format.wide + format.wide_columns] = False
+            array = array[..., narrow]
+        low, high = (int(bound) for bound in array.aminmax()) if array.numel() else (0, 0)
+        most = format.max_code if field == "values" else 7
+        if max(-low - 1, high) > most:
+            raise InputError(f"tensor {name} holds codes {low} to {high}, outside {format.format} ({field})")
+    if format.rank is not None and not tensor.decode().isfinite().all():
         raise InputError(f"tensor {name} holds scales whose weights exceed float32")
 
 
@@ -377,7 +453,9 @@ def _smaller_by_columns(encoded: Mapping[str, QuantizedTensor], compressor: str,
     """Groups whose codes compress to fewer bytes by columns, each tried alone on its sample: two runs of the compressor
     over max(SAMPLE_CODES, one layer) codes per group, whatever the number of layers."""
     samples = {name: _sample(tensor) for name, tensor in encoded.items() if tensor.format.quantized}
-    payloads = [_join({name: sample}, columns) for name, sample in samples.items() for columns in (set(), {name})]
+    payloads = [
+        b"".join(_parts({name: sample}, columns)) for name, sample in samples.items() for columns in (set(), {name})
+    ]
     with ThreadPoolExecutor(2) as pool:
         sizes = [len(found[2]) for found in pool.map(lambda payload: compress(payload, compressor, level), payloads)]
     by_rows, by_columns = sizes[::2], sizes[1::2]
@@ -388,4 +466,5 @@ def _sample(tensor: QuantizedTensor) -> QuantizedTensor:
     """The first layers of a bank, the first rows of an embedding."""
     first = slice(max(1, SAMPLE_CODES // tensor.values[0].numel()))
     values, scale = tensor.values[first], tensor.scale[first]
-    return QuantizedTensor(replace(tensor.format, shape=tuple(values.shape)), values, scale)
+    format = replace(tensor.format, shape=tuple(values.shape), wide=None, wide_columns=None, rank=None, rank_group=None)
+    return QuantizedTensor(format, values, scale)

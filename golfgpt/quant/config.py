@@ -32,21 +32,23 @@ class QuantRule:
     """float32, float16 or int2 to int8."""
     group: int | None = None
     """Columns per scale; None: one scale per row."""
-    deviations: float | None = None
-    """Clip of a row in its standard deviations; None: quant.deviations."""
+    clip: str | float | None = None
+    """max, quantile, search, or a number of standard deviations; None: quant.clip."""
 
     @classmethod
     def parse(cls, text: str) -> QuantRule:
-        """Parse PATTERN=FORMAT[/GROUP][@DEVIATIONS]. Raises ValueError for other text."""
-        number = r"[1-9][0-9]{0,5}"
-        match = re.fullmatch(rf"([^=]+)=(float32|float16|int[2-8])(?:/({number}))?(?:@({number}(?:\.[0-9]+)?))?", text)
+        """Parse PATTERN=FORMAT[/GROUP][@CLIP]. Raises ValueError for other text."""
+        number, clips = r"[1-9][0-9]{0,5}", "max|quantile|search"
+        clip = rf"(?:@({clips}|{number}(?:\.[0-9]+)?))?"
+        match = re.fullmatch(rf"([^=]+)=(float32|float16|int[2-8])(?:/({number}))?{clip}", text)
         if not match or ((match[3] or match[4]) and not match[2].startswith("int")):
             raise ValueError(
                 f"quant.rules: got {text!r}; expected PATTERN=FORMAT with float32, float16 or int2 to int8, such as "
-                "'tok_emb.weight=float16', '*.mlp.*=int5', '*.attn.*=int6/64' (64 columns per scale) or "
-                "'tok_emb.weight=int8@20' (clipped at 20 standard deviations)"
+                "'tok_emb.weight=float16', '*.mlp.*=int5', '*.attn.*=int6/64' (64 columns per scale), "
+                "'tok_emb.weight=int8@20' (clipped at 20 standard deviations) or 'tok_emb.weight=int8@max'"
             )
-        return cls(match[1], match[2], int(match[3]) if match[3] else None, float(match[4]) if match[4] else None)
+        clip = match[4] and (match[4] if match[4] in clips else float(match[4]))
+        return cls(match[1], match[2], int(match[3]) if match[3] else None, clip)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,17 +59,30 @@ class QuantConfig(Section):
     bits: Annotated[int, Limit(">=", 2), Limit("<=", 8)] = 8
     """Bits per matrix code, 2 to 8. Each code is stored as one byte; packing is left to the compressor."""
     rules: tuple[str, ...] = ()
-    """Formats of single tensors, PATTERN=FORMAT[/GROUP][@DEVIATIONS], for example "*.mlp.*=int5" or
+    """Formats of single tensors, PATTERN=FORMAT[/GROUP][@CLIP], for example "*.mlp.*=int5" or
     "tok_emb.weight=float16". The first rule that matches applies. Patterns are globs over published names
     (blocks.3.attn.c_q.weight); layers can also be counted from the end (blocks.-1.). GROUP is the number of columns per
-    scale."""
-    clip: Literal["max", "quantile", "deviation"] = "max"
+    scale; CLIP is max, quantile, search or a number of standard deviations, in place of quant.clip."""
+    clip: Literal["max", "quantile", "deviation", "search"] = "max"
     """Clip of a row. max: its largest magnitude; quantile: the 0.9999984 quantile of its magnitudes, as published until
     2026-04-04; deviation: a number of its standard deviations (SDClip, from 2026-04-05 on), which makes the codes'
-    entropy, and with it the file, as small as one likes."""
+    entropy, and with it the file, as small as one likes; search: of five clips the one with the least squared error,
+    for a whole matrix (published 2026-03-22 to 2026-04-04)."""
     deviations: NotNegative = 0.0
-    """That number, for clip "deviation"; DEVIATIONS of a rule replaces it. More is a coarser grid: int6 with 12.85
-    takes about 3.3 bits a weight."""
+    """That number, for clip "deviation". More is a coarser grid: int6 with 12.85 takes about 3.3 bits a weight."""
+    hessian_clip: NotNegative = 0.0
+    """Weight of a row's inputs in its clip by deviation, with gptq (published in PR #1412: 0.175; worth nothing)."""
+    wide_columns: CountOrZero = 0
+    """With gptq: neighbouring columns to store in int8, those of the model that matter most (published as AWQ-lite, PR
+    #1908, with 64: worth 0.0003). 0: none."""
+    low_rank: CountOrZero = 0
+    """Rank of corrections to the matrices with the largest errors (published as LQER, PR #1797, with 4: worth 0.0003).
+    0: none."""
+    low_rank_tensors: Count = 3
+    """Number of these matrices."""
+    low_rank_group: CountOrZero = 64
+    """Codes of a correction's right factor that share a scale, 4 bits each; the left one has 2 bits and one scale. 0,
+    or where it does not divide the factor: 4 bits and a scale for each row of both."""
     clip_floor: Floor = 0.0
     """Smallest clip of a row. Published R0 to R4b use 1, which wastes levels on rows with a maximum below 1."""
     scale_floor: Floor = 0.0
@@ -84,8 +99,12 @@ class QuantConfig(Section):
     """How codes are chosen. rtn: each weight is rounded to the nearest; gptq: so that the products with the inputs of
     training text err least (golfgpt.quant.gptq). What was trained through fake quantization ships unchanged with rtn
     only."""
+    calibration: Literal["train", "samples"] = "train"
+    """Text whose inputs gptq sees. train: the first training tokens, in the order of training; samples: the model's
+    own, at temperature 0.8 from a random token on, which touches no data but takes longer (published 2026-03-25)."""
     calibration_tokens: Count = 262_144
-    """Training tokens whose inputs gptq sees, whole steps of them. Published runs take 1.6 to 6.3 million."""
+    """Tokens of it: whole steps of training text, or whole batches of samples. Published runs take 1.6 to 6.3 million
+    of training text, 131,072 of samples."""
     damping: Positive = 0.01
     """For gptq: this part of a Hessian's mean diagonal is added to its diagonal."""
     keep_numel: CountOrZero = 65_536
@@ -116,10 +135,18 @@ class QuantConfig(Section):
                 f"quant.clip is {self.clip} and quant.deviations is {self.deviations:g}; expected a positive number "
                 "with clip deviation, 12.85 say, and 0 with any other"
             )
-        if self.clip != "deviation" and (idle := [rule for rule in rules if rule.deviations]):
+        if (self.hessian_clip or self.wide_columns) and self.method != "gptq":
             raise ValueError(
-                f"quant.rules: {idle[0].pattern} has @{idle[0].deviations:g}, which only quant.clip deviation reads; "
-                f"got clip {self.clip}"
+                f"quant.hessian_clip {self.hessian_clip:g} and quant.wide_columns {self.wide_columns} expected "
+                f"quant.method gptq, whose Hessians they read; got {self.method}"
+            )
+        if self.hessian_clip and not (self.deviations or any(isinstance(rule.clip, float) for rule in rules)):
+            raise ValueError(f"quant.hessian_clip {self.hessian_clip:g} expected a clip by deviation; got {self.clip}")
+        searched = "search" in (self.clip, *(rule.clip for rule in rules))
+        if self.qat != "off" and (self.wide_columns or self.low_rank or searched):
+            raise ValueError(
+                f"quant.qat is {self.qat}; expected off with quant.wide_columns, low_rank or a clip that is searched: "
+                "training does not see what they change"
             )
         if self.qat == "off" and (self.qat_start, self.qat_below_lr) != (0, 1):
             raise ValueError(

@@ -20,166 +20,51 @@ Left out on purpose: bit packing, which costs the compressor more than it saves.
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cached_property
-from typing import Any, NamedTuple
+from functools import cached_property, partial
 
 import numpy as np
 import torch
-from golfgpt_kernels import RowQuant, dequantize_rows, quantize_rows
+from golfgpt_kernels import RowQuant, quantize_rows
 from torch import Tensor
 
 from golfgpt.config import ModelConfig, QuantConfig, QuantRule
+from golfgpt.distributed import Ranks
 from golfgpt.errors import InputError
 from golfgpt.model.parameters import Param, parameter_shapes, parameter_table
+from golfgpt.published import quantizers
 from golfgpt.published.names import check_state
 from golfgpt.published.quirks import export_quirks, published_fake_quant
+from golfgpt.quant.formats import (
+    DTYPES,
+    QuantizedTensor,
+    TensorFormat,
+    TensorReport,
+    layer_groups,
+    layers_of,
+    parse_layer_group,
+    payload_bytes,
+    tensor_report,
+)
 from golfgpt.quant.gptq import solve
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16} | {f"int{bits}": torch.int8 for bits in range(2, 9)}
 
 PRUNED_NUMEL = 65_536
 """Published pruning leaves matrices of at most this many elements alone."""
+
+UNIT_LAYERS = 4
+"""Matrices that GPTQ solves at once, whatever the number of ranks: a batch of another size rounds otherwise."""
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
 
 Rounding = RowQuant | torch.dtype | None
 """What training rounds a weight to: codes and scales, a dtype, or nothing."""
 
 FakeQuant = Mapping[str, Sequence[tuple[int, Rounding]]]
 """Bank -> (number of layers, rounding) of each of its layer groups."""
-
-
-@dataclass(frozen=True)
-class TensorFormat:
-    """Storage of one layer group."""
-
-    shape: tuple[int, ...]
-    format: str
-    """float32, float16, or int2 to int8 (a byte per code)."""
-    scale: str | None = None
-    """dtype of the scales, float16 or float32, of an integer format."""
-    group: int | None = None
-    """Columns that share a scale; None: the row."""
-
-    def __post_init__(self) -> None:
-        if self.format not in DTYPES:
-            raise InputError(f"tensor format {self.format!r}, expected one of {', '.join(DTYPES)}")
-        if not self.quantized:
-            if (self.scale, self.group) != (None, None):
-                raise InputError(f"format {self.format} has no scales, got {self.scale!r} for {self.group!r} columns")
-            return
-        if self.scale not in ("float16", "float32"):
-            raise InputError(f"format {self.format} with scales of {self.scale!r}, expected float16 or float32")
-        if len(self.shape) < 2:
-            raise InputError(f"format {self.format} needs rows, got a tensor of shape {self.shape}")
-        if self.group is not None and (type(self.group) is not int or self.group < 1 or self.shape[-1] % self.group):
-            raise InputError(f"groups of {self.group!r} columns do not divide the {self.shape[-1]} of {self.shape}")
-
-    @property
-    def quantized(self) -> bool:
-        return self.format.startswith("int")
-
-    @property
-    def bits(self) -> int:
-        return int(self.format.removeprefix("int"))
-
-    @property
-    def max_code(self) -> int:
-        """Largest code, for example 31 for int6; the least is -max_code - 1."""
-        return 2 ** (self.bits - 1) - 1
-
-    @property
-    def elements(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def scale_shape(self) -> tuple[int, ...]:
-        return self.shape[:-1] if self.group is None else (*self.shape[:-1], self.shape[-1] // self.group)
-
-    @property
-    def value_bytes(self) -> int:
-        """Bytes of the codes, or of the passthrough values."""
-        return self.elements * DTYPES[self.format].itemsize
-
-    @property
-    def scale_bytes(self) -> int:
-        return math.prod(self.scale_shape) * DTYPES[self.scale].itemsize if self.quantized else 0
-
-
-@dataclass(frozen=True)
-class QuantizedTensor:
-    """One layer group in its format: codes (..., rows, columns) int8 and their scales (format.scale_shape), or
-    passthrough values."""
-
-    format: TensorFormat
-    values: Tensor
-    scale: Tensor | None = None
-
-    def decode(self) -> Tensor:
-        """fp32 weights (format.shape)."""
-        if self.scale is None:
-            return self.values.float()
-        return dequantize_rows(self.values, self.scale, group_size=self.format.group)
-
-
-class TensorReport(NamedTuple):
-    """One line of the per-tensor table; bytes before compression, errors None unless weights were given."""
-
-    name: str
-    format: str
-    elements: int
-    value_bytes: int
-    scale_bytes: int
-    relative_rms_error: float | None
-    """sqrt(sum (decoded - w)² / sum w²)."""
-    snr_db: float | None
-    """-20 log10 of it; inf if decoding is exact."""
-
-
-# Layer groups
-
-
-def layer_group_name(bank: str, start: int, stop: int, num_layers: int) -> str:
-    return bank if (start, stop) == (0, num_layers) else f"{bank}[{start}:{stop}]"
-
-
-def parse_layer_group(name: str) -> tuple[str, slice]:
-    """Bank of the layer group `name`, and the layers that it holds. Raises InputError."""
-    match = re.fullmatch(r"(\w+)(?:\[(\d{1,5}):(\d{1,5})\])?", name, re.ASCII)
-    if not match or (match[2] and int(match[2]) >= int(match[3])):
-        raise InputError(f"layer group {name!a}, expected a bank or some of its layers, such as c_k or c_k[0:7]")
-    return match[1], slice(int(match[2]), int(match[3])) if match[2] else slice(None)
-
-
-def layer_groups(
-    bank: str, param: Param, kinds: Sequence[Any]
-) -> Iterator[tuple[str, tuple[int, ...], list[str], Any]]:
-    """Name, shape, published names and kind of each run of equal neighbours in `kinds`, which has one entry for each
-    published tensor of the bank."""
-    start = 0
-    for kind, run in itertools.groupby(kinds):
-        stop = start + len(list(run))
-        shape = (stop - start, *param.shape[1:]) if param.layered else param.shape
-        yield layer_group_name(bank, start, stop, len(kinds)), shape, param.published_names[start:stop], kind
-        start = stop
-
-
-def decode(encoded: Mapping[str, QuantizedTensor]) -> dict[str, Tensor]:
-    """fp32 banks of their layer groups, which are in order: the weights that the artifact's reader gets."""
-    banks: dict[str, list[Tensor]] = {}
-    for name, tensor in encoded.items():
-        banks.setdefault(parse_layer_group(name)[0], []).append(tensor.decode())
-    return {bank: tensors[0] if len(tensors) == 1 else torch.cat(tensors) for bank, tensors in banks.items()}
-
-
-def layers_of(state: Mapping[str, Tensor], name: str) -> Tensor:
-    """The layer group `name` of the banks in `state`."""
-    bank, layers = parse_layer_group(name)
-    return state[bank][layers] if state[bank].ndim else state[bank]
 
 
 def plan_formats(table: Mapping[str, Param], config: QuantConfig) -> dict[str, TensorFormat]:
@@ -190,8 +75,12 @@ def plan_formats(table: Mapping[str, Param], config: QuantConfig) -> dict[str, T
     return {name: format for name, (format, _) in _plan(table, config).items()}
 
 
-def _plan(table: Mapping[str, Param], config: QuantConfig) -> dict[str, tuple[TensorFormat, float]]:
-    """Layer group -> its format, and its clip in standard deviations, 0 with another clip."""
+Clip = str | float
+"""max, quantile, search, or a number of standard deviations."""
+
+
+def _plan(table: Mapping[str, Param], config: QuantConfig) -> dict[str, tuple[TensorFormat, Clip]]:
+    """Layer group -> its format and its clip."""
     rules = [QuantRule.parse(text) for text in config.rules]
     formats, deciding = {}, set()
     for bank, param in table.items():
@@ -204,6 +93,8 @@ def _plan(table: Mapping[str, Param], config: QuantConfig) -> dict[str, tuple[Te
                 formats[group] = TensorFormat(shape, *kind[:-1]), kind[-1]
             except InputError as error:
                 raise InputError(f"quant.rules: {members[0]} ({group}): {error}") from None
+    if grouped := [name for name, (format, clip) in formats.items() if clip == "search" and format.group]:
+        raise InputError(f"quant.rules: {grouped[0]} has groups of columns; expected a scale per row with clip search")
     if idle := [rule.pattern for rule in rules if rule not in deciding]:
         some = ", ".join(param.published_names[0] for param in table.values())
         raise InputError(
@@ -221,17 +112,18 @@ def matches(pattern: str, name: str, num_layers: int) -> bool:
     return fnmatchcase(name, pattern)
 
 
-def _kind(param: Param, rule: QuantRule | None, config: QuantConfig) -> tuple[str, str | None, int | None, float]:
-    """(format, scale dtype, columns per scale, deviations) of a published tensor."""
+def _kind(param: Param, rule: QuantRule | None, config: QuantConfig) -> tuple[str, str | None, int | None, Clip]:
+    """(format, scale dtype, columns per scale, clip) of a published tensor."""
+    clip = config.deviations if config.clip == "deviation" else config.clip
     if rule is not None and rule.format.startswith("int"):
-        return rule.format, config.scale_dtype, rule.group, rule.deviations or config.deviations
+        return rule.format, config.scale_dtype, rule.group, rule.clip or clip
     if rule is not None:
-        return rule.format, None, None, 0.0
+        return rule.format, None, None, ""
     if param.kind == "control":
-        return config.control_dtype, None, None, 0.0
+        return config.control_dtype, None, None, ""
     if math.prod(param.shape[param.layered :]) <= config.keep_numel:
-        return "float16", None, None, 0.0
-    return f"int{config.bits}", config.scale_dtype, None, config.deviations
+        return "float16", None, None, ""
+    return f"int{config.bits}", config.scale_dtype, None, clip
 
 
 # Pruning
@@ -272,7 +164,7 @@ class Quantizer:
         return {name: format for name, (format, _) in self._plan.items()}
 
     @cached_property
-    def _plan(self) -> dict[str, tuple[TensorFormat, float]]:
+    def _plan(self) -> dict[str, tuple[TensorFormat, Clip]]:
         return _plan(self.parameters, self.config)
 
     @property
@@ -286,12 +178,13 @@ class Quantizer:
         return "/".join(sorted({f.format for f in self.formats.values() if f.quantized})) or "float16"
 
     def spec(self, name: str) -> RowQuant:
-        """How a quantized layer group becomes codes and scales."""
-        c, (format, deviations) = self.config, self._plan[name]
+        """How a quantized layer group becomes codes and scales; of a clip that is searched, the widest."""
+        c, (format, clip) = self.config, self._plan[name]
+        by_deviation = isinstance(clip, float)
         spec = RowQuant(
             bits=format.bits,
-            clip=c.clip,
-            deviations=deviations,
+            clip="deviation" if by_deviation else "max" if clip == "search" else clip,
+            deviations=clip if by_deviation else 0.0,
             code_range=c.code_range,
             scale_dtype=DTYPES[format.scale],
             scale_floor=c.scale_floor,
@@ -334,50 +227,124 @@ class Quantizer:
         return published_fake_quant(self.config.qat, self.parameters[parse_layer_group(name)[0]], format.bits)
 
     def encode(
-        self, state: Mapping[str, Tensor], hessians: Mapping[str, Tensor] | None = None
+        self,
+        state: Mapping[str, Tensor],
+        hessians: Mapping[str, Tensor] | None = None,
+        ranks: Ranks = ALONE,
+        progress: Callable[[str], None] = lambda text: None,
     ) -> dict[str, QuantizedTensor]:
-        """Prune and quantize the model's banks (any float dtype, any device); layer group -> tensor. Groups that have
-        `hessians` (golfgpt.quant.calibration) get their codes from GPTQ, all others are rounded.
+        """Prune and quantize the model's banks (any float dtype, any device); layer group -> tensor, on the CPU. Groups
+        that have `hessians` (golfgpt.quant.calibration) get their codes from GPTQ, on the device of these, all others
+        are rounded. With wide columns or corrections, groups are split where one layer differs.
 
-        Raises InputError naming a tensor that is missing, unexpected, mis-shaped or not finite, whose float16
-        passthrough values exceed it, or whose Hessian is not positive definite.
+        `ranks` share the work, UNIT_LAYERS matrices at a time; all must call it, and all get the result. Raises
+        InputError naming a tensor that is missing, unexpected, mis-shaped or not finite, whose float16 passthrough
+        values exceed it, or whose Hessian is not positive definite.
         """
+        weights, hessians = self.weights(state), hessians or {}
+        encoded = {name: self._rounded(name, w) for name, w in weights.items() if self._by_rounding(name, hessians)}
+        with ranks.raise_on_any():
+            solved = self._solved(weights, hessians, ranks, progress)
+        for name, pair in solved.items():  # all but one rank's are zero
+            pair = (ranks.sum_(part.to(ranks.device)).cpu() for part in pair)
+            encoded[name] = QuantizedTensor(self.formats[name], *pair)
+        encoded = {name: encoded[name] for name in self.formats}
+        if not self.config.wide_columns and not self.config.low_rank:
+            return encoded
+        banks = {}
+        for name, w in weights.items():
+            banks.setdefault(parse_layer_group(name)[0], []).append(w)
+        banks = {bank: parts[0] if len(parts) == 1 else torch.cat(parts) for bank, parts in banks.items()}
+        return quantizers.refined(self.config, banks, encoded, self.spec, partial(self._inputs, hessians))
+
+    def weights(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Layer group -> its pruned float32 weights, on the CPU. Raises InputError as `encode`."""
         check_state(state, parameter_shapes(self.model))
-        encoded = {}
-        for name, format in self.formats.items():
-            w = layers_of(state, name).detach().float()
+        found = {}
+        for name in self.formats:
+            w = layers_of(state, name).detach().float().cpu()
             if not w.isfinite().all():
                 raise InputError(f"tensor {name} has {int((~w.isfinite()).sum())} non-finite weights")
-            w = pruned(self.parameters[parse_layer_group(name)[0]], w, self.config.prune)
-            if format.quantized:  # eager, also for CPU tensors of a run with runtime.kernels triton
-                codes, scale = quantize_rows(w, self.spec(name), impl="eager")
-                if hessians and name in hessians:
-                    codes = self._solve(name, w, scale, hessians[name])
-                encoded[name] = QuantizedTensor(format, codes, scale)
-                continue
-            encoded[name] = QuantizedTensor(format, w.to(DTYPES[format.format]))
-            if not encoded[name].values.isfinite().all():
-                raise InputError(f"tensor {name} has magnitudes up to {w.abs().max():.3g}: float16 ends at 65504")
-        return encoded
+            found[name] = pruned(self.parameters[parse_layer_group(name)[0]], w, self.config.prune)
+        return found
 
-    def _solve(self, name: str, w: Tensor, scale: Tensor, hessian: Tensor) -> Tensor:
-        """GPTQ's codes of a layer group for its scales."""
+    def _by_rounding(self, name: str, hessians: Mapping[str, Tensor]) -> bool:
+        return not self.formats[name].quantized or (name not in hessians and self._plan[name][1] != "search")
+
+    def _rounded(self, name: str, w: Tensor) -> QuantizedTensor:
+        format = self.formats[name]
+        if format.quantized:  # eager, also for CPU tensors of a run with runtime.kernels triton
+            return QuantizedTensor(format, *quantize_rows(w, self.spec(name), impl="eager"))
+        values = w.to(DTYPES[format.format])
+        if not values.isfinite().all():
+            raise InputError(f"tensor {name} has magnitudes up to {w.abs().max():.3g}: float16 ends at 65504")
+        return QuantizedTensor(format, values)
+
+    def _solved(
+        self, weights: Mapping[str, Tensor], hessians: Mapping[str, Tensor], ranks: Ranks, progress: Callable
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Codes and scales of the groups that are not simply rounded. Each rank computes its units of layers."""
+        found, units = {}, []
+        for name, w in weights.items():
+            if self._by_rounding(name, hessians):
+                continue
+            format = self.formats[name]
+            scale = torch.zeros(format.scale_shape, dtype=DTYPES[format.scale])
+            found[name] = torch.zeros(format.shape, dtype=torch.int8), scale
+            count = len(w) if w.ndim == 3 else 1
+            units += [(name, range(i, min(i + UNIT_LAYERS, count))) for i in range(0, count, UNIT_LAYERS)]
+        for number, (name, layers) in enumerate(units):
+            if number % ranks.world != ranks.rank:
+                continue
+            progress(f"solving for the codes: {number} of {len(units)} units")
+            some = slice(layers.start, layers.stop)
+            w = weights[name] if weights[name].ndim == 3 else weights[name][None]
+            hessian = hessians[name][some] if name in hessians else None
+            try:
+                pair = self._quantize(name, w[some], hessian)
+            except InputError as error:
+                raise InputError(f"tensor {name}, layers from {layers.start} on: {error}") from None
+            for whole, part in zip(found[name], pair, strict=True):
+                (whole[some] if w is weights[name] else whole[None]).copy_(part)
+        return found
+
+    def _quantize(self, name: str, w: Tensor, hessian: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Codes and scales of matrices (n, rows, columns) of a layer group, by GPTQ if there are Hessians."""
+        spec, clip = self.spec(name), self._plan[name][1]
+        solver = None
+        if hessian is not None:
+            w = w.to(hessian.device)
+            solver = self._solver(name, hessian)
+        if clip == "search":
+            return quantizers.clip_search(w, spec, solver)
+        scale = quantize_rows(w, spec, impl="eager")[1]
+        if self.config.hessian_clip and isinstance(clip, float):
+            scale = quantizers.hessian_scales(w, hessian, spec, self.config.hessian_clip, self.config.damping)
+        columns = scale.float()
+        columns = columns[..., None] if spec.group_size is None else columns.repeat_interleave(spec.group_size, -1)
+        return solver(w, columns), scale
+
+    def _solver(self, name: str, hessian: Tensor) -> Callable[..., Tensor]:
+        """GPTQ for matrices with these Hessians: (w, scale of columns, largest code) -> codes."""
         spec = self.spec(name)
-        scale, group = scale.float(), spec.group_size
-        columns = scale[..., None] if group is None else scale.repeat_interleave(group, -1)
-        matrices, columns = (x.reshape(len(hessian), -1, x.size(-1)) for x in (w, columns))
-        try:
-            codes = solve(
-                matrices,
-                hessian.to(w.device),
-                columns,
-                spec.qmax,
-                least=-spec.qmax - (spec.code_range == "full"),
-                damping=self.config.damping,
-            )
-        except InputError as error:
-            raise InputError(f"tensor {name}: {error}") from None
-        return codes.view_as(w)
+
+        def solver(w: Tensor, scale: Tensor, largest: Tensor | int = spec.qmax) -> Tensor:
+            least = -largest - int(spec.code_range == "full")
+            w, scale = w.to(hessian.device), scale.to(hessian.device)
+            return solve(w, hessian, scale, largest, least=least, damping=self.config.damping)
+
+        return solver
+
+    def _inputs(self, hessians: Mapping[str, Tensor], bank: str, layer: int) -> tuple[Tensor, Callable] | None:
+        """Of a layer of a bank: root mean squares of its inputs times a factor common to all banks, and its solver."""
+        for name, found in hessians.items():
+            group, layers = parse_layer_group(name)
+            start = layers.start or 0
+            if group == bank and start <= layer < start + len(found):
+                passes = self.model.layer_order().count(layer) if self.parameters[bank].layered else 1
+                hessian = found[layer - start : layer - start + 1]
+                return (hessian[0].diagonal() / passes).sqrt().cpu(), self._solver(name, hessian)
+        return None
 
     def projected_bytes(self, state: Mapping[str, Tensor]) -> int:
         """Forecast of the compressed payload: the order-0 entropy of the codes of each tensor, scales and
@@ -408,15 +375,6 @@ def code_entropy(codes: Tensor) -> float:
     counts = torch.bincount(codes.flatten().int() + 128, minlength=256).double()
     frequencies = counts[counts > 0] / counts.sum()
     return -(frequencies * frequencies.log2()).sum().item()
-
-
-def payload_bytes(formats: Mapping[str, TensorFormat]) -> int:
-    return sum(format.value_bytes + format.scale_bytes for format in formats.values())
-
-
-def tensor_report(name: str, format: TensorFormat, error: float | None = None) -> TensorReport:
-    snr = None if error is None else math.inf if error == 0 else -20 * math.log10(error)
-    return TensorReport(name, format.format, format.elements, format.value_bytes, format.scale_bytes, error, snr)
 
 
 def _relative_error(w: Tensor, decoded: Tensor) -> float:

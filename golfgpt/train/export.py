@@ -14,6 +14,7 @@ from golfgpt.config import RunConfig
 from golfgpt.data.shards import Dataset
 from golfgpt.quant import artifact, calibration
 from golfgpt.quant.artifact import ArtifactInfo
+from golfgpt.quant.formats import QuantizedTensor
 from golfgpt.quant.quantizer import Quantizer
 from golfgpt.tables import budget_lines, tensor_table
 from golfgpt.train.reporter import Reporter
@@ -62,19 +63,20 @@ class Exporter:
     def calibrate(self) -> dict[str, Tensor]:
         """The Hessians of the weights to export: layer group -> (matrices, columns, columns), float32. All ranks must
         call it."""
-        step, quant, ranks = self.step, self.config.quant, self.step.ranks
+        step = self.step
         step.model.load_state_dict(self.weights())
-        options = (quant.calibration_tokens, self.dataset, ranks, step.dtype, self.reporter.status)
-        text = calibration.batches(self.config.data, *options)
-        return calibration.hessians(step.model, text, self.quantizer, ranks, step.dtype)
+        options = (self.dataset, step.ranks, step.dtype, self.reporter.status)
+        return calibration.calibrate(self.config, step.model, *options)
 
     def export(self, steps: int, hessians: Mapping[str, Tensor] | None = None) -> ArtifactInfo | None:
         """Write model.golf after `steps` steps, print what it holds, and load the weights read back from it on every
         rank. Returns the header on rank 0. An error is raised on all ranks."""
-        info, state = None, self.weights() if self.folder else {}
+        info, encoded, state = None, None, self.weights() if self.folder or hessians else {}
+        if hessians:  # all ranks solve
+            encoded = self.quantizer.encode(state, hessians, self.step.ranks, self.reporter.status)
         with self.step.ranks.raise_on_any():
             if self.folder:
-                info = self._write(steps, state, hessians)
+                info = self._write(steps, state, encoded)
                 self.step.model.load_state_dict(artifact.read(self.folder.artifact).state)
         self._share()
         return info
@@ -83,7 +85,7 @@ class Exporter:
         for p in self.step.model.parameters():
             self.step.ranks.broadcast_(p.data)
 
-    def _write(self, steps: int, state: dict[str, Tensor], hessians: Mapping[str, Tensor] | None) -> ArtifactInfo:
+    def _write(self, steps: int, state: dict[str, Tensor], encoded: dict[str, QuantizedTensor] | None) -> ArtifactInfo:
         c, say, average = self.config, self.reporter.line, self.step.average
         if c.average.kind != "none" and average.ready:
             say(f"{c.average.kind}:exporting the average of {average.count} steps' weights")
@@ -93,11 +95,10 @@ class Exporter:
                 f"the last weights (swa uses a step every {c.average.swa_every} steps once the learning rate is below "
                 f"{c.average.swa_start_lr:g} of its base: average.swa_every, average.swa_start_lr)"
             )
-        if hessians:
+        if encoded:
             again = ", quantized again after fake quantization" if c.quant.qat != "off" else ""
-            say(f"gptq:{len(hessians)} of {len(self.quantizer.formats)} tensor groups{again}")
-            self.reporter.status("solving for the codes")
-        encoded = self.quantizer.encode(state, hessians)
+            say(f"gptq:codes chosen on {c.quant.calibration_tokens:,} tokens of {c.quant.calibration}{again}")
+        encoded = encoded or self.quantizer.encode(state)
         self.reporter.status("compressing")
         info = artifact.write(self.folder.artifact, encoded, **self._options)
         label = f"{self.quantizer.label}+{info.compressor}"

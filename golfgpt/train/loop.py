@@ -141,9 +141,8 @@ class Loop:
     def _cap(self) -> str:
         """The seconds of training, by their fields."""
         c = self.config.schedule
-        return f"schedule.max_seconds {c.max_seconds:g}" + f" less reserve_seconds {c.reserve_seconds:g}" * (
-            c.reserve_seconds > 0
-        )
+        reserve = f" less reserve_seconds {c.reserve_seconds:g}" if c.reserve_seconds else ""
+        return f"schedule.max_seconds {c.max_seconds:g}{reserve}"
 
     def _watch_compilation(self) -> None:
         if not self.step.compiled or (graphs := compile_cache.graphs()) <= self._graphs:

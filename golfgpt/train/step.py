@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from golfgpt.config import RunConfig, RuntimeConfig
+from golfgpt.config import RunConfig, RuntimeConfig, ScheduleConfig
 from golfgpt.data.shards import Dataset
 from golfgpt.data.stream import Prefetcher, Tokens, spans_of_rank
 from golfgpt.distributed import Ranks
@@ -166,6 +166,11 @@ class TrainStep:
         self.optimizers.release()
         self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
         """Forward and backward, by `looping`."""
+
+    def reschedule(self, schedule: ScheduleConfig) -> None:
+        """Take another schedule, before the first step."""
+        self.config = replace(self.config, schedule=schedule)
+        self.pace = Pace(schedule, self.ahead)
 
     def loss(self, ids: Tensor, targets: Tensor, segments: Segments | None, looping: bool) -> Tensor:
         """Mean loss in nats of targets (B, T) given ids (B, T), computed with the compute copies of the weights.

@@ -12,11 +12,11 @@ from golfgpt import distributed
 from golfgpt.config import RunConfig
 from golfgpt.data.shards import Dataset
 from golfgpt.distributed import Ranks
-from golfgpt.errors import interruption
+from golfgpt.errors import BudgetError, interruption
 from golfgpt.files import sha256_file, write_json
 from golfgpt.quant import artifact
 from golfgpt.quant.budget import budget_report, check_budget, fitted
-from golfgpt.quant.calibration import check_tokens
+from golfgpt.quant.calibration import check_tokens, seconds_needed
 from golfgpt.quant.codecs import require_compressor
 from golfgpt.quant.quantizer import Quantizer
 from golfgpt.score.compressors import compressors_bpb
@@ -88,6 +88,7 @@ def train(config: RunConfig, path: Path, *, resume: bool = False, quiet: bool = 
                 announce(config, dataset, step, attention, reporter)
             with ledger.phase("compile"), memory_advice(config, step.dtype.itemsize):
                 config = choose_execution(config, step, attention, reporter, resume)
+                config = reserve_time(config, step, dataset, reporter)
                 if folder and not resume:
                     write_config(path, config)
             saver = Saver(config, path, dataset, step, ledger, folder, reporter, signals)
@@ -115,7 +116,7 @@ def check(config: RunConfig, ranks: Ranks, resume: bool) -> tuple[RunConfig, Dat
     data. Raises InputError, and BudgetError if no width fits the budget."""
     require_compressor(config.quant.compressor)
     dataset = open_dataset(config, ranks)
-    if config.quant.method == "gptq":
+    if config.quant.method == "gptq" and config.quant.calibration == "train":
         check_tokens(config.quant.calibration_tokens, dataset)
     config = config if resume else fitted(config)  # a resumed run keeps its width
     artifact.check_payload_bytes(Quantizer(config.model, config.quant).formats)
@@ -143,6 +144,24 @@ def choose_execution(
     for trial in found.trials:
         reporter.line(f"  {trial}")
     return replace(config, runtime=runtime)
+
+
+def reserve_time(config: RunConfig, step: TrainStep, dataset: Dataset, reporter: Reporter) -> RunConfig:
+    """`config` with the time that calibration needs, if it is inside the budget and no number is given."""
+    schedule = config.schedule
+    if config.quant.method != "gptq" or schedule.max_seconds is None or schedule.reserve_seconds is not None:
+        return config
+    reporter.status("timing a small calibration")
+    seconds = round(seconds_needed(config, step.model, dataset, step.ranks, step.dtype), 3)
+    if seconds >= schedule.max_seconds:
+        raise BudgetError(
+            f"calibration would take about {seconds:.1f} s of schedule.max_seconds {schedule.max_seconds:g}; lower "
+            "quant.calibration_tokens"
+        )
+    reporter.line(f"reserve:{seconds:.1f}s for calibration on {config.quant.calibration_tokens:,} tokens, from a trial")
+    config = replace(config, schedule=replace(schedule, reserve_seconds=seconds))
+    step.reschedule(config.schedule)
+    return config
 
 
 def warm_up(config: RunConfig, step: TrainStep, ledger: Ledger, reporter: Reporter) -> None:
@@ -175,7 +194,7 @@ def export_and_score(
             say(
                 f"warning: training and calibration took {used:.1f} s, more than schedule.max_seconds {most:g}: "
                 f"calibration took {ledger.seconds['calibrate']:.1f} s, and schedule.reserve_seconds leaves "
-                f"{config.schedule.reserve_seconds:g}"
+                f"{config.schedule.reserve_seconds or 0.0:g}"
             )
     with ledger.phase("export"):
         info = exporter.export(steps, hessians)
@@ -185,7 +204,7 @@ def export_and_score(
         score = scorer.score("scoring model.golf", config.eval, keep)
     if not ranks.is_main:
         return {}
-    stage = f"final_{exporter.quantizer.label.replace('/', '_')}_{info.compressor}_roundtrip"
+    stage = f"final_{exporter.quantizer.label.replace('/', '_')}_{info.compressor.replace('/', '_')}_roundtrip"
     ms = score.seconds * 1000
     say(f"{stage} val_loss:{score.val_loss:.4f} {score.key}:{score.val_bpb:.4f} eval_time:{ms:.0f}ms")
     say(f"{stage}_exact val_loss:{score.val_loss:.8f} {score.key}:{score.val_bpb:.8f}")
