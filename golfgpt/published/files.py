@@ -175,7 +175,9 @@ def _product(name: str, coded: _Coded) -> Tensor:
     largest = (2 ** (bits - 1) - 1).to(torch.int8)
     if ((codes < -largest - 1) | (codes > largest)).any():
         raise InputError(f"{name} has codes outside int{coded.bits}")
-    return weights + _factor_product(name, codes.shape, *coded.factors) if coded.factors else weights
+    if coded.factors:
+        weights += _factor_product(name, codes.shape, *coded.factors)
+    return weights
 
 
 def _columns(name: str, coded: _Coded) -> list[tuple[slice, Tensor]]:
@@ -186,12 +188,13 @@ def _columns(name: str, coded: _Coded) -> list[tuple[slice, Tensor]]:
     if starts.dtype != torch.int16 or size.dtype != torch.int16 or not scale.is_floating_point():
         raise InputError(f"{name} has groups of columns of {starts.dtype}, {size.dtype} and {scale.dtype}")
     rows, columns = coded.codes.shape if coded.codes.ndim == 2 else (0, 0)
-    if starts.ndim != 1 or len(starts) > columns or size.numel() != 1 or scale.shape != (rows,):
+    if starts.ndim != 1 or size.numel() != 1 or scale.shape != (rows,):
         shapes = ", ".join(str(tuple(part.shape)) for part in coded.columns)
         raise InputError(f"{name} has groups of columns of shapes {shapes}, in {columns} columns of {rows} rows")
     width = int(size)
-    if not all(first >= 0 and first + width <= columns for first in starts.tolist()) or width < 1:
-        raise InputError(f"{name} has groups of {width} columns beyond its {columns}")
+    inside = ((starts >= 0) & (starts.long() + width <= columns)).all()
+    if width < 1 or not inside or len(starts) * width > columns:
+        raise InputError(f"{name} has {len(starts)} groups of {width} columns, which do not fit in its {columns}")
     if not (scale > 0).all():
         raise InputError(f"{name} has scales of columns that are not positive numbers")
     return [(slice(first, first + width), scale.float()[:, None]) for first in starts.tolist()]
