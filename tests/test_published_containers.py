@@ -218,7 +218,7 @@ GROUP_FAULTS = [
     (swap("s", "attn.proj.weight.q", lambda of: of[:-1]), "attn.proj.weight.q: it holds more than"),
     (swap("streams", "attn.proj.weight.q", lambda stream: stream[:-1]), "has .* bytes, its shapes take"),
     (swap("streams", "attn.proj.weight.q", bytes(10**7)), "attn.proj.weight.q: it holds more than"),
-    (swap("streams", "perms", lambda stream: stream[:-2]), "the permutations has .* bytes, its shapes take"),
+    (swap("streams", "perms", lambda stream: stream[:-2]), "the stream of permutations has .* bytes, its shapes take"),
     (swap("streams", "perms", lambda stream: stream[:2] + stream[:-2]), "is not a permutation"),
     (swap("streams", "perms", lambda stream: b"\xff\xff" + stream[2:]), "is not a permutation"),
     (lambda parts: parts["r"].update({f"blocks.0.{Q}": torch.ones(2)}), f"blocks.0.{Q} is stored twice"),

@@ -182,7 +182,7 @@ def _per_group(blob: bytes, limit: int) -> Unpacked:
     nbytes = len(saved) + sum(sizes.values()) + 2 * rows
     if nbytes > limit:
         raise InputError(f"it holds more than {limit} bytes: its shapes claim {nbytes}")
-    order = np.frombuffer(_sized("the permutations", permutations, 2 * rows), "<u2")
+    order = np.frombuffer(_sized("the stream of permutations", permutations, 2 * rows), "<u2")
     tensors = dict(content["r"])
     for group, stream in zip(_GROUPS, groups, strict=True):
         codes, taken = np.frombuffer(_sized(group, stream, sizes[group]), np.int8), 0
