@@ -1,7 +1,9 @@
 """Published model files as runs: evaluated, sampled and exported like models trained here.
 
-A quantized file keeps its codes and scales; nothing is quantized twice. The run's checkpoint holds the weights as
-the published model has them, so that `golfgpt export --to golf` can store them in another format.
+A quantized file keeps its codes and scales; nothing is quantized twice. Tensors that these do not give (`corrected`:
+low-rank factors, columns with scales of their own) become float32 in model.golf, which is larger for it. The run's
+checkpoint holds the weights as the published model has them, so that `golfgpt export --to golf` can store them in
+another format.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ def import_model(export: Export, tokenizer: Tokenizer, config: RunConfig, path: 
         raise InputError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.vocab_size}")
     config = replace(config, model=model)
     state = from_published(export.state, model)
-    encoded = layer_groups_of(export, model) if export.codes else Quantizer(model, config.quant).encode(state)
+    encoded = layer_groups_of(export, model) if export.quantized else Quantizer(model, config.quant).encode(state)
     blob = artifact.seal(
         encoded, model=model, quant=config.quant, tokenizer_sha256=tokenizer.digest, seq_len=config.data.seq_len
     )
@@ -57,13 +59,15 @@ def import_model(export: Export, tokenizer: Tokenizer, config: RunConfig, path: 
 
 
 def layer_groups_of(export: Export, model: ModelConfig) -> dict[str, QuantizedTensor]:
-    """The file's own codes, scales and passthrough tensors as layer groups; bfloat16 tensors become float32.
+    """The file's own codes, scales and passthrough tensors as layer groups; bfloat16 and corrected tensors become
+    float32.
 
     Decoding gives the file's weights except for the published rounding of embeddings to bfloat16, which a forward in
-    bfloat16 repeats.
+    bfloat16 repeats. A corrected embedding is stored rounded.
     """
     codes = {canonical_name(name): pair for name, pair in export.codes.items()}
-    passthrough = {canonical_name(name): tensor for name, tensor in split_banks(export.passthrough).items()}
+    uncoded = split_banks(export.passthrough) | {name: export.state[name] for name in export.corrected}
+    passthrough = {canonical_name(name): tensor for name, tensor in uncoded.items()}
     if other := [name for name, (values, _) in codes.items() if values.ndim != 2]:
         raise InputError(f"{other[0]} is quantized, expected a passthrough tensor: it is not a matrix")
     out: dict[str, QuantizedTensor] = {}

@@ -12,6 +12,7 @@ import sys
 import zipfile
 import zlib
 
+import brotli
 import pytest
 import torch
 import zstandard
@@ -50,6 +51,13 @@ def streamed_zstd(content: bytes) -> bytes:
     return stream.compress(content) + stream.flush()
 
 
+def shuffled(content: bytes, stride: int = 2) -> bytes:
+    """The byte shuffle of the records: bytes 0, s, 2 s, ..., then those from 1 on and so forth."""
+    if stride <= 1 or len(content) < stride:
+        return content
+    return b"BSHF" + bytes([stride]) + b"".join(content[first::stride] for first in range(stride))
+
+
 COMPRESSORS = {
     "bare": (None, bytes),
     "zlib 1": ("zlib", lambda content: zlib.compress(content, 1)),
@@ -59,6 +67,8 @@ COMPRESSORS = {
     "zstd": ("zstd", zstandard.ZstdCompressor(level=22).compress),
     "streamed zstd": ("zstd", streamed_zstd),
     "xz": ("xz", lambda content: lzma.compress(content, preset=9 | lzma.PRESET_EXTREME)),
+    "brotli": ("brotli", lambda content: brotli.compress(content, quality=5)),
+    "shuffled brotli": ("brotli", lambda content: brotli.compress(shuffled(content), quality=5)),
 }
 
 

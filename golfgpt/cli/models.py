@@ -259,11 +259,12 @@ def _hessians(args: Export, model: ModelConfig, state: dict[str, Any]) -> dict[s
 @dataclass(frozen=True, kw_only=True)
 class Import:
     """Make a run from a published final_model.pt or .ptz file, to score, sample and export it. Sizes come from the
-    file, and codes are kept unchanged. What the tensors do not show (for example the rotary reference length) comes
-    from the recipe."""
+    file, and codes are kept unchanged; matrices to which the file adds low-rank factors become float32. What the
+    tensors do not show (for example the rotary reference length) comes from the recipe."""
 
     file: Positional[Path]
-    """File in a format of the published scripts: torch.save, uncompressed or in zlib, zstd or xz."""
+    """File in a format of the published scripts: torch.save, uncompressed or in zlib, zstd, xz or brotli, or in streams
+    per group unless these are lrzip's."""
     tokenizer: Path
     """SentencePiece .model that the file was trained with."""
     config: Config
@@ -279,7 +280,7 @@ def import_file(args: Import) -> int:
     from golfgpt.data.tokenizer import Tokenizer
     from golfgpt.importer import import_model
     from golfgpt.published.files import read_export
-    from golfgpt.published.names import assumed_fields
+    from golfgpt.published.names import assumed_fields, listed
     from golfgpt.tables import tensor_table
 
     export = read_export(args.file)
@@ -288,15 +289,18 @@ def import_file(args: Import) -> int:
     assumed = {name: (attrgetter(name)(info.model), known) for name, known in assumed_fields(info.model).items()}
     if args.json:
         facts = {"run": str(path), "format": export.format, "compressor": export.compressor, "bytes": info.file_bytes}
-        print_json(facts | {"parameters": info.parameters, "model": to_dict(info.model), "assumed": list(assumed)})
+        facts |= {"parameters": info.parameters, "model": to_dict(info.model), "corrected": list(export.corrected)}
+        print_json(facts | {"assumed": list(assumed)})
         return 0
     print(tensor_table(info.table()))
     print(
         f"\n{args.file}: {export.format}, {export.compressor or 'not compressed'}, {args.file.stat().st_size:,} bytes; "
         f"{info.parameters:,} parameters\n{path}/model.golf: {info.packing}, "
-        f"{info.file_bytes:,} bytes" + ("" if export.codes else f", rounded here ({args.config.quant.bits} bits)")
+        f"{info.file_bytes:,} bytes" + ("" if export.quantized else f", rounded here ({args.config.quant.bits} bits)")
     )
-    if args.config.quant.method == "gptq" and not export.codes:
+    if export.corrected:
+        print(f"stored as float32, because codes and scales of rows do not give them: {listed(export.corrected)}")
+    if args.config.quant.method == "gptq" and not export.quantized:
         print(f"for GPTQ: golfgpt export {path} --to golf --data DIR")
     for name, (value, known) in assumed.items():
         print(f"assumed, because the tensors do not show it: model.{name} {value} ({known})")
