@@ -26,6 +26,8 @@ class DataPrepare:
     """Vocabulary size of the tokenizer to train, in tokens; default: 1024."""
     tokenizer: Path | None = None
     """Use this SentencePiece model instead of training one."""
+    case_ops: bool = False
+    """Encode capital letters as operators before tokenization (CaseOps); the text can still be restored exactly."""
     val: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Separate input for validation; repeat the flag for each input."""
     val_fraction: float | None = None
@@ -78,6 +80,7 @@ def prepare_folder(args: DataPrepare) -> Any:
             args.out,
             vocab_size=1024 if args.vocab_size is None else args.vocab_size,
             tokenizer=args.tokenizer,
+            case_ops=args.case_ops,
             val=args.val or None,
             val_fraction=args.val_fraction,
             separator=args.document_separator,
