@@ -77,8 +77,7 @@ def decode(text: str, *, strict: bool = True) -> str:
                 before = _NAMES[word_mode] if word_mode else "CAPNEXT" if capnext else "a letter"
                 refuse(f"{_NAMES[operator]} after {before}")
             word_mode = word_mode if in_word else operator
-        at += 1
-        length = len(plain)
+        at, end = at + 1, at + 1 + len(plain)
         if plain and escape:
             in_word, escape = _is_letter(plain[0]), False
             if not in_word:
@@ -86,23 +85,23 @@ def decode(text: str, *, strict: bool = True) -> str:
                     refuse(f"escaped {plain[0]!r} after {_NAMES[word_mode]}")
                 word_mode, allcaps = "", False
             out.append(plain[0])
-            plain = plain[1:]
+            plain, at = plain[1:], at + 1
         if plain:
             if _is_letter(plain[0]):
                 upper = bool(capnext or (allcaps if in_word else word_mode))
                 if not in_word:
                     word_mode, allcaps = "", word_mode == ALLCAPS
                 capnext = False
-                end = _LETTERS.match(plain).end() if allcaps else int(upper)
-                out += plain[:end].upper(), plain[end:]
-                allcaps = allcaps and end == len(plain)
+                capitals = _LETTERS.match(plain).end() if allcaps else int(upper)
+                out += plain[:capitals].upper(), plain[capitals:]
+                allcaps = allcaps and capitals == len(plain)
             else:
                 if word_mode or capnext:
                     refuse(f"{plain[0]!r} after {_NAMES[word_mode or CAPNEXT]}")
                 word_mode, capnext, allcaps = "", False, False
                 out.append(plain)
             in_word = _is_letter(plain[-1])
-        at += length
+        at = end
     if word_mode or capnext or escape:
         refuse(f"the end after {_NAMES[word_mode or (CAPNEXT if capnext else ESC)]}")
     return "".join(out)

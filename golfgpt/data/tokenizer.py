@@ -112,7 +112,7 @@ class Tokenizer:
         up to the size of `text`. Raises InputError unless `counts_original_bytes`.
         """
         if not self.counts_original_bytes:
-            raise InputError('original bytes need a CaseOps tokenizer with a piece "▁" and sentencepiece 0.2.3 or later')
+            raise InputError('original bytes are counted for CaseOps tokenizers with a piece "▁"; this is another one')
         text = caseops.encode(text)
         counts: list[int] = []
         for number, part in enumerate(text.split(SPACE) if self.space_ids else [text]):
