@@ -27,7 +27,7 @@ from golfgpt.data.manifest import Manifest
 from golfgpt.data.prepare import prepare
 from golfgpt.data.shards import Dataset, open_shard, verify, write_shard
 from golfgpt.data.tokenizer import Tokenizer, train_tokenizer
-from golfgpt.errors import InputError
+from golfgpt.errors import InputError, VerificationError
 from golfgpt.score.compressors import compressors_bpb
 from golfgpt.train.train import train
 
@@ -140,7 +140,7 @@ def test_the_lenient_decoder_takes_anything_and_keeps_the_count(text):
         (f"a{CAPNEXT}{CAPNEXT}b", "character 2: CAPNEXT twice"),
         (f"{TITLE}{ESC}1", "character 2: escaped '1' after TITLE"),
         (f"{TITLE}{ESC}{ESC}", "character 2: an escaped ESC after TITLE"),
-        (f"{CAPNEXT}{ESC}ab{CAPNEXT}{ESC}1", "character 6: the end after CAPNEXT"),
+        (f"{CAPNEXT}{ESC}ab{CAPNEXT}{ESC}1", "character 7: the end after CAPNEXT"),
         (f"{ESC}", "character 1: the end after ESC"),
     ],
 )
@@ -286,6 +286,11 @@ def test_published_bytes_of_a_lossy_tokenizer(tmp_path, tiny):
     assert score["published_bpb"] * score["published_bytes"] == pytest.approx(score["val_bpb"] * score["bytes"])
     assert f"\nval_bpb (published bytes) {score['published_bpb']:.4f}" in (tmp_path / "run/train.log").read_text()
 
+    counts = open_shard(data.published_files[0]).copy()
+    counts[at := int(np.flatnonzero(ids == 4)[0])] = 3
+    write_shard(data.published_files[0], counts)
+    with pytest.raises(VerificationError, match=f"count 3 bytes for val token {at}, which holds no text"):
+        Dataset.open(data.path).published_bytes(0, data.val_tokens)
     write_shard(data.published_files[0], open_shard(data.published_files[0])[:-1].copy())
     with pytest.raises(InputError, match=r"\*_val_bytes_\*\.bin hold counts of \[899, .*expected \[900, "):
         Dataset.open(data.path)

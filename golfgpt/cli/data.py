@@ -27,7 +27,7 @@ class DataPrepare:
     tokenizer: Path | None = None
     """Use this SentencePiece model instead of training one."""
     case_ops: bool = False
-    """Encode capital letters as operators before tokenization (CaseOps); the text can still be restored exactly."""
+    """CaseOps: tokenize text in lower case, with operators for its capitals; decoding restores them."""
     val: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Separate input for validation; repeat the flag for each input."""
     val_fraction: float | None = None

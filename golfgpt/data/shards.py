@@ -253,10 +253,28 @@ class Dataset:
 
     def published_bytes(self, start: int, stop: int) -> int | None:
         """Original bytes of val tokens [start, stop) by the published sidecar; None where it is missing, or where the
-        tokenizer is lossless: then they are the decoded bytes."""
+        tokenizer is lossless: then they are the decoded bytes.
+
+        Raises VerificationError where it counts bytes for BOS or an operator, as those of some published scripts do.
+        """
         if not self.published or self.lossless:
             return None
-        return int(gather(self.published, start, stop).sum(dtype=np.int64))
+        tokenizer = self.need_tokenizer()
+        silent = tokenizer.is_boundary.copy()
+        if tokenizer.case_ops:
+            silent[tokenizer.operator_ids] = True
+        total = 0
+        for at in range(start, stop, CHUNK_TOKENS):
+            end = min(at + CHUNK_TOKENS, stop)
+            counts = gather(self.published, at, end)
+            wrong = np.flatnonzero(silent[self.val_ids(at, end)] & (self.byte_counts(at, end) == 0) & (counts > 0))
+            if len(wrong):
+                raise VerificationError(
+                    f"{self.path}: the *_val_bytes_*.bin count {counts[wrong[0]]} bytes for val token {at + wrong[0]}, "
+                    "which holds no text: made by a wrong script; replace them, or delete them to score without"
+                )
+            total += int(counts.sum(dtype=np.int64))
+        return total
 
     def val_chunks(self, stop: int) -> Iterator[np.ndarray]:
         """Val tokens [0, stop) in chunks of CHUNK_TOKENS."""
