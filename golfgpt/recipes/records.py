@@ -271,7 +271,7 @@ RECORDS = (
             "than the last weights",
             "The published README names YaRN, which is off in its runs",
             "schedule.reserve_seconds 0.5 is as published: calibration then ended 3 to 4 s after the 600 s",
-            "Its data are CaseOps text, which golfgpt data prepare --case-ops makes; published shards of it open as they are",
+            "Its data are CaseOps text: golfgpt data prepare --case-ops, or published shards, which open as they are",
             "Not part of it yet: LQER, int8 gates and streams by tensor group. Without them "
             "model.golf is forecast to have 16,100,000 bytes, over the budget",
             _CALIBRATION,
