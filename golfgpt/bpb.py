@@ -47,7 +47,8 @@ class ByteCounts:
         return self._bytes[ids] - (self._dropped[ids] & self._boundary[prev_ids])
 
     def count_stream(self, ids: np.ndarray, before: int | None = None) -> np.ndarray:
-        """`count` of consecutive tokens (T,); `before` precedes the first, None: the stream starts here."""
+        """`count` of consecutive tokens (T,); `before` precedes the first, None: the stream starts here. CaseOps
+        text must not be cut after an ESC (`needs_before`)."""
         prev_ids = np.empty_like(ids)
         prev_ids[:1] = self.bos_id if before is None else before
         prev_ids[1:] = ids[:-1]
@@ -57,7 +58,7 @@ class ByteCounts:
         return counts
 
     def needs_before(self, token: int) -> bool:
-        """Whether the count after `token` depends on what precedes `token`: an ESC may itself be escaped."""
+        """Whether the count after `token` depends on what precedes it: an ESC may itself be escaped."""
         return self._operators is not None and token == self._operators[-1]
 
 

@@ -225,7 +225,11 @@ def bare(data: Dataset) -> Dataset:
 def test_prepared_folder(tmp_path):
     data = prepared(tmp_path, vocab_size=320, case_ops=True, workers=2)
     manifest = data.manifest
-    assert manifest.text_codec == "caseops" and manifest.lossless and manifest.published_bytes == ()
+    assert manifest.text_codec == "caseops" and manifest.lossless
+    (tmp_path / "again").mkdir()
+    again = prepared(tmp_path / "again", tokenizer=data.tokenizer, workers=1)
+    names = [{path.name for path in folder.iterdir()} for folder in (data.path, again.path)]
+    assert again.manifest == manifest and names[0] == names[1]
     ids = data.val_ids(0, data.val_tokens)
     val = [data.tokenizer.decode(part) for part in np.split(ids, np.flatnonzero(ids == 1))[1:]]
     raw = sum(len(text.encode()) for text in val)
@@ -267,7 +271,8 @@ def test_published_bytes_of_a_lossy_tokenizer(tmp_path, tiny):
     assert published[starts].sum() == 0
     assert published.tolist() == [count for text in val for count in (0, *data.tokenizer.original_bytes(text))]
     assert published.sum() <= manifest.val.raw_bytes
-    assert verify(data.path).val_bytes == manifest.val.decoded_bytes != published.sum()
+    report = verify(data.path)
+    assert report.val_bytes == manifest.val.decoded_bytes != report.published_bytes == published.sum()
     data = bare(data)
     for path in data.published_files:
         path.rename(path.with_name(path.name.replace("golf", "fineweb")))

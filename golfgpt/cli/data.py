@@ -170,6 +170,7 @@ def data_verify(args: DataVerify) -> int:
     if args.json:
         print_json(report)
     else:
-        print(table(("checked", ""), [(key, f"{v:,}" if type(v) is int else str(v)) for key, v in report.items()]))
+        shown = {key: f"{v:,}" if type(v) is int else str(v) for key, v in report.items() if v is not None}
+        print(table(("checked", ""), [*shown.items()]))
         print("verified: every count was made twice, independently")
     return 0

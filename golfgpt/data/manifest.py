@@ -65,7 +65,7 @@ class Manifest:
     text_codec: Literal["caseops"] | None = None
     """What turns text into that which SentencePiece encodes (`golfgpt.data.caseops`); None: nothing does."""
     published_bytes: tuple[ShardFile, ...] = ()
-    """Counts of val as published CaseOps sidecars have them, where a given CaseOps tokenizer may lose text."""
+    """Counts of val as published CaseOps sidecars have them, where a given CaseOps tokenizer loses text."""
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Manifest:

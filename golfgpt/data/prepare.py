@@ -140,7 +140,13 @@ class _Encoder:
         published = None
         if split == "val" and tokenizer.counts_original_bytes and not self._must_round_trip:
             originals = [[0, *tokenizer.original_bytes(raw.decode())] for _, raw, _ in documents]
-            published = np.concatenate(originals).astype(np.uint16)
+            published = np.concatenate(originals)
+            if published.max() > 0xFFFF:
+                raise InputError(
+                    f"the tokenizer makes one piece of {published.max()} bytes of a val document; sidecars count to "
+                    "65535: shorten its runs of white space, or use a tokenizer that keeps them"
+                )
+            published = published.astype(np.uint16)
         return _Encoded(
             split=split,
             ids=stream,
@@ -358,17 +364,23 @@ def prepare(
             )
         val_split = writers["val"].finish((val_source or train_source).names)
         train_split = writers["train"].finish(train_source.names)
+        lossless = not (train_split.changed_documents or val_split.changed_documents)
+        published = writers["val"].published
+        if lossless:  # they would say what the sidecars say
+            for item in published:
+                (folder / item.file).unlink()
+            published = []
         manifest = Manifest(
             golfgpt=__version__,
             tokenizer_sha256=tokenizer.digest,
             vocab_size=tokenizer.vocab_size,
-            lossless=not (train_split.changed_documents or val_split.changed_documents),
+            lossless=lossless,
             val_below=below and below.hex(),
             separator=separator,
             train=train_split,
             val=val_split,
             text_codec="caseops" if tokenizer.case_ops else None,
-            published_bytes=tuple(writers["val"].published),
+            published_bytes=tuple(published),
         )
         write_bytes(folder / TOKENIZER, tokenizer.model_bytes)
         write_json(folder / MANIFEST, manifest.to_json())

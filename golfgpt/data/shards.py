@@ -252,12 +252,11 @@ class Dataset:
         return self._table.count_stream(self.val_ids(first, stop))[start - first :]
 
     def published_bytes(self, start: int, stop: int) -> int | None:
-        """Original bytes of val tokens [start, stop) by the published sidecar; None where it is missing, or where the
-        tokenizer is lossless: then they are the decoded bytes.
+        """Original bytes of val tokens [start, stop) by the published sidecar; None where there is none.
 
         Raises VerificationError where it counts bytes for BOS or an operator, as those of some published scripts do.
         """
-        if not self.published or self.lossless:
+        if not self.published:
             return None
         tokenizer = self.need_tokenizer()
         silent = tokenizer.is_boundary.copy()
@@ -381,6 +380,8 @@ class Report:
     val_tokens: int
     val_bytes: int
     """UTF-8 bytes of the decoded val text, counted twice."""
+    published_bytes: int | None
+    """Bytes of the original val text by a published CaseOps sidecar."""
     digest: str
 
 
@@ -428,6 +429,7 @@ def verify(path: str | os.PathLike, progress: Progress | None = None, tokenizer:
         val_documents=val_documents,
         val_tokens=data.val_tokens,
         val_bytes=val_bytes,
+        published_bytes=data.published_bytes(0, data.val_tokens),
         digest=data.digest,
     )
 

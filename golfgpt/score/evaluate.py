@@ -105,6 +105,9 @@ def open_dataset(config: RunConfig, ranks: Ranks) -> Dataset:
             "score without eval.document_aware"
         )
     dataset.check_token_ids(config.model.vocab_size, assigned=(ranks.rank, ranks.world))
+    if dataset.published:
+        dataset.check_token_ids(config.model.vocab_size, "val")
+        dataset.published_bytes(0, dataset.val_tokens)  # as above
     return dataset
 
 
@@ -162,6 +165,7 @@ def evaluate(
     with ranks.raise_on_any():
         try:
             dataset.check_token_ids(model.config.vocab_size, "val")
+            published = _published_bytes(dataset, runs)
             sums = keep.open(key, sums)
             findings = check(scorer, windows, read, mine, most)
             resumed, began = sums, time.perf_counter()
@@ -189,7 +193,6 @@ def evaluate(
         raise VerificationError(
             f"scored {tokens:.0f} of {targets} tokens and {nbytes:.0f} of {proved} bytes: no score can be proved"
         )
-    published = _published_bytes(dataset, runs)
     return Score(
         val_loss=nats / tokens,
         val_bpb=bits_per_byte(nats, int(nbytes)),
@@ -227,7 +230,7 @@ def _proved_bytes(dataset: Dataset, runs: list[tuple[range, int]]) -> int:
 
 
 def _published_bytes(dataset: Dataset, runs: list[tuple[range, int]]) -> int | None:
-    """Bytes of the targets of `runs`, as often as each is scored, by the published sidecar where it counts others."""
+    """Bytes of the targets of `runs`, as often as each is scored, by the published sidecar; None without one."""
     counts = [dataset.published_bytes(run.start + 1, run.stop + 1) for run, _ in runs]
     if None in counts:
         return None
