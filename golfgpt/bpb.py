@@ -65,7 +65,8 @@ class ByteCounts:
 def decoded_bytes(tokenizer: Tokenizer, stream: Iterable[np.ndarray]) -> int:
     """UTF-8 bytes of the text that a stream of ids (chunks of any length) decodes to, by SentencePiece.
 
-    A stream that ends inside a multi-byte character decodes to U+FFFD there, as the decoder has it.
+    A stream that ends inside a multi-byte character decodes to U+FFFD there, as the decoder has it. Byte pieces that
+    spell a CaseOps operator, which no encoder writes, decode as one: `ByteCounts` then differs, and no score is proved.
     """
     return sum(len(text.encode()) for text in decoded_texts(tokenizer, stream))
 
