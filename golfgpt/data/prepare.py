@@ -333,7 +333,7 @@ def prepare(
             tokenizer = Tokenizer.from_file(tokenizer)
         if case_ops and not tokenizer.case_ops:
             raise InputError(
-                "the given tokenizer cannot hold CaseOps text: expected U+E001 to U+E004 as pieces of their own "
+                f"{tokenizer.name} cannot hold CaseOps text: expected U+E001 to U+E004 as pieces of their own "
                 "(user_defined_symbols); leave --tokenizer out to train one, or --case-ops to keep the text as it is"
             )
         advance = _meter(progress, "encoding", total)

@@ -43,7 +43,7 @@ class Tokenizer:
 
     def __init__(self, model_bytes: bytes, name: str = "the tokenizer"):
         """Raises InputError if `model_bytes` is no SentencePiece model that shards can be made with."""
-        self.model_bytes = bytes(model_bytes)
+        self.model_bytes, self.name = bytes(model_bytes), name
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=self.model_bytes)
             self.vocab_size: int = self._model.get_piece_size()
