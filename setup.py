@@ -11,7 +11,7 @@ train = [
     "numpy>=1.26",
     "rich>=13",
     "safetensors>=0.5",
-    "sentencepiece>=0.2",
+    "sentencepiece>=0.2.3",  # offset_mapping
     "tyro>=1.0",
     "zstandard>=0.23",
 ]

@@ -56,6 +56,8 @@ def score_lines(score: Score, compressors: dict[str, float] | None) -> str:
         f"{score.stride}   {score.dtype}   {score.tokens:,} tokens, {score.bytes:,} bytes, {score.seconds:.1f} s\n"
         f"{score.checks}"
     )
+    if score.published_bpb is not None:
+        line += f"\nval_bpb (published bytes) {score.published_bpb:.4f}   {score.published_bytes:,} bytes"
     if not compressors:
         return line
     rows = [("this model", f"{score.val_bpb:.4f}")]

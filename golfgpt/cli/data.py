@@ -26,6 +26,8 @@ class DataPrepare:
     """Vocabulary size of the tokenizer to train, in tokens; default: 1024."""
     tokenizer: Path | None = None
     """Use this SentencePiece model instead of training one."""
+    case_ops: bool = False
+    """CaseOps: tokenize text in lower case, with operators for its capitals; decoding restores them."""
     val: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Separate input for validation; repeat the flag for each input."""
     val_fraction: float | None = None
@@ -78,6 +80,7 @@ def prepare_folder(args: DataPrepare) -> Any:
             args.out,
             vocab_size=1024 if args.vocab_size is None else args.vocab_size,
             tokenizer=args.tokenizer,
+            case_ops=args.case_ops,
             val=args.val or None,
             val_fraction=args.val_fraction,
             separator=args.document_separator,
@@ -167,6 +170,8 @@ def data_verify(args: DataVerify) -> int:
     if args.json:
         print_json(report)
     else:
-        print(table(("checked", ""), [(key, f"{v:,}" if type(v) is int else str(v)) for key, v in report.items()]))
-        print("verified: every count was made twice, independently")
+        shown = {key: f"{v:,}" if type(v) is int else str(v) for key, v in report.items() if v is not None}
+        print(table(("checked", ""), [*shown.items()]))
+        but = ", but published_bytes, which the sidecar states" if "published_bytes" in shown else ""
+        print(f"verified: every count was made twice, independently{but}")
     return 0

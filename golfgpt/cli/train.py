@@ -265,7 +265,8 @@ def sample(args: Sample) -> int:
         stop_id=tokenizer.bos_id,
         generator=torch.Generator().manual_seed(args.seed),
     )
-    text = tokenizer.decode(new)
+    prompt = ids.tolist()  # what the prompt ends with, such as half a word, decides how the first new ids decode
+    text = tokenizer.decode([*prompt, *new])[len(tokenizer.decode(prompt)) :]
     if args.json:
         print_json({"prompt": args.prompt, "text": text, "tokens": len(new)})
     else:

@@ -8,7 +8,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from golfgpt.errors import InputError
 from golfgpt.files import from_json
@@ -62,12 +62,19 @@ class Manifest:
     """Separator of .txt inputs; None: blank lines."""
     train: Split
     val: Split
+    text_codec: Literal["caseops"] | None = None
+    """What turns text into that which SentencePiece encodes (`golfgpt.data.caseops`); None: nothing does."""
+    published_bytes: tuple[ShardFile, ...] = ()
+    """Counts of val as published CaseOps sidecars have them, where a given CaseOps tokenizer loses text."""
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Manifest:
         """Raises InputError naming an unknown or missing key, a wrong type or an unknown format."""
         try:
-            manifest = from_json(cls, json.loads(Path(path).read_bytes()))
+            values = json.loads(Path(path).read_bytes())
+            if isinstance(values, dict):  # older ones lack these keys
+                values = {"text_codec": None, "published_bytes": []} | values
+            manifest = from_json(cls, values)
         except (OSError, ValueError) as error:
             raise InputError(f"{path} is not a readable manifest: {error}; prepare the data again") from error
         if manifest.format != 1:
@@ -84,4 +91,5 @@ class Manifest:
             [f"{shard.sha256} {shard.sidecar_sha256}" for shard in split.shards] for split in (self.train, self.val)
         )
         parts = [self.tokenizer_sha256, *train, "None None", *val]  # the border between the splits
+        parts += [file.sha256 for file in self.published_bytes]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()

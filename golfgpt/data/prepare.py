@@ -30,6 +30,7 @@ import numpy as np
 
 from golfgpt import __version__
 from golfgpt.bpb import ByteCounts
+from golfgpt.data import caseops
 from golfgpt.data.demo_text import demo_text
 from golfgpt.data.documents import Advance, PathLike, document_hash, find_inputs, read_documents, split_text
 from golfgpt.data.manifest import MANIFEST, Manifest, ShardFile, Split
@@ -89,6 +90,8 @@ class _Encoded:
     split: str
     ids: np.ndarray
     counts: np.ndarray
+    published: np.ndarray | None
+    """Byte counts as published CaseOps sidecars have them (uint16), for val of a given CaseOps tokenizer."""
     hashes: list[bytes]
     totals: dict[str, int]
 
@@ -119,6 +122,8 @@ class _Encoder:
             decoded = b"".join(map(tokenizer.pieces.__getitem__, ids))
             if tokenizer.strips_leading_space and decoded[:1] == b" " and not tokenizer.is_byte(ids[0]):
                 decoded = decoded[1:]
+            if tokenizer.case_ops:
+                decoded = caseops.decode(decoded.decode(), strict=self._must_round_trip).encode()
             changed += decoded != raw
             if self._must_round_trip and decoded != raw:
                 at = next((i for i, (a, b) in enumerate(zip(decoded, raw, strict=False)) if a != b), 0)
@@ -132,10 +137,21 @@ class _Encoder:
             packed.extend(array("H", ids))
         stream = np.frombuffer(packed, dtype=np.uint16)
         counts = self._table.count_stream(stream)
+        published = None
+        if split == "val" and tokenizer.counts_original_bytes and not self._must_round_trip:
+            originals = [[0, *tokenizer.original_bytes(raw.decode())] for _, raw, _ in documents]
+            published = np.concatenate(originals)
+            if published.max() > 0xFFFF:
+                raise InputError(
+                    f"the tokenizer makes one piece of {published.max()} bytes of a val document; sidecars count to "
+                    "65535: shorten its runs of white space, or use a tokenizer that keeps them"
+                )
+            published = published.astype(np.uint16)
         return _Encoded(
             split=split,
             ids=stream,
             counts=counts,
+            published=published,
             hashes=[digest for digest, _, _ in documents],
             totals={
                 "documents": len(documents),
@@ -187,12 +203,14 @@ def _map_in_order(batches: Iterable, workers: int, encoder_args: tuple) -> Itera
 
 
 class _SplitWriter:
-    """Collects the documents of one split and writes full shards; val shards have sidecars."""
+    """Collects the documents of one split and writes full shards; val shards have sidecars, and published ones where
+    there are counts for them."""
 
     def __init__(self, folder: Path, split: str, shard_tokens: int):
         self._folder, self._split, self._shard_tokens = folder, split, shard_tokens
-        self._ids, self._counts = bytearray(), bytearray()  # uint16, not written yet
+        self._ids, self._counts, self._published = bytearray(), bytearray(), bytearray()  # uint16, not written yet
         self._shards: list[ShardFile] = []
+        self.published: list[ShardFile] = []
         self.totals = Counter(documents=0, raw_bytes=0, decoded_bytes=0, changed_documents=0)
 
     def add(self, part: _Encoded) -> None:
@@ -200,6 +218,8 @@ class _SplitWriter:
         self._ids += part.ids.tobytes()
         if self._split == "val":
             self._counts += part.counts.astype("<u2").tobytes()
+        if part.published is not None:
+            self._published += part.published.tobytes()
         while len(self._ids) >= 2 * self._shard_tokens:
             self._flush(self._shard_tokens)
 
@@ -219,6 +239,11 @@ class _SplitWriter:
                 sidecar_sha256=sha256_file(sidecar) if self._split == "val" else None,
             )
         )
+        if self._published:
+            path = self._folder / f"golf_val_bytes_{len(self.published):06d}.bin"
+            write_shard(path, np.frombuffer(self._published, np.uint16, tokens))
+            del self._published[: 2 * tokens]
+            self.published.append(ShardFile(file=path.name, tokens=tokens, sha256=sha256_file(path)))
 
     def finish(self, inputs: Sequence[str]) -> Split:
         if self._ids:
@@ -263,6 +288,7 @@ def prepare(
     *,
     vocab_size: int = 1024,
     tokenizer: PathLike | Tokenizer | None = None,
+    case_ops: bool = False,
     val: Sequence[PathLike] | None = None,
     val_fraction: float | None = None,
     separator: str | None = None,
@@ -274,9 +300,10 @@ def prepare(
     """Make the data folder `out` from `inputs` (see `read_documents`); None: the embedded corpus (`demo`).
 
     A tokenizer of `vocab_size` pieces is trained on the train inputs, unless `tokenizer` is given, which may
-    be lossy. Val is `val`, inputs of its own, or `val_fraction` of the documents (default 0.05), chosen by
-    document hash, so that identical documents fall on the same side. `progress(stage, done, total)` counts
-    bytes of input files.
+    be lossy. `case_ops` trains it on CaseOps text (`golfgpt.data.caseops`); a given one must then have the pieces of
+    CaseOps, and one that has them is used so in any case. Val is `val`, inputs of its own, or `val_fraction` of the
+    documents (default 0.05), chosen by document hash, so that identical documents fall on the same side.
+    `progress(stage, done, total)` counts bytes of input files.
 
     Raises InputError for bad input, an empty split, or documents that are in both `inputs` and `val`;
     VerificationError if a document does not survive a tokenizer that was trained here.
@@ -301,9 +328,14 @@ def prepare(
             texts = train_source.documents(_meter(progress, "training the tokenizer", train_source.bytes))
             if below:  # nothing that is trained sees val
                 texts = (text for text in texts if document_hash(text.encode()) >= below)
-            tokenizer = Tokenizer.from_bytes(train_tokenizer(texts, vocab_size))
+            tokenizer = Tokenizer.from_bytes(train_tokenizer(texts, vocab_size, case_ops=case_ops))
         elif not isinstance(tokenizer, Tokenizer):
             tokenizer = Tokenizer.from_file(tokenizer)
+        if case_ops and not tokenizer.case_ops:
+            raise InputError(
+                f"{tokenizer.name} cannot hold CaseOps text: expected U+E001 to U+E004 as pieces of their own "
+                "(user_defined_symbols); leave --tokenizer out to train one, or --case-ops to keep the text as it is"
+            )
         advance = _meter(progress, "encoding", total)
         batches = _batches(None if below else "train", mix(train_source.documents(advance), below))
         if val_source:
@@ -332,15 +364,23 @@ def prepare(
             )
         val_split = writers["val"].finish((val_source or train_source).names)
         train_split = writers["train"].finish(train_source.names)
+        lossless = not (train_split.changed_documents or val_split.changed_documents)
+        published = writers["val"].published
+        if lossless:  # they would say what the sidecars say
+            for item in published:
+                (folder / item.file).unlink()
+            published = []
         manifest = Manifest(
             golfgpt=__version__,
             tokenizer_sha256=tokenizer.digest,
             vocab_size=tokenizer.vocab_size,
-            lossless=not (train_split.changed_documents or val_split.changed_documents),
+            lossless=lossless,
             val_below=below and below.hex(),
             separator=separator,
             train=train_split,
             val=val_split,
+            text_codec="caseops" if tokenizer.case_ops else None,
+            published_bytes=tuple(published),
         )
         write_bytes(folder / TOKENIZER, tokenizer.model_bytes)
         write_json(folder / MANIFEST, manifest.to_json())

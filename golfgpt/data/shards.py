@@ -5,9 +5,11 @@
     golf_val_000000.bytes    sidecar: uint16 LE per token, the UTF-8 bytes it adds to the decoded text
     tokenizer.model          the SentencePiece model
     manifest.json            `Manifest`: digests, totals, and how the splits were made
+    *_val_bytes_000000.bin   published CaseOps sidecar: a shard of the original bytes of each val token
 
 Any folder of `*_train_*.bin` and `*_val_*.bin` opens, so published exports load as they are; without a
-sidecar the byte counts come from the tokenizer. Nothing here loads a shard as a whole.
+sidecar the byte counts come from the tokenizer. Nothing here loads a shard as a whole. Text is CaseOps text if the
+tokenizer has the pieces of its operators (`Tokenizer.case_ops`); for a prepared folder the manifest says it too.
 """
 
 from __future__ import annotations
@@ -109,6 +111,10 @@ class Dataset:
     val_files: list[Path]
     sidecars: list[np.ndarray] | None
     """Memory maps (T,) uint16 beside the val shards: bytes per token."""
+    published_files: list[Path]
+    """Published CaseOps sidecars, `*_val_bytes_*.bin`."""
+    published: list[np.ndarray]
+    """Their memory maps (T,) uint16; what a lossy tokenizer changes makes them differ from the decoded bytes."""
     tokenizer: Tokenizer | None
     manifest: Manifest | None
     _proved: int | None = None
@@ -127,11 +133,19 @@ class Dataset:
         manifest = self.path / MANIFEST
         self.manifest = Manifest.load(manifest) if manifest.exists() else None
         self.train_files = sorted(self.path.glob("*_train_*.bin"))
-        self.val_files = sorted(self.path.glob("*_val_*.bin"))
+        self.published_files = sorted(self.path.glob("*_val_bytes_*.bin"))
+        self.val_files = sorted({*self.path.glob("*_val_*.bin")} - {*self.published_files})
         for name, files in (("train", self.train_files), ("val", self.val_files)):
             if not files:
                 raise InputError(f"{path} holds no *_{name}_*.bin; prepare or download the data again")
         self.train, self.val = [*map(open_shard, self.train_files)], [*map(open_shard, self.val_files)]
+        self.published = [*map(open_shard, self.published_files)]
+        lengths = [*map(len, self.val)], [*map(len, self.published)]
+        if self.published and lengths[0] != lengths[1]:
+            raise InputError(
+                f"{path}: the *_val_bytes_*.bin hold counts of {lengths[1]} tokens, expected {lengths[0]} as the val "
+                "shards; download or prepare the data again, or delete all *_val_bytes_*.bin"
+            )
         self.sidecars = self._open_sidecars()
         self.tokenizer = tokenizer or self._find_tokenizer()
         self._check_manifest()
@@ -169,8 +183,10 @@ class Dataset:
                 f"{self.path}: found tokenizer {have}, the manifest has {self.manifest.tokenizer_sha256}; {repair}"
             )
         splits = (self.manifest.train, self.manifest.val)
-        expected = {(item.file, item.tokens) for split in splits for item in split.shards}
+        files = [*(item for split in splits for item in split.shards), *self.manifest.published_bytes]
+        expected = {(item.file, item.tokens) for item in files}
         found = {(file.name, len(shard)) for _, file, shard in self._shards()}
+        found |= {(file.name, len(counts)) for file, counts in zip(self.published_files, self.published, strict=True)}
         if different := sorted(expected ^ found):
             name, tokens = different[0]
             origin = "the manifest" if different[0] in expected else "the folder"
@@ -230,8 +246,38 @@ class Dataset:
         stop = min(stop, self.val_tokens)
         if self.sidecars is not None:
             return gather(self.sidecars, start, stop)
-        before = int(self.val_ids(start - 1, start)[0]) if start else None
-        return self._table.count_stream(self.val_ids(start, stop), before)
+        first = max(start - 1, 0)
+        while first and self._table.needs_before(int(self.val_ids(first, first + 1)[0])):
+            first -= 1
+        return self._table.count_stream(self.val_ids(first, stop))[start - first :]
+
+    def published_bytes(self, start: int, stop: int) -> int | None:
+        """Original bytes of val tokens [start, stop) by the published sidecar; None where there is none.
+
+        Raises VerificationError where it counts bytes for BOS or an operator, as those of some published scripts do.
+        """
+        if not self.published:
+            return None
+        tokenizer = self.need_tokenizer()
+        silent = tokenizer.is_boundary.copy()
+        if tokenizer.case_ops:
+            silent[tokenizer.operator_ids] = True
+        total = 0
+        for at in range(start, stop, CHUNK_TOKENS):
+            end = min(at + CHUNK_TOKENS, stop)
+            counts = gather(self.published, at, end)
+            wrong = np.flatnonzero(silent[self.val_ids(at, end)] & (self.byte_counts(at, end) == 0) & (counts > 0))
+            if len(wrong):
+                raise VerificationError(
+                    f"{self.path}: the *_val_bytes_*.bin count {counts[wrong[0]]} bytes for val token {at + wrong[0]}, "
+                    "which holds no text: made by a wrong script; replace them, or delete them to score without"
+                )
+            total += int(counts.sum(dtype=np.int64))
+        return total
+
+    def val_chunks(self, stop: int) -> Iterator[np.ndarray]:
+        """Val tokens [0, stop) in chunks of CHUNK_TOKENS."""
+        return (self.val_ids(at, min(at + CHUNK_TOKENS, stop)) for at in range(0, stop, CHUNK_TOKENS))
 
     @functools.cached_property
     def _table(self) -> ByteCounts:
@@ -281,7 +327,7 @@ class Dataset:
             end += 1
         edges = [(start, min(start + CHUNK_TOKENS, end)) for start in range(0, end, CHUNK_TOKENS)]
         counted = sum(int(self.byte_counts(*edge).sum()) for edge in edges)
-        decoded = decoded_bytes(tokenizer, (self.val_ids(*edge) for edge in edges))
+        decoded = decoded_bytes(tokenizer, self.val_chunks(end))
         source = "the tokenizer's byte table" if self.sidecars is None else "the sidecar"
         if counted != decoded:
             raise VerificationError(
@@ -334,6 +380,8 @@ class Report:
     val_tokens: int
     val_bytes: int
     """UTF-8 bytes of the decoded val text, counted twice."""
+    published_bytes: int | None
+    """Bytes of the original val text by a published CaseOps sidecar."""
     digest: str
 
 
@@ -381,13 +429,14 @@ def verify(path: str | os.PathLike, progress: Progress | None = None, tokenizer:
         val_documents=val_documents,
         val_tokens=data.val_tokens,
         val_bytes=val_bytes,
+        published_bytes=data.published_bytes(0, data.val_tokens),
         digest=data.digest,
     )
 
 
 def _check_digests(data: Dataset, manifest: Manifest, progress: Progress) -> None:
     expected = {}
-    for shard in (*manifest.train.shards, *manifest.val.shards):
+    for shard in (*manifest.train.shards, *manifest.val.shards, *manifest.published_bytes):
         expected[shard.file] = shard.sha256
         if shard.sidecar_sha256:
             expected[str(Path(shard.file).with_suffix(".bytes"))] = shard.sidecar_sha256

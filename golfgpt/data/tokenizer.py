@@ -11,6 +11,9 @@ What SentencePiece 0.2.3 does to text, found by experiment, and what is done abo
                             of the text; one trained here drops nothing
 
 Tabs, newlines, CR, NUL, runs of spaces, U+FEFF, U+FFFD, private use and literal "<s>" or "<0x41>" survive.
+
+A tokenizer whose pieces hold the operators of CaseOps encodes and decodes through `golfgpt.data.caseops`. The pieces
+alone decide it, so it is known wherever the model file is: in a run, an export, or a folder of published shards.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import sentencepiece
 
+from golfgpt.data import caseops
 from golfgpt.errors import InputError
 
 SPACE = "\u2581"
@@ -39,7 +43,7 @@ class Tokenizer:
 
     def __init__(self, model_bytes: bytes, name: str = "the tokenizer"):
         """Raises InputError if `model_bytes` is no SentencePiece model that shards can be made with."""
-        self.model_bytes = bytes(model_bytes)
+        self.model_bytes, self.name = bytes(model_bytes), name
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=self.model_bytes)
             self.vocab_size: int = self._model.get_piece_size()
@@ -69,6 +73,8 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise InputError(f"text holds a lone surrogate at character {error.start}; remove or replace it") from None
+        if self.case_ops:
+            text = caseops.encode(text)
         if SPACE not in text or not self.space_ids:
             return self._encode_part(text)
         head, *tail = text.split(SPACE)
@@ -89,12 +95,50 @@ class Tokenizer:
         return out
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids` by SentencePiece's own decoder; control pieces are invisible."""
-        return self._model.decode([int(i) for i in ids])
+        """Text of `ids` by SentencePiece's own decoder; control pieces are invisible. CaseOps operators that cannot
+        apply, as in sampled ids, are dropped."""
+        return self.decode_batch([[int(i) for i in ids]])[0]
 
     def decode_batch(self, batch: Sequence[list[int]]) -> list[str]:
         """`decode` of several lists of ids."""
-        return self._model.decode(batch) if batch else []
+        texts = self._model.decode(batch) if batch else []
+        return [caseops.decode(text, strict=False) for text in texts] if self.case_ops else texts
+
+    def original_bytes(self, text: str) -> list[int]:
+        """Bytes of `text` that each of `encode(text)` stands for, as published CaseOps sidecars count them: of the text
+        that a piece was made from, before normalization. What the normalizer drops at the ends is in no piece.
+
+        Of the byte pieces of a character only the last has any, operators have none. For a lossless tokenizer they add
+        up to the size of `text`. Raises InputError unless `counts_original_bytes`.
+        """
+        if not self.counts_original_bytes:
+            raise InputError('original bytes are counted for CaseOps tokenizers with a piece "▁"; this is another one')
+        text = caseops.encode(text)
+        counts: list[int] = []
+        for number, part in enumerate(text.split(SPACE) if self.space_ids else [text]):
+            if number:
+                counts += [0, 0, len(SPACE.encode())]
+            before = np.concatenate([[0], np.cumsum(caseops.original_bytes(part))])
+            start, stop = np.array(self._model.encode(part, out_type="offset_mapping")["offsets"], int).reshape(-1, 2).T
+            counts += (before[stop] - before[start]).tolist()
+        return counts
+
+    @functools.cached_property
+    def case_ops(self) -> bool:
+        """Whether the four operators of CaseOps are user-defined pieces. These score 0, and of the learned pieces only
+        the first does, so four learned characters are no operators."""
+        model, ids = self._model, self.operator_ids
+        return not any(model.is_byte(i) or self.is_boundary[i] or model.get_score(i) for i in ids)
+
+    @property
+    def counts_original_bytes(self) -> bool:
+        """Whether `original_bytes` can count: where "▁" is no piece, `encode` replaces ids."""
+        return self.case_ops and self.has_space_piece
+
+    @functools.cached_property
+    def operator_ids(self) -> list[int]:
+        """Ids of the pieces TITLE, ALLCAPS, CAPNEXT, ESC of CaseOps; the unknown piece's where there is none."""
+        return [self._model.piece_to_id(operator) for operator in caseops.OPERATORS]
 
     @functools.cached_property
     def digest(self) -> str:
@@ -144,9 +188,12 @@ class Tokenizer:
         return ids if all(map(self.is_byte, ids)) else []
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, *, max_chars: int = TRAINING_CHARS) -> bytes:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, *, max_chars: int = TRAINING_CHARS, case_ops: bool = False
+) -> bytes:
     """Train a byte-pair SentencePiece model that round-trips any text; returns the model file.
 
+    With `case_ops` it is trained on CaseOps text and has the operators as pieces 4 to 7, as the published ones have.
     `texts` is read once, in bounded memory: when it exceeds `max_chars` an even sample of it is used. The
     result depends on the texts and sizes alone. Raises InputError when `vocab_size` is too small or too
     large for the text, naming the bound.
@@ -154,6 +201,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, *, max_chars: int = T
     if not 0 < vocab_size <= _MAX_VOCAB:
         raise InputError(f"vocabulary size {vocab_size} is not in 1..{_MAX_VOCAB}")
     model = io.BytesIO()
+    texts = map(caseops.encode, texts) if case_ops else texts
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(_even_sample(_sentences(texts), max_chars)),
@@ -174,6 +222,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, *, max_chars: int = T
             unk_id=3,
             num_threads=8,  # it is stored in the model, so the machine's own number would change the digest
             minloglevel=3,
+            **({"user_defined_symbols": list(caseops.OPERATORS)} if case_ops else {}),
         )
     except RuntimeError as error:
         raise InputError(_explain(str(error), vocab_size)) from error

@@ -1,7 +1,7 @@
 """Recipes of the records from 2026-03-22 (1.1228) to 2026-04-27 (1.0611): what their models train with.
 
-Their clip searches, LQER, the CaseOps tokenizer and test-time training are not part of them; the notes name what is
-missing. Sources: the published scripts and logs.
+Their clip searches, LQER and test-time training are not part of them; the notes name what is missing. Sources: the
+published scripts and logs.
 """
 
 from __future__ import annotations
@@ -271,7 +271,8 @@ RECORDS = (
             "than the last weights",
             "The published README names YaRN, which is off in its runs",
             "schedule.reserve_seconds 0.5 is as published: calibration then ended 3 to 4 s after the 600 s",
-            "Not part of it yet: LQER, int8 gates, streams by tensor group, and the CaseOps tokenizer. Without them "
+            "Its data are CaseOps text: golfgpt data prepare --case-ops, or published shards, which open as they are",
+            "Not part of it yet: LQER, int8 gates and streams by tensor group. Without them "
             "model.golf is forecast to have 16,100,000 bytes, over the budget",
             _CALIBRATION,
             _NO_TTT,

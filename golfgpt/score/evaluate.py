@@ -69,6 +69,10 @@ class Score:
     """Not all of the text was scored."""
     document_aware: bool
     checks: Checks
+    published_bytes: int | None = None
+    """Bytes of the scored tokens by the published CaseOps sidecar: of the original text, before a lossy normalizer."""
+    published_bpb: float | None = None
+    """The published form of val_bpb: the same nats over `published_bytes`."""
 
     @property
     def key(self) -> str:
@@ -101,6 +105,9 @@ def open_dataset(config: RunConfig, ranks: Ranks) -> Dataset:
             "score without eval.document_aware"
         )
     dataset.check_token_ids(config.model.vocab_size, assigned=(ranks.rank, ranks.world))
+    if dataset.published:
+        dataset.check_token_ids(config.model.vocab_size, "val")
+        dataset.published_bytes(0, dataset.val_tokens)  # as above
     return dataset
 
 
@@ -158,6 +165,7 @@ def evaluate(
     with ranks.raise_on_any():
         try:
             dataset.check_token_ids(model.config.vocab_size, "val")
+            published = _published_bytes(dataset, runs)
             sums = keep.open(key, sums)
             findings = check(scorer, windows, read, mine, most)
             resumed, began = sums, time.perf_counter()
@@ -199,6 +207,8 @@ def evaluate(
         partial=sum(len(run) for run, _ in runs) < dataset.val_tokens - 1,
         document_aware=config.eval.document_aware,
         checks=Checks.of(findings, windows, ranks),
+        published_bytes=published,
+        published_bpb=bits_per_byte(nats, published) if published else None,
     )
 
 
@@ -217,6 +227,14 @@ def _proved_bytes(dataset: Dataset, runs: list[tuple[range, int]]) -> int:
     """Bytes of the targets of `runs`, as often as each is scored, proved by decoding them."""
     prove = functools.cache(dataset.prove_val_bytes)
     return sum((prove(run.stop + 1) - prove(run.start + 1)) * times for run, times in runs)
+
+
+def _published_bytes(dataset: Dataset, runs: list[tuple[range, int]]) -> int | None:
+    """Bytes of the targets of `runs`, as often as each is scored, by the published sidecar; None without one."""
+    counts = [dataset.published_bytes(run.start + 1, run.stop + 1) for run, _ in runs]
+    if None in counts:
+        return None
+    return sum(count * times for count, (_, times) in zip(counts, runs, strict=True))
 
 
 def _label(dataset: Dataset, windows: Windows, runs: list[tuple[range, int]], document_aware: bool) -> str:
