@@ -1,9 +1,7 @@
 """Published model files as runs: evaluated, sampled and exported like models trained here.
 
-A quantized file keeps its codes and scales; nothing is quantized twice. Tensors that these do not give (`corrected`:
-low-rank factors, columns with scales of their own) become float32 in model.golf, which is larger for it. The run's
-checkpoint holds the weights as the published model has them, so that `golfgpt export --to golf` can store them in
-another format.
+A quantized file keeps its codes, scales, factors and wide columns; nothing is quantized twice. The run's checkpoint
+holds the weights as the published model has them, so that `golfgpt export --to golf` can store them in another format.
 """
 
 from __future__ import annotations
@@ -11,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,39 +58,48 @@ def import_model(export: Export, tokenizer: Tokenizer, config: RunConfig, path: 
 
 
 def layer_groups_of(export: Export, model: ModelConfig) -> dict[str, QuantizedTensor]:
-    """The file's own codes, scales and passthrough tensors as layer groups; bfloat16 and corrected tensors become
+    """The file's own codes, scales and passthrough tensors as layer groups; bfloat16 and `decoded` tensors become
     float32.
 
     Decoding gives the file's weights except for the published rounding of embeddings to bfloat16, which a forward in
-    bfloat16 repeats. A corrected embedding is stored rounded.
+    bfloat16 repeats, and for the last bit of products of factors. A `decoded` embedding is stored rounded.
     """
     codes = {canonical_name(name): pair for name, pair in export.codes.items()}
-    uncoded = split_banks(export.passthrough) | {name: export.state[name] for name in export.corrected}
+    beside = {canonical_name(name): fields for name, fields in export.beside.items()}
+    uncoded = split_banks(export.passthrough) | {name: export.state[name] for name in export.decoded}
     passthrough = {canonical_name(name): tensor for name, tensor in uncoded.items()}
     if other := [name for name, (values, _) in codes.items() if values.ndim != 2]:
         raise InputError(f"{other[0]} is quantized, expected a passthrough tensor: it is not a matrix")
     out: dict[str, QuantizedTensor] = {}
     for bank, param in parameter_table(model).items():
         quantized = [name for name in param.published_names if name in codes]
-        bits = max((_bits(codes[name][0]) for name in quantized), default=0)
-        formats = [
-            (f"int{bits}", _number(codes[name][1])) if name in codes else (_number(passthrough[name]), None)
-            for name in param.published_names
-        ]
+        bits = max((_bits(codes[name][0], beside.get(name, {})) for name in quantized), default=0)
+        kinds = []
+        for name in param.published_names:
+            number = (f"int{bits}", _number(codes[name][1])) if name in codes else (_number(passthrough[name]), None)
+            kinds.append((*number, name if name in beside else None))  # in a group of its own
         pack = torch.stack if param.layered else itemgetter(0)
-        for group, shape, names, (number, scale) in layer_groups(bank, param, formats):
-            format = TensorFormat(shape, number, scale)
+        for group, shape, names, (number, scale, alone) in layer_groups(bank, param, kinds):
+            fields = {name: value for name, value in beside.get(alone, {}).items()}
+            arrays = {name: pack([fields.pop(name)]) for name, x in [*fields.items()] if isinstance(x, Tensor)}
+            format = TensorFormat(shape, number, scale, **fields)
             if format.quantized:
                 rows = len(codes[names[0]][0])  # the published per-tensor form has one scale for all
-                scales = pack([codes[name][1].to(DTYPES[scale]).expand(rows) for name in names]).contiguous()
-                out[group] = QuantizedTensor(format, pack([codes[name][0] for name in names]), scales)
+                arrays["scale"] = pack([codes[name][1].expand(rows) for name in names])
+                arrays = {name: x if x.dtype == torch.int8 else x.to(DTYPES[scale]) for name, x in arrays.items()}
+                values = pack([codes[name][0] for name in names])
+                out[group] = QuantizedTensor(format, values, **{name: x.contiguous() for name, x in arrays.items()})
             else:
                 out[group] = QuantizedTensor(format, pack([passthrough[name].to(DTYPES[number]) for name in names]))
     return out
 
 
-def _bits(codes: Tensor) -> int:
-    low, high = (int(bound) for bound in codes.aminmax())
+def _bits(codes: Tensor, beside: dict[str, Any]) -> int:
+    """The fewest bits that hold the codes, those of wide columns aside."""
+    if "wide" in beside:
+        wide = slice(beside["wide"], beside["wide"] + beside["wide_columns"])
+        codes = torch.cat((codes[:, : wide.start], codes[:, wide.stop :]), dim=1)
+    low, high = (int(bound) for bound in codes.aminmax()) if codes.numel() else (0, 0)
     return max(2, (max(-low - 1, high)).bit_length() + 1)
 
 

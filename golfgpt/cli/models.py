@@ -289,7 +289,7 @@ def import_file(args: Import) -> int:
     assumed = {name: (attrgetter(name)(info.model), known) for name, known in assumed_fields(info.model).items()}
     if args.json:
         facts = {"run": str(path), "format": export.format, "compressor": export.compressor, "bytes": info.file_bytes}
-        facts |= {"parameters": info.parameters, "model": to_dict(info.model), "corrected": list(export.corrected)}
+        facts |= {"parameters": info.parameters, "model": to_dict(info.model), "decoded": list(export.decoded)}
         print_json(facts | {"assumed": list(assumed)})
         return 0
     print(tensor_table(info.table()))
@@ -298,8 +298,8 @@ def import_file(args: Import) -> int:
         f"{info.parameters:,} parameters\n{path}/model.golf: {info.packing}, "
         f"{info.file_bytes:,} bytes" + ("" if export.quantized else f", rounded here ({args.config.quant.bits} bits)")
     )
-    if export.corrected:
-        print(f"stored as float32, because codes and scales of rows do not give them: {listed(export.corrected)}")
+    if export.decoded:
+        print(f"stored as float32, because model.golf has no place for their factors: {listed(export.decoded)}")
     if args.config.quant.method == "gptq" and not export.quantized:
         print(f"for GPTQ: golfgpt export {path} --to golf --data DIR")
     for name, (value, known) in assumed.items():

@@ -59,9 +59,13 @@ class Export:
     compressor: str | None
     """"zlib", "zstd", "xz", "brotli", "pergroup", or None for a bare torch.save file."""
     codes: dict[str, tuple[Tensor, Tensor]]
-    """int8 codes and their scales, one per row or one in all, of each quantized tensor that they give exactly."""
-    corrected: tuple[str, ...]
-    """The other quantized tensors: the file adds factors to codes times scales, or has other scales for columns."""
+    """int8 codes and their scales, one per row or one in all, of each quantized tensor."""
+    beside: dict[str, dict[str, Any]]
+    """What quantized tensors have beside them, as fields of TensorFormat and QuantizedTensor: columns with codes of 8
+    bits, and factors."""
+    decoded: tuple[str, ...]
+    """Quantized tensors that these fields cannot hold (several groups of columns, scales of factors in other numbers,
+    or zero), and that are therefore not in `codes`."""
     passthrough: dict[str, Tensor]
     """Every other tensor, as stored."""
     dtypes: dict[str, str]
@@ -69,7 +73,7 @@ class Export:
 
     @property
     def quantized(self) -> bool:
-        return bool(self.codes or self.corrected)
+        return bool(self.codes or self.decoded)
 
 
 def read_export(path: str | Path) -> Export:
@@ -146,9 +150,30 @@ def _decode(file: Unpacked) -> Export:
         state[name], dtypes[name] = value.to(_DTYPES[dtype]).float(), dtype
         if not state[name].isfinite().all():
             raise InputError(f"{name} is not finite")
-    corrected = tuple(name for name, found in coded.items() if found.columns or found.factors)
-    codes = {name: (found.codes, found.scale) for name, found in coded.items() if name not in corrected}
-    return Export(state, format, file.compressor, codes, corrected, dict(passthrough), dtypes)
+    beside = {name: _beside(found) for name, found in coded.items()}
+    codes = {name: (found.codes, found.scale) for name, found in coded.items() if beside[name] is not None}
+    decoded = tuple(name for name in coded if name not in codes)
+    beside = {name: fields for name, fields in beside.items() if fields}
+    return Export(state, format, file.compressor, codes, beside, decoded, dict(passthrough), dtypes)
+
+
+def _beside(coded: _Coded) -> dict[str, Any] | None:
+    """Fields for `Export.beside`; None: they cannot hold the tensor."""
+    fields: dict[str, Any] = {}
+    if coded.columns:
+        starts, size, scale = coded.columns
+        if len(starts) != 1 or coded.column_bits != 8:
+            return None
+        fields |= {"wide": int(starts), "wide_columns": int(size), "wide_scale": scale}
+    if coded.factors:
+        left, left_scale, right, right_scale = coded.factors
+        by_row = (left_scale.numel(), right_scale.numel()) == (len(left), len(right))
+        if (not by_row and left_scale.numel() != 1) or not all((x > 0).all() for x in (left_scale, right_scale)):
+            return None
+        group = None if by_row else right.numel() // right_scale.numel()
+        fields |= {"rank": len(right), "rank_group": group, "left": left, "right": right}
+        fields |= {"left_scale": left_scale.flatten(), "right_scale": right_scale.flatten()}
+    return fields
 
 
 def _is_plain(tensor: Any) -> bool:
