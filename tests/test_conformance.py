@@ -56,6 +56,7 @@ from golfgpt.train.step import TrainStep
 
 FOLDERS = [Path(folder) for folder in os.environ.get("GOLFGPT_CONFORMANCE", "").split(os.pathsep) if folder]
 FILES = sorted(p for folder in FOLDERS for p in folder.iterdir() if p.suffix in (".safetensors", ".ptz"))
+FILES = [path for path in FILES if not path.name.startswith("q_pergroup")]  # tests/test_published_containers.py
 
 pytestmark = [
     pytest.mark.numeric,
@@ -580,6 +581,52 @@ def check_gptq(v: Vectors) -> None:
             assert different.max() <= 1 and (different > 0).float().mean() <= 0.001, name
 
 
+def check_mixed(v: Vectors) -> None:
+    for config in v.meta["configs"]:
+        tag, hyper, encoded, banks = config["tag"], config["hparams"], {}, {}
+        published = {name.replace(".", "_"): name for name in config["meta"]}
+        for bank, name in published.items():
+            w, kind, results = v[f"state.{name}"], config["meta"][name], v.part(f"{tag}.result.{name}")
+            if kind == "gate_int8_row":
+                codes, scale = quantize_rows(w.float(), RowQuant(bits=8), impl="eager")
+                assert torch.equal(codes, results[".gq"]) and torch.equal(scale, results[".gs"]), name
+            elif kind.startswith("passthrough"):
+                assert torch.equal(w.half() if w.is_floating_point() else w, results[""])
+            else:
+                role = "embed" if name == "tok_emb.weight" else "mlp" if ".mlp." in name else "attn"
+                bits = hyper["embed_bits" if role == "embed" else "matrix_bits"]
+                spec = RowQuant(bits=bits, clip="deviation", deviations=hyper[f"{role}_clip_sigmas"])
+                banks[bank] = w = w.float()
+                scale = quantize_rows(w, spec, impl="eager")[1]
+                codes = solve(w[None], v[f"H.{name}"][None], scale.float()[None, :, None], spec.qmax)[0]
+                assert torch.equal(codes, results[".q"]) and torch.equal(scale, results[".scale"]), name
+                encoded[bank] = QuantizedTensor(TensorFormat(tuple(w.shape), f"int{bits}", "float16"), codes, scale)
+                lost = float((w - encoded[bank].decode()).norm())
+                assert lost == pytest.approx(config["residual_norm"][name], rel=1e-4)
+        group, ends = (hyper["lqer_asym_group"], "_a") if hyper["lqer_asym_enabled"] else (None, "")
+        quant = QuantConfig(
+            low_rank=hyper["lqer_rank"], low_rank_tensors=hyper["lqer_top_k"], low_rank_group=group or 0
+        )
+        refined = quantizers.refined(quant, banks, encoded, None, None)
+        chosen = {published[bank] for bank, tensor in refined.items() if tensor.left is not None}
+        assert chosen == {*config["lqer_residual_norm"]}
+        for bank, name in published.items():
+            if name not in chosen:
+                continue
+            given = v[f"{tag}.factorA.{name}"], v[f"{tag}.factorB.{name}"]
+            own = quantizers.factors(banks[bank] - encoded[bank].decode(), quant.low_rank)
+            assert relative(own[0] @ own[1], given[0] @ given[1]) <= 1e-4
+            fields = quantizers.pack_factors(*given, group, torch.float16)
+            for field, key in (("left", "lqA"), ("left_scale", "lqAs"), ("right", "lqB"), ("right_scale", "lqBs")):
+                assert torch.equal(fields[field], v[f"{tag}.result.{name}.{key}{ends}"].view(fields[field].shape))
+            tensor = replace(encoded[bank], format=refined[bank].format, **fields)
+            lost = config["lqer_residual_norm"][name]
+            assert float((banks[bank] - tensor.decode()).norm()) == pytest.approx(lost, rel=1e-4)
+            assert float((banks[bank] - refined[bank].decode()).norm()) == pytest.approx(lost, rel=0.01)
+            if f"{tag}.dequant.{name}" in v:
+                torch.testing.assert_close(tensor.decode(), v[f"{tag}.dequant.{name}"], rtol=1e-6, atol=1e-6)
+
+
 CHECKS = {
     "fwd": check_frontier_forward,
     "loaders": check_loaders,
@@ -588,6 +635,7 @@ CHECKS = {
     "ntk": check_ntk_rope,
     "prune": check_prune,
     "q_gptq": check_gptq,
+    "q_mixed": check_mixed,
     "quant": check_quant,
     "sliding": check_sliding,
     "trajectory": check_trajectory,

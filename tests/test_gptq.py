@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,13 +11,14 @@ import pytest
 import torch
 from golfgpt_kernels import quantize_rows
 from models import SMALL, lively, metrics, packed
+from torch.profiler import ProfilerActivity, profile
 
 import golfgpt
 from golfgpt.cli import main
 from golfgpt.config import LoopConfig, ModelConfig, QuantConfig, RunConfig
 from golfgpt.data.shards import Dataset
 from golfgpt.distributed import Ranks
-from golfgpt.errors import InputError, NonFiniteError
+from golfgpt.errors import BudgetError, InputError, NonFiniteError
 from golfgpt.quant import artifact, calibration
 from golfgpt.quant.formats import decode
 from golfgpt.quant.gptq import solve
@@ -198,3 +200,74 @@ def test_rules_with_deviations():
     assert [by_rule.spec(name).clip for name in ("tok_emb", "c_k", "c_v")] == ["deviation", "quantile", "max"]
     with pytest.raises(ValueError, match=r"quant\.rules: got 'a=float16@3'"):
         QuantConfig(rules=("a=float16@3",))
+
+
+def test_the_reserve_is_what_calibration_takes_and_training_ends_before_it(tiny, tmp_path, monkeypatch):
+    """A calibration that takes a second per 1,024 tokens: four steps' tokens, a tenth more."""
+    quant = replace(tiny.quant, method="gptq", calibration_tokens=4 * tiny.data.batch_tokens)
+    config = replace(tiny, quant=quant, schedule=replace(tiny.schedule, max_steps=100_000, max_seconds=30.0))
+    begun, ran = [], []
+
+    def calibrate(config, *_):
+        ran.append(config.quant.calibration_tokens)
+        begun.append(ran[-1] / tiny.data.batch_tokens)
+        return {}
+
+    monkeypatch.setattr(calibration, "calibrate", calibrate)
+    monkeypatch.setattr(calibration.time, "perf_counter", lambda: sum(begun))
+    seconds = calibration.seconds_needed(config, None, None, CPU, torch.float32)
+    assert seconds == pytest.approx(4.4) and ran == [tiny.data.batch_tokens] * 2
+    samples = replace(config, quant=replace(quant, calibration="samples"), data=replace(tiny.data, seq_len=64))
+    ran.clear()
+    assert calibration.seconds_needed(samples, None, None, CPU, torch.float32) > 0
+    assert ran[0] == 4 * tiny.data.batch_tokens // 16
+
+
+def test_a_run_reserves_the_time_that_a_trial_took(tiny, tmp_path):
+    quant = replace(tiny.quant, method="gptq", calibration_tokens=4096)
+    config = replace(tiny, quant=quant, schedule=replace(tiny.schedule, max_seconds=100.0))
+    result, run = train(config, tmp_path / "run"), tmp_path / "run"
+    stored = json.loads((run / "config.json").read_text())["schedule"]["reserve_seconds"]
+    assert (
+        0 < stored < 100 and f"reserve:{stored:.1f}s for calibration on 4,096 tokens" in (run / "train.log").read_text()
+    )
+    assert result["quantized_again"] is False
+    with pytest.raises(BudgetError, match=r"calibration would take about .* of schedule\.max_seconds"):
+        train(replace(config, schedule=replace(config.schedule, max_seconds=1e-3)), tmp_path / "short")
+
+
+def test_a_run_calibrated_on_its_own_samples(tiny, tmp_path):
+    quant = replace(tiny.quant, bits=4, method="gptq", calibration="samples", calibration_tokens=2000)
+    config = replace(tiny, quant=quant)
+    train(config, tmp_path / "run")
+    assert "codes chosen on 2,000 tokens of samples" in (tmp_path / "run" / "train.log").read_text()
+    model, _ = golfgpt.load(tmp_path / "run")
+    shipped = artifact.read(tmp_path / "run" / "model.golf").state
+    assert all(torch.equal(model.state_dict()[name], w) for name, w in shipped.items())
+    data = ["--data", str(config.data.path)]
+    assert main(["export", str(tmp_path / "run"), "--to", "golf", *data]) == 0
+    assert (tmp_path / "run" / "export.golf").read_bytes() == (tmp_path / "run" / "model.golf").read_bytes()
+
+
+def test_matrices_that_are_too_small():
+    for fields, message in (
+        ({"low_rank": 97}, r"quant\.low_rank is 97; expected at most 48"),
+        ({"wide_columns": 81, "method": "gptq"}, r"quant\.wide_columns is 81; expected at most 80"),
+        ({"clip": "deviation", "deviations": 3.0, "rules": ("tok_emb.*=int8/1",)}, "has one column per scale"),
+    ):
+        with pytest.raises(InputError, match=message):
+            _ = Quantizer(SMALL, QuantConfig(keep_numel=0, **fields)).formats
+
+
+def test_hessians_take_the_place_of_their_sums():
+    """Not more than twice the bytes of all Hessians in float32, those of one input counted once."""
+    config = replace(SMALL, model_dim=96, num_heads=6, mlp_hidden=384)
+    model, ids = lively(config), torch.randint(97, (1, 4), generator=torch.Generator().manual_seed(1))
+    quantizer = Quantizer(config, QuantConfig(keep_numel=0, method="gptq"))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        found = calibration.hessians(model, [(ids, None)], quantizer, CPU, torch.float32)
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    peak = max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+    unique = {h.untyped_storage().data_ptr(): h.untyped_storage().nbytes() for h in found.values()}
+    weights, largest = sum(p.nbytes for p in model.parameters()), 8 * 384 * 384  # a product, before it is added
+    assert len(unique) == 5 and peak <= 2 * sum(unique.values()) + largest + weights

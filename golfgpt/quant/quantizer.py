@@ -165,7 +165,19 @@ class Quantizer:
 
     @cached_property
     def _plan(self) -> dict[str, tuple[TensorFormat, Clip]]:
-        return _plan(self.parameters, self.config)
+        plan, config = _plan(self.parameters, self.config), self.config
+        shapes = [format.shape[-2:] for format, _ in plan.values() if format.quantized]
+        for field, sides in ("wide_columns", [cols for _, cols in shapes]), ("low_rank", [min(s) for s in shapes]):
+            if getattr(config, field) > max(sides, default=0):
+                raise InputError(
+                    f"quant.{field} is {getattr(config, field)}; expected at most {max(sides, default=0)}, which the "
+                    "matrices stored as integers have"
+                )
+        if narrow := [
+            name for name, (f, clip) in plan.items() if isinstance(clip, float) and (f.group or f.shape[-1]) < 2
+        ]:
+            raise InputError(f"quant.clip deviation: {narrow[0]} has one column per scale, which has no deviation")
+        return plan
 
     @property
     def payload_bytes(self) -> int:

@@ -206,6 +206,7 @@ def export_and_score(
         return {}
     stage = f"final_{exporter.quantizer.label.replace('/', '_')}_{info.compressor.replace('/', '_')}_roundtrip"
     ms = score.seconds * 1000
+    again = config.quant.method == "gptq" and config.quant.qat != "off"
     say(f"{stage} val_loss:{score.val_loss:.4f} {score.key}:{score.val_bpb:.4f} eval_time:{ms:.0f}ms")
     say(f"{stage}_exact val_loss:{score.val_loss:.8f} {score.key}:{score.val_bpb:.8f}")
     budget = budget_report(info.file_bytes, config.budget)
@@ -216,6 +217,7 @@ def export_and_score(
         "total_bytes": budget.total_bytes,
         "margin_bytes": budget.margin_bytes,
         "compressor": info.compressor,
+        "quantized_again": again,
         "parameters": info.parameters,
         "steps": steps,
         "seconds": {name: round(seconds, 3) for name, seconds, _ in ledger.report()},
@@ -229,6 +231,8 @@ def export_and_score(
     write_json(path / "result.json", result)
     reporter.metric("result", **result)
     say(score_lines(score, result["compressors_bpb"]))
+    if again:
+        say("quantized again after QAT: the weights that were trained are not those that were scored")
     phases = [(name, round(used, 2), "yes" if counted else "no") for name, used, counted in ledger.report()]
     say(table(("phase", "seconds", "in the budget"), phases))
     check_budget(info.file_bytes, config.budget)
