@@ -7,9 +7,9 @@ The model is the stack of experiments.effects. A seed's runs share their first s
 fake quantization to one number of bits or with none. Weights are kept in OUT, lines in OUT/penalty.jsonl; a call goes
 on with what they lack.
 
-A line is one artifact: seed, bits, how its codes were chosen, its bytes, and the bits per byte that it loses to the
-weights which it was made of. Rounding with the clip at each row's maximum sets the bytes of a number of bits. Clips
-by deviation are made as wide as it takes for an artifact of equally many, so penalties compare at equal size.
+A line is one artifact: seed, bits, which matrices have so many (all, or all but the embedding, which then has int8),
+how the codes were chosen, bytes, and the bits per byte that are lost to the weights which it was made of. Clips by
+deviation are made as wide as it takes for an artifact of as many bytes as GPTQ's with the clip at each row's maximum.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -47,13 +48,23 @@ STEPS, FORK = 800, 560
 """Steps of a run, and those that a seed's runs share."""
 CPU = Ranks(0, 1, torch.device("cpu"))
 
+
+class Kind(NamedTuple):
+    """What tells an artifact of a seed from the others."""
+
+    bits: int
+    matrices: str
+    """all, or body: the embedding has int8."""
+    method: str
+
+
 BASE = vary(
     STACK,
     schedule=dict(max_steps=STEPS),
     data=dict(batch_tokens=2048),
     average=dict(ema_decay=1 - 17 / STEPS),
     quant=dict(compressor="lzma"),
-    eval=dict(max_tokens=65_536),
+    eval=dict(max_tokens=32_768),
     runtime=dict(dtype="bfloat16", compile="on"),
 )
 
@@ -114,9 +125,7 @@ def as_large(target: int, size: Callable[[float], int], elements: int) -> float:
 
 def measure(seed: int, data: Path, out: Path) -> None:
     """Add the lines of `seed` that the file lacks."""
-    lines = rows(out)
-    known = {(row["seed"], row["bits"], row["method"]) for row in lines}
-    dataset = Dataset.open(data)
+    lines, dataset = rows(out), Dataset.open(data)
     stored = {"model": BASE.model, "tokenizer_sha256": dataset.need_tokenizer().digest, "seq_len": BASE.data.seq_len}
 
     def score(state: Mapping[str, Tensor]) -> float:
@@ -124,54 +133,62 @@ def measure(seed: int, data: Path, out: Path) -> None:
         model.load_state_dict(state)
         return evaluate(model, dataset, BASE, CPU, dtype=torch.float32).val_bpb
 
-    def write(bits: int, method: str, before: float, quant: QuantConfig, encode: Callable) -> int:
-        """Bytes of the artifact of this kind, which is made if its line is missing."""
-        for row in lines:
-            if (row["seed"], row["bits"], row["method"]) == (seed, bits, method):
-                return row["bytes"]
-        cpu = time.process_time()
-        encoded, seconds = encode(quant), time.process_time() - cpu
-        blob = artifact.seal(encoded, quant=quant, **stored)
-        row = dict(seed=seed, bits=bits, method=method, deviations=quant.deviations, bytes=len(blob), before=before)
-        row |= dict(bpb=score(artifact.unpack(blob).state), seconds=round(seconds, 2))
-        with open(out / RESULTS, "a") as file:
-            file.write(json.dumps(row | {"dataset": dataset.digest, **environment()}) + "\n")
-        print(f"seed {seed} int{bits} {method}: {len(blob):,} bytes, {row['bpb'] - before:+.5f}", flush=True)
-        return len(blob)
-
     for trained in (None, *BITS):
-        kinds = ("rtn", "rtn-deviation", "gptq", "gptq-deviation") if trained is None else ("qat", "qat-gptq")
-        todo = [b for b in (BITS if trained is None else (trained,)) if any((seed, b, k) not in known for k in kinds)]
-        if not todo:
-            continue
-        state = load_file(weights_file(out, seed, trained))
-        before, model = score(state), GPT(BASE.model)
+        state, model = load_file(weights_file(out, seed, trained)), GPT(BASE.model)
         model.load_state_dict(state)
-        calibration_config = vary(BASE, quant=dict(method="gptq", calibration_tokens=131_072))
-        hessians = calibration.calibrate(calibration_config, model, open_part(data, seed), CPU, torch.float32)
+        before, hessians = None, None  # computed when a line is missing
 
-        def rounded(quant: QuantConfig, state: Mapping = state) -> dict[str, QuantizedTensor]:
-            return Quantizer(BASE.model, quant).encode(state)
+        def write(kind: Kind, quant: QuantConfig, state: dict = state, model: GPT = model) -> int:
+            """Bytes of the artifact of this kind, which is made if its line is missing."""
+            nonlocal before, hessians
+            for row in lines:
+                if (row["seed"], row["bits"], row["matrices"], row["method"]) == (seed, *kind):
+                    return row["bytes"]
+            if before is None:
+                before = score(state)
+                config = vary(BASE, quant=dict(method="gptq", calibration_tokens=131_072))
+                hessians = calibration.calibrate(config, model, open_part(data, seed), CPU, torch.float32)
+            by_gptq = hessians if quant.method == "gptq" else None
 
-        def solved(quant: QuantConfig, state: Mapping = state, hessians: Mapping = hessians) -> dict:
-            return Quantizer(BASE.model, quant).encode(state, hessians)
+            def encode(quant: QuantConfig) -> dict[str, QuantizedTensor]:
+                return Quantizer(BASE.model, quant).encode(state, by_gptq)
 
-        for bits in todo:
+            if quant.clip == "deviation":
+
+                def size(deviations: float) -> int:
+                    changed = replace(quant, deviations=deviations)
+                    return len(artifact.seal(encode(changed), quant=changed, **stored))
+
+                target = write(kind._replace(method="gptq"), replace(quant, clip="max", deviations=0.0, method="gptq"))
+                quant = replace(quant, deviations=as_large(target, size, model.num_parameters()))
+            cpu = time.process_time()
+            encoded = encode(quant)
+            seconds = time.process_time() - cpu
+            blob = artifact.seal(encoded, quant=quant, **stored)
+            row = dict(zip(("seed", *Kind._fields), (seed, *kind), strict=True))
+            row |= dict(deviations=quant.deviations, bytes=len(blob), before=before)
+            row |= dict(bpb=score(artifact.unpack(blob).state), seconds=round(seconds, 2))
+            with open(out / RESULTS, "a") as file:
+                file.write(json.dumps(row | {"dataset": dataset.digest, **environment()}) + "\n")
+            print(f"seed {seed} {tuple(kind)}: {len(blob):,} bytes, {row['bpb'] - before:+.5f}", flush=True)
+            lines.append(row)
+            return len(blob)
+
+        for bits in BITS if trained is None else (trained,):
             quant = replace(BASE.quant, bits=bits)
+            body = replace(quant, rules=("tok_emb.weight=int8@max",))
+            gptq = dict(method="gptq")
             if trained is not None:
-                write(bits, "qat", before, quant, rounded)
-                write(bits, "qat-gptq", before, quant, solved)
+                write(Kind(bits, "all", "qat"), quant)
+                write(Kind(bits, "all", "qat, gptq"), replace(quant, **gptq))
                 continue
-            target = write(bits, "rtn", before, quant, rounded)
-            write(bits, "gptq", before, quant, solved)
-            for method, encode in (("rtn-deviation", rounded), ("gptq-deviation", solved)):
-
-                def size(deviations: float, encode: Callable = encode, quant: QuantConfig = quant) -> int:
-                    quant = replace(quant, clip="deviation", deviations=deviations)
-                    return len(artifact.seal(encode(quant), quant=quant, **stored))
-
-                found = as_large(target, size, model.num_parameters())
-                write(bits, method, before, replace(quant, clip="deviation", deviations=found), encode)
+            for matrices, base in (("body", body), ("all", quant)):
+                write(Kind(bits, matrices, "rtn"), base)
+                write(Kind(bits, matrices, "gptq"), replace(base, **gptq))
+                write(Kind(bits, matrices, "gptq, damping 0.01"), replace(base, damping=0.01, **gptq))
+            deviation = replace(body, clip="deviation", deviations=8.0)
+            write(Kind(bits, "body", "rtn, deviation"), deviation)
+            write(Kind(bits, "body", "gptq, deviation"), replace(deviation, **gptq))
 
 
 def rows(out: Path) -> list[dict]:
@@ -180,21 +197,22 @@ def rows(out: Path) -> list[dict]:
 
 
 def table(lines: Sequence[dict]) -> str:
-    """Penalties by bits and method: mean over seeds, least and largest, bytes, and the ratio to the better rounding."""
-    header = ("bits", "method", "seeds", "penalty", "least to largest", "bytes", "of rounding's", "CPU seconds")
-    found: dict[tuple[int, str], list[dict]] = {}
+    """Penalties by kind: mean over seeds, least and largest, bytes, and the ratio to the better rounding."""
+    header = ("bits", "of", "method", "seeds", "penalty", "least to largest", "bytes", "of rounding's", "CPU seconds")
+    found: dict[Kind, list[dict]] = {}
     for row in lines:
-        found.setdefault((row["bits"], row["method"]), []).append(row)
+        found.setdefault(Kind(*(row[field] for field in Kind._fields)), []).append(row)
+    penalties = {kind: [row["bpb"] - row["before"] for row in group] for kind, group in found.items()}
     out = []
-    for (bits, method), group in sorted(found.items()):
-        penalties = [row["bpb"] - row["before"] for row in group]
-        kinds = [[row["bpb"] - row["before"] for row in found.get((bits, k), [])] for k in ("rtn", "rtn-deviation")]
-        best = min((statistics.mean(kind) for kind in kinds if kind), default=None)
-        ratio = "–" if not best else f"{statistics.mean(penalties) / best:.2f}"
-        spread = f"{min(penalties):.4f} to {max(penalties):.4f}"
+    for kind, group in sorted(found.items()):
+        values = penalties[kind]
+        rounded = [penalties.get(kind._replace(method=method)) for method in ("rtn", "rtn, deviation")]
+        best = min((statistics.mean(other) for other in rounded if other), default=None)
+        ratio = f"{statistics.mean(values) / best:.2f}" if best else "–"
+        spread = f"{min(values):.4f} to {max(values):.4f}"
         size, cpu = (statistics.mean(row[name] for row in group) for name in ("bytes", "seconds"))
-        mean = f"{statistics.mean(penalties):.4f}"
-        out.append((str(bits), method, str(len(group)), mean, spread, f"{size:,.0f}", ratio, f"{cpu:.1f}"))
+        mean = f"{statistics.mean(values):.4f}"
+        out.append((*map(str, kind), str(len(group)), mean, spread, f"{size:,.0f}", ratio, f"{cpu:.1f}"))
     return markdown(header, out)
 
 

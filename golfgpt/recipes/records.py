@@ -68,7 +68,12 @@ _xsa_ar_gptq = replace(
     optim=replace(_ema_gptq_lite.optim, projections="adam", grad_clip="span"),
     schedule=replace(_ema_gptq_lite.schedule, warmdown_steps=4000),
     quant=replace(
-        _ema_gptq_lite.quant, method="gptq", calibration="samples", calibration_tokens=131_072, compressor="lzma"
+        _ema_gptq_lite.quant,
+        method="gptq",
+        calibration="samples",
+        calibration_tokens=131_072,
+        damping=0.01,
+        compressor="lzma",
     ),
 )
 
@@ -105,6 +110,7 @@ _sp8192_loop = RunConfig(
         deviations=12.85,
         method="gptq",
         calibration_tokens=6_291_456,
+        damping=0.01,
         control_dtype="float16",
         compressor="brotli",
     ),
@@ -277,8 +283,8 @@ RECORDS = (
             "schedule.reserve_seconds 0.5 is as published: calibration then ended 3 to 4 s after the 600 s",
             "Its data are CaseOps text: golfgpt data prepare --case-ops, or published shards, which open as they are",
             "model.golf is forecast to have 16,120,000 bytes, over the budget. Published files have 15,897,000 to "
-            "15,908,000: their streams by tensor group are coded by lrzip, a system's program, which saves 280,000 by "
-            "their README. A reproduction without it had 16,112,007. Streams by group with the coders here save nothing; "
+            "15,908,000: lrzip, a program of the system, codes their streams by tensor group, which saves 280,000 by "
+            "their README; a reproduction without it had 16,112,007. Streams by group of the coders here save nothing; "
             "wider clips fit (golfgpt budget)",
             "quant.low_rank (LQER) is published to recover 0.009; by the logs it is about 0.0003",
             _CALIBRATION,
