@@ -9,7 +9,8 @@ on with what they lack.
 
 A line is one artifact: seed, bits, which matrices have so many (all, or all but the embedding, which then has int8),
 how the codes were chosen, bytes, and the bits per byte that are lost to the weights which it was made of. Clips by
-deviation are made as wide as it takes for an artifact of as many bytes as GPTQ's with the clip at each row's maximum.
+deviation are used as the records use them: codes of 8 bits, so that nothing is clipped, and a grid as coarse as it
+takes for an artifact of as many bytes as GPTQ's with the clip at each row's maximum.
 """
 
 from __future__ import annotations
@@ -159,7 +160,8 @@ def measure(seed: int, data: Path, out: Path) -> None:
                     changed = replace(quant, deviations=deviations)
                     return len(artifact.seal(encode(changed), quant=changed, **stored))
 
-                target = write(kind._replace(method="gptq"), replace(quant, clip="max", deviations=0.0, method="gptq"))
+                as_max = replace(quant, bits=kind.bits, clip="max", deviations=0.0, method="gptq")
+                target = write(kind._replace(method="gptq"), as_max)
                 quant = replace(quant, deviations=as_large(target, size, model.num_parameters()))
             cpu = time.process_time()
             encoded = encode(quant)
@@ -185,8 +187,8 @@ def measure(seed: int, data: Path, out: Path) -> None:
             for matrices, base in (("body", body), ("all", quant)):
                 write(Kind(bits, matrices, "rtn"), base)
                 write(Kind(bits, matrices, "gptq"), replace(base, **gptq))
-                write(Kind(bits, matrices, "gptq, damping 0.01"), replace(base, damping=0.01, **gptq))
-            deviation = replace(body, clip="deviation", deviations=8.0)
+            write(Kind(bits, "all", "gptq as published"), replace(quant, embed_damping=0.01, **gptq))
+            deviation = replace(body, bits=8, clip="deviation", deviations=8.0)
             write(Kind(bits, "body", "rtn, deviation"), deviation)
             write(Kind(bits, "body", "gptq, deviation"), replace(deviation, **gptq))
 

@@ -105,9 +105,11 @@ class QuantConfig(Section):
     calibration_tokens: Count = 262_144
     """Tokens of it: whole steps of training text, or whole batches of samples. Published runs take 1.6 to 6.3 million
     of training text, 131,072 of samples."""
-    damping: Positive = 0.1
-    """For gptq: this part of a Hessian's mean diagonal is added to its diagonal. Published runs have 0.01, which loses
-    more on the models measured here, most of all in a tied embedding: its Hessian knows the head only (LOG.md)."""
+    damping: Positive = 0.01
+    """For gptq: this part of a Hessian's mean diagonal is added to its diagonal."""
+    embed_damping: Positive = 0.1
+    """The same for a tied embedding, whose Hessian knows its use as head only. Published runs have 0.01, which is worse
+    than rounding at 4 bits (LOG.md)."""
     keep_numel: CountOrZero = 65_536
     """Matrices with at most this many elements are stored in float16."""
     control_dtype: Literal["float32", "float16"] = "float32"

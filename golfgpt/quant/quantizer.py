@@ -338,12 +338,13 @@ class Quantizer:
 
     def _solver(self, name: str, hessian: Tensor) -> Callable[..., Tensor]:
         """GPTQ for matrices with these Hessians: (w, scale of columns, largest code) -> codes."""
-        spec = self.spec(name)
+        spec, config = self.spec(name), self.config
+        damping = config.embed_damping if name == "tok_emb" else config.damping
 
         def solver(w: Tensor, scale: Tensor, largest: Tensor | int = spec.qmax) -> Tensor:
             least = -largest - int(spec.code_range == "full")
             w, scale = w.to(hessian.device), scale.to(hessian.device)
-            return solve(w, hessian, scale, largest, least=least, damping=self.config.damping)
+            return solve(w, hessian, scale, largest, least=least, damping=damping)
 
         return solver
 

@@ -72,7 +72,7 @@ _xsa_ar_gptq = replace(
         method="gptq",
         calibration="samples",
         calibration_tokens=131_072,
-        damping=0.01,
+        embed_damping=0.01,
         compressor="lzma",
     ),
 )
@@ -110,7 +110,7 @@ _sp8192_loop = RunConfig(
         deviations=12.85,
         method="gptq",
         calibration_tokens=6_291_456,
-        damping=0.01,
+        embed_damping=0.01,
         control_dtype="float16",
         compressor="brotli",
     ),
