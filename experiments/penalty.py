@@ -5,7 +5,7 @@
 
 The model is the stack of experiments.effects. A seed's runs share their first steps; then each goes on by itself, with
 fake quantization to one number of bits or with none. Weights are kept in OUT, lines in OUT/penalty.jsonl; a call goes
-on with what they lack.
+on with what they lack, runs without fake quantization first.
 
 A line is one artifact: seed, bits, which matrices have so many (all, or all but the embedding, which then has int8),
 how the codes were chosen, bytes, and the bits per byte that are lost to the weights which it was made of. Clips by
@@ -87,29 +87,31 @@ def advance(trainer: TrainStep, start: int, stop: int) -> None:
         trainer.wait(pending)
 
 
-def train(seed: int, data: Path, out: Path) -> None:
-    """Write the weights of the runs of `seed` that `out` lacks."""
-    wanted = [bits for bits in (None, *BITS) if not weights_file(out, seed, bits).exists()]
-    if not wanted:
+def train(seed: int, bits: int | None, data: Path, out: Path) -> None:
+    """Write the weights of a run, and the state from which the runs of its seed go on, unless `out` has them."""
+    shared = out / f"seed{seed}-shared.safetensors"
+    if weights_file(out, seed, bits).exists():
         return
-    dataset, trunk = open_part(data, seed), None
-    for bits in wanted:
-        trainer = TrainStep(run_config(seed, bits), dataset, CPU)
-        trainer.average.begin()
-        if trunk is None:
-            advance(trainer, 0, FORK)  # fake quantization is still off
-            parts = trainer.model.state_dict(), trainer.optimizers.state(), trainer.average.state()
-            trunk = [{name: value.clone() for name, value in part.items()} for part in parts]
-        trainer.model.load_state_dict(trunk[0])
-        trainer.optimizers.load_state(trunk[1])
-        trainer.average.load_state(trunk[2])
-        trainer.prepare(FORK)
-        advance(trainer, FORK, STEPS)
-        trainer.check_finite()
-        trainer.data.close()
-        state = trainer.model.state_dict() | trainer.average.weights()
-        save_file({name: w.contiguous() for name, w in state.items()}, weights_file(out, seed, bits))
-        print(f"{time.process_time():.0f} CPU s: {weights_file(out, seed, bits)}", flush=True)
+    trainer = TrainStep(run_config(seed, bits), open_part(data, seed), CPU)
+    trainer.average.begin()
+    if not shared.exists():
+        advance(trainer, 0, FORK)  # fake quantization is still off
+        parts = trainer.model.state_dict(), trainer.optimizers.state(), trainer.average.state()
+        state = {f"{i}.{name}": value.contiguous() for i, part in enumerate(parts) for name, value in part.items()}
+        save_file(state, shared)
+    parts = [{}, {}, {}]
+    for name, value in load_file(shared).items():
+        parts[int(name[0])][name[2:]] = value
+    trainer.model.load_state_dict(parts[0])
+    trainer.optimizers.load_state(parts[1])
+    trainer.average.load_state(parts[2])
+    trainer.prepare(FORK)
+    advance(trainer, FORK, STEPS)
+    trainer.check_finite()
+    trainer.data.close()
+    state = trainer.model.state_dict() | trainer.average.weights()
+    save_file({name: w.contiguous() for name, w in state.items()}, weights_file(out, seed, bits))
+    print(f"{time.process_time():.0f} CPU s: {weights_file(out, seed, bits)}", flush=True)
 
 
 def as_large(target: int, size: Callable[[float], int], elements: int) -> float:
@@ -124,8 +126,8 @@ def as_large(target: int, size: Callable[[float], int], elements: int) -> float:
     return deviations
 
 
-def measure(seed: int, data: Path, out: Path) -> None:
-    """Add the lines of `seed` that the file lacks."""
+def measure(seed: int, trained: int | None, data: Path, out: Path) -> None:
+    """Add the lines of a run that the file lacks."""
     lines, dataset = rows(out), Dataset.open(data)
     stored = {"model": BASE.model, "tokenizer_sha256": dataset.need_tokenizer().digest, "seq_len": BASE.data.seq_len}
 
@@ -134,60 +136,60 @@ def measure(seed: int, data: Path, out: Path) -> None:
         model.load_state_dict(state)
         return evaluate(model, dataset, BASE, CPU, dtype=torch.float32).val_bpb
 
-    for trained in (None, *BITS):
-        state, model = load_file(weights_file(out, seed, trained)), GPT(BASE.model)
-        model.load_state_dict(state)
-        before, hessians = None, None  # computed when a line is missing
+    state, model = load_file(weights_file(out, seed, trained)), GPT(BASE.model)
+    model.load_state_dict(state)
+    before, hessians = None, None  # computed when a line is missing
 
-        def write(kind: Kind, quant: QuantConfig, state: dict = state, model: GPT = model) -> int:
-            """Bytes of the artifact of this kind, which is made if its line is missing."""
-            nonlocal before, hessians
-            for row in lines:
-                if (row["seed"], row["bits"], row["matrices"], row["method"]) == (seed, *kind):
-                    return row["bytes"]
-            if before is None:
-                before = score(state)
-                config = vary(BASE, quant=dict(method="gptq", calibration_tokens=131_072))
-                hessians = calibration.calibrate(config, model, open_part(data, seed), CPU, torch.float32)
-            by_gptq = hessians if quant.method == "gptq" else None
+    def write(kind: Kind, quant: QuantConfig, state: dict = state, model: GPT = model) -> int:
+        """Bytes of the artifact of this kind, which is made if its line is missing."""
+        nonlocal before, hessians
+        for row in lines:
+            if (row["seed"], row["bits"], row["matrices"], row["method"]) == (seed, *kind):
+                return row["bytes"]
+        if before is None:
+            before = score(state)
+            config = vary(BASE, quant=dict(method="gptq", calibration_tokens=131_072))
+            hessians = calibration.calibrate(config, model, open_part(data, seed), CPU, torch.float32)
+        by_gptq = hessians if quant.method == "gptq" else None
 
-            def encode(quant: QuantConfig) -> dict[str, QuantizedTensor]:
-                return Quantizer(BASE.model, quant).encode(state, by_gptq)
+        def encode(quant: QuantConfig) -> dict[str, QuantizedTensor]:
+            return Quantizer(BASE.model, quant).encode(state, by_gptq)
 
-            if quant.clip == "deviation":
+        if quant.clip == "deviation":
 
-                def size(deviations: float) -> int:
-                    changed = replace(quant, deviations=deviations)
-                    return len(artifact.seal(encode(changed), quant=changed, **stored))
+            def size(deviations: float) -> int:
+                changed = replace(quant, deviations=deviations)
+                return len(artifact.seal(encode(changed), quant=changed, **stored))
 
-                as_max = replace(quant, bits=kind.bits, clip="max", deviations=0.0, method="gptq")
-                target = write(kind._replace(method="gptq"), as_max)
-                quant = replace(quant, deviations=as_large(target, size, model.num_parameters()))
-            cpu = time.process_time()
-            encoded = encode(quant)
-            seconds = time.process_time() - cpu
-            blob = artifact.seal(encoded, quant=quant, **stored)
-            row = dict(zip(("seed", *Kind._fields), (seed, *kind), strict=True))
-            row |= dict(deviations=quant.deviations, bytes=len(blob), before=before)
-            row |= dict(bpb=score(artifact.unpack(blob).state), seconds=round(seconds, 2))
-            with open(out / RESULTS, "a") as file:
-                file.write(json.dumps(row | {"dataset": dataset.digest, **environment()}) + "\n")
-            print(f"seed {seed} {tuple(kind)}: {len(blob):,} bytes, {row['bpb'] - before:+.5f}", flush=True)
-            lines.append(row)
-            return len(blob)
+            as_max = replace(quant, bits=kind.bits, clip="max", deviations=0.0, method="gptq")
+            target = write(kind._replace(method="gptq"), as_max)
+            quant = replace(quant, deviations=as_large(target, size, model.num_parameters()))
+        cpu = time.process_time()
+        encoded = encode(quant)
+        seconds = time.process_time() - cpu
+        blob = artifact.seal(encoded, quant=quant, **stored)
+        row = dict(zip(("seed", *Kind._fields), (seed, *kind), strict=True))
+        row |= dict(deviations=quant.deviations, bytes=len(blob), before=before)
+        row |= dict(bpb=score(artifact.unpack(blob).state), seconds=round(seconds, 2))
+        with open(out / RESULTS, "a") as file:
+            file.write(json.dumps(row | {"dataset": dataset.digest, **environment()}) + "\n")
+        print(f"seed {seed} {tuple(kind)}: {len(blob):,} bytes, {row['bpb'] - before:+.5f}", flush=True)
+        lines.append(row)
+        return len(blob)
 
-        for bits in BITS if trained is None else (trained,):
-            quant = replace(BASE.quant, bits=bits)
-            body = replace(quant, rules=("tok_emb.weight=int8@max",))
-            gptq = dict(method="gptq")
-            if trained is not None:
-                write(Kind(bits, "all", "qat"), quant)
-                write(Kind(bits, "all", "qat, gptq"), replace(quant, **gptq))
-                continue
-            for matrices, base in (("body", body), ("all", quant)):
-                write(Kind(bits, matrices, "rtn"), base)
-                write(Kind(bits, matrices, "gptq"), replace(base, **gptq))
-            write(Kind(bits, "all", "gptq as published"), replace(quant, embed_damping=0.01, **gptq))
+    for bits in BITS if trained is None else (trained,):
+        quant = replace(BASE.quant, bits=bits)
+        body = replace(quant, rules=("tok_emb.weight=int8@max",))
+        gptq = dict(method="gptq")
+        if trained is not None:
+            write(Kind(bits, "all", "qat"), quant)
+            write(Kind(bits, "all", "qat, gptq"), replace(quant, **gptq))
+            continue
+        for matrices, base in (("body", body), ("all", quant)):
+            write(Kind(bits, matrices, "rtn"), base)
+            write(Kind(bits, matrices, "gptq"), replace(base, **gptq))
+        write(Kind(bits, "all", "gptq as published"), replace(quant, embed_damping=0.01, **gptq))
+        if bits < 6:
             deviation = replace(body, bits=8, clip="deviation", deviations=8.0)
             write(Kind(bits, "body", "rtn, deviation"), deviation)
             write(Kind(bits, "body", "gptq, deviation"), replace(deviation, **gptq))
@@ -230,9 +232,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             parser.error("--data names the prepared folder")
         args.out.mkdir(parents=True, exist_ok=True)
         torch.set_num_threads(1)
-        for seed in args.seeds:
-            train(seed, args.data, args.out)
-            measure(seed, args.data, args.out)
+        for bits in (None, *BITS):
+            for seed in args.seeds:
+                train(seed, bits, args.data, args.out)
+                measure(seed, bits, args.data, args.out)
     print(table(rows(args.out)))
 
 

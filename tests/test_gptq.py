@@ -179,6 +179,19 @@ def test_scales_are_those_of_rounding():
     assert solved["mlp_fc"].scale.shape == (5, 80, 3) and decode(solved)["mlp_fc"].shape == (5, 80, 48)
 
 
+def test_a_tied_embedding_has_a_damping_of_its_own():
+    model, ids = lively(), torch.randint(97, (4, 40), generator=torch.Generator().manual_seed(1))
+    state, quant = model.state_dict(), replace(QUANT, rules=(), damping=0.03, embed_damping=0.5)
+    found = calibration.hessians(model, [(ids, None)], Quantizer(SMALL, quant), CPU, torch.float32)
+    encoded = Quantizer(SMALL, quant).encode(state, found)
+    for name, damping in (("tok_emb", 0.5), ("c_v", 0.03)):
+        w, tensor = state[name].view(-1, *state[name].shape[-2:]), encoded[name]
+        scale = tensor.scale.float().view(*w.shape[:-1], 1)
+        units = zip(*(x.split(4) for x in (w, found[name], scale)), strict=True)
+        codes = torch.cat([solve(*unit, 7, damping=damping) for unit in units])
+        assert torch.equal(codes.view_as(tensor.values), tensor.values)
+
+
 def test_rules_with_deviations():
     config = ModelConfig(num_layers=3, model_dim=64, num_heads=4, num_kv_heads=2, mlp_hidden=96)
     rules = ("tok_emb.weight=int7@14", "blocks.1.*.c_q.*=int6@11.5", "*.mlp.fc.*=int5/32@3")
