@@ -80,8 +80,8 @@ def layer_groups_of(export: Export, model: ModelConfig) -> dict[str, QuantizedTe
             kinds.append((*number, name if name in beside else None))  # in a group of its own
         pack = torch.stack if param.layered else itemgetter(0)
         for group, shape, names, (number, scale, alone) in layer_groups(bank, param, kinds):
-            fields = {name: value for name, value in beside.get(alone, {}).items()}
-            arrays = {name: pack([fields.pop(name)]) for name, x in [*fields.items()] if isinstance(x, Tensor)}
+            fields = dict(beside.get(alone, {}))
+            arrays = {key: pack([fields.pop(key)]) for key, x in [*fields.items()] if isinstance(x, Tensor)}
             format = TensorFormat(shape, number, scale, **fields)
             if format.quantized:
                 rows = len(codes[names[0]][0])  # the published per-tensor form has one scale for all

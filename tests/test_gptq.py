@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from dataclasses import replace
@@ -112,9 +113,9 @@ def test_hessians_are_sums_over_inputs_and_passes():
 
 
 def test_text_that_is_too_short_or_makes_no_sense():
-    text = SimpleNamespace(train=[torch.ones(500).numpy().astype("uint16")], train_tokens=500)
+    text, config = SimpleNamespace(train_tokens=500), RunConfig(quant=QuantConfig(calibration_tokens=501))
     with pytest.raises(InputError, match=r"quant\.calibration_tokens is 501; expected at most the 500 tokens"):
-        list(calibration.training_text(RunConfig(quant=QuantConfig(calibration_tokens=501)), text, CPU, torch.float32))
+        calibration.calibrate(config, None, text, CPU, torch.float32)
     model = lively()
     model.mlp_fc.data[3] = torch.nan
     ids = torch.zeros(1, 8, dtype=torch.int64)
@@ -132,7 +133,8 @@ def test_hessians_do_not_depend_on_ranks(tiny, corpus, case):
 
     def found(ranks: Ranks) -> dict[str, torch.Tensor]:
         sums = []
-        ranks = SimpleNamespace(rank=ranks.rank, world=ranks.world, device=ranks.device, sum_=sums.append)
+        ranks = SimpleNamespace(rank=ranks.rank, world=ranks.world, device=ranks.device)
+        ranks.sum_, ranks.raise_on_any = lambda x: sums.append(x.clone()), contextlib.nullcontext
         config = replace(tiny, quant=replace(quantizer.config, calibration_tokens=3000, calibration=source))
         calibration.calibrate(config, model, dataset, ranks, torch.float32)
         return sums
@@ -215,25 +217,20 @@ def test_rules_with_deviations():
         QuantConfig(rules=("a=float16@3",))
 
 
-def test_the_reserve_is_what_calibration_takes_and_training_ends_before_it(tiny, tmp_path, monkeypatch):
-    """A calibration that takes a second per 1,024 tokens: four steps' tokens, a tenth more."""
+def test_the_reserve_is_a_trial_times_its_part(tiny, monkeypatch):
+    """A step's text, or samples of a quarter of the length, in two seconds: four of them, and a tenth or a quarter."""
     quant = replace(tiny.quant, method="gptq", calibration_tokens=4 * tiny.data.batch_tokens)
     config = replace(tiny, quant=quant, schedule=replace(tiny.schedule, max_steps=100_000, max_seconds=30.0))
-    begun, ran = [], []
+    clock = [0.0]
 
-    def calibrate(config, *_):
-        ran.append(config.quant.calibration_tokens)
-        begun.append(ran[-1] / tiny.data.batch_tokens)
-        return {}
+    def hessians(model, text, *_):
+        clock[0] += 2.0
 
-    monkeypatch.setattr(calibration, "calibrate", calibrate)
-    monkeypatch.setattr(calibration.time, "perf_counter", lambda: sum(begun))
-    seconds = calibration.seconds_needed(config, None, None, CPU, torch.float32)
-    assert seconds == pytest.approx(4.4) and ran == [tiny.data.batch_tokens] * 2
-    samples = replace(config, quant=replace(quant, calibration="samples"), data=replace(tiny.data, seq_len=64))
-    ran.clear()
-    assert calibration.seconds_needed(samples, None, None, CPU, torch.float32) > 0
-    assert ran[0] == 4 * tiny.data.batch_tokens // 16
+    monkeypatch.setattr(calibration, "hessians", hessians)
+    monkeypatch.setattr(calibration.time, "perf_counter", lambda: clock[0])
+    assert calibration.seconds_needed(config, None, None, CPU, torch.float32) == pytest.approx(1.1 * 4 * 2)
+    samples = replace(config, quant=replace(quant, calibration="samples"))
+    assert calibration.seconds_needed(samples, None, None, CPU, torch.float32) == pytest.approx(1.25 * 4 * 2)
 
 
 def test_a_run_reserves_the_time_that_a_trial_took(tiny, tmp_path):
@@ -264,8 +261,8 @@ def test_a_run_calibrated_on_its_own_samples(tiny, tmp_path):
 
 def test_matrices_that_are_too_small():
     for fields, message in (
-        ({"low_rank": 97}, r"quant\.low_rank is 97; expected at most 48"),
-        ({"wide_columns": 81, "method": "gptq"}, r"quant\.wide_columns is 81; expected at most 80"),
+        ({"low_rank": 49}, r"quant\.low_rank is 49; expected at most 48"),
+        ({"bits": 7, "wide_columns": 81, "method": "gptq"}, r"quant\.wide_columns is 81; expected at most 80"),
         ({"clip": "deviation", "deviations": 3.0, "rules": ("tok_emb.*=int8/1",)}, "has one column per scale"),
     ):
         with pytest.raises(InputError, match=message):

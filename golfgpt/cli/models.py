@@ -42,7 +42,8 @@ def inspect(args: Inspect) -> int:
         "sha256": sha256_file(file),
         "parameters": info.parameters,
         "payload_bytes": info.payload_bytes,
-        "compressor": info.packing,
+        "compressor": info.compressor,
+        "streams": len(info.streams),
         "tokenizer_sha256": info.tokenizer_sha256,
         "seq_len": info.seq_len,
         **_flat(to_dict(info.model), "model."),
@@ -259,7 +260,7 @@ def _hessians(args: Export, model: ModelConfig, state: dict[str, Any]) -> dict[s
 @dataclass(frozen=True, kw_only=True)
 class Import:
     """Make a run from a published final_model.pt or .ptz file, to score, sample and export it. Sizes come from the
-    file, and codes are kept unchanged; matrices to which the file adds low-rank factors become float32. What the
+    file, and codes are kept unchanged. What the
     tensors do not show (for example the rotary reference length) comes from the recipe."""
 
     file: Positional[Path]

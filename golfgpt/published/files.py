@@ -35,6 +35,7 @@ from torch import Tensor
 from golfgpt.errors import InputError
 from golfgpt.published.containers import Unpacked, check_table, unpack
 from golfgpt.published.names import listed
+from golfgpt.quant.formats import MAX_RANK
 
 MAX_BYTES = 256 * 2**20
 """Largest file and largest decompressed content that is read."""
@@ -64,8 +65,8 @@ class Export:
     """What quantized tensors have beside them, as fields of TensorFormat and QuantizedTensor: columns with codes of 8
     bits, and factors."""
     decoded: tuple[str, ...]
-    """Quantized tensors that these fields cannot hold (several groups of columns, scales of factors in other numbers,
-    or zero), and that are therefore not in `codes`."""
+    """Quantized tensors that these fields cannot hold (several groups of columns; scales beside the rows' that are in
+    other numbers, of another dtype or zero), and that are therefore not in `codes`."""
     passthrough: dict[str, Tensor]
     """Every other tensor, as stored."""
     dtypes: dict[str, str]
@@ -162,13 +163,15 @@ def _beside(coded: _Coded) -> dict[str, Any] | None:
     fields: dict[str, Any] = {}
     if coded.columns:
         starts, size, scale = coded.columns
-        if len(starts) != 1 or coded.column_bits != 8:
+        if len(starts) != 1 or coded.column_bits != 8 or scale.dtype != coded.scale.dtype:
             return None
         fields |= {"wide": int(starts), "wide_columns": int(size), "wide_scale": scale}
     if coded.factors:
         left, left_scale, right, right_scale = coded.factors
         by_row = (left_scale.numel(), right_scale.numel()) == (len(left), len(right))
-        if (not by_row and left_scale.numel() != 1) or not all((x > 0).all() for x in (left_scale, right_scale)):
+        fits = left_scale.dtype == right_scale.dtype == coded.scale.dtype and len(right) <= MAX_RANK
+        fits = fits and (by_row or left_scale.numel() == 1)
+        if not fits or not all((x > 0).all() for x in (left_scale, right_scale)):
             return None
         group = None if by_row else right.numel() // right_scale.numel()
         fields |= {"rank": len(right), "rank_group": group, "left": left, "right": right}

@@ -1,5 +1,5 @@
 """What the records' quantizers do beside GPTQ and clips by deviation, each with what it is worth by their own logs. All
-are off by default; `golfgpt.quant.quantizer` calls `codes_and_scales` and `refined`.
+are off by default; `golfgpt.quant.quantizer` calls `clip_search`, `hessian_scales` and `refined`.
 
     quant.clip search         five clips are tried for a whole matrix (2026-03-22 to 2026-04-04)
     quant.hessian_clip        a row's clip depends on the inputs that it meets (PR #1412)
@@ -74,7 +74,7 @@ def hessian_scales(w: Tensor, hessian: Tensor, spec: RowQuant, weight: float, da
     diagonal = (diagonal + damping * diagonal.mean(-1, keepdim=True)).clamp_min(1e-8)
     rho = (w.abs() * (diagonal / diagonal.mean(-1, keepdim=True))[:, None]).mean(-1)
     factor = 1 + weight * (rho / rho.mean(-1, keepdim=True) - 1)
-    return _stored(spec.deviations * w.std(-1) * factor / spec.qmax, spec.scale_dtype)
+    return _stored((spec.deviations * w.std(-1) * factor / spec.qmax).clamp_min(spec.scale_floor), spec.scale_dtype)
 
 
 def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:

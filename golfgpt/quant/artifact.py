@@ -72,6 +72,8 @@ MAX_SEQ_LEN = 2**31 - 1
 SAMPLE_CODES = 2**18
 """A group's layout is chosen on its first layers up to this many codes, at least one layer."""
 
+_SPLIT_BYTES = 120
+"""A further layer group in the header, at most: its name, twice, shape and format."""
 _PREFIX = struct.Struct("<8sIIQ32s")
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _NUMPY = {"int8": "i1", "float16": "<f2", "float32": "<f4"}
@@ -246,15 +248,23 @@ def unpack(blob: bytes) -> Artifact:
         piece, compressed = compressed[: stream.compressed_bytes], compressed[stream.compressed_bytes :]
         parts.append(np.frombuffer(decompress(stream.compressor, piece, stream.payload_bytes), np.uint8))
     payload = parts[0] if len(parts) == 1 else np.concatenate(parts)
-    tensors = _split(payload, info.formats, info.columns)
-    return Artifact(info, decode(tensors))
+    state = decode(_split(payload, info.formats, info.columns))
+    for name, w in state.items():
+        if not w.isfinite().all():  # what a correction adds
+            raise InputError(f"tensor {name} has weights that exceed float32")
+    return Artifact(info, state)
 
 
 def header_bytes(quantizer: Quantizer) -> int:
     """Bytes of an artifact beside its compressed payload, at most."""
     columns = frozenset(name for name, format in quantizer.formats.items() if format.quantized)
-    streams = (Stream("brotli", 11, quantizer.payload_bytes, 0),)
-    return ArtifactInfo(quantizer.model, quantizer.formats, 10**6, "0" * 64, streams, columns).file_bytes
+    streams = [Stream("brotli", 11, payload_bytes(quantizer.formats), 0)]
+    streams += [Stream("brotli", 11, 0, 10**8)] * len({parse_layer_group(name)[0] for name in columns})
+    # A matrix with wide columns or a correction splits its layer group in three.
+    config = quantizer.config
+    split = 2 * _SPLIT_BYTES * (bool(config.wide_columns) + bool(config.low_rank) * config.low_rank_tensors)
+    info = ArtifactInfo(quantizer.model, quantizer.formats, 10**6, "0" * 64, tuple(streams), columns)
+    return _PREFIX.size + info.header_bytes + split
 
 
 # Container
@@ -323,7 +333,7 @@ def _parse_header(text: bytes, compressed_bytes: int, version: int) -> ArtifactI
         if info.header() != text:
             raise InputError("it is not in canonical form, or a value contradicts its model config and formats")
         return info
-    except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, ArithmeticError, LookupError, RecursionError) as error:
         raise InputError(f"bad header: {str(error)[:1000]}") from None  # the header may be all one name
 
 
@@ -429,12 +439,11 @@ def _check_values(tensor: QuantizedTensor, name: str) -> None:
         if not tensor.values.isfinite().all():
             raise InputError(f"tensor {name} holds non-finite weights")
         return
-    largest = 127
     for field, array in tensor.arrays.items():
         if array.is_floating_point():
             if not (array.isfinite() & (array > 0)).all():
                 raise InputError(f"tensor {name} holds scales that are not positive finite numbers")
-            if not (array.float() * (largest + 1)).isfinite().all():
+            if not (array.float() * 128).isfinite().all():
                 raise InputError(f"tensor {name} holds scales whose weights exceed float32")
             continue
         if field == "values" and format.wide is not None:
@@ -445,8 +454,6 @@ def _check_values(tensor: QuantizedTensor, name: str) -> None:
         most = format.max_code if field == "values" else 7
         if max(-low - 1, high) > most:
             raise InputError(f"tensor {name} holds codes {low} to {high}, outside {format.format} ({field})")
-    if format.rank is not None and not tensor.decode().isfinite().all():
-        raise InputError(f"tensor {name} holds scales whose weights exceed float32")
 
 
 def _smaller_by_columns(encoded: Mapping[str, QuantizedTensor], compressor: str, level: int | None) -> frozenset[str]:

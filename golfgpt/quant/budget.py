@@ -31,7 +31,7 @@ def forecast_bytes(quantizer: Quantizer) -> int:
     Of the published files, whose compressors differ a little from ours, it is 0.96 to 1.02 times the size
     (tests/test_recipes.py).
     """
-    total = artifact.header_bytes(quantizer)
+    total = artifact.header_bytes(quantizer) + sum(quantizer.extra_bytes)
     for name, format in quantizer.formats.items():
         if not format.quantized:
             total += format.value_bytes

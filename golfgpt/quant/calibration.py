@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -59,22 +58,24 @@ def hessians(
         product = (x.mT @ x).double()
         sums[key] = product if key not in sums else sums[key].add_(product)
 
-    for ids, segments in batches:
-        weights = model.weights(dtype)
-        observed = {_SOURCE[bank] for bank, _ in groups.values() if bank != head}
-        for row, layer in enumerate(weights.layers):
-            for source in observed:
-                layer[source] = Observed(layer[source], partial(add, (source, row)))
-        hidden = model(ids, dtype=dtype, weights=weights, segments=segments)
-        if any(bank == head for bank, _ in groups.values()):
-            add((head, 0), hidden)
-    for key in sorted(sums):
-        ranks.sum_(sums[key])
+    columns = {_SOURCE.get(bank, bank): quantizer.formats[name].shape[-1] for name, (bank, _) in groups.items()}
+    with ranks.raise_on_any():
+        for ids, segments in batches:
+            weights = model.weights(dtype)
+            for row, layer in enumerate(weights.layers):
+                for source in columns.keys() - {head}:
+                    layer[source] = Observed(layer[source], partial(add, (source, row)))
+            hidden = model(ids, dtype=dtype, weights=weights, segments=segments)
+            if head in columns:
+                add((head, 0), hidden)
     # From the least on, each in place of its sums: never more than twice the bytes of all in float32.
     found = {}
-    for source in sorted({source for source, _ in sums}, key=lambda source: sums[source, 0].numel()):
-        rows = [row for other, row in sorted(sums) if other == source]
-        found[source] = torch.stack([sums.pop((source, row)).float() for row in rows])
+    for source, width in sorted(columns.items(), key=lambda item: item[1]):
+        for row in range(1 if source == head else model.config.num_layers):
+            if (source, row) not in sums:  # a rank without text
+                sums[source, row] = torch.zeros(width, width, dtype=torch.float64, device=ranks.device)
+            ranks.sum_(sums[source, row])
+        found[source] = torch.stack([sums.pop(key).float() for key in sorted(sums) if key[0] == source])
     out = {name: found[_SOURCE.get(bank, bank)][layers] for name, (bank, layers) in groups.items()}
     for name, hessian in out.items():
         if not hessian.isfinite().all():
@@ -101,51 +102,59 @@ def calibrate(
 ) -> dict[str, Tensor]:
     """`hessians` of `model`, whose weights are not quantized, from the text that quant.calibration asks for; all ranks
     must call it. Raises InputError for training data that are too short, and as `hessians`."""
-    text = training_text if config.quant.calibration == "train" else partial(samples, model)
-    quantizer = Quantizer(config.model, config.quant)
-    return hessians(model, text(config, dataset, ranks, dtype, progress), quantizer, ranks, dtype)
+    if config.quant.calibration == "train":
+        check_tokens(config.quant.calibration_tokens, dataset)
+        text = training_text(config, steps_of(config), dataset, ranks, dtype, progress)
+    else:
+        text = samples(config, config.data.seq_len, model, ranks, dtype, progress)
+    return hessians(model, text, Quantizer(config.model, config.quant), ranks, dtype)
 
 
 def seconds_needed(config: RunConfig, model: GPT, dataset: Dataset, ranks: Ranks, dtype: torch.dtype) -> float:
-    """How long `calibrate` will take, from a small one: the tokens of one training step, or samples of a sixteenth of
-    the length. Tenth part added; the longest of all ranks'. The model's weights do not matter."""
-    quant, data = config.quant, config.data
-    if quant.calibration == "train":
-        parts = -(-quant.calibration_tokens // data.batch_tokens)
-        small = replace(config, quant=replace(quant, calibration_tokens=data.batch_tokens))
-    else:
-        length = max(data.seq_len // 16, 1)
-        parts = data.seq_len / length
-        tokens = max(quant.calibration_tokens // data.seq_len, 1) * length
-        small = replace(config, data=replace(data, seq_len=length), quant=replace(quant, calibration_tokens=tokens))
-    calibrate(small, model, dataset, ranks, dtype)
-    if ranks.device.type == "cuda":
-        torch.cuda.synchronize()
-    begun = time.perf_counter()
-    calibrate(small, model, dataset, ranks, dtype)
-    if ranks.device.type == "cuda":
-        torch.cuda.synchronize()
+    """How long `calibrate` will take, from a small one, the second of two: the text of one training step, or samples of
+    a quarter of the length. A tenth is added for text, a quarter for samples, whose attention takes longer with the
+    length; the slowest rank counts. The model's weights do not matter."""
+    quantizer, length = Quantizer(config.model, config.quant), max(config.data.seq_len // 4, 1)
+    for _ in range(2):
+        if config.quant.calibration == "train":
+            text, parts = training_text(config, 1, dataset, ranks, dtype), 1.1 * steps_of(config)
+        else:
+            text, parts = samples(config, length, model, ranks, dtype), 1.25 * config.data.seq_len / length
+        synchronize(ranks)
+        begun = time.perf_counter()
+        hessians(model, text, quantizer, ranks, dtype)
+        synchronize(ranks)
     took = torch.zeros(ranks.world, dtype=torch.float64, device=ranks.device)
     took[ranks.rank] = time.perf_counter() - begun
-    return 1.1 * parts * float(ranks.sum_(took).max())
+    return parts * float(ranks.sum_(took).max())
+
+
+def synchronize(ranks: Ranks) -> None:
+    """Wait for the device."""
+    if ranks.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def steps_of(config: RunConfig) -> int:
+    """Training steps whose tokens calibration reads."""
+    return -(-config.quant.calibration_tokens // config.data.batch_tokens)
 
 
 def training_text(
     config: RunConfig,
+    steps: int,
     dataset: Dataset,
     ranks: Ranks,
     dtype: torch.dtype,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Iterable[Batch]:
-    """This rank's part of the first quant.calibration_tokens training tokens in the order of config.data, a span's row
-    after another. Raises InputError if the training data are shorter."""
-    data, tokens = config.data, config.quant.calibration_tokens
-    check_tokens(tokens, dataset)
-    assigned, total = spans_of_rank(ranks.rank, ranks.world, data.spans), -(-tokens // data.batch_tokens)
+    """This rank's part of the tokens of the first `steps` training steps, a span's row after another."""
+    data = config.data
+    assigned = spans_of_rank(ranks.rank, ranks.world, data.spans)
     reader, length = Prefetcher(dataset.train, data, assigned, pin=False), data.row_tokens
     try:
-        for step in range(total):
-            progress(f"calibrating: {step} of {total} steps' tokens")
+        for step in range(steps):
+            progress(f"calibrating: {step} of {steps} steps' tokens")
             windows, boundaries = reader.read(step).to(ranks.device)
             # Rows of one span at a time: the same products on any number of ranks.
             rows = windows[:, :-1].reshape(len(assigned), -1, length)
@@ -161,17 +170,17 @@ def training_text(
 
 
 def samples(
-    model: GPT,
     config: RunConfig,
-    dataset: Dataset,
+    length: int,
+    model: GPT,
     ranks: Ranks,
     dtype: torch.dtype,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Iterable[Batch]:
-    """This rank's part of the model's own text: batches of SAMPLES sequences of data.seq_len tokens, batch i on rank i
-    modulo their number, each with a generator of its own, so that they are the same on any number of ranks."""
-    length = config.data.seq_len
-    total = -(-config.quant.calibration_tokens // (SAMPLES * length))
+    """This rank's part of the model's own text: batches of SAMPLES sequences of `length` tokens, as many as
+    quant.calibration_tokens make with sequences of data.seq_len. Batch i is on rank i modulo their number, each with a
+    generator of its own, so that they are the same on any number of ranks."""
+    total = -(-config.quant.calibration_tokens // (SAMPLES * config.data.seq_len))
     for batch in range(ranks.rank, total, ranks.world):
         progress(f"calibrating: {batch} of {total} batches of samples")
         generator = torch.Generator(ranks.device).manual_seed((config.seed << 20) + batch)

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from golfgpt.fields import (
     Count,
     CountOrZero,
+    Fraction,
     FractionAboveZero,
     FractionBelowOne,
     Limit,
@@ -70,12 +71,12 @@ class QuantConfig(Section):
     for a whole matrix (published 2026-03-22 to 2026-04-04)."""
     deviations: NotNegative = 0.0
     """That number, for clip "deviation". More is a coarser grid: int6 with 12.85 takes about 3.3 bits a weight."""
-    hessian_clip: NotNegative = 0.0
+    hessian_clip: Fraction = 0.0
     """Weight of a row's inputs in its clip by deviation, with gptq (published in PR #1412: 0.175; worth nothing)."""
     wide_columns: CountOrZero = 0
     """With gptq: neighbouring columns to store in int8, those of the model that matter most (published as AWQ-lite, PR
     #1908, with 64: worth 0.0003). 0: none."""
-    low_rank: CountOrZero = 0
+    low_rank: Annotated[CountOrZero, Limit("<=", 64)] = 0
     """Rank of corrections to the matrices with the largest errors (published as LQER, PR #1797, with 4: worth 0.0003).
     0: none."""
     low_rank_tensors: Count = 3
@@ -146,6 +147,10 @@ class QuantConfig(Section):
         if self.hessian_clip and not (self.deviations or any(isinstance(rule.clip, float) for rule in rules)):
             raise ValueError(f"quant.hessian_clip {self.hessian_clip:g} expected a clip by deviation; got {self.clip}")
         searched = "search" in (self.clip, *(rule.clip for rule in rules))
+        if self.codes_from != "stored_scale" and (self.method == "gptq" or searched):
+            raise ValueError(
+                f"quant.codes_from is {self.codes_from}; expected stored_scale with quant.method gptq or clip search"
+            )
         if self.qat != "off" and (self.wide_columns or self.low_rank or searched):
             raise ValueError(
                 f"quant.qat is {self.qat}; expected off with quant.wide_columns, low_rank or a clip that is searched: "

@@ -19,6 +19,10 @@ from golfgpt.model.parameters import Param
 DTYPES = {"float32": torch.float32, "float16": torch.float16} | {f"int{bits}": torch.int8 for bits in range(2, 9)}
 
 
+MAX_RANK = 64
+"""Of a correction: decoding takes a pass over the matrix for each."""
+
+
 @dataclass(frozen=True)
 class TensorFormat:
     """Storage of one layer group."""
@@ -60,7 +64,7 @@ class TensorFormat:
         wide = self.wide, self.wide_columns
         if wide != (None, None) and (None in wide or self.group is not None or sum(wide) > columns):
             raise InputError(f"{wide[1]} wide columns from {wide[0]} on in {self.shape}, groups {self.group}")
-        if self.rank is not None and self.rank > min(rows, columns):
+        if self.rank is not None and self.rank > min(rows, columns, MAX_RANK):
             raise InputError(f"a correction of rank {self.rank} for a tensor of shape {self.shape}")
         if self.rank_group is not None and (self.rank is None or self.rank * columns % self.rank_group):
             raise InputError(f"groups of {self.rank_group} codes in {self.rank} rows of {columns}")
@@ -77,6 +81,12 @@ class TensorFormat:
     def max_code(self) -> int:
         """Largest code, for example 31 for int6; the least is -max_code - 1."""
         return 2 ** (self.bits - 1) - 1
+
+    def __str__(self) -> str:
+        """As tables show it: int6, int6/64, int7 +64 wide, int6 +rank 4."""
+        group = f"/{self.group}" if self.group else ""
+        wide = f" +{self.wide_columns} wide" if self.wide is not None else ""
+        return self.format + group + wide + (f" +rank {self.rank}" if self.rank else "")
 
     @property
     def elements(self) -> int:
@@ -214,4 +224,4 @@ def payload_bytes(formats: Mapping[str, TensorFormat]) -> int:
 
 def tensor_report(name: str, format: TensorFormat, error: float | None = None) -> TensorReport:
     snr = None if error is None else math.inf if error == 0 else -20 * math.log10(error)
-    return TensorReport(name, format.format, format.elements, format.value_bytes, format.scale_bytes, error, snr)
+    return TensorReport(name, str(format), format.elements, format.value_bytes, format.scale_bytes, error, snr)

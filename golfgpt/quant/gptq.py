@@ -46,14 +46,8 @@ def solve(
     diagonal += damping * diagonal.mean(-1, keepdim=True)
     order = diagonal.argsort(-1, descending=True)
     h = h.gather(1, order[:, :, None].expand_as(h)).gather(2, order[:, None].expand_as(h))
-    factor, failed = torch.linalg.cholesky_ex(h)
-    bad = failed.bool() | ~factor.isfinite().flatten(1).all(1)
-    if bad.any():
-        raise InputError(
-            f"the Hessian of matrix {int(bad.nonzero()[0])} is not positive definite with damping {damping:g} times "
-            "its mean diagonal: take more quant.calibration_tokens or a larger quant.damping"
-        )
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
+    factor = _cholesky(h, damping)
+    upper = _cholesky(torch.cholesky_inverse(factor), damping, upper=True)
 
     # Columns as rows: a column is then contiguous, whatever the number of rows.
     def columns(x: Tensor) -> Tensor:
@@ -75,3 +69,15 @@ def solve(
         left[:, stop:] -= upper[:, start:stop, stop:].mT @ errors
     back = order.argsort(-1)[:, :, None].expand_as(codes)
     return codes.gather(1, back).mT.to(torch.int8)
+
+
+def _cholesky(h: Tensor, damping: float, *, upper: bool = False) -> Tensor:
+    """Factors of a Hessian or of its inverse; raises InputError as `solve`."""
+    factor, failed = torch.linalg.cholesky_ex(h, upper=upper)
+    bad = failed.bool() | ~factor.isfinite().flatten(1).all(1)
+    if bad.any():
+        raise InputError(
+            f"the Hessian of matrix {int(bad.nonzero()[0])} is not positive definite with damping {damping:g} times "
+            "its mean diagonal: take more quant.calibration_tokens or a larger quant.damping"
+        )
+    return factor

@@ -93,8 +93,12 @@ def _plan(table: Mapping[str, Param], config: QuantConfig) -> dict[str, tuple[Te
                 formats[group] = TensorFormat(shape, *kind[:-1]), kind[-1]
             except InputError as error:
                 raise InputError(f"quant.rules: {members[0]} ({group}): {error}") from None
-    if grouped := [name for name, (format, clip) in formats.items() if clip == "search" and format.group]:
-        raise InputError(f"quant.rules: {grouped[0]} has groups of columns; expected a scale per row with clip search")
+    by_row = "search", float if config.hessian_clip else None
+    if grouped := [n for n, (f, clip) in formats.items() if f.group and (clip in by_row or type(clip) in by_row)]:
+        raise InputError(
+            f"quant.rules: {grouped[0]} has groups of columns; expected a scale per row with clip search and with "
+            "quant.hessian_clip"
+        )
     if idle := [rule.pattern for rule in rules if rule not in deciding]:
         some = ", ".join(param.published_names[0] for param in table.values())
         raise InputError(
@@ -166,13 +170,20 @@ class Quantizer:
     @cached_property
     def _plan(self) -> dict[str, tuple[TensorFormat, Clip]]:
         plan, config = _plan(self.parameters, self.config), self.config
-        shapes = [format.shape[-2:] for format, _ in plan.values() if format.quantized]
-        for field, sides in ("wide_columns", [cols for _, cols in shapes]), ("low_rank", [min(s) for s in shapes]):
-            if getattr(config, field) > max(sides, default=0):
-                raise InputError(
-                    f"quant.{field} is {getattr(config, field)}; expected at most {max(sides, default=0)}, which the "
-                    "matrices stored as integers have"
-                )
+        coded = [format for format, _ in plan.values() if format.quantized]
+        narrow = [format.shape[-1] for format in coded if format.bits < 8 and not format.group]
+        for field, most, what in (
+            (
+                "wide_columns",
+                max(narrow, default=0),
+                "the most columns of a matrix below int8 with a scale per row",
+            ),
+            ("low_rank", max((min(f.shape[-2:]) for f in coded), default=0), "the largest rank of an integer matrix"),
+        ):
+            if getattr(config, field) > most:
+                raise InputError(f"quant.{field} is {getattr(config, field)}; expected at most {most}, {what}")
+        if config.method == "gptq" and not coded:
+            raise InputError("quant.method is gptq, but no matrix is stored as integers; expected rtn, or fewer bits")
         if narrow := [
             name for name, (f, clip) in plan.items() if isinstance(clip, float) and (f.group or f.shape[-1]) < 2
         ]:
@@ -181,8 +192,24 @@ class Quantizer:
 
     @property
     def payload_bytes(self) -> int:
-        """Exact bytes of all codes, scales and passthrough values before compression."""
-        return payload_bytes(self.formats)
+        """Bytes of all codes, scales and passthrough values before compression: exact, but at most so many with
+        corrections or wide columns, whose matrices are chosen by the weights."""
+        return payload_bytes(self.formats) + sum(self.extra_bytes)
+
+    @property
+    def extra_bytes(self) -> tuple[int, int]:
+        """Bytes before compression, at most, of wide columns' scales, and of corrections."""
+        coded = [format for format in self.formats.values() if format.quantized]
+        number = DTYPES[self.config.scale_dtype].itemsize
+        rank, rows = self.config.low_rank, max((f.shape[-2] for f in coded), default=0)
+        # Of a matrix: two factors, and a scale per row of each or, if that is more, for each group of codes.
+        sizes = []
+        for f in coded:
+            height, width = f.shape[-2:]
+            scales = max(height + rank, 1 + rank * width // (self.config.low_rank_group or rank * width or 1))
+            sizes += [rank * (height + width) + number * scales] * math.prod(f.shape[:-2])
+        corrections = sum(sorted(sizes)[-self.config.low_rank_tensors :]) if rank else 0
+        return (rows * number if self.config.wide_columns else 0), corrections
 
     @property
     def label(self) -> str:
@@ -314,7 +341,7 @@ class Quantizer:
             hessian = hessians[name][some] if name in hessians else None
             try:
                 pair = self._quantize(name, w[some], hessian)
-            except InputError as error:
+            except (InputError, torch.linalg.LinAlgError) as error:
                 raise InputError(f"tensor {name}, layers from {layers.start} on: {error}") from None
             for whole, part in zip(found[name], pair, strict=True):
                 (whole[some] if w is weights[name] else whole[None]).copy_(part)
@@ -360,10 +387,11 @@ class Quantizer:
         return None
 
     def projected_bytes(self, state: Mapping[str, Tensor]) -> int:
-        """Forecast of the compressed payload: the order-0 entropy of the codes of each tensor, scales and
-        passthrough values at full size. Compressors end within about two percent of it on trained weights."""
-        bits = 0.0
-        for tensor in self.encode(state).values():
+        """Forecast of the compressed payload: the order-0 entropy of the codes of each tensor, if they are rounded,
+        scales and passthrough values at full size. Compressors end within about two percent of it on trained weights.
+        """
+        bits = 8.0 * sum(self.extra_bytes)
+        for tensor in (self._rounded(name, w) for name, w in self.weights(state).items()):
             if tensor.scale is None:
                 bits += 8 * tensor.format.value_bytes
             else:

@@ -71,8 +71,8 @@ class Exporter:
     def export(self, steps: int, hessians: Mapping[str, Tensor] | None = None) -> ArtifactInfo | None:
         """Write model.golf after `steps` steps, print what it holds, and load the weights read back from it on every
         rank. Returns the header on rank 0. An error is raised on all ranks."""
-        info, encoded, state = None, None, self.weights() if self.folder or hessians else {}
-        if hessians:  # all ranks solve
+        info, encoded, state = None, None, self.weights() if self.folder or hessians is not None else {}
+        if hessians is not None:  # all ranks solve
             encoded = self.quantizer.encode(state, hessians, self.step.ranks, self.reporter.status)
         with self.step.ranks.raise_on_any():
             if self.folder:
@@ -95,10 +95,11 @@ class Exporter:
                 f"the last weights (swa uses a step every {c.average.swa_every} steps once the learning rate is below "
                 f"{c.average.swa_start_lr:g} of its base: average.swa_every, average.swa_start_lr)"
             )
-        if encoded:
+        if encoded is not None:
             again = ", quantized again after fake quantization" if c.quant.qat != "off" else ""
             say(f"gptq:codes chosen on {c.quant.calibration_tokens:,} tokens of {c.quant.calibration}{again}")
-        encoded = encoded or self.quantizer.encode(state)
+        else:
+            encoded = self.quantizer.encode(state)
         self.reporter.status("compressing")
         info = artifact.write(self.folder.artifact, encoded, **self._options)
         label = f"{self.quantizer.label}+{info.compressor}"

@@ -31,7 +31,7 @@ from golfgpt.optim.averaging import Average
 from golfgpt.quant import artifact
 from golfgpt.train import checkpoint
 
-FORMAT = 3
+FORMAT = 4
 """Of config.json; runs without one count as 1. A release with new or changed fields of RunConfig raises it."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from golfgpt.config import RunConfig, differences, from_dict, to_dict
@@ -118,6 +119,9 @@ class Saver:
             raise InputError(
                 f"{self.path} was written by another version of golfgpt: {error}; resume it with that version"
             ) from None
+        if started.schedule.reserve_seconds is None:  # it ended before its calibration was timed
+            reserve = self.config.schedule.reserve_seconds
+            started = replace(started, schedule=replace(started.schedule, reserve_seconds=reserve))
         changed = [d for d in differences(started, self.config) if not d.startswith(RESUMABLE)]
         if changed:
             what = "; ".join(changed)
