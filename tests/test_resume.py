@@ -152,7 +152,7 @@ def test_run_config_is_what_the_folder_holds(tiny, tmp_path):
     more = values | {"model": values["model"] | {"layers": 3}}
     for text, message in (
         (more, r"unknown key model\.layers"),
-        (older, "the run has format 1, expected 3"),
+        (older, "the run has format 1, expected 4"),
     ):
         (tmp_path / "run" / "config.json").write_text(json.dumps(text))
         with pytest.raises(InputError, match=message):
