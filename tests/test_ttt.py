@@ -4,25 +4,37 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import replace
+import re
+import subprocess
+import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from models import SMALL, in_banks
+from models import SMALL, in_banks, lively
 from test_conformance import Vectors, build, frontier_config
 
-from golfgpt.config import LoRAConfig, SGDConfig
+from golfgpt import distributed
+from golfgpt.cli import main
+from golfgpt.config import EvalConfig, LoRAConfig, RunConfig, SGDConfig, TTTConfig, from_dict, to_dict
+from golfgpt.data.shards import Dataset
 from golfgpt.distributed import Ranks
+from golfgpt.errors import Interrupted, NonFiniteError, VerificationError
+from golfgpt.model.gpt import GPT
 from golfgpt.published.names import split_banks, to_published
 from golfgpt.score import windows as scoring
+from golfgpt.score.evaluate import evaluate
+from golfgpt.score.ttt import evaluate as adapted_module
 from golfgpt.score.ttt import plan
 from golfgpt.score.ttt.adapter import run
+from golfgpt.score.ttt.evaluate import check_adapted, evaluate_adapted
 from golfgpt.score.ttt.ledger import Ledger
 from golfgpt.score.ttt.lora import DocumentLoRA, PhasedLoRA
 from golfgpt.score.ttt.sgd import SGD
 from golfgpt.score.windows import Scorer, Windows
+from golfgpt.train.train import train
 
 CPU = Ranks(0, 1, torch.device("cpu"))
 FOLDERS = [Path(folder) for folder in os.environ.get("GOLFGPT_CONFORMANCE", "").split(os.pathsep) if folder]
@@ -200,3 +212,182 @@ def test_published_documents_and_windows(path):
                 offset,
                 count,
             )
+
+
+# 2 Evaluation
+
+SGD_SETTINGS = SGDConfig(lr=0.05, chunk_tokens=128, epochs=1)
+LORA = LoRAConfig(rank=4, chunk_tokens=16, documents=3, lr=0.01)
+KINDS = {
+    "sgd": TTTConfig(kind="sgd", sgd=SGD_SETTINGS),
+    "lora": TTTConfig(kind="lora", lora=LORA),
+    "phased": TTTConfig(kind="phased", sgd=SGD_SETTINGS, lora=LORA, phases=2, phase_documents=6),
+    "warm": TTTConfig(kind="lora", lora=replace(LORA, warm=True, alpha=6.0, order="stream")),
+}
+
+
+def short_documents(tiny: RunConfig, monkeypatch) -> RunConfig:
+    """A text of 13 documents."""
+    ids = Dataset.val_ids
+
+    def val_ids(self, start: int, stop: int) -> np.ndarray:
+        out = ids(self, start, stop)
+        return np.where(np.arange(start, start + len(out)) % 53 == 0, 1, out).astype(out.dtype)
+
+    monkeypatch.setattr(Dataset, "val_ids", val_ids)
+    monkeypatch.setattr(Dataset, "byte_counts", lambda self, a, b: np.full(b - a, 2, dtype=np.uint16))
+    monkeypatch.setattr(Dataset, "prove_val_bytes", lambda self, stop=None: 2 * stop)
+    return tiny
+
+
+def adapted(tiny: RunConfig, ttt: TTTConfig, model: GPT | None = None, *, ranks=CPU, tokens=650, **options):
+    config = replace(tiny, eval=EvalConfig(window=64, stride=16, max_tokens=tokens, ttt=ttt))
+    model, data = model or lively(config.model), Dataset.open(config.data.path)
+    return evaluate_adapted(model, data, config, ranks, dtype=torch.float32, **options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapted_score_says_what_it_is(tiny, monkeypatch, kind):
+    config, ttt, model = short_documents(tiny, monkeypatch), KINDS[kind], lively(tiny.model)
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    got, again = (adapted(config, ttt, model) for _ in range(2))
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    assert (got.tokens, got.bytes, got.partial, got.stopped, got.diverged) == (650, 1300, True, None, False)
+    assert (got.nats, got.ledger_sha256) == (again.nats, again.ledger_sha256)
+    found = got.compliance
+    assert found.later_token_change == 0 and found.comparisons > 60 and found.probability_sum_error < 1e-5
+    assert found.scored_once == 650 and 300 < found.learned_after_scored < 650
+    independent = {"sgd": "no", "lora": "yes", "phased": "by phase", "warm": "no"}[kind]
+    assert (found.documents_independent, found.other_document_change) == (independent, 0.0 if kind == "lora" else None)
+    assert found.order == ("stream" if kind in ("sgd", "warm") else "length")
+    assert f"(adapted: {ttt.kind})" in got.label and ("not a code length" in got.label) == (kind == "phased")
+    assert found.code_length.startswith("not") == (kind == "phased") and "(first 650 tokens)" in got.label
+    plain = evaluate(model, Dataset.open(config.data.path), replace(config, eval=EvalConfig(window=64, max_tokens=650)),
+                     CPU, dtype=torch.float32)  # fmt: skip
+    assert got.nats < plain.nats, "a model with random weights learns something"
+    assert asdict(got)["compliance"]["code_length"] == found.code_length
+
+
+def test_cold_documents_have_the_same_score_in_any_order_and_batch(tiny, monkeypatch):
+    config = short_documents(tiny, monkeypatch)
+    settings = [replace(LORA, order=order, documents=rows) for order in ("length", "stream") for rows in (2, 5)]
+    scores = [adapted(config, TTTConfig(kind="lora", lora=lora)).nats for lora in settings]
+    assert np.ptp(scores) < 1e-5 * scores[0]
+
+
+def test_the_clock_stops_an_adapted_score(tiny, monkeypatch):
+    seconds = iter(range(10**6))
+    monkeypatch.setattr(adapted_module.time, "perf_counter", lambda: float(next(seconds)))
+    for kind in ("sgd", "lora"):
+        got = adapted(tiny, replace(KINDS[kind], max_seconds=9.0))
+        assert got.stopped == "eval.ttt.max_seconds 9 are over" and 0 < got.tokens < 650 and got.partial
+        assert f"(stopped: {got.tokens:,} of 650 tokens)" in got.label
+    with pytest.raises(VerificationError, match="nothing was scored with test-time training"):
+        adapted(tiny, replace(KINDS["sgd"], max_seconds=0.5))
+
+
+@pytest.mark.parametrize("kind", ["sgd", "lora"])
+def test_a_rate_that_diverges_keeps_the_scores_up_to_there(tiny, kind):
+    ttt = KINDS[kind]
+    wild = replace(ttt, sgd=replace(ttt.sgd, lr=1e38), lora=replace(ttt.lora, lr=1e38))
+    got = adapted(tiny, wild)
+    assert got.diverged and 0 < got.tokens < 650 and np.isfinite(got.val_bpb)
+    assert "no probability" in got.stopped or "not finite" in got.stopped
+    with pytest.raises(NonFiniteError, match=f"diverged after {got.tokens:,} tokens, whose score is kept"):
+        check_adapted(got)
+
+
+def test_an_interruption_says_what_was_scored(tiny, monkeypatch):
+    def stops(*args, **options):
+        for i, item in enumerate(run(*args, **options)):
+            yield item
+            if i == 4:
+                raise Interrupted("stopped by SIGTERM", 15)
+
+    monkeypatch.setattr(adapted_module, "run", stops)
+    lines = []
+    with pytest.raises(Interrupted, match="stopped by SIGTERM"):
+        adapted(tiny, KINDS["lora"], say=lines.append)
+    assert len(lines) == 1 and re.match(r"interrupted: \d+ of 650 tokens scored with lora \(\d\.\d+ bits", lines[0])
+
+
+@pytest.mark.parametrize(
+    ("ttt", "message"),
+    [
+        ({"kind": "lora", "lora": {"rank": 49}}, r"eval\.ttt\.lora\.rank is 49; expected at most model\.model_dim, 48"),
+        ({"kind": "phased", "lora": {"rank": 4, "chunk_tokens": 65}}, r"chunk_tokens 65 exceeds the window 64"),
+        ({"kind": "sgd", "sgd": {"chunk_tokens": 63}}, r"chunk_tokens 63 holds no sequence of the window 64"),
+        ({"lora": {"targets": ("q", "q")}}, r"eval\.ttt\.lora\.targets is \('q', 'q'\); expected some of q, k, v"),
+        ({"lora": {"lr": 0.0}}, r"eval\.ttt\.lora\.lr is 0"),
+    ],
+)
+def test_settings_that_do_not_fit(tiny, ttt, message):
+    parts = {"sgd": SGDConfig, "lora": LoRAConfig}
+    with pytest.raises(ValueError, match=message):
+        settings = {name: parts[name](**value) if name in parts else value for name, value in ttt.items()}
+        replace(tiny, eval=replace(tiny.eval, ttt=TTTConfig(**settings)))
+    with pytest.raises(ValueError, match=r'eval\.rule is r4b, .* expected "every_token" with eval\.ttt\.kind sgd'):
+        EvalConfig(rule="r4b", ttt=TTTConfig(kind="sgd"))
+
+
+def test_a_run_and_its_scoring_report_both_scores(tiny, tmp_path, capsys):
+    ttt = replace(KINDS["sgd"], sgd=replace(SGD_SETTINGS, chunk_tokens=1024))
+    config = replace(tiny, eval=replace(tiny.eval, max_tokens=3000, ttt=ttt))
+    result = train(config, tmp_path / "run", quiet=True)
+    assert result["adapted"]["label"] == "val_bpb (adapted: sgd) (first 3,000 tokens)"
+    stored = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (
+        stored["adapted"] == json.loads(json.dumps(result["adapted"]))
+        and "without it" in (tmp_path / "run" / "train.log").read_text()
+    )
+    options = ["--eval.ttt.kind", "lora", "--eval.ttt.lora.rank", "4", "--eval.ttt.lora.chunk-tokens", "32"]
+    assert main(["eval", str(tmp_path / "run"), *options, "--eval.max-tokens", "1000"]) == 0
+    shown = capsys.readouterr().out
+    assert "val_bpb (adapted: lora) (document-aware) (first 1,000 tokens)" in shown and "a gain of" in shown
+    stored = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert stored["adapted"]["kind"] == "lora" and stored["score"] == json.loads(json.dumps(result["score"]))
+    wild = ["--eval.ttt.kind", "sgd", "--eval.ttt.sgd.lr", "1e38", "--json"]
+    assert main(["eval", str(tmp_path / "run"), *wild]) == 5
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["adapted"]["diverged"] and "whose score is kept" in captured.err
+
+
+# 3 Ranks
+
+
+def worker(config: RunConfig, folder: str) -> None:
+    ranks = distributed.start("cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        short_documents(config, patch)
+        out = [asdict(adapted(config, KINDS[kind], ranks=ranks)) for kind in ("sgd", "lora", "phased", "warm")]
+    Path(folder, f"out{ranks.rank}").write_text(json.dumps(out))
+    ranks.close()
+
+
+NEAR = (1e-5, 1e-12, 1e-3, 5e-2)
+"""Gradients are summed in another order; AdamW makes steps of full size from those near 0; with warm A each rank has a
+chain of its own."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_agree_with_one(tiny, monkeypatch, tmp_path, world):
+    config = short_documents(tiny, monkeypatch)
+    alone = [asdict(adapted(config, KINDS[kind])) for kind in ("sgd", "lora", "phased", "warm")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), __file__]
+    done = subprocess.run(
+        [*command, json.dumps(to_dict(tiny)), str(tmp_path)], capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    results = [json.loads((tmp_path / f"out{rank}").read_text()) for rank in range(world)]
+    for i, expected in enumerate(alone):
+        found = [result[i] for result in results]
+        assert len({(one["nats"], one["ledger_sha256"]) for one in found}) == 1
+        for key in ("tokens", "bytes", "label", "compliance"):
+            assert found[0][key] == json.loads(json.dumps(expected[key])), key
+        assert found[0]["nats"] == pytest.approx(expected["nats"], rel=NEAR[i]), expected["kind"]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    worker(from_dict(RunConfig, json.loads(sys.argv[1])), sys.argv[2])

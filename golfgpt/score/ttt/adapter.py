@@ -13,7 +13,7 @@ weights, never probabilities: softmax and targets are the scorer's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple, Protocol
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from golfgpt.distributed import Ranks
 from golfgpt.errors import NonFiniteError
-from golfgpt.model.gpt import Weights
+from golfgpt.model.gpt import GPT, Weights
 from golfgpt.model.linear import Weight
 from golfgpt.score.ttt.ledger import Ledger
 from golfgpt.score.windows import Batch, Read, Scorer
@@ -33,6 +33,13 @@ class Adapted(NamedTuple):
     weights: Weights
     head: Weight
     """(vocab_size, D)."""
+
+
+def prepared(model: GPT, dtype: torch.dtype, params: Mapping[str, Tensor] | None = None) -> Adapted:
+    """The weights of `model`, or `params` in their place, without gradients."""
+    values = {name: p.detach() for name, p in (params or dict(model.named_parameters())).items()}
+    head = values["tok_emb" if model.config.tie_embeddings else "lm_head"]
+    return Adapted(model.weights(dtype, values), head.to(dtype))
 
 
 class Scored(NamedTuple):

@@ -8,8 +8,8 @@ each chunk AdamW with beta1 0 learns from the mean loss of each document that go
 Weight decay acts on all documents of the batch as long as one goes on, as published. With `warm` only B and the
 optimizer start again, in batches of the full size; a smaller batch has LoRAs of its own.
 
-Every batch starts with the same random A (published: other ones), unless that is warm. So no document's score depends
-on another one's tokens or on their order.
+Every document starts with the same random A (published: with one of its own), unless that is warm. So its score does
+not depend on other documents, nor on its batch, its place there or its rank.
 
 Sources: the published scripts of 2026-04-10 and 2026-04-27; α/r and warm A from PR #1767.
 """
@@ -31,12 +31,13 @@ MATRICES = {"q": "c_q", "k": "c_k", "v": "c_v", "o": "attn_path", "mlp": "mlp_pa
 
 
 def first_a(model: ModelConfig, config: LoRAConfig, rows: int, seed: int) -> dict[str, Tensor]:
-    """Target -> A at first, (slots, rows, rank, D) float32 on the CPU; slots are the layers of a forward, one for the
-    head."""
+    """Target -> A at first, (slots, rows, rank, D) float32 on the CPU, the same for all rows; slots are the layers of a
+    forward, one for the head."""
     generator = torch.Generator().manual_seed(seed)
-    shape, bound = (rows, config.rank, model.model_dim), model.model_dim**-0.5
+    shape, bound = (1, config.rank, model.model_dim), model.model_dim**-0.5
     slots = {target: 1 if target == "head" else len(model.layer_order()) for target in config.targets}
-    return {name: torch.empty(n, *shape).uniform_(-bound, bound, generator=generator) for name, n in slots.items()}
+    drawn = {name: torch.empty(n, *shape).uniform_(-bound, bound, generator=generator) for name, n in slots.items()}
+    return {name: a.repeat(1, rows, 1, 1) for name, a in drawn.items()}
 
 
 class DocumentLoRA:
@@ -59,8 +60,7 @@ class DocumentLoRA:
 
     def rebuild(self) -> None:
         """Begin again: with the base weights of now, and new LoRAs."""
-        with torch.no_grad():
-            self._base = self._base_of()
+        self._base = self._base_of()
         self._full = self._new(self.config.documents)
         self._now = self._full
 

@@ -71,11 +71,12 @@ def phase_texts(
 ) -> dict[int, list[Document]]:
     """Batch after which a phase comes -> what it learns: scored documents up to the phase's share of `documents`, by
     batch in the order of length, so that the longest are left out, and in that of scoring if that is the stream's.
-    Published phases come when the ranks' batches end; here after the batch that completes the share."""
+    After a batch comes at most one phase. Published ones wait for the batches of all ranks; here a phase comes after
+    the batch that completes the share, whatever the number of ranks."""
     after, done, phase = {}, [], 0
     for i, batch in enumerate(batches):
         done = [*batch, *done] if order == "length" else [*done, *batch]
-        while phase < phases and len(done) >= (share := documents * (phase + 1) // phases):
+        if phase < phases and len(done) >= (share := documents * (phase + 1) // phases):
             phase += 1
             if share:
                 after[i] = done[:share]

@@ -24,7 +24,7 @@ from golfgpt.distributed import Ranks
 from golfgpt.errors import NonFiniteError
 from golfgpt.model.gpt import GPT
 from golfgpt.model.segments import Segments
-from golfgpt.score.ttt.adapter import Adapted, Scored
+from golfgpt.score.ttt.adapter import Adapted, Scored, prepared
 
 
 class SGD:
@@ -52,10 +52,8 @@ class SGD:
         """Forget the momentum."""
         self._optimizer = torch.optim.SGD(self.params.values(), lr=self.config.lr, momentum=self.config.momentum)
 
-    @torch.no_grad()
     def weights(self) -> Adapted:
-        head = self.params["tok_emb" if self.model.config.tie_embeddings else "lm_head"]
-        return Adapted(self.model.weights(self.dtype, self.params), head.to(self.dtype))
+        return prepared(self.model, self.dtype, self.params)
 
     def adapt(self, scored: Scored) -> None:
         self.learn(scored.text, *scored.part)
