@@ -74,6 +74,8 @@ def adapted_lines(score: Score, adapted: AdaptedScore) -> str:
         str(adapted.compliance),
         f"ledger {adapted.ledger_sha256}",
     ]
+    if adapted.published_bpb is not None:
+        lines.insert(1, f"val_bpb (published bytes) {adapted.published_bpb:.4f}")
     if adapted.stopped:
         lines.insert(1, f"stopped: {adapted.stopped}; what was scored before is kept")
     elif adapted.tokens == score.tokens:

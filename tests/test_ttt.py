@@ -240,8 +240,8 @@ def short_documents(tiny: RunConfig, monkeypatch) -> RunConfig:
     return tiny
 
 
-def adapted(tiny: RunConfig, ttt: TTTConfig, model: GPT | None = None, *, ranks=CPU, tokens=650, **options):
-    config = replace(tiny, eval=EvalConfig(window=64, stride=16, max_tokens=tokens, ttt=ttt))
+def adapted(tiny: RunConfig, ttt: TTTConfig, model: GPT | None = None, *, ranks=CPU, aware=False, **options):
+    config = replace(tiny, eval=EvalConfig(window=64, stride=16, max_tokens=650, document_aware=aware, ttt=ttt))
     model, data = model or lively(config.model), Dataset.open(config.data.path)
     return evaluate_adapted(model, data, config, ranks, dtype=torch.float32, **options)
 
@@ -273,6 +273,14 @@ def test_cold_documents_have_the_same_score_in_any_order_and_batch(tiny, monkeyp
     settings = [replace(LORA, order=order, documents=rows) for order in ("length", "stream") for rows in (2, 5)]
     scores = [adapted(config, TTTConfig(kind="lora", lora=lora)).nats for lora in settings]
     assert np.ptp(scores) < 1e-5 * scores[0]
+
+
+def test_sliding_chunks_within_documents(tiny, monkeypatch):
+    """Scored with a mask, learned in packed rows."""
+    config = short_documents(tiny, monkeypatch)
+    flat, within = (adapted(config, KINDS["sgd"], aware=aware) for aware in (False, True))
+    assert "(document-aware)" in within.label and "(document-aware)" not in flat.label
+    assert within.nats != flat.nats and within.compliance.documents_independent == "no"
 
 
 def test_the_clock_stops_an_adapted_score(tiny, monkeypatch):

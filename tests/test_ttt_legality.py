@@ -176,7 +176,9 @@ def test_what_an_adapter_gets_holds_no_other_token(config, monkeypatch, kind):
 def test_scoring_again_is_refused(config, monkeypatch):
     """The better of two scores, or the one after learning."""
     documents = plan.documents
-    monkeypatch.setattr(plan, "documents", lambda *args: (step for _ in range(2) for step in documents(*args)))
+    monkeypatch.setattr(
+        plan, "documents", lambda *args, **k: (step for _ in range(2) for step in documents(*args, **k))
+    )
     refused(config, KINDS["lora"], "is scored a second time: no score")
     with pytest.raises(VerificationError, match="token 3 of the validation text is scored a second time"):
         Ledger(4).score(np.array([1, 2, 2]))

@@ -46,7 +46,6 @@ class Compliance:
     """Log probabilities that were compared with those of changed text."""
     probability_sum_error: float
     """Distance from 1 of the sum over the vocabulary."""
-    probability_sums: int
     scored_once: int
     """Tokens scored, each once."""
     learned_after_scored: int
@@ -54,7 +53,7 @@ class Compliance:
     documents_independent: str
     """yes: no document changes another one's score. by phase: documents of earlier phases do. no."""
     other_document_change: float | None
-    """Nats by which another document changed a score; None where it may."""
+    """Nats by which another document changed a score; None where it may, or there is only one."""
     order: str
     """stream or length."""
     code_length: str
@@ -66,8 +65,8 @@ class Compliance:
         others = "" if self.other_document_change is None else " and other documents"
         return (
             f"checked: later tokens{others} change {change} ({self.comparisons:,} comparisons); probabilities sum to 1 "
-            f"within {self.probability_sum_error:.1e} ({self.probability_sums} sums); by the ledger "
-            f"{self.scored_once:,} tokens are scored once and {self.learned_after_scored:,} learned afterwards\n"
+            f"within {self.probability_sum_error:.1e}; by the ledger {self.scored_once:,} tokens are scored once and "
+            f"{self.learned_after_scored:,} learned afterwards\n"
             f"documents independent: {self.documents_independent}   order: {self.order}   {self.code_length}"
         )
 
@@ -105,12 +104,12 @@ class Sample:
         origin: np.ndarray,
         document_start: int,
     ):
-        """`text` (2, n): tokens and bytes, which stand at `origin` (n,) in the validation text."""
+        """`text` (2, n): tokens and bytes, which stand at `origin` (n,) in the validation text. Raises
+        VerificationError where scoring twice gives two results."""
         self.scorer, self.steps, self.make, self.text, self.origin = scorer, steps, make, text, origin
         self.document_start, self.alone = document_start, Ranks(0, 1, text.device)
-        self.targets, self.comparisons = len(origin) - 1, 0
-        self.sums: list[float] = []
-        self.plain = self._scores(text, sums=self.sums)
+        self.targets, self.comparisons, self.sums = len(origin) - 1, 0, [0.0]
+        self.plain = self._scores(text, sums=True)
         difference = np.nan_to_num(np.abs(self._scores(text) - self.plain)).max()
         self.allowed = ROUNDING[scorer.dtype] if difference else 0.0
         if difference > self.allowed:
@@ -118,50 +117,67 @@ class Sample:
                 "adapting to the same text twice gives two results: something keeps state; no score"
             )
 
-    def change(self, changed: Sequence[range], kept: Sequence[int], same: np.ndarray, why: str) -> float:
-        """The most by which other tokens in the runs `changed` change the scores of the targets `same` (bool), those of
-        the tokens `kept` being scored as they were. Raises VerificationError where that is more than rounding."""
-        change = np.abs(self._scores(self._changed(changed), kept) - self.plain)
-        compared = same & ~np.isnan(change)
-        change = np.where(compared, change, 0.0)
+    def check(
+        self, before: Sequence[Document], after: Sequence[Document], chunk: int, *, independent: bool
+    ) -> dict[str, float | int | None]:
+        """Fields of `Compliance`, where the plan scores the documents `before`, then `after` (a text in windows is
+        one), by chunks of `chunk` targets. Other tokens in `after`, from their second chunk on and from the middle of
+        their last one on; if documents are to be `independent`, in `before` and in every other one of `after`."""
+        whole, later, other = [_targets(d, d.length - 1) for d in before], 0.0, None
+        for back in (None, chunk // 2):
+            firsts = [min(chunk, d.length - 2) if back is None else max(0, d.length - 2 - back) for d in after]
+            changed = [range(d.start + i + 1, d.start + d.length) for d, i in zip(after, firsts, strict=True)]
+            same = [_targets(d, i + 1) for d, i in zip(after, firsts, strict=True)]
+            why = "depends on later tokens: the adapter or the model reads ahead"
+            later = max(later, self._change(changed, [part.start for part in changed], whole + same, why))
+        if independent and (others := [*before, *after[1::2]]):
+            changed = [range(d.start + 1, d.start + d.length) for d in others]
+            same = [_targets(d, d.length - 1) for d in after[::2]]
+            other = self._change(changed, [], same, "depends on another document")
+        return {
+            "later_token_change": later,
+            "comparisons": self.comparisons,
+            "probability_sum_error": max(self.sums),
+            "other_document_change": other,
+        }
+
+    def _change(self, changed: Sequence[range], kept: Sequence[int], same: Sequence[range], why: str) -> float:
+        """The most by which other tokens in the runs `changed` change the scores of the targets `same`, those of the
+        tokens `kept` being scored as they were. Raises VerificationError where that is more than rounding."""
+        ids, vocab = self.text[0], self.scorer.vocab_size
+        other = (ids + 1 + torch.arange(len(ids), device=ids.device) * 7919 % max(1, vocab - 1)) % vocab
+        other = torch.where(other == self.document_start, (other + 1) % vocab, other)
+        inside = torch.from_numpy(_covered(changed, len(ids))).to(ids.device) & (ids != self.document_start)
+        scores = self._scores(torch.stack((torch.where(inside, other, ids), self.text[1])), kept)
+        change = np.where(_covered(same, self.targets), np.abs(scores - self.plain), np.nan)
+        self.comparisons += int((~np.isnan(change)).sum())
+        change = np.nan_to_num(change)
         if change.max() > self.allowed:
             raise VerificationError(
                 f"with test-time training the score of token {self.origin[change.argmax() + 1]} of the validation text "
                 f"{why} (other tokens there change it by {change.max():.3g} nats): no score"
             )
-        self.comparisons += int(compared.sum())
         return float(change.max())
 
-    def _scores(self, text: Tensor, kept: Sequence[int] = (), sums: list[float] | None = None) -> np.ndarray:
+    def _scores(self, text: Tensor, kept: Sequence[int] = (), sums: bool = False) -> np.ndarray:
         """Log probability of each target, NaN where it is not scored, and from where weights diverge."""
         out, ledger, adapter = np.full(self.targets, np.nan), Ledger(self.targets), self.make(self.alone)
         places = torch.tensor(list(kept), dtype=torch.int64, device=text.device)
 
         def put_back(batch: Batch) -> Batch:
-            match = torch.isin(batch.positions, places)
-            return batch._replace(targets=self.text[0][batch.positions].where(match, batch.targets))
+            targets = self.text[0][batch.positions].where(torch.isin(batch.positions, places), batch.targets)
+            return batch._replace(targets=targets)
 
         def read(start: int, stop: int) -> Tensor:
             return text[:, start:stop]
 
+        steps = self.steps(self.alone)
         with contextlib.suppress(NonFiniteError):
-            for batch, logprobs in run(
-                self.steps(self.alone), self.scorer, adapter, ledger, read, self.alone, swap=put_back
-            ):
+            for batch, logprobs in run(steps, self.scorer, adapter, ledger, read, self.alone, swap=put_back):
                 out[targets_of(batch)] = logprobs[batch.scored].double().cpu().numpy()
-                if sums is not None:
-                    sums.append(self._sum_error(batch))
+                if sums:
+                    self.sums.append(self._sum_error(batch))
         return out
-
-    def _changed(self, runs: Sequence[range]) -> Tensor:
-        ids, vocab = self.text[0], self.scorer.vocab_size
-        place = torch.arange(len(ids), device=ids.device)
-        inside = torch.zeros_like(place, dtype=torch.bool)
-        for part in runs:
-            inside |= (place >= part.start) & (place < part.stop)
-        other = (ids + 1 + place * 7919 % max(1, vocab - 1)) % vocab
-        other = torch.where(other == self.document_start, (other + 1) % vocab, other)
-        return torch.stack((torch.where(inside & (ids != self.document_start), other, ids), self.text[1]))
 
     @torch.no_grad()
     def _sum_error(self, batch: Batch) -> float:
@@ -176,55 +192,12 @@ class Sample:
         return error
 
 
-LATER = "depends on later tokens: the adapter or the model reads ahead"
-OTHERS = "depends on another document"
+def _targets(document: Document, count: int) -> range:
+    return range(document.start, document.start + count)
 
 
-def check_text(sample: Sample, chunk: int) -> dict[str, float | int | None]:
-    """Fields of `Compliance`, of a sample of sliding chunks: other tokens from the start of each later chunk on, and
-    from the middle of the last one on."""
-    worst, targets = 0.0, sample.targets
-    for first in (*range(chunk, targets, chunk), targets - max(1, chunk // 2)):
-        same = np.arange(sample.targets) <= first
-        worst = max(worst, sample.change([range(first + 1, sample.targets + 1)], [first + 1], same, LATER))
-    return _found(sample, worst, None)
-
-
-def check_documents(
-    sample: Sample, before: Sequence[Document], after: Sequence[Document], chunk: int, *, independent: bool
-) -> dict[str, float | int | None]:
-    """Fields of `Compliance`, of a sample that scores the documents `before`, then `after`: other tokens in the latter
-    from their second chunk on and from the middle of their last one on; if documents are to be `independent`, in
-    `before` and in every other one of `after`."""
-
-    def targets_of(document: Document, until: int) -> np.ndarray:
-        mask = np.zeros(sample.targets, dtype=bool)
-        mask[document.start : document.start + until] = True
-        return mask
-
-    worst, other = 0.0, None
-    for in_last_chunk in (False, True):
-        changed, kept, same = [], [], np.zeros(sample.targets, dtype=bool)
-        for d in before:
-            same |= targets_of(d, d.length - 1)
-        for d in after:
-            first = min(chunk, d.length - 2) if not in_last_chunk else max(0, d.length - 2 - chunk // 2)
-            changed.append(range(d.start + first + 1, d.start + d.length))
-            kept.append(d.start + first + 1)
-            same |= targets_of(d, first + 1)
-        worst = max(worst, sample.change(changed, kept, same, LATER))
-    if independent:
-        changed = [range(d.start + 1, d.start + d.length) for d in (*before, *after[1::2])]
-        same = np.any([targets_of(d, d.length - 1) for d in after[::2]], axis=0)
-        other = sample.change(changed, [], same, OTHERS)
-    return _found(sample, worst, other)
-
-
-def _found(sample: Sample, later: float, other: float | None) -> dict[str, float | int | None]:
-    return {
-        "later_token_change": later,
-        "comparisons": sample.comparisons,
-        "probability_sum_error": max(sample.sums),
-        "probability_sums": len(sample.sums),
-        "other_document_change": other,
-    }
+def _covered(runs: Sequence[range], length: int) -> np.ndarray:
+    mask = np.zeros(length, dtype=bool)
+    for part in runs:
+        mask[part.start : part.stop] = True
+    return mask

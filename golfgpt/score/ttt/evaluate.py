@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,24 +26,14 @@ from golfgpt.score.evaluate import PROGRESS_SECONDS, batch_windows, plan_windows
 from golfgpt.score.sums import Sums
 from golfgpt.score.ttt import plan
 from golfgpt.score.ttt.adapter import Adapter, Step, prepared, run
-from golfgpt.score.ttt.compliance import (
-    CHUNKS,
-    SAMPLE,
-    Compliance,
-    Sample,
-    check_documents,
-    check_text,
-    code_length,
-    independence,
-)
+from golfgpt.score.ttt.compliance import CHUNKS, SAMPLE, Compliance, Sample, code_length, independence
 from golfgpt.score.ttt.ledger import NEVER, Ledger
 from golfgpt.score.ttt.lora import DocumentLoRA, PhasedLoRA
 from golfgpt.score.ttt.sgd import SGD
-from golfgpt.score.windows import Read, Scorer, Windows
+from golfgpt.score.windows import Scorer, Windows
 
 PUBLISHED = {"sgd": {"lr": 0.005, "epochs": 3}, "phased": {"lr": 0.001, "epochs": 1}}
 """What settings of SGD are by default."""
-_STOP, _FAILED = 1e-3, 1.0  # of a rank in a vote
 
 
 @dataclass(frozen=True)
@@ -69,6 +60,8 @@ class AdaptedScore:
     """Why it ended before the text did."""
     diverged: bool
     """Whether that was for a number that is not finite."""
+    published_bpb: float | None
+    """The same nats over the bytes of the published CaseOps sidecar; None without one, or if it was stopped."""
     ledger_sha256: str
     """`Ledger.digest`: the moments at which each token was scored and learned."""
     compliance: Compliance
@@ -108,58 +101,61 @@ def evaluate_adapted(
     plan that does not fit the text, VerificationError where a check or a proof fails, Interrupted after a signal. A
     number that is not finite ends it with a score of what was scored before (`diverged`).
     """
-    began = time.perf_counter()
-    ttt = config.eval.ttt
+    began, ttt = time.perf_counter(), config.eval.ttt
     sgd = {name: value for name, value in PUBLISHED.get(ttt.kind, {}).items() if getattr(ttt.sgd, name) is None}
     ttt = replace(ttt, sgd=replace(ttt.sgd, **sgd))
     config = replace(config, eval=replace(config.eval, ttt=ttt))
-    windows = plan_windows(dataset, config)
-    targets, bos = windows.targets, dataset.need_tokenizer().bos_id
+    windows, bos = plan_windows(dataset, config), dataset.need_tokenizer().bos_id
     aware, compile = config.eval.document_aware, config.runtime.compile
-    scorer = Scorer(
-        model,
-        dtype,
-        document_start=bos if aware and ttt.kind == "sgd" else None,
-        compiled=ttt.kind == "sgd" and (compile == "on" or (compile == "auto" and ranks.device.type == "cuda")),
-    )
-    read, ledger, sums = read_from(dataset, ranks.device), Ledger(targets), Sums.start(0, ranks.device)
-    dataset.check_token_ids(model.config.vocab_size, "val")
-    stopped, diverged, ended = None, False, False
+    compiled = ttt.kind == "sgd" and (compile == "on" or (compile == "auto" and ranks.device.type == "cuda"))
+    scorer = Scorer(model, dtype, document_start=bos if aware and ttt.kind == "sgd" else None, compiled=compiled)
+    read, targets = read_from(dataset, ranks.device), windows.targets
+    ledger, sums, stopped, diverged, ended = Ledger(targets), Sums.start(0, ranks.device), None, False, False
 
     def late(stop: bool = False) -> bool:
-        """Whether the ranks stop here: one wants to, or its clock is over."""
+        """Whether the ranks stop here: one wants to, or its clock is over. One that fails adds 1 instead of this."""
         nonlocal ended, stopped
         over = time.perf_counter() - began > ttt.max_seconds
-        votes = float(ranks.sum_(torch.tensor(_STOP if over or stop else 0.0, device=ranks.device)))
-        if votes >= 0.999 * _FAILED:
+        votes = float(ranks.sum_(torch.tensor(1e-3 if over or stop else 0.0, device=ranks.device)))
+        if votes > 0.99:
             raise PeerError("another rank stopped with an error")
         ended = votes > 0
         if ended and stopped is None:
             stopped = f"eval.ttt.max_seconds {ttt.max_seconds:g} are over" if over else "another rank stopped"
         return ended
 
-    def scored_so_far(sums: Sums) -> str:
+    def so_far() -> str:
         nats, tokens, nbytes = sums.read()
         rate = f"{bits_per_byte(nats, nbytes):.4f}" if nbytes else "none"
         return f"{tokens:,} of {targets:,} tokens scored with {ttt.kind} ({rate} bits per byte)"
 
+    def make_for(config: RunConfig, ranks: Ranks) -> Adapter:
+        return make(model, config, dtype, bos, ranks)
+
+    with ranks.raise_on_any():
+        dataset.check_token_ids(model.config.vocab_size, "val")
+        published = dataset.published_bytes(1, targets + 1)
+        planned = _plan(dataset, config, windows, bos, batch_windows(config, ranks), compiled)
+        tokens = [np.arange(part.start, part.start + part.length) for part in planned.parts]
+        text = torch.cat([read(run[0], run[-1] + 1) for run in tokens], dim=1)
+        make_small = functools.partial(make_for, planned.small)
+        sample = Sample(scorer, planned.short, make_small, text, np.concatenate(tokens), bos)
+        found = sample.check(*planned.checked, independent=independence(ttt) == "yes")
+    adapter, told = make_for(config, ranks), time.perf_counter()
     try:
-        with ranks.raise_on_any():
-            steps, found = _plan_and_check(model, dataset, config, ranks, scorer, read, windows, dtype, bos, make)
-        adapter, told = make(model, config, dtype, bos, ranks), time.perf_counter()
         try:
-            for batch, logprobs in run(steps, scorer, adapter, ledger, read, ranks, late=late):
+            for batch, logprobs in run(planned.steps(ranks), scorer, adapter, ledger, read, ranks, late=late):
                 sums = sums.plus(0, batch, logprobs)
                 if time.perf_counter() - told >= PROGRESS_SECONDS:
                     told = time.perf_counter()
-                    progress(f"{scored_so_far(sums)} in {told - began:.0f} s of at most {ttt.max_seconds:g}")
+                    progress(f"{so_far()} in {told - began:.0f} s of at most {ttt.max_seconds:g}")
         except NonFiniteError as error:
             stopped, diverged = str(error), True
     except PeerError:
         raise
     except GolfError as error:
         if isinstance(error, Interrupted):
-            say(f"interrupted: {scored_so_far(sums)}; the adapted weights are lost, so it starts over")
+            say(f"interrupted: {so_far()}; the adapted weights are lost, so it starts over")
         ranks.raise_on_any_rank(error)
     if not ended:
         late(stop=diverged)
@@ -190,6 +186,7 @@ def evaluate_adapted(
         stopped=stopped,
         diverged=diverged,
         ledger_sha256=ledger.digest,
+        published_bpb=bits_per_byte(nats, published) if published and not stopped else None,
         compliance=Compliance(
             **found,
             scored_once=int((ledger.scored != NEVER).sum()),
@@ -223,26 +220,21 @@ def _prove(dataset: Dataset, ledger: Ledger, tokens: int, nbytes: int) -> None:
         )
 
 
-def _plan_and_check(
-    model: GPT,
-    dataset: Dataset,
-    config: RunConfig,
-    ranks: Ranks,
-    scorer: Scorer,
-    read: Read,
-    windows: Windows,
-    dtype: torch.dtype,
-    bos: int,
-    make: Make,
-) -> tuple[Iterator[Step], dict[str, float | int | None]]:
-    """The steps of this rank, and the fields of `Compliance` that `compliance` finds on a sample."""
-    ttt, most, targets = config.eval.ttt, batch_windows(config, ranks), windows.targets
+class _Plan(NamedTuple):
+    """An evaluation's plan, and a short one of the same kind for `Sample`."""
 
-    def sample(small: RunConfig, steps: Callable[[Ranks], Iterable[Step]], parts: Sequence[plan.Document]) -> Sample:
-        """Of these parts of the text."""
-        text = torch.cat([read(part.start, part.start + part.length) for part in parts], dim=1)
-        origin = np.concatenate([np.arange(part.start, part.start + part.length) for part in parts])
-        return Sample(scorer, steps, lambda alone: make(model, small, dtype, bos, alone), text, origin, bos)
+    steps: Callable[[Ranks], Iterable[Step]]
+    short: Callable[[Ranks], Iterable[Step]]
+    small: RunConfig
+    """Of the short plan."""
+    parts: Sequence[plan.Document]
+    """Of the text, which the short plan scores."""
+    checked: tuple[Sequence[plan.Document], Sequence[plan.Document], int]
+    """What `Sample.check` takes."""
+
+
+def _plan(dataset: Dataset, config: RunConfig, windows: Windows, bos: int, most: int, compiled: bool) -> _Plan:
+    ttt, targets = config.eval.ttt, windows.targets
 
     def resized(window: int, chunk: int, **lora: int) -> RunConfig:
         small = replace(ttt, sgd=replace(ttt.sgd, chunk_tokens=chunk), lora=replace(ttt.lora, **lora))
@@ -250,14 +242,15 @@ def _plan_and_check(
 
     if ttt.kind == "sgd":
         window = windows.window
-        few = Windows(min(CHUNKS * window, targets), window, windows.stride if scorer.compiled else window)
-        checked = sample(
+        few = Windows(min(CHUNKS * window, targets), window, windows.stride if compiled else window)
+        text = [plan.Document(0, few.targets + 1)]
+        return _Plan(
+            functools.partial(plan.sliding, windows, ttt.sgd.chunk_tokens, window, most),
+            functools.partial(plan.sliding, few, window, window, most),
             resized(window, window),
-            lambda alone: plan.sliding(few, window, window, most, alone),
-            [plan.Document(0, few.targets + 1)],
+            text,
+            ([], text, window),
         )
-        return plan.sliding(windows, ttt.sgd.chunk_tokens, window, most, ranks), check_text(checked, window)
-
     chunk, window = ttt.lora.chunk_tokens, min(config.window, 2 * ttt.lora.chunk_tokens)
     documents = plan.find_documents(dataset.val_ids(0, targets + 1), bos)
     batches, texts = plan.document_batches(documents, ttt.lora), {}
@@ -270,10 +263,10 @@ def _plan_and_check(
     placed = [d._replace(start=end - d.length) for d, end in zip(chosen, ends, strict=True)]
     before, after = placed[1::2], placed[::2]
     learned = {0: before} if ttt.kind == "phased" and before else {}
-    checked = sample(
+    return _Plan(
+        functools.partial(plan.documents, batches, chunk, config.window, phases=texts),
+        functools.partial(plan.documents, [part for part in (before, after) if part], chunk, window, phases=learned),
         resized(window, 4 * window, documents=len(after)),  # sequences enough for a phase of two chunks and more
-        lambda alone: plan.documents([part for part in (before, after) if part], chunk, window, alone, learned),
         chosen,
+        (before, after, chunk),
     )
-    found = check_documents(checked, before, after, chunk, independent=independence(ttt) == "yes")
-    return plan.documents(batches, chunk, config.window, ranks, texts), found

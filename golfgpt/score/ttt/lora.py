@@ -61,34 +61,26 @@ class DocumentLoRA:
     def rebuild(self) -> None:
         """Begin again: with the base weights of now, and new LoRAs."""
         self._base = self._base_of()
-        self._full = self._new(self.config.documents)
-        self._now = self._full
+        self._now = self._full = self._new(self.config.documents) if self.config.warm else None
 
     def _new(self, rows: int) -> tuple[dict[str, Tensor], dict[str, Tensor], torch.optim.AdamW]:
-        m, out = self.model, {"k": self.model.kv_dim, "v": self.model.kv_dim, "head": self.model.vocab_size}
+        """A, B and their optimizer."""
+        c, m = self.config, self.model
+        out = {"k": m.kv_dim, "v": m.kv_dim, "head": m.vocab_size}
         a = {name: w.to(self._device).requires_grad_() for name, w in self._first(rows).items()}
-        b = {
-            name: w.new_zeros(len(w), rows, out.get(name, m.model_dim), self.config.rank).requires_grad_()
-            for name, w in a.items()
-        }
-        c = self.config
-        adam = torch.optim.AdamW(
-            [*a.values(), *b.values()], lr=c.lr, betas=(0.0, c.beta2), eps=1e-10, weight_decay=c.weight_decay
-        )
-        return a, b, adam
+        b = {name: w.new_zeros(len(w), rows, out.get(name, m.model_dim), c.rank) for name, w in a.items()}
+        weights = [*a.values(), *(w.requires_grad_() for w in b.values())]
+        return a, b, torch.optim.AdamW(weights, c.lr, betas=(0.0, c.beta2), eps=1e-10, weight_decay=c.weight_decay)
 
     @torch.no_grad()
     def reset(self, rows: int) -> None:
         """`rows` new documents."""
-        if rows != self.config.documents:
+        if not self.config.warm or rows != self.config.documents:
             self._now = self._new(rows)
             return
-        self._now = a, b, adam = self._full
+        self._now = _, b, adam = self._full
         for w in b.values():
             w.zero_()
-        if not self.config.warm:
-            for w, initial in zip(a.values(), self._first(rows).values(), strict=True):
-                w.copy_(initial)
         adam.state.clear()
 
     def weights(self) -> Adapted:
@@ -100,7 +92,7 @@ class DocumentLoRA:
         passes = []
         for i, row in enumerate(self.model.layer_order()):
             layer, learned = base.layers[row], {}
-            for name in a.keys() & MATRICES.keys():
+            for name in (name for name in a if name in MATRICES):
                 matrix, up = MATRICES[name], b[name][i]
                 if name in ("o", "mlp"):  # outputs are scaled, which `GPT.weights` does to the rows of matrices
                     up = up * layer["attn_scale" if name == "o" else "mlp_scale"].to(dtype)[:, None]
