@@ -21,7 +21,7 @@ from golfgpt.cli import main
 from golfgpt.config import EvalConfig, LoRAConfig, RunConfig, SGDConfig, TTTConfig, from_dict, to_dict
 from golfgpt.data.shards import Dataset
 from golfgpt.distributed import Ranks
-from golfgpt.errors import Interrupted, NonFiniteError, VerificationError
+from golfgpt.errors import Interrupted, NonFiniteError, PeerError, VerificationError
 from golfgpt.model.gpt import GPT
 from golfgpt.published.names import split_banks, to_published
 from golfgpt.score import windows as scoring
@@ -294,24 +294,28 @@ def test_the_clock_stops_an_adapted_score(tiny, monkeypatch):
         adapted(tiny, replace(KINDS["sgd"], max_seconds=0.5))
 
 
+def wild(kind: str) -> TTTConfig:
+    ttt = KINDS[kind]
+    return replace(ttt, sgd=replace(ttt.sgd, lr=1e38), lora=replace(ttt.lora, lr=1e38))
+
+
 @pytest.mark.parametrize("kind", ["sgd", "lora"])
 def test_a_rate_that_diverges_keeps_the_scores_up_to_there(tiny, kind):
-    ttt = KINDS[kind]
-    wild = replace(ttt, sgd=replace(ttt.sgd, lr=1e38), lora=replace(ttt.lora, lr=1e38))
-    got = adapted(tiny, wild)
+    got = adapted(tiny, wild(kind))
     assert got.diverged and 0 < got.tokens < 650 and np.isfinite(got.val_bpb)
     assert "no probability" in got.stopped or "not finite" in got.stopped
     with pytest.raises(NonFiniteError, match=f"diverged after {got.tokens:,} tokens, whose score is kept"):
         check_adapted(got)
 
 
-def test_an_interruption_says_what_was_scored(tiny, monkeypatch):
-    def stops(*args, **options):
-        for i, item in enumerate(run(*args, **options)):
-            yield item
-            if i == 4:
-                raise Interrupted("stopped by SIGTERM", 15)
+def stops(*args, **options):
+    for i, item in enumerate(run(*args, **options)):
+        yield item
+        if i == 4:
+            raise Interrupted("stopped by SIGTERM", 15)
 
+
+def test_an_interruption_says_what_was_scored(tiny, monkeypatch):
     monkeypatch.setattr(adapted_module, "run", stops)
     lines = []
     with pytest.raises(Interrupted, match="stopped by SIGTERM"):
@@ -368,6 +372,13 @@ def worker(config: RunConfig, folder: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         short_documents(config, patch)
         out = [asdict(adapted(config, KINDS[kind], ranks=ranks)) for kind in ("sgd", "lora", "phased", "warm")]
+        out += [asdict(adapted(config, wild(kind), ranks=ranks)) for kind in ("sgd", "lora")]
+        if ranks.rank == 1:
+            patch.setattr(adapted_module, "run", stops)
+        for kind in ("sgd", "phased"):
+            with pytest.raises((Interrupted, PeerError)) as caught:
+                adapted(config, KINDS[kind], ranks=ranks)
+            out.append(caught.typename)
     Path(folder, f"out{ranks.rank}").write_text(json.dumps(out))
     ranks.close()
 
@@ -388,6 +399,12 @@ def test_processes_agree_with_one(tiny, monkeypatch, tmp_path, world):
     )
     assert done.returncode == 0, done.stderr
     results = [json.loads((tmp_path / f"out{rank}").read_text()) for rank in range(world)]
+    for rank, (*_, sgd, lora, first, second) in enumerate(results):
+        assert first == second == ("Interrupted" if rank == 1 else "PeerError")
+        for got in (sgd, lora):
+            assert got["diverged"] and 0 < got["tokens"] < 650
+    for i in (4, 5):
+        assert len({result[i]["ledger_sha256"] for result in results}) == 1
     for i, expected in enumerate(alone):
         found = [result[i] for result in results]
         assert len({(one["nats"], one["ledger_sha256"]) for one in found}) == 1
