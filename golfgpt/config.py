@@ -16,7 +16,7 @@ from golfgpt.files import from_json
 from golfgpt.model.config import BigramConfig, LoopConfig, ModelConfig, ParallelConfig, ValueEmbeddingConfig
 from golfgpt.optim.config import AverageConfig, OptimConfig, ScheduleConfig
 from golfgpt.quant.config import BudgetConfig, QuantConfig, QuantRule
-from golfgpt.score.config import EvalConfig
+from golfgpt.score.config import EvalConfig, LoRAConfig, SGDConfig, TTTConfig
 from golfgpt.train.config import RuntimeConfig
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "BudgetConfig",
     "DataConfig",
     "EvalConfig",
+    "LoRAConfig",
     "LoopConfig",
     "ModelConfig",
     "OptimConfig",
@@ -33,7 +34,9 @@ __all__ = [
     "QuantRule",
     "RunConfig",
     "RuntimeConfig",
+    "SGDConfig",
     "ScheduleConfig",
+    "TTTConfig",
     "ValueEmbeddingConfig",
     "differences",
     "from_dict",
@@ -76,6 +79,25 @@ class RunConfig:
             raise ValueError(
                 f"eval.stride {self.stride} exceeds the window {self.window} (eval.window, else data.seq_len), so "
                 f"tokens would be skipped; expected at most {self.window}"
+            )
+        self._check_ttt()
+
+    def _check_ttt(self) -> None:
+        ttt = self.eval.ttt
+        if ttt.kind in ("lora", "phased"):
+            if ttt.lora.rank > self.model.model_dim:
+                raise ValueError(
+                    f"eval.ttt.lora.rank is {ttt.lora.rank}; expected at most model.model_dim, {self.model.model_dim}"
+                )
+            if ttt.lora.chunk_tokens > self.window:
+                raise ValueError(
+                    f"eval.ttt.lora.chunk_tokens {ttt.lora.chunk_tokens} exceeds the window {self.window} in which "
+                    f"a chunk is scored (eval.window, else data.seq_len); expected at most {self.window}"
+                )
+        if ttt.kind in ("sgd", "phased") and ttt.sgd.chunk_tokens < self.window:
+            raise ValueError(
+                f"eval.ttt.sgd.chunk_tokens {ttt.sgd.chunk_tokens} holds no sequence of the window {self.window} "
+                f"(eval.window, else data.seq_len), so nothing would be learned; expected at least {self.window}"
             )
 
     @property

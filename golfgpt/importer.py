@@ -38,7 +38,10 @@ def import_model(export: Export, tokenizer: Tokenizer, config: RunConfig, path: 
     model = infer_config(export.state, config.model)
     if tokenizer.vocab_size != model.vocab_size:
         raise InputError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.vocab_size}")
-    config = replace(config, model=model)
+    try:
+        config = replace(config, model=model)
+    except ValueError as error:  # such as a recipe's LoRA that is wider than the model
+        raise InputError(str(error)) from error
     state = from_published(export.state, model)
     encoded = layer_groups_of(export, model) if export.quantized else Quantizer(model, config.quant).encode(state)
     blob = artifact.seal(

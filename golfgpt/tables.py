@@ -10,6 +10,7 @@ if TYPE_CHECKING:  # the table of `data prepare` does not wait for torch
     from golfgpt.quant.artifact import ArtifactInfo
     from golfgpt.quant.formats import TensorReport
     from golfgpt.score.evaluate import Score
+    from golfgpt.score.ttt.evaluate import AdaptedScore
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -63,3 +64,23 @@ def score_lines(score: Score, compressors: dict[str, float] | None) -> str:
     rows = [("this model", f"{score.val_bpb:.4f}")]
     rows += [(COMPRESSORS[name], f"{value:.4f}") for name, value in compressors.items()]
     return line + "\n" + table(("bits per byte of the same text", score.label), rows)
+
+
+def adapted_lines(score: Score, adapted: AdaptedScore) -> str:
+    """A score with test-time training, what it is, and next to it the plain one."""
+    lines = [
+        f"{adapted.label} {adapted.val_bpb:.4f}   val_loss {adapted.val_loss:.4f}   {adapted.tokens:,} tokens, "
+        f"{adapted.bytes:,} bytes, {adapted.seconds:.1f} s of at most {adapted.max_seconds:g}",
+        str(adapted.compliance),
+        f"ledger {adapted.ledger_sha256}",
+    ]
+    if adapted.published_bpb is not None:
+        lines.insert(1, f"val_bpb (published bytes) {adapted.published_bpb:.4f}")
+    if adapted.stopped:
+        lines.insert(1, f"stopped: {adapted.stopped}; what was scored before is kept")
+    elif adapted.tokens == score.tokens:
+        gain = score.val_bpb - adapted.val_bpb
+        lines.insert(
+            1, f"{score.label} {score.val_bpb:.4f} without it: a gain of {gain:.4f} for {adapted.seconds:.1f} s"
+        )
+    return "\n".join(lines)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from golfgpt.cli import main
-from golfgpt.config import BudgetConfig, ModelConfig, QuantConfig, RunConfig, from_dict, to_dict
+from golfgpt.config import BudgetConfig, ModelConfig, QuantConfig, RunConfig, TTTConfig, from_dict, to_dict
 from golfgpt.errors import BudgetError
 from golfgpt.quant import artifact
 from golfgpt.quant.budget import fitted, forecast_bytes
@@ -187,6 +187,7 @@ def test_one_step_at_full_size_from_data_to_score(name, data, tmp_path):
             max_tokens=c.window + c.stride,
             batch_tokens=c.window,
             rule="every_token" if c.eval.rule == "r4b" else c.eval.rule,
+            ttt=TTTConfig(),  # tests/test_ttt.py
         ),
         runtime=replace(c.runtime, device="cpu", compile="off", threads=2),
     )

@@ -135,7 +135,8 @@ class EvalRuntime:
 
 @dataclass(frozen=True, kw_only=True)
 class Eval:
-    """Score a run's model.golf on validation text, with the run's own config unless an option overrides it."""
+    """Score a run's model.golf on validation text, with the run's own config unless an option overrides it. With
+    --eval.ttt.kind also with test-time training, which adds to the run's result.json."""
 
     run: Positional[Path]
     """Run folder, or another .golf file in a run folder."""
@@ -150,11 +151,12 @@ def evaluate(args: Eval) -> int:
     import torch
 
     from golfgpt import distributed
-    from golfgpt.files import sha256_file
+    from golfgpt.files import sha256_file, write_json
     from golfgpt.score.compressors import compressors_bpb
     from golfgpt.score.evaluate import batch_windows, evaluate, open_dataset
     from golfgpt.score.sums import PartialSums
-    from golfgpt.tables import score_lines
+    from golfgpt.score.ttt.evaluate import check_adapted, evaluate_adapted
+    from golfgpt.tables import adapted_lines, score_lines
     from golfgpt.train.attention_backend import select_backend
     from golfgpt.train.compute_dtype import select_dtype
     from golfgpt.train.execution import available
@@ -178,6 +180,7 @@ def evaluate(args: Eval) -> int:
     reporter = Reporter(None, speak=ranks.is_main, quiet=args.json)
     if missing:
         reporter.line(missing)
+    adapts, adapted, continues = config.eval.ttt.kind != "off", None, "continues"
     try:
         folder = args.run.parent if args.run.is_file() else args.run
         keep = PartialSums(folder, ranks.rank, sha256_file(artifact_file(args.run)), reporter.line)
@@ -194,29 +197,41 @@ def evaluate(args: Eval) -> int:
         dtype = choice.dtype
         shape = (batch_windows(config, ranks), config.window)
         try:
-            attention = select_backend(config.runtime.attention, config.model, [shape], ranks, dtype, backward=False)
+            attention = select_backend(config.runtime.attention, config.model, [shape], ranks, dtype, backward=adapts)
         except InputError as error:
             if args.runtime.attention != started.runtime.attention:
                 raise
             reporter.line(f"{error}: numbers may differ from the run's by rounding")
-            attention = select_backend("auto", config.model, [shape], ranks, dtype, backward=False)
+            attention = select_backend("auto", config.model, [shape], ranks, dtype, backward=adapts)
         reporter.line(f"device:{ranks.device} dtype:{choice} attention:{attention} data:{config.data.path}")
         with Signals(folder), choose_kernels(config, ranks):
-            score = evaluate(
-                model.to(ranks.device), dataset, config, ranks, dtype=dtype, progress=reporter.status, keep=keep
-            )
+            model = model.to(ranks.device)
+            score = evaluate(model, dataset, config, ranks, dtype=dtype, progress=reporter.status, keep=keep)
+            if adapts:
+                reporter.line(f"{score.label} {score.val_bpb:.4f} without test-time training, which begins now")
+                continues = "starts over"
+                adapted = evaluate_adapted(
+                    model, dataset, config, ranks, dtype=dtype, progress=reporter.status, say=reporter.line
+                )
         known = compressors_bpb(dataset) if ranks.is_main and not score.partial else None
     except Interrupted as error:
         signum = error.exit_code - 128
-        raise Interrupted(f"stopped by {signal.Signals(signum).name}; the same command continues", signum) from None
+        raise Interrupted(f"stopped by {signal.Signals(signum).name}; the same command {continues}", signum) from None
     finally:
         reporter.close()
         ranks.close()
     if ranks.is_main:
+        kept = folder / "result.json"
+        if adapted and artifact_file(args.run).name == "model.golf" and kept.is_file():
+            result = json.loads(kept.read_text(encoding="utf-8"))
+            write_json(kept, result | {"adapted": asdict(adapted)})
         if args.json:
-            print_json({"score": asdict(score), "compressors_bpb": known})
+            print_json({"score": asdict(score), "compressors_bpb": known, "adapted": adapted and asdict(adapted)})
         else:
             print(score_lines(score, known))
+            if adapted:
+                print(adapted_lines(score, adapted))
+    check_adapted(adapted)
     return 0
 
 

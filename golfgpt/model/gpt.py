@@ -20,7 +20,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from golfgpt_kernels import softcap_cross_entropy
 from torch import Tensor, nn
 
@@ -29,7 +28,7 @@ from golfgpt.model.embedding import embed
 from golfgpt.model.generate import generate
 from golfgpt.model.kv_cache import KVCache
 from golfgpt.model.layers import Skip, Tokens, layer, visible
-from golfgpt.model.linear import Weight, rms_norm
+from golfgpt.model.linear import Weight, linear, rms_norm
 from golfgpt.model.parameters import parameter_table
 from golfgpt.model.plan import layer_plan
 from golfgpt.model.rotary import rope_table
@@ -48,6 +47,13 @@ class Weights:
     `linear.LoRA` or `linear.Observed`. Row i of attn_proj and mlp_proj is multiplied by element i of attn_scale and
     mlp_scale: their gradients are then sums over a matrix, not over all tokens, and no activation is scaled. A LoRA of
     these matrices needs a b with scaled rows."""
+    passes: list[dict[str, Weight]] | None = None
+    """For each layer of the plan, matrices in place of those in `layers`, so that the passes of a loop may differ, and
+    the paths attn_path and mlp_path (`layers.layer`)."""
+
+    def at(self, index: int, row: int) -> dict[str, Weight]:
+        """The weights of layer `index` of the plan, which has row `row` of the banks."""
+        return self.layers[row] if self.passes is None else self.layers[row] | self.passes[index]
 
 
 class GPT(nn.Module):
@@ -135,7 +141,7 @@ class GPT(nn.Module):
                 skip = self._skip(outputs.pop(planned.skip_source), planned.skip_row, weights.model)
             if suffix not in (None, length) and i == len(plan) - 1:
                 last = suffix, visible(ids, suffix, document_start)
-            x, lane = layer((x, lane), x0, skip, weights.layers[planned.row], i, planned, tokens, last)
+            x, lane = layer((x, lane), x0, skip, weights.at(i, planned.row), i, planned, tokens, last)
             if i in sources:
                 outputs[i] = x
         if lane is not None:
@@ -179,9 +185,12 @@ class GPT(nn.Module):
         head = (stand_ins or {}).get(self._head, self.head_weight)
         return softcap_cross_entropy(hidden, head, targets, softcap=self.config.logit_softcap)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Softcapped logits (..., vocab_size), in float32, of hidden states (..., D)."""
+    def logits(self, hidden: Tensor, head: Weight | None = None) -> Tensor:
+        """Softcapped logits (..., vocab_size), in float32, of hidden states (..., D); `head`, in their dtype, stands in
+        for the model's."""
         cap = self.config.logit_softcap
-        return cap * torch.tanh(F.linear(hidden, self.head_weight.to(hidden.dtype)).float() / cap)
+        return cap * torch.tanh(
+            linear(hidden, self.head_weight.to(hidden.dtype) if head is None else head).float() / cap
+        )
 
     generate = generate

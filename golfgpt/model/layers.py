@@ -8,7 +8,8 @@
     a = attention(norm(r));  f = mlp(norm(l));  x = ρ0 x + π00 a + π10 f;  l = ρ1 l + π01 a + π11 f    routed
 
 l is a second lane; where it begins, it equals x, with the skip (merged) or without it (routed). ρ are the layer's
-resid_lambdas, π its post_lambdas. Norms are multiplied by the plan's input_scale.
+resid_lambdas, π its post_lambdas. Norms are multiplied by the plan's input_scale. Weights may have a path beside each
+output: attention(n) + n attn_pathᵀ, and the MLP with mlp_path alike (test-time training of the records).
 
 Shapes: B sequences, T tokens, D model_dim, H query heads, K key-value heads, h head_dim. Norms have no weight and
 return the dtype of their input (torch >= 2.12 puts rms_norm on autocast's float32 list; nothing here runs under
@@ -133,6 +134,11 @@ def attention(
     return linear(y.flatten(2), w["attn_proj"])
 
 
+def beside(output: Tensor, n: Tensor, path: Weight | None) -> Tensor:
+    """`output` (B, t, D) with n pathᵀ of the last t tokens of n (B, T, D) added, if there is a path."""
+    return output if path is None else output + linear(n[:, -output.size(1) :], path)
+
+
 class Skip(NamedTuple):
     """The output of an earlier layer (B, T, D) that is mixed into x: keep x + add output."""
 
@@ -170,14 +176,16 @@ def layer(
         return rms_norm(x, planned.input_scale)
 
     def fed(x: Tensor) -> Tensor:
-        return mlp(normed(x), w["mlp_fc"], w["mlp_proj"], slope)
+        n = normed(x)
+        return beside(mlp(n, w["mlp_fc"], w["mlp_proj"], slope), n, w.get("mlp_path"))
 
     # Indexed, not unbound: torch 2.13 compiles a stack of column sums into one that never gets them
     # (bench/kernel_counts.py raises if this happens).
     mix = w["resid_mix"]
     mixed = scaled(x, mix[0]) if skip is None else skip.into(x, mix[0])
     read = mixed + scaled(x0, mix[1])
-    attended = attention(normed(read), w, index, planned, tokens, last)
+    n = normed(read)
+    attended = beside(attention(n, w, index, planned, tokens, last), n, w.get("attn_path"))
     if lane is None and kind in ("merged", "routed"):
         lane = x if skip is None or kind == "routed" else skip.into(x)
     if last is not None:

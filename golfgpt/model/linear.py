@@ -11,9 +11,9 @@ from torch import Tensor
 
 
 class LoRA(NamedTuple):
-    """A matrix with a low-rank correction, w + b a, of rank r."""
+    """A matrix with a low-rank correction, w + b a, of rank r; or the correction alone, as a path beside others."""
 
-    w: Weight
+    w: Weight | None
     """(out, in)."""
     a: Tensor
     """(r, in), or (B, r, in) for one per sequence."""
@@ -35,7 +35,8 @@ Weight = Tensor | LoRA | Observed
 def linear(x: Tensor, w: Weight) -> Tensor:
     """x wᵀ, (..., in) -> (..., out)."""
     if isinstance(w, LoRA):
-        return linear(x, w.w) + x @ w.a.mT @ w.b.mT
+        low_rank = x @ w.a.mT @ w.b.mT
+        return low_rank if w.w is None else linear(x, w.w) + low_rank
     if isinstance(w, Observed):
         w.see(x)
         return linear(x, w.w)

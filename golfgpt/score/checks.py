@@ -161,18 +161,8 @@ class _Checker:
     def sums_to_one(self, base: Batch) -> None:
         """A position's hidden states, scored with every token of the vocabulary in its place, a batch at a time."""
         hidden = self.scorer.hidden(base.ids, base.targets.size(1))
-        vocabulary = torch.arange(self.scorer.vocab_size, device=hidden.device)[None]
         for row, place in _spread(base.scored.nonzero().tolist(), POSITIONS):
-            total = 0.0
-            for tokens in vocabulary.split(base.targets.numel(), dim=1):
-                repeated = hidden[row, place].expand(1, tokens.size(1), -1)
-                total += float(self.scorer.logprobs(repeated, tokens, tokens >= 0).double().exp().sum())
-            error = abs(total - 1)
-            if not error <= SUM_TOLERANCE[self.scorer.dtype]:
-                raise VerificationError(
-                    f"the probabilities over the vocabulary sum to {total:.6g}, not 1, for token "
-                    f"{int(base.positions[row, place])} of the validation text: no score"
-                )
+            error = sum_error(self.scorer, hidden[row, place], base.targets.numel(), int(base.positions[row, place]))
             self.worst["sums"] = max(self.worst["sums"], error)
 
     def batch(self, chosen: Sequence[int], num_scored: int, *, change_outside: bool = False) -> Batch:
@@ -192,6 +182,21 @@ class _Checker:
         vocab = self.scorer.vocab_size
         shift = torch.randint(1, max(2, vocab), ids.shape, generator=self.random).to(ids.device)
         return (ids + shift) % vocab
+
+
+def sum_error(scorer: Scorer, hidden: Tensor, most: int, position: int) -> float:
+    """How far the probabilities of all tokens after `hidden` (D,), `most` at a time, are from 1 in sum. Raises
+    VerificationError, naming token `position` of the text, where that is more than rounding."""
+    total = 0.0
+    for tokens in torch.arange(scorer.vocab_size, device=hidden.device)[None].split(most, dim=1):
+        repeated = hidden.expand(1, tokens.size(1), -1)
+        total += float(scorer.logprobs(repeated, tokens, tokens >= 0).double().exp().sum())
+    if not abs(total - 1) <= SUM_TOLERANCE[scorer.dtype]:
+        raise VerificationError(
+            f"the probabilities over the vocabulary sum to {total:.6g}, not 1, for token {position} of the validation "
+            "text: no score"
+        )
+    return abs(total - 1)
 
 
 def _spread(items: Sequence, count: int) -> list:

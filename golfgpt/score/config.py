@@ -5,7 +5,82 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from golfgpt.fields import Count, Section
+from golfgpt.fields import Count, FractionBelowOne, NotNegative, Positive, Section
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGDConfig(Section):
+    """SGD of all weights on text that is scored (golfgpt.score.ttt.sgd): of kind "sgd" after each chunk of the text, of
+    kind "phased" in each phase. None: as published, which differs between the two."""
+
+    SECTION = "eval.ttt.sgd"
+
+    lr: Positive | None = None
+    """At the first chunk; it falls to 0 at the last one along a cosine. None: 0.005, phased 0.001."""
+    epochs: Count | None = None
+    """Passes over a chunk. None: 3, phased 1."""
+    chunk_tokens: Count = 32_768
+    """Tokens that are learned at one learning rate: kind "sgd" scores as many before it learns from them. The last
+    chunk is not learned."""
+    batch_sequences: Count = 32
+    """Most sequences of the window's length in a step, over all ranks."""
+    momentum: FractionBelowOne = 0.9
+    grad_clip_norm: Positive = 1.0
+    """Most that the gradient's norm over all weights may be; a larger one is scaled down to it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig(Section):
+    """A LoRA for each document, learned while it is scored (golfgpt.score.ttt.lora)."""
+
+    SECTION = "eval.ttt.lora"
+
+    rank: Count = 96
+    alpha: Positive | None = None
+    """Outputs are multiplied by alpha / rank; None: by 1."""
+    targets: tuple[Literal["q", "k", "v", "o", "mlp", "head"], ...] = ("q", "k", "v", "o", "mlp", "head")
+    """What gets one. o and mlp are paths beside attention and MLP, from their normed inputs."""
+    lr: Positive = 1e-4
+    """Of AdamW with beta1 0 and eps 1e-10, without a schedule."""
+    beta2: FractionBelowOne = 0.999
+    weight_decay: NotNegative = 0.5
+    chunk_tokens: Count = 48
+    """Tokens of a document that are scored before they are learned."""
+    documents: Count = 64
+    """Documents in a batch, each with a LoRA of its own. Fewer need less memory."""
+    order: Literal["length", "stream"] = "length"
+    """In which order documents are scored. length: the longest first, with others of similar length, as published: with
+    weights that carry over, the score is then no code length of the text as it stands. stream: as they stand."""
+    warm: bool = False
+    """Whether a document starts with the A that its place in the last full batch ended with; B is always 0 at first."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.targets or len(set(self.targets)) < len(self.targets):
+            raise ValueError(
+                f"eval.ttt.lora.targets is {self.targets}; expected some of q, k, v, o, mlp, head, once each"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TTTConfig(Section):
+    """Test-time training: weights learn from validation tokens after these are scored. The adapted score is a second
+    one, beside the plain score."""
+
+    SECTION = "eval.ttt"
+
+    kind: Literal["off", "sgd", "lora", "phased"] = "off"
+    """sgd: chunks of the text in windows, all weights (2026-03-23). lora: a LoRA per document (2026-04-10). phased: the
+    same, and in phases SGD of all weights on the documents scored so far (2026-04-13)."""
+    max_seconds: Positive = 600.0
+    """Wall clock of the adapted score; what is scored by then is kept, and its label says so."""
+    sgd: SGDConfig = SGDConfig()
+    lora: LoRAConfig = LoRAConfig()
+    phases: Count = 3
+    """Phases of kind "phased"."""
+    phase_documents: Count = 2000
+    """Documents that are scored before the last phase, which learns from so many; earlier ones come after and learn
+    from a proportional share."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +108,7 @@ class EvalConfig(Section):
     start until `stride` tokens are left, so the last ones are shorter than `window`. The first window scores all its
     tokens, every other one its last `stride` tokens. The last tokens of the text are therefore scored and counted again
     by every short window."""
+    ttt: TTTConfig = TTTConfig()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,4 +116,9 @@ class EvalConfig(Section):
             raise ValueError(
                 f"eval.stride {self.stride} exceeds eval.window {self.window}, so tokens would be skipped; expected "
                 f"at most {self.window}"
+            )
+        if self.ttt.kind != "off" and self.rule != "every_token":
+            raise ValueError(
+                f'eval.rule is {self.rule}, which scores tokens never or more than once; expected "every_token" with '
+                f"eval.ttt.kind {self.ttt.kind}"
             )

@@ -35,7 +35,7 @@ from golfgpt.errors import GolfError, InputError, Interrupted, VerificationError
 from golfgpt.model.gpt import GPT
 from golfgpt.score.checks import Checks, check
 from golfgpt.score.sums import PartialSums, Sums
-from golfgpt.score.windows import Scorer, Windows, score_windows
+from golfgpt.score.windows import Read, Scorer, Windows, score_windows
 
 PROGRESS_SECONDS, SAVE_SECONDS = 1.0, 10.0
 BATCH_TOKENS = {"cuda": 65_536, "cpu": 16_384}
@@ -119,6 +119,16 @@ def plan_windows(dataset: Dataset, config: RunConfig) -> Windows:
     return Windows(targets, config.window, config.stride, config.eval.rule)
 
 
+def read_from(dataset: Dataset, device: torch.device) -> Read:
+    """Reads the validation text, as `score.windows` and what scores with it do."""
+
+    def read(start: int, stop: int) -> Tensor:
+        text = np.stack((dataset.val_ids(start, stop), dataset.byte_counts(start, stop)))
+        return torch.from_numpy(text.astype(np.int64)).to(device)
+
+    return read
+
+
 def batch_windows(config: RunConfig, ranks: Ranks) -> int:
     """The most windows that one batch holds."""
     return max(1, (config.eval.batch_tokens or BATCH_TOKENS[ranks.device.type]) // config.window)
@@ -157,10 +167,7 @@ def evaluate(
     key |= {name: getattr(windows, name) for name in ("targets", "window", "stride", "rule")}
     keep = keep or PartialSums(None)
 
-    def read(start: int, stop: int) -> Tensor:
-        text = np.stack((dataset.val_ids(start, stop), dataset.byte_counts(start, stop)))
-        return torch.from_numpy(text.astype(np.int64)).to(ranks.device)
-
+    read = read_from(dataset, ranks.device)
     sums = Sums.start(mine.start, ranks.device)
     with ranks.raise_on_any():
         try:
@@ -201,7 +208,7 @@ def evaluate(
         bytes=int(nbytes),
         window=windows.window,
         stride=windows.stride,
-        label=_label(dataset, windows, runs, config.eval.document_aware),
+        label=score_label(dataset, windows, config.eval.document_aware),
         seconds=keep.seconds,
         dtype=str(dtype).removeprefix("torch."),
         partial=sum(len(run) for run, _ in runs) < dataset.val_tokens - 1,
@@ -237,7 +244,9 @@ def _published_bytes(dataset: Dataset, runs: list[tuple[range, int]]) -> int | N
     return sum(count * times for count, (_, times) in zip(counts, runs, strict=True))
 
 
-def _label(dataset: Dataset, windows: Windows, runs: list[tuple[range, int]], document_aware: bool) -> str:
+def score_label(dataset: Dataset, windows: Windows, document_aware: bool) -> str:
+    """val_bpb, and what must be known before it is compared with another."""
+    runs = windows.coverage()
     notes = [] if dataset.lossless else ["normalized text"]
     notes += ["document-aware"] if document_aware else []
     if windows.targets < dataset.val_tokens - 1:

@@ -21,7 +21,8 @@ from golfgpt_kernels import token_logprobs
 from torch import Tensor
 
 from golfgpt.errors import InputError
-from golfgpt.model.gpt import GPT
+from golfgpt.model.gpt import GPT, Weights
+from golfgpt.model.linear import Weight
 from golfgpt.published.windows import r4, r4b
 
 SLAB_TOKENS = 1 << 20
@@ -128,18 +129,29 @@ class Scorer:
     ) -> None:
         self.dtype, self.document_start, self.compiled = dtype, document_start, compiled
         self.vocab_size = model.config.vocab_size
-        self.head_weight = model.head_weight.to(dtype)
         self.softcap = model.config.logit_softcap
+        self._logits = model.logits
         self._model = torch.compile(model, dynamic=False, fullgraph=True) if compiled else model
+        self.use(None, model.head_weight.to(dtype))
+
+    def use(self, weights: Weights | None, head: Weight) -> None:
+        """Score with these weights from now on, both in `dtype`; None: the model's."""
+        self.weights, self.head_weight = weights, head
 
     def hidden(self, ids: Tensor, num_scored: int) -> Tensor:
         """(b, L) -> (b, num_scored, D)."""
         suffix = None if num_scored == ids.size(1) else num_scored
-        return self._model(ids, dtype=self.dtype, suffix=suffix, document_start=self.document_start)
+        return self._model(
+            ids, dtype=self.dtype, weights=self.weights, suffix=suffix, document_start=self.document_start
+        )
 
     def logprobs(self, hidden: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-        """(b, s, D), (b, s), (b, s) -> (b, s) fp32 in nats, 0 where not mask."""
-        return token_logprobs(hidden, self.head_weight, targets, softcap=self.softcap, mask=mask)
+        """(b, s, D), (b, s), (b, s) -> (b, s) fp32 in nats, 0 where not mask. The fused op has no gradient and takes a
+        plain matrix."""
+        if isinstance(self.head_weight, Tensor) and not torch.is_grad_enabled():
+            return token_logprobs(hidden, self.head_weight, targets, softcap=self.softcap, mask=mask)
+        everything = self._logits(hidden, self.head_weight).log_softmax(-1)
+        return everything.gather(-1, targets[..., None])[..., 0].where(mask, 0)
 
     def __call__(self, batch: Batch) -> Tensor:
         """Log probabilities (b, s) of the scored targets."""
@@ -150,6 +162,12 @@ def score_windows(
     scorer: Scorer, read: Read, windows: Windows, indices: range, most: int
 ) -> Iterator[tuple[int, Batch, Tensor]]:
     """Score the windows `indices`, `most` at a time; yields (index of the next window, batch, log probabilities)."""
+    for stop, batch in batches(read, windows, indices, most):
+        yield stop, batch, scorer(batch)
+
+
+def batches(read: Read, windows: Windows, indices: range, most: int) -> Iterator[tuple[int, Batch]]:
+    """What `score_windows` scores, in its order."""
     for group, num_scored in windows.groups(indices):
         rows = most if num_scored == windows.stride else 1
         many = rows * max(1, (SLAB_TOKENS - windows.window) // (windows.stride * rows))
@@ -161,4 +179,4 @@ def score_windows(
                 index = torch.arange(low, low + rows, device=slab.device)
                 batch = cut(slab, base, table[:, index.clamp(max=len(chunk) - 1)], windows.window, num_scored)
                 batch = batch._replace(scored=batch.scored & (index < len(chunk))[:, None])
-                yield min(chunk[0] + low + rows, chunk.stop), batch, scorer(batch)
+                yield min(chunk[0] + low + rows, chunk.stop), batch

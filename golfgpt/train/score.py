@@ -8,6 +8,7 @@ from golfgpt.config import EvalConfig, RunConfig
 from golfgpt.data.shards import Dataset
 from golfgpt.score.evaluate import Score, evaluate
 from golfgpt.score.sums import PartialSums
+from golfgpt.score.ttt.evaluate import AdaptedScore, evaluate_adapted
 from golfgpt.train.clock import Ledger
 from golfgpt.train.export import Exporter
 from golfgpt.train.reporter import Reporter
@@ -40,6 +41,20 @@ class ModelScorer:
             dtype=self.step.dtype,
             progress=lambda text: self.reporter.status(f"{what}: {text}"),
             keep=keep,
+        )
+
+    def adapted(self, what: str) -> AdaptedScore | None:
+        """The score with test-time training; None if config.eval.ttt has none."""
+        if self.config.eval.ttt.kind == "off":
+            return None
+        return evaluate_adapted(
+            self.step.model,
+            self.dataset,
+            self.config,
+            self.step.ranks,
+            dtype=self.step.dtype,
+            progress=lambda text: self.reporter.status(f"{what}: {text}"),
+            say=self.reporter.line,
         )
 
     def validate(self, done: int, exporter: Exporter) -> None:

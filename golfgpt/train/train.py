@@ -22,7 +22,8 @@ from golfgpt.quant.quantizer import Quantizer
 from golfgpt.score.compressors import compressors_bpb
 from golfgpt.score.evaluate import open_dataset
 from golfgpt.score.sums import PartialSums
-from golfgpt.tables import score_lines, table
+from golfgpt.score.ttt.evaluate import check_adapted
+from golfgpt.tables import adapted_lines, score_lines, table
 from golfgpt.train import compile_cache
 from golfgpt.train.attention_backend import Selection, Shape, select_backend
 from golfgpt.train.clock import Ledger
@@ -45,9 +46,10 @@ def train(config: RunConfig, path: Path, *, resume: bool = False, quiet: bool = 
 
     For several ranks, run under torchrun; ranks other than 0 return {}. With `resume`, the run continues from the
     newest intact checkpoint in `path`. Raises InputError for configurations and data that do not fit together,
-    BusyError for a folder in use, NonFiniteError for a diverged run, Interrupted after a signal (state saved), and
-    VerificationError for a score that fails its checks. Raises BudgetError if no width fits the budget, if the time is
-    too short for one step, or, after scoring, if the artifact exceeds its budget (the artifact is kept).
+    BusyError for a folder in use, NonFiniteError for a diverged run and for test-time training that diverged (its score
+    up to there is in result.json), Interrupted after a signal (state saved), and VerificationError for a score that
+    fails its checks. Raises BudgetError if no width fits the budget, if the time is too short for one step, or, after
+    scoring, if the artifact exceeds its budget (the artifact is kept).
     """
     ledger = Ledger()
     with contextlib.ExitStack() as stack:
@@ -203,6 +205,9 @@ def export_and_score(
         keep = PartialSums(path, ranks.rank, digest, say)
         score = scorer.score("scoring model.golf", config.eval, keep)
     if not ranks.is_main:
+        with ledger.phase("eval"):
+            adapted = scorer.adapted("adapting to the text")
+        check_adapted(adapted)
         return {}
     stage = f"final_{exporter.quantizer.label.replace('/', '_')}_{info.compressor.replace('/', '_')}_roundtrip"
     ms = score.seconds * 1000
@@ -224,16 +229,25 @@ def export_and_score(
         "dataset": dataset.digest,
         "artifact_sha256": digest,
         "compressors_bpb": None,
+        "adapted": None,
     }
+    write_json(path / "result.json", result)
+    with ledger.phase("eval"):
+        adapted = scorer.adapted("adapting to the text")
+    result["adapted"] = adapted and asdict(adapted)
+    result["seconds"]["eval"] = round(ledger.seconds["eval"], 3)
     write_json(path / "result.json", result)
     reporter.status("compressing the text with gzip, xz and zstd for comparison")
     result["compressors_bpb"] = None if score.partial else compressors_bpb(dataset)
     write_json(path / "result.json", result)
     reporter.metric("result", **result)
     say(score_lines(score, result["compressors_bpb"]))
+    if adapted:
+        say(adapted_lines(score, adapted))
     if again:
         say("quantized again after QAT: the weights that were trained are not those that were scored")
     phases = [(name, round(used, 2), "yes" if counted else "no") for name, used, counted in ledger.report()]
     say(table(("phase", "seconds", "in the budget"), phases))
     check_budget(info.file_bytes, config.budget)
+    check_adapted(adapted)
     return result

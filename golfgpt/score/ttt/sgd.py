@@ -1,0 +1,98 @@
+"""SGD of all weights on scored text.
+
+    lr = lr0 (1 + cos(π i / (n - 1))) / 2  at chunk i of n;  per epoch and batch of sequences, in order:
+    g = gradient of the mean cross entropy, scaled to a norm of at most grad_clip_norm
+    v = momentum v + g;  w = w - lr v
+
+Ranks divide the sequences of a batch, and the result is that of one rank but for rounding. (Published: each rank has
+batches of its own, which is the same for up to 32 sequences a chunk.) Weights are float32, those that are published in
+bfloat16 too.
+
+Sources: the published scripts of 2026-03-23, 2026-04-06 and, with documents, 2026-04-13.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from golfgpt.config import SGDConfig
+from golfgpt.data.orders import boundaries
+from golfgpt.distributed import Ranks
+from golfgpt.errors import NonFiniteError
+from golfgpt.model.gpt import GPT
+from golfgpt.model.segments import Segments
+from golfgpt.score.ttt.adapter import Adapted, Scored, prepared
+
+
+class SGD:
+    """An `Adapter` whose weights are copies of the model's, learned in sequences of `length` tokens. With
+    `document_start`, a token id, tokens attend only within their document there, cut every `length` tokens."""
+
+    def __init__(
+        self,
+        model: GPT,
+        config: SGDConfig,
+        *,
+        length: int,
+        dtype: torch.dtype,
+        ranks: Ranks,
+        document_start: int | None = None,
+    ):
+        if config.lr is None or config.epochs is None:
+            raise ValueError(f"lr is {config.lr} and epochs {config.epochs}; expected numbers of both")
+        self.model, self.config, self.length = model, config, length
+        self.dtype, self.ranks, self.document_start = dtype, ranks, document_start
+        self.params = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+        self.reset()
+
+    def reset(self, rows: int = 0) -> None:
+        """Forget the momentum."""
+        self._optimizer = torch.optim.SGD(self.params.values(), lr=self.config.lr, momentum=self.config.momentum)
+
+    def weights(self) -> Adapted:
+        return prepared(self.model, self.dtype, self.params)
+
+    def adapt(self, scored: Scored) -> None:
+        self.learn(scored.text, *scored.part)
+
+    def learn_text(self, text: Tensor) -> None:
+        """Learn text (n,) in chunks, all but the last."""
+        size = self.config.chunk_tokens
+        num_chunks = -(-(len(text) - 1) // size)
+        for i in range(num_chunks - 1):
+            self.learn(text[i * size : (i + 1) * size + 1], i, num_chunks)
+
+    def learn(self, text: Tensor, index: int, num_chunks: int) -> None:
+        """Learn text (n + 1,), chunk `index` of so many, in whole sequences. Raises NonFiniteError."""
+        lr = self.config.lr * 0.5 * (1 + math.cos(math.pi * index / max(num_chunks - 1, 1)))
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        sequences = (len(text) - 1) // self.length
+        for _ in range(self.config.epochs):
+            for low in range(0, sequences, self.config.batch_sequences):
+                self._step(text, range(low, min(low + self.config.batch_sequences, sequences)))
+
+    def _step(self, text: Tensor, batch: range) -> None:
+        first, last = (batch.start + len(batch) * r // self.ranks.world for r in (self.ranks.rank, self.ranks.rank + 1))
+        self._optimizer.zero_grad()
+        if first < last:
+            self._loss(text[first * self.length : last * self.length + 1]).mul((last - first) / len(batch)).backward()
+        for p in self.params.values():
+            if self.ranks.world > 1:
+                p.grad = self.ranks.sum_(torch.zeros_like(p) if p.grad is None else p.grad)
+        norm = torch.nn.utils.clip_grad_norm_(self.params.values(), self.config.grad_clip_norm)
+        if not norm.isfinite():
+            raise NonFiniteError("a gradient of test-time training is not finite; lower eval.ttt.sgd.lr")
+        self._optimizer.step()
+
+    def _loss(self, text: Tensor) -> Tensor:
+        ids, targets = text[:-1], text[1:]
+        if self.document_start is None:
+            ids, targets = (t.view(-1, self.length) for t in (ids, targets))
+            return self.model.loss(ids, targets, dtype=self.dtype, stand_ins=self.params)
+        edges = torch.from_numpy(boundaries(ids.cpu().numpy(), self.document_start, self.length)).to(ids.device)
+        segments = Segments.of(edges, len(ids), self.length, self.dtype)
+        return self.model.loss(ids[None], targets[None], dtype=self.dtype, stand_ins=self.params, segments=segments)
