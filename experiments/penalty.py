@@ -202,7 +202,7 @@ def rows(out: Path) -> list[dict]:
 
 def table(lines: Sequence[dict]) -> str:
     """Penalties by kind: mean over seeds, least and largest, bytes, and the ratio to the better rounding."""
-    header = ("bits", "of", "method", "seeds", "penalty", "least to largest", "bytes", "of rounding's", "CPU seconds")
+    header = ("bits", "of", "method", "seeds", "penalty", "of rounding's", "least to largest", "score", "bytes")
     found: dict[Kind, list[dict]] = {}
     for row in lines:
         found.setdefault(Kind(*(row[field] for field in Kind._fields)), []).append(row)
@@ -214,9 +214,9 @@ def table(lines: Sequence[dict]) -> str:
         best = min((statistics.mean(other) for other in rounded if other), default=None)
         ratio = f"{statistics.mean(values) / best:.2f}" if best else "–"
         spread = f"{min(values):.4f} to {max(values):.4f}"
-        size, cpu = (statistics.mean(row[name] for row in group) for name in ("bytes", "seconds"))
+        size, score = (statistics.mean(row[name] for row in group) for name in ("bytes", "bpb"))
         mean = f"{statistics.mean(values):.4f}"
-        out.append((*map(str, kind), str(len(group)), mean, spread, f"{size:,.0f}", ratio, f"{cpu:.1f}"))
+        out.append((*map(str, kind), str(len(group)), mean, ratio, spread, f"{score:.4f}", f"{size:,.0f}"))
     return markdown(header, out)
 
 

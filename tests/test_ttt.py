@@ -389,7 +389,7 @@ chain of its own."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_processes_agree_with_one(tiny, monkeypatch, tmp_path, world):
     config = short_documents(tiny, monkeypatch)
     alone = [asdict(adapted(config, KINDS[kind])) for kind in ("sgd", "lora", "phased", "warm")]
