@@ -325,9 +325,12 @@ def test_loss_and_logprobs_forward(shape, softcap):
     nll = gk.softcap_cross_entropy(hidden, head, targets, softcap=softcap, reduction="none")
     logprobs = gk.token_logprobs(hidden, head, targets, softcap=softcap)
     assert nll.dtype == logprobs.dtype == torch.float32
-    assert_within_budget(nll, rival, oracle)
-    assert_within_budget(-logprobs, rival, oracle)
-    assert budget_violation(nll * 1.01, rival, oracle)
+    # A loss is rounded as its two parts are, log-sum-exp and the target's logit: in one row it is far smaller.
+    z = (hidden.to(F64) * head.to(F64)[targets]).sum(1)
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    for result in (nll, -logprobs):
+        assert_within_budget(result + z.float(), rival + z.float(), oracle + z)
+    assert budget_violation(nll * 1.01 + z.float(), rival + z.float(), oracle + z)
     mean = gk.softcap_cross_entropy(hidden, head, targets, softcap=softcap)
     total = gk.softcap_cross_entropy(hidden, head, targets, softcap=softcap, reduction="sum")
     torch.testing.assert_close(torch.stack([mean, total]), torch.stack([oracle.mean(), oracle.sum()]).float())

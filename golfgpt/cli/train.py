@@ -224,14 +224,16 @@ def evaluate(args: Eval) -> int:
         kept = folder / "result.json"
         if adapted and artifact_file(args.run).name == "model.golf" and kept.is_file():
             result = json.loads(kept.read_text(encoding="utf-8"))
-            write_json(kept, result | {"adapted": asdict(adapted)})
+            whole = (result.get("adapted") or {}).get("partial") is False
+            if result["dataset"] == adapted.dataset and not (whole and adapted.partial):
+                write_json(kept, result | {"adapted": asdict(adapted)})
         if args.json:
             print_json({"score": asdict(score), "compressors_bpb": known, "adapted": adapted and asdict(adapted)})
         else:
             print(score_lines(score, known))
             if adapted:
                 print(adapted_lines(score, adapted))
-    check_adapted(adapted)
+        check_adapted(adapted)
     return 0
 
 

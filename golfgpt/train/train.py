@@ -206,8 +206,7 @@ def export_and_score(
         score = scorer.score("scoring model.golf", config.eval, keep)
     if not ranks.is_main:
         with ledger.phase("eval"):
-            adapted = scorer.adapted("adapting to the text")
-        check_adapted(adapted)
+            scorer.adapted("adapting to the text")
         return {}
     stage = f"final_{exporter.quantizer.label.replace('/', '_')}_{info.compressor.replace('/', '_')}_roundtrip"
     ms = score.seconds * 1000

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -62,6 +62,13 @@ class AdaptedScore:
     """Whether that was for a number that is not finite."""
     published_bpb: float | None
     """The same nats over the bytes of the published CaseOps sidecar; None without one, or if it was stopped."""
+    dataset: str
+    """Digest of the data set."""
+    dtype: str
+    window: int
+    stride: int
+    settings: dict
+    """config.eval.ttt, with the published settings of SGD where it has none."""
     ledger_sha256: str
     """`Ledger.digest`: the moments at which each token was scored and learned."""
     compliance: Compliance
@@ -162,6 +169,8 @@ def evaluate_adapted(
     nats, tokens, nbytes = ranks.sum_(sums.values.clone()).tolist()
     diverged = bool(ranks.sum_(torch.tensor(float(diverged), device=ranks.device)))
     ledger.merge(ranks)
+    if int(tokens) == targets and not diverged:  # the clock was over in the last step
+        stopped = None
     ledger.check(all_scored=stopped is None)
     if not nbytes:
         raise VerificationError(f"nothing was scored with test-time training: {stopped}")
@@ -185,6 +194,11 @@ def evaluate_adapted(
         partial=tokens < dataset.val_tokens - 1,
         stopped=stopped,
         diverged=diverged,
+        dataset=dataset.digest,
+        dtype=str(dtype).removeprefix("torch."),
+        window=windows.window,
+        stride=windows.stride,
+        settings=asdict(ttt),
         ledger_sha256=ledger.digest,
         published_bpb=bits_per_byte(nats, published) if published and not stopped else None,
         compliance=Compliance(
