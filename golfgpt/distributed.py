@@ -41,6 +41,11 @@ class Ranks:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def synchronize(self) -> None:
+        """Wait for this rank's device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum `tensor` over all ranks in place."""
         if self.world > 1:

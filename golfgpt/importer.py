@@ -65,7 +65,7 @@ def layer_groups_of(export: Export, model: ModelConfig) -> dict[str, QuantizedTe
     float32.
 
     Decoding gives the file's weights except for the published rounding of embeddings to bfloat16, which a forward in
-    bfloat16 repeats, and for the last bit of products of factors. A `decoded` embedding is stored rounded.
+    bfloat16 repeats. A `decoded` embedding is stored rounded.
     """
     codes = {canonical_name(name): pair for name, pair in export.codes.items()}
     beside = {canonical_name(name): fields for name, fields in export.beside.items()}

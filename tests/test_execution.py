@@ -117,7 +117,6 @@ def test_a_wrongly_compiled_step_is_not_compiled(step, monkeypatch):
         assert (found.runtime.compile, found.runtime.graph) == ("off", "off")
         assert [trial.name for trial in found.trials] == ["compiled step"]
     answers["compiled step"] = "refused: no result in time"
-    monkeypatch.setattr(Trials, "_synchronize", lambda self: None)
     monkeypatch.setattr(TrainStep, "rehearse", lambda self, looping=None: None)
     found = Trials(step, compiled, lambda text: None).run(kernels("mlp"))
     assert found.runtime.compile == "on" and found.trials[0].verdict == "refused: no result in time"

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,14 +22,14 @@ from golfgpt.cli import main
 from golfgpt.config import EvalConfig, LoRAConfig, RunConfig, SGDConfig, TTTConfig, from_dict, to_dict
 from golfgpt.data.shards import Dataset
 from golfgpt.distributed import Ranks
-from golfgpt.errors import Interrupted, NonFiniteError, PeerError, VerificationError
+from golfgpt.errors import InputError, Interrupted, NonFiniteError, PeerError, VerificationError
 from golfgpt.model.gpt import GPT
 from golfgpt.published.names import split_banks, to_published
 from golfgpt.score import windows as scoring
 from golfgpt.score.evaluate import evaluate
 from golfgpt.score.ttt import evaluate as adapted_module
 from golfgpt.score.ttt import plan
-from golfgpt.score.ttt.adapter import run
+from golfgpt.score.ttt.adapter import Step, run
 from golfgpt.score.ttt.evaluate import check_adapted, evaluate_adapted
 from golfgpt.score.ttt.ledger import Ledger
 from golfgpt.score.ttt.lora import DocumentLoRA, PhasedLoRA
@@ -383,7 +384,48 @@ def worker(config: RunConfig, folder: str) -> None:
     ranks.close()
 
 
-NEAR = (1e-5, 1e-12, 1e-3, 5e-2)
+@pytest.mark.parametrize("document_start", [None, 1])
+@pytest.mark.parametrize("world", [2, 3, 7])
+def test_ranks_divide_a_step_of_sgd_and_not_a_document(world, document_start):
+    """The parts of the gradient, which a learning rate of 1 shows, sum to that of one rank. A document of 40 tokens
+    crosses edges and is cut in the middle of it, as documents longer than a sequence are; SmearGate looks back."""
+    config = replace(SMALL, smear_gate="before_norm", document_start=1)
+    model, text = lively(config), torch.randint(2, 97, (6 * 16 + 1,), generator=torch.Generator().manual_seed(0))
+    text[[0, 9, 20, 60, 75, 76, 90]] = 1
+    settings = SGDConfig(lr=1.0, epochs=1, momentum=0.0, grad_clip_norm=1e9, chunk_tokens=1000)
+
+    def moved(rank: int, world: int) -> dict[str, torch.Tensor]:
+        ranks = SimpleNamespace(rank=rank, world=world, device=CPU.device, sum_=lambda x: x)
+        sgd = SGD(model, settings, length=16, dtype=torch.float32, ranks=ranks, document_start=document_start)
+        sgd.learn(text, 0, 2)
+        return {name: p.detach() - dict(model.named_parameters())[name].detach() for name, p in sgd.params.items()}
+
+    alone, parts = moved(0, 1), [moved(rank, world) for rank in range(world)]
+    for name, whole in alone.items():
+        torch.testing.assert_close(sum(part[name] for part in parts), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_a_text_with_too_few_documents_for_a_phase_is_refused(tiny, monkeypatch):
+    few = replace(KINDS["phased"], phase_documents=60)
+    with pytest.raises(InputError, match=r"the text has 13 documents and the first phase comes after 30 or more"):
+        adapted(short_documents(tiny, monkeypatch), few)
+
+
+def test_a_rank_whose_time_is_over_leaves_its_steps_out_until_all_meet(tiny):
+    scored, ledger = [], Ledger(3)
+
+    class Still:
+        def reset(self, rows):
+            raise AssertionError("nothing begins")
+
+    steps = [Step(meets=True), Step(lambda read: scored.append(1) or iter(()), rows=2), Step(meets=True)]
+    votes = iter((False, True))
+    ranks = SimpleNamespace(world=2)
+    list(run(steps, None, Still(), ledger, None, ranks, late=lambda: next(votes), expired=lambda: True))
+    assert not scored and next(votes, None) is None, "both votes were taken"
+
+
+NEAR = (1e-5, 1e-12, 1e-5, 5e-2)
 """Gradients are summed in another order; AdamW makes steps of full size from those near 0; with warm A each rank has a
 chain of its own."""
 

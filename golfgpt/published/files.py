@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import re
 import reprlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +36,7 @@ from torch import Tensor
 from golfgpt.errors import InputError
 from golfgpt.published.containers import Unpacked, check_table, unpack
 from golfgpt.published.names import listed
-from golfgpt.quant.formats import MAX_RANK
+from golfgpt.quant.formats import MAX_RANK, add_product
 
 MAX_BYTES = 256 * 2**20
 """Largest file and largest decompressed content that is read."""
@@ -204,7 +205,7 @@ def _product(name: str, coded: _Coded) -> Tensor:
     if ((codes < -largest - 1) | (codes > largest)).any():
         raise InputError(f"{name} has codes outside int{coded.bits}")
     if coded.factors:
-        weights += _factor_product(name, codes.shape, *coded.factors)
+        add_product(weights, *_factors(name, codes.shape, *coded.factors))
     return weights
 
 
@@ -228,8 +229,8 @@ def _columns(name: str, coded: _Coded) -> list[tuple[slice, Tensor]]:
     return [(slice(first, first + width), scale.float()[:, None]) for first in starts.tolist()]
 
 
-def _factor_product(name: str, shape: torch.Size, a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
-    """A B in fp32. Every scale is of equally many codes in order: a row's, a group's, or all."""
+def _factors(name: str, shape: torch.Size, a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Iterator[Tensor]:
+    """A and B in fp32. Every scale is of equally many codes in order: a row's, a group's, or all."""
     for codes, scale in ((a, a_scale), (b, b_scale)):
         if codes.dtype != torch.int8 or not scale.is_floating_point() or not 0 < scale.numel() <= codes.numel():
             raise InputError(f"{name} has factors of {codes.dtype} with {scale.numel()} scales of {scale.dtype}")
@@ -238,11 +239,8 @@ def _factor_product(name: str, shape: torch.Size, a: Tensor, a_scale: Tensor, b:
         raise InputError(f"{name} {tuple(shape)} has factors {tuple(a.shape)} and {tuple(b.shape)}")
     if a.numel() % a_scale.numel() or b.numel() % b_scale.numel():
         raise InputError(f"{name} has factors whose scales are not of equally many codes")
-    left, right = (
-        (codes.float().reshape(scale.numel(), -1) * scale.float().reshape(-1, 1)).reshape(codes.shape)
-        for codes, scale in ((a, a_scale), (b, b_scale))
-    )
-    return left @ right
+    for codes, scale in ((a, a_scale), (b, b_scale)):
+        yield (codes.float().reshape(scale.numel(), -1) * scale.float().reshape(-1, 1)).reshape(codes.shape)
 
 
 def _per_row(content: dict[str, Any]) -> Contents:

@@ -120,19 +120,13 @@ def seconds_needed(config: RunConfig, model: GPT, dataset: Dataset, ranks: Ranks
             text, parts = training_text(config, 1, dataset, ranks, dtype), 1.1 * steps_of(config)
         else:
             text, parts = samples(config, length, model, ranks, dtype), 1.25 * config.data.seq_len / length
-        synchronize(ranks)
+        ranks.synchronize()
         begun = time.perf_counter()
         hessians(model, text, quantizer, ranks, dtype)
-        synchronize(ranks)
+        ranks.synchronize()
     took = torch.zeros(ranks.world, dtype=torch.float64, device=ranks.device)
     took[ranks.rank] = time.perf_counter() - begun
     return parts * float(ranks.sum_(took).max())
-
-
-def synchronize(ranks: Ranks) -> None:
-    """Wait for the device."""
-    if ranks.device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def steps_of(config: RunConfig) -> int:

@@ -157,9 +157,15 @@ class QuantizedTensor:
             left = self.left.float() * self.left_scale[..., None].float()
             right = self.right.float().flatten(-2).unflatten(-1, (self.right_scale.size(-1), -1))
             right = (right * self.right_scale[..., None].float()).view(self.right.shape)
-            for k in range(self.format.rank):  # a matrix product's last bits depend on the machine
-                w += left[..., k : k + 1] * right[..., k : k + 1, :]
+            add_product(w, left, right)
         return w
+
+
+def add_product(w: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left (..., rows, rank) times right (..., rank, columns) to w in place, all float32, with the same bits on
+    every machine, as no matrix product has."""
+    for k in range(left.size(-1)):
+        w += left[..., k : k + 1] * right[..., k : k + 1, :]
 
 
 class TensorReport(NamedTuple):

@@ -350,16 +350,12 @@ class Trials:
         step.capture()
         if step.cuda:
             self._rehearse_all()  # the first after a change waits for the host
-        self._synchronize()
+        step.ranks.synchronize()
         begun = time.perf_counter()
         for _ in range(self.steps):
             self._rehearse_all()
-        self._synchronize()
+        step.ranks.synchronize()
         return step.ranks.broadcast_object(1e3 * (time.perf_counter() - begun) / (self.steps * len(step.ways())))
-
-    def _synchronize(self) -> None:
-        if self.step.cuda:
-            torch.cuda.synchronize()
 
 
 def check_step(config: RunConfig) -> str | None:

@@ -97,17 +97,21 @@ def run(
     ranks: Ranks,
     *,
     late: Callable[[], bool] = lambda: False,
+    expired: Callable[[], bool] = lambda: False,
     swap: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> Iterator[tuple[Batch, Tensor]]:
     """Score and adapt by `plan`; yields each batch with its log probabilities (b, s), which the ledger has by then.
 
-    `late` is asked where all ranks meet; they stop when it is true. `swap` may exchange a batch's targets before they
+    `late` is asked where all ranks meet; they stop when it is true. Between, a rank whose time is `expired` leaves its
+    steps out. `swap` may exchange a batch's targets before they
     are scored (checks). Raises NonFiniteError for a log probability or gradient that is not finite, VerificationError
     for a token that is scored again or learned before it is scored.
     """
     for step in plan:
         if (step.meets or ranks.world == 1) and late():
             return
+        if ranks.world > 1 and not step.meets and not step.text and expired():
+            continue
         if step.rows is not None:
             adapter.reset(step.rows)
         learns = step.again is not None

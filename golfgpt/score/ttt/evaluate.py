@@ -20,7 +20,7 @@ from golfgpt.bpb import bits_per_byte
 from golfgpt.config import RunConfig
 from golfgpt.data.shards import Dataset
 from golfgpt.distributed import Ranks
-from golfgpt.errors import GolfError, Interrupted, NonFiniteError, PeerError, VerificationError
+from golfgpt.errors import GolfError, InputError, Interrupted, NonFiniteError, PeerError, VerificationError
 from golfgpt.model.gpt import GPT
 from golfgpt.score.evaluate import PROGRESS_SECONDS, batch_windows, plan_windows, read_from, score_label
 from golfgpt.score.sums import Sums
@@ -119,10 +119,13 @@ def evaluate_adapted(
     read, targets = read_from(dataset, ranks.device), windows.targets
     ledger, sums, stopped, diverged, ended = Ledger(targets), Sums.start(0, ranks.device), None, False, False
 
+    def expired() -> bool:
+        return time.perf_counter() - began > ttt.max_seconds
+
     def late(stop: bool = False) -> bool:
         """Whether the ranks stop here: one wants to, or its clock is over. One that fails adds 1 instead of this."""
         nonlocal ended, stopped
-        over = time.perf_counter() - began > ttt.max_seconds
+        over = expired()
         votes = float(ranks.sum_(torch.tensor(1e-3 if over or stop else 0.0, device=ranks.device)))
         if votes > 0.99:
             raise PeerError("another rank stopped with an error")
@@ -151,7 +154,8 @@ def evaluate_adapted(
     adapter, told = make_for(config, ranks), time.perf_counter()
     try:
         try:
-            for batch, logprobs in run(planned.steps(ranks), scorer, adapter, ledger, read, ranks, late=late):
+            steps = planned.steps(ranks)
+            for batch, logprobs in run(steps, scorer, adapter, ledger, read, ranks, late=late, expired=expired):
                 sums = sums.plus(0, batch, logprobs)
                 if time.perf_counter() - told >= PROGRESS_SECONDS:
                     told = time.perf_counter()
@@ -270,6 +274,11 @@ def _plan(dataset: Dataset, config: RunConfig, windows: Windows, bos: int, most:
     batches, texts = plan.document_batches(documents, ttt.lora), {}
     if ttt.kind == "phased":
         texts = plan.phase_texts(batches, ttt.phases, ttt.phase_documents, ttt.lora.order)
+        if not texts:
+            raise InputError(
+                f"eval.ttt.kind is phased, but the text has {len(documents)} documents and the first phase comes after "
+                f"{-(-ttt.phase_documents // ttt.phases)} or more: lower eval.ttt.phase_documents, or use kind lora"
+            )
     clipped = [d._replace(length=min(d.length, CHUNKS * chunk + 1)) for d in documents]
     clipped = [d for d in clipped if d.length > chunk + 1] or clipped
     chosen = [clipped[i] for i in np.unique(np.linspace(0, len(clipped) - 1, 2 * SAMPLE).astype(int))]

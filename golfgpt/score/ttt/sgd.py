@@ -4,9 +4,9 @@
     g = gradient of the mean cross entropy, scaled to a norm of at most grad_clip_norm
     v = momentum v + g;  w = w - lr v
 
-Ranks divide the sequences of a batch, and the result is that of one rank but for rounding. (Published: each rank has
-batches of its own, which is the same for up to 32 sequences a chunk.) Weights are float32, those that are published in
-bfloat16 too.
+Ranks divide the sequences of a batch, or its documents, and the result is that of one rank but for rounding.
+(Published: each rank has batches of its own, which is the same for up to 32 sequences a chunk, and cuts documents at
+its edges.) Weights are float32, those that are published in bfloat16 too.
 
 Sources: the published scripts of 2026-03-23, 2026-04-06 and, with documents, 2026-04-13.
 """
@@ -76,10 +76,12 @@ class SGD:
                 self._step(text, range(low, min(low + self.config.batch_sequences, sequences)))
 
     def _step(self, text: Tensor, batch: range) -> None:
-        first, last = (batch.start + len(batch) * r // self.ranks.world for r in (self.ranks.rank, self.ranks.rank + 1))
+        text = text[batch.start * self.length : batch.stop * self.length + 1]
+        ranks = self.ranks
+        first, last = (self._edge(text, len(batch) * r // ranks.world) for r in (ranks.rank, ranks.rank + 1))
         self._optimizer.zero_grad()
         if first < last:
-            self._loss(text[first * self.length : last * self.length + 1]).mul((last - first) / len(batch)).backward()
+            self._loss(text[first : last + 1]).mul((last - first) / (len(text) - 1)).backward()
         for p in self.params.values():
             if self.ranks.world > 1:
                 p.grad = self.ranks.sum_(torch.zeros_like(p) if p.grad is None else p.grad)
@@ -87,6 +89,15 @@ class SGD:
         if not norm.isfinite():
             raise NonFiniteError("a gradient of test-time training is not finite; lower eval.ttt.sgd.lr")
         self._optimizer.step()
+
+    def _edge(self, text: Tensor, sequences: int) -> int:
+        """Inputs of a batch before the edge between two ranks: so many sequences, and what is left of a document there,
+        which must not lose its beginning."""
+        edge = sequences * self.length
+        if self.document_start is None or edge == 0:
+            return edge
+        starts = (text[edge:-1] == self.document_start).nonzero()
+        return edge + int(starts[0]) if len(starts) else len(text) - 1
 
     def _loss(self, text: Tensor) -> Tensor:
         ids, targets = text[:-1], text[1:]
