@@ -36,6 +36,9 @@ FORWARD, TOKEN_LOGPROBS = GPT.forward, scoring.token_logprobs
 
 # 1 Windows
 
+RULES = [rule for rule in scoring.RULES if rule != "varlen"]
+"""Those with windows of a stride."""
+
 
 def plain_windows(targets: int, window: int, stride: int, rule: str) -> list[tuple[int, range]]:
     """Start and scored targets of each window, one after another; those of r4 and r4b as the published loops do."""
@@ -53,7 +56,7 @@ def plain_windows(targets: int, window: int, stride: int, rule: str) -> list[tup
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.integers(1, 300), st.integers(1, 64), st.sampled_from(sorted(scoring.RULES)), st.data())
+@given(st.integers(1, 300), st.integers(1, 64), st.sampled_from(sorted(RULES)), st.data())
 def test_windows_are_those_of_a_plain_loop(targets, window, rule, data):
     window = min(window, targets)
     stride = data.draw(st.integers(1, window))
@@ -127,7 +130,7 @@ MODELS = [SMALL, replace(SMALL, num_layers=1), replace(SMALL, document_start=1, 
 @pytest.mark.parametrize(
     ("targets", "window", "stride"), [(20, 16, 1), (48, 16, 3), (64, 16, 4), (48, 16, 16), (48, 48, 48)]
 )
-@pytest.mark.parametrize("rule", scoring.RULES)
+@pytest.mark.parametrize("rule", RULES)
 def test_batches_of_suffixes_score_what_each_window_alone_does(rule, targets, window, stride, documents, monkeypatch):
     """In slabs of any length. Products of fewer rows may be rounded otherwise."""
     tokens = np.random.default_rng(5).integers(0, 97, targets + 1)
@@ -174,7 +177,7 @@ def test_the_compiled_forward_scores_alike():
 
 
 def score(tiny: RunConfig, model: GPT | None = None, *, ranks=CPU, keep=None, progress=print, **plan) -> Score:
-    config = replace(tiny, eval=EvalConfig(window=64, **plan))
+    config = replace(tiny, eval=EvalConfig(**({"window": 64} | plan)))
     model, data = model or lively(config.model), Dataset.open(config.data.path)
     return evaluate(model, data, config, ranks, dtype=torch.float32, keep=keep, progress=progress)
 
@@ -212,10 +215,38 @@ def test_a_score_names_what_it_leaves_out_or_counts_again(tiny, corpus, rule, st
     assert (got.label, got.partial) == (label, True)
 
 
+@pytest.mark.numeric
+def test_varlen_scores_pieces_of_documents_in_the_whole_rows_of_each_eighth(tiny, corpus):
+    """Its windows are what the published loop of each of 8 ranks keeps; its nats those of each piece alone."""
+    length, targets = 40, 10_999
+    expected = []
+    for rank in range(8):
+        first, last = ((targets // length) * r // 8 for r in (rank, rank + 1))
+        expected += [range(i * length, (i + 32) * length) for i in range(first, last - 31, 32)]
+    windows = Windows(targets, 32 * length, 32 * length, "varlen")
+    assert list(map(range, windows.start.tolist(), windows.end.tolist())) == expected and len(expected) == 8
+
+    got = score(tiny, rule="varlen", window=length, max_tokens=targets)
+    assert got.tokens == 10_240 and got.window == got.checks.max_context == length
+    assert got.label == "val_bpb (document-aware) (first 10,999 tokens) (Varlen: 759 tokens not scored)" and got.partial
+    assert got.checks.other_document_change == 0.0
+    tokens = Dataset.open(corpus).val_ids(0, targets + 1).astype(np.int64)
+    pieces = []
+    for row in expected:
+        begins = np.union1d(row.start, row.start + np.flatnonzero(tokens[row.start : row.stop] == 1))
+        for low, high in pairwise([*begins.tolist(), row.stop]):
+            pieces += [(i, range(i, min(i + length, high))) for i in range(low, high, length)]
+    nats = nats_alone(lively(tiny.model), tokens, pieces)
+    assert got.nats == pytest.approx(float(nats.double().sum()), rel=1e-6)
+
+    with pytest.raises(InputError, match=r"drops all 9,000 targets: an eighth of them fills no row of 1,280; choose"):
+        score(tiny, rule="varlen", window=length, max_tokens=9000)
+
+
 # 3 Proofs and bad input
 
 
-@pytest.mark.parametrize("rule", scoring.RULES)
+@pytest.mark.parametrize("rule", RULES)
 def test_a_window_longer_than_the_text(tiny, rule):
     with pytest.raises(InputError, match=r"eval\.window 64 is longer than the text's 63"):
         score(tiny, rule=rule, max_tokens=63)

@@ -66,7 +66,7 @@ class Checks:
         sums, later, outside, documents = everyone[:, 2:].max(0).values.tolist()
         documents = None if documents < 0 else documents
         fewest = int(windows.first_scored[min(1, len(windows) - 1) :].min()) + 1
-        return cls(int(sampled), int(compared), sums, later, outside, documents, fewest, windows.window)
+        return cls(int(sampled), int(compared), sums, later, outside, documents, fewest, windows.context)
 
     def __str__(self) -> str:
         what, shorter = "later tokens and tokens outside the window", ""
@@ -132,8 +132,10 @@ class _Checker:
         windows, low = self.windows, int(self.windows.start[group[0]])
         ids = self.read(low, min(low + SLAB_TOKENS, int(windows.end[group[-1]])))[0]
         starts = low + (ids == self.scorer.document_start).nonzero()[:, 0].cpu().numpy()
-        index = np.unique(np.searchsorted(windows.end, starts, side="right"))
-        return index[(group.start <= index) & (index < group.stop)]
+        index = np.searchsorted(windows.end, starts, side="right")
+        inside = (group.start <= index) & (index < group.stop)
+        index, starts = index[inside], starts[inside]
+        return np.unique(index[starts > windows.start[index]])
 
     def compare(self, base: Batch, changes: dict[str, tuple[Batch, Tensor]]) -> None:
         """Raise VerificationError unless probabilities of `base` sum to 1 and its log probabilities are those of each

@@ -101,13 +101,15 @@ class EvalConfig(Section):
     document_aware: bool = False
     """Whether tokens attend only within their document. A document starts at BOS, which is scored as the last token of
     the previous document. Models with SmearGate or BigramHash then need model.document_start."""
-    rule: Literal["every_token", "r4", "r4b"] = "every_token"
-    """Which tokens are scored. r4 and r4b follow the published scripts of R4 and R4b; the label of the score names the
+    rule: Literal["every_token", "r4", "r4b", "varlen"] = "every_token"
+    """Which tokens are scored. r4, r4b and varlen follow published scripts; the label of the score names the
     difference. r4: only full windows, and only the last `stride` tokens of each, also of the first, so the first
     window - stride tokens of the text are never scored. r4b: the text is cut to a multiple of the window, and windows
     start until `stride` tokens are left, so the last ones are shorter than `window`. The first window scores all its
     tokens, every other one its last `stride` tokens. The last tokens of the text are therefore scored and counted again
-    by every short window."""
+    by every short window. varlen, the diagnostic of the records from 2026-04-10 on: rows of 32 windows, in which tokens
+    attend within their document, cut every `window` tokens; what does not fill a row in its eighth of the text is not
+    scored. `stride` and `batch_tokens` are not used then."""
     ttt: TTTConfig = TTTConfig()
 
     def __post_init__(self) -> None:

@@ -33,6 +33,7 @@ from golfgpt.data.shards import Dataset
 from golfgpt.distributed import Ranks
 from golfgpt.errors import GolfError, InputError, Interrupted, VerificationError
 from golfgpt.model.gpt import GPT
+from golfgpt.published.windows import VARLEN_SEQUENCES
 from golfgpt.score.checks import Checks, check
 from golfgpt.score.sums import PartialSums, Sums
 from golfgpt.score.windows import Read, Scorer, Windows, score_windows
@@ -98,11 +99,11 @@ def open_dataset(config: RunConfig, ranks: Ranks) -> Dataset:
         )
     plan_windows(dataset, config)  # fail here and not after training
     m = config.model
-    if config.eval.document_aware and m.document_start is None and m.mixes_tokens:
+    if within_documents(config) and m.document_start is None and m.mixes_tokens:
         raise InputError(
-            f"eval.document_aware expected a model that does not mix documents, got smear_gate {m.smear_gate} and "
-            f"{m.bigram.rows} bigram rows without document_start; train with --model.document-start 1 (the BOS id), or "
-            "score without eval.document_aware"
+            f"eval.document_aware or eval.rule varlen expected a model that does not mix documents, got "
+            f"smear_gate {m.smear_gate} and {m.bigram.rows} bigram rows without document_start; train with "
+            "--model.document-start 1 (the BOS id), or score without these"
         )
     dataset.check_token_ids(config.model.vocab_size, assigned=(ranks.rank, ranks.world))
     if dataset.published:
@@ -116,6 +117,9 @@ def plan_windows(dataset: Dataset, config: RunConfig) -> Windows:
     targets = min(dataset.val_tokens - 1, config.eval.max_tokens or dataset.val_tokens)
     if config.eval.rule == "r4b" and targets > config.window:
         targets -= targets % config.window  # its published script cuts the text to whole windows
+    if config.eval.rule == "varlen":
+        row = VARLEN_SEQUENCES * config.window
+        return Windows(targets, row, row, "varlen")
     return Windows(targets, config.window, config.stride, config.eval.rule)
 
 
@@ -129,8 +133,15 @@ def read_from(dataset: Dataset, device: torch.device) -> Read:
     return read
 
 
+def within_documents(config: RunConfig) -> bool:
+    """Whether tokens attend within their document only."""
+    return config.eval.document_aware or config.eval.rule == "varlen"
+
+
 def batch_windows(config: RunConfig, ranks: Ranks) -> int:
     """The most windows that one batch holds."""
+    if config.eval.rule == "varlen":
+        return 1
     return max(1, (config.eval.batch_tokens or BATCH_TOKENS[ranks.device.type]) // config.window)
 
 
@@ -160,9 +171,11 @@ def evaluate(
     mine = range(*(len(windows) * r // ranks.world for r in (ranks.rank, ranks.rank + 1)))
     batches = math.ceil(len(mine) / batch_windows(config, ranks))
     most = max(1, math.ceil(len(mine) / max(1, batches)))  # even batches: little filling at the end
-    document_start = dataset.need_tokenizer().bos_id if config.eval.document_aware else None
+    document_start = dataset.need_tokenizer().bos_id if within_documents(config) else None
     compile = config.runtime.compile == "on" or (config.runtime.compile == "auto" and ranks.device.type == "cuda")
-    scorer = Scorer(model, dtype, document_start=document_start, compiled=compile)
+    longest = windows.context if windows.rule == "varlen" else None
+    compile = compile and not longest  # its rows have as many boundaries as they have documents
+    scorer = Scorer(model, dtype, document_start=document_start, longest=longest, compiled=compile)
     key = {"text": dataset.digest, "dtype": str(dtype), "document_start": document_start, "world": ranks.world}
     key |= {name: getattr(windows, name) for name in ("targets", "window", "stride", "rule")}
     keep = keep or PartialSums(None)
@@ -206,13 +219,13 @@ def evaluate(
         nats=nats,
         tokens=int(tokens),
         bytes=int(nbytes),
-        window=windows.window,
+        window=windows.context,
         stride=windows.stride,
-        label=score_label(dataset, windows, config.eval.document_aware),
+        label=score_label(dataset, windows, within_documents(config)),
         seconds=keep.seconds,
         dtype=str(dtype).removeprefix("torch."),
         partial=sum(len(run) for run, _ in runs) < dataset.val_tokens - 1,
-        document_aware=config.eval.document_aware,
+        document_aware=within_documents(config),
         checks=Checks.of(findings, windows, ranks),
         published_bytes=published,
         published_bpb=bits_per_byte(nats, published) if published else None,
@@ -253,7 +266,9 @@ def score_label(dataset: Dataset, windows: Windows, document_aware: bool) -> str
         notes.append(f"first {windows.targets:,} tokens")
     rule = windows.rule.capitalize()
     unscored = {"first": runs[0][0].start, "last": windows.targets - runs[-1][0].stop}
-    if parts := [f"{side} {count:,}" for side, count in unscored.items() if count]:
+    if windows.rule == "varlen":
+        unscored = {"": windows.targets - windows.num_targets(range(len(windows)))}
+    if parts := [f"{side} {count:,}".strip() for side, count in unscored.items() if count]:
         notes.append(f"{rule}: {' and '.join(parts)} tokens not scored")
     if any(times > 1 for _, times in runs):
         notes.append(f"{rule}: counts the tail's tokens more than once")

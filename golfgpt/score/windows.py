@@ -20,10 +20,12 @@ import torch
 from golfgpt_kernels import token_logprobs
 from torch import Tensor
 
+from golfgpt.data.orders import boundaries
 from golfgpt.errors import InputError
 from golfgpt.model.gpt import GPT, Weights
 from golfgpt.model.linear import Weight
-from golfgpt.published.windows import r4, r4b
+from golfgpt.model.segments import Segments
+from golfgpt.published.windows import VARLEN_SEQUENCES, r4, r4b, varlen
 
 SLAB_TOKENS = 1 << 20
 """Tokens on the device at a time: 16 MiB with their byte counts."""
@@ -43,7 +45,7 @@ def every_token(targets: int, window: int, stride: int) -> tuple[np.ndarray, np.
     return start, np.full_like(start, window), np.append(0, end[:-1]) - start
 
 
-RULES = {"every_token": every_token, "r4": r4, "r4b": r4b}
+RULES = {"every_token": every_token, "r4": r4, "r4b": r4b, "varlen": varlen}
 
 
 class Windows:
@@ -53,17 +55,24 @@ class Windows:
     """
 
     def __init__(self, targets: int, window: int, stride: int, rule: str = "every_token"):
-        if window > targets:
+        if window > targets and rule != "varlen":
             raise InputError(
                 f"eval.window {window} is longer than the text's {targets} target tokens; choose a smaller window"
             )
         self.targets, self.window, self.stride, self.rule = targets, window, stride, rule
         self.table = np.stack(RULES[rule](targets, window, stride))  # (3, n)
+        if not len(self):
+            raise InputError(
+                f"eval.rule {rule} drops all {targets:,} targets: an eighth of them fills no row of {window:,}; "
+                "choose a smaller eval.window or another rule"
+            )
         self.start, self.length, self.first_scored = self.table
+        self.context = window // VARLEN_SEQUENCES if rule == "varlen" else window
+        """Most tokens that a target is predicted from."""
         self.begin, self.end = self.start + self.first_scored, self.start + self.length  # of the scored targets
 
     def __len__(self) -> int:
-        return len(self.start)
+        return self.table.shape[1]
 
     def groups(self, indices: range) -> Iterator[tuple[range, int]]:
         """Consecutive windows among `indices`, in at most three groups (the first, other full ones, short ones), each
@@ -125,8 +134,17 @@ class Scorer:
     """Log probabilities of tokens: hidden states are the model's, the softmax over the vocabulary is not."""
 
     def __init__(
-        self, model: GPT, dtype: torch.dtype, *, document_start: int | None = None, compiled: bool = False
+        self,
+        model: GPT,
+        dtype: torch.dtype,
+        *,
+        document_start: int | None = None,
+        longest: int | None = None,
+        compiled: bool = False,
     ) -> None:
+        """With `document_start` tokens attend within their document only, and with `longest` within pieces of so many
+        tokens of it; then a batch is one row."""
+        self.longest = longest
         self.dtype, self.document_start, self.compiled = dtype, document_start, compiled
         self.vocab_size = model.config.vocab_size
         self.softcap = model.config.logit_softcap
@@ -140,6 +158,10 @@ class Scorer:
 
     def hidden(self, ids: Tensor, num_scored: int) -> Tensor:
         """(b, L) -> (b, num_scored, D)."""
+        if self.longest:
+            edges = torch.from_numpy(boundaries(ids[0].cpu().numpy(), self.document_start, self.longest))
+            segments = Segments.of(edges.to(ids.device), ids.size(1), self.longest, self.dtype)
+            return self._model(ids, dtype=self.dtype, weights=self.weights, segments=segments)
         suffix = None if num_scored == ids.size(1) else num_scored
         return self._model(
             ids, dtype=self.dtype, weights=self.weights, suffix=suffix, document_start=self.document_start
