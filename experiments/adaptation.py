@@ -71,8 +71,8 @@ SGD_LR, LORA_LR = (0.001, 0.003, 0.01, 0.03), (3e-4, 1e-3, 3e-3, 1e-2)
 
 
 def unread(data: Path, folder: Path) -> Path:
-    """A prepared folder, made unless it is there, whose validation text are the last 24 training documents, which belong
-    to no seed from 1 to 4; eight documents before them stand for its training text."""
+    """A prepared folder, made unless it is there. Its validation text are the last 24 training documents, which belong
+    to none of seeds 1 to 4; eight documents before them stand for its training text."""
     if folder.exists():
         return folder
     dataset = Dataset.open(data)

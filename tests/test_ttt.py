@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,11 +32,12 @@ from golfgpt.score.evaluate import evaluate
 from golfgpt.score.ttt import evaluate as adapted_module
 from golfgpt.score.ttt import plan
 from golfgpt.score.ttt.adapter import Step, run
-from golfgpt.score.ttt.evaluate import check_adapted, evaluate_adapted
+from golfgpt.score.ttt.evaluate import check_adapted, evaluate_adapted, learned_shapes
 from golfgpt.score.ttt.ledger import Ledger
 from golfgpt.score.ttt.lora import DocumentLoRA, PhasedLoRA
 from golfgpt.score.ttt.sgd import SGD
 from golfgpt.score.windows import Scorer, Windows
+from golfgpt.train.signals import Signals
 from golfgpt.train.train import train
 
 CPU = Ranks(0, 1, torch.device("cpu"))
@@ -368,6 +371,23 @@ def test_a_run_and_its_scoring_report_both_scores(tiny, tmp_path, capsys):
 # 3 Ranks
 
 
+score_of_ledger = Ledger.score
+
+
+def kills_once(signals: Signals) -> Callable:
+    """`Ledger.score` that gets SIGTERM in the evaluation's second batch, the check's being before it defers signals."""
+
+    def score(self, targets):
+        score.calls += signals.deferred
+        if score.calls == 2:
+            score.calls += 1
+            os.kill(os.getpid(), signal.SIGTERM)
+        score_of_ledger(self, targets)
+
+    score.calls = 0
+    return score
+
+
 def worker(config: RunConfig, folder: str) -> None:
     ranks = distributed.start("cpu")
     with pytest.MonkeyPatch.context() as patch:
@@ -379,6 +399,13 @@ def worker(config: RunConfig, folder: str) -> None:
         for kind in ("sgd", "phased"):
             with pytest.raises((Interrupted, PeerError)) as caught:
                 adapted(config, KINDS[kind], ranks=ranks)
+            out.append(caught.typename)
+        patch.setattr(adapted_module, "run", run)
+        for kind in ("sgd", "lora"):
+            with Signals(Path(folder)) as signals, pytest.raises((Interrupted, PeerError)) as caught:
+                patch.setattr(Ledger, "score", kills_once(signals) if ranks.rank == 1 else Ledger.score)
+                adapted(config, KINDS[kind], ranks=ranks, deferred=signals.deferring("it ends"))
+            patch.setattr(Ledger, "score", score_of_ledger)
             out.append(caught.typename)
     Path(folder, f"out{ranks.rank}").write_text(json.dumps(out))
     ranks.close()
@@ -394,15 +421,40 @@ def test_ranks_divide_a_step_of_sgd_and_not_a_document(world, document_start):
     text[[0, 9, 20, 60, 75, 76, 90]] = 1
     settings = SGDConfig(lr=1.0, epochs=1, momentum=0.0, grad_clip_norm=1e9, chunk_tokens=1000)
 
-    def moved(rank: int, world: int) -> dict[str, torch.Tensor]:
+    def moved(rank: int, world: int, most: int | None = None) -> dict[str, torch.Tensor]:
         ranks = SimpleNamespace(rank=rank, world=world, device=CPU.device, sum_=lambda x: x)
-        sgd = SGD(model, settings, length=16, dtype=torch.float32, ranks=ranks, document_start=document_start)
+        options = {"document_start": document_start, "most": most}
+        sgd = SGD(model, settings, length=16, dtype=torch.float32, ranks=ranks, **options)
         sgd.learn(text, 0, 2)
         return {name: p.detach() - dict(model.named_parameters())[name].detach() for name, p in sgd.params.items()}
 
-    alone, parts = moved(0, 1), [moved(rank, world) for rank in range(world)]
-    for name, whole in alone.items():
-        torch.testing.assert_close(sum(part[name] for part in parts), whole, rtol=1e-4, atol=1e-5)
+    alone = moved(0, 1)
+    for most in (None, 1, 2):
+        parts = [moved(rank, world, most) for rank in range(world)]
+        for name, whole in alone.items():
+            torch.testing.assert_close(sum(part[name] for part in parts), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_forwards_of_sgd_have_most_sequences(monkeypatch):
+    model, text, seen = lively(SMALL), torch.randint(2, 97, (6 * 16 + 1,)), []
+    loss = GPT.loss
+    monkeypatch.setattr(
+        GPT, "loss", lambda self, ids, *args, **kw: seen.append(len(ids)) or loss(self, ids, *args, **kw)
+    )
+    settings = SGDConfig(lr=1.0, epochs=1, batch_sequences=5)
+    SGD(model, settings, length=16, dtype=torch.float32, ranks=CPU, most=2).learn(text, 0, 2)
+    assert seen == [1, 2, 2, 1]
+
+
+def test_attention_is_probed_where_adapters_learn(tiny):
+    def shapes(kind: str, **plan) -> list[tuple[int, ...]]:
+        ttt = TTTConfig(kind=kind, lora=LoRAConfig(rank=4, documents=4, chunk_tokens=16))
+        return learned_shapes(replace(tiny, eval=EvalConfig(window=64, batch_tokens=256, ttt=ttt, **plan)), CPU)
+
+    assert shapes("off") == []
+    assert shapes("sgd") == [(4, 64)] and shapes("sgd", document_aware=True) == [(1, 256, 64)]
+    assert shapes("lora") == [(4, 16), (4, 63), (4, 64)]
+    assert shapes("phased") == [*shapes("lora"), (1, 256, 64)]
 
 
 def test_a_text_with_too_few_documents_for_a_phase_is_refused(tiny, monkeypatch):
@@ -441,8 +493,8 @@ def test_processes_agree_with_one(tiny, monkeypatch, tmp_path, world):
     )
     assert done.returncode == 0, done.stderr
     results = [json.loads((tmp_path / f"out{rank}").read_text()) for rank in range(world)]
-    for rank, (*_, sgd, lora, first, second) in enumerate(results):
-        assert first == second == ("Interrupted" if rank == 1 else "PeerError")
+    for rank, (*_, sgd, lora, a, b, c, d) in enumerate(results):
+        assert a == b == c == d == ("Interrupted" if rank == 1 else "PeerError")
         for got in (sgd, lora):
             assert got["diverged"] and 0 < got["tokens"] < 650
     for i in (4, 5):

@@ -155,7 +155,7 @@ def evaluate(args: Eval) -> int:
     from golfgpt.score.compressors import compressors_bpb
     from golfgpt.score.evaluate import batch_windows, evaluate, open_dataset
     from golfgpt.score.sums import PartialSums
-    from golfgpt.score.ttt.evaluate import check_adapted, evaluate_adapted
+    from golfgpt.score.ttt.evaluate import check_adapted, evaluate_adapted, learned_shapes
     from golfgpt.tables import adapted_lines, score_lines
     from golfgpt.train.attention_backend import select_backend
     from golfgpt.train.compute_dtype import select_dtype
@@ -195,23 +195,30 @@ def evaluate(args: Eval) -> int:
         wanted = "float32" if config.runtime.dtype == "auto" and ranks.device.type == "cpu" else config.runtime.dtype
         choice = select_dtype(wanted, model, config.data, ranks)
         dtype = choice.dtype
-        shape = (batch_windows(config, ranks), config.window)
+        shapes = [(batch_windows(config, ranks), config.window), *learned_shapes(config, ranks)]
         try:
-            attention = select_backend(config.runtime.attention, config.model, [shape], ranks, dtype, backward=adapts)
+            attention = select_backend(config.runtime.attention, config.model, shapes, ranks, dtype, backward=adapts)
         except InputError as error:
             if args.runtime.attention != started.runtime.attention:
                 raise
             reporter.line(f"{error}: numbers may differ from the run's by rounding")
-            attention = select_backend("auto", config.model, [shape], ranks, dtype, backward=adapts)
+            attention = select_backend("auto", config.model, shapes, ranks, dtype, backward=adapts)
         reporter.line(f"device:{ranks.device} dtype:{choice} attention:{attention} data:{config.data.path}")
-        with Signals(folder), choose_kernels(config, ranks):
+        with Signals(folder) as signals, choose_kernels(config, ranks):
             model = model.to(ranks.device)
             score = evaluate(model, dataset, config, ranks, dtype=dtype, progress=reporter.status, keep=keep)
             if adapts:
                 reporter.line(f"{score.label} {score.val_bpb:.4f} without test-time training, which begins now")
                 continues = "starts over"
                 adapted = evaluate_adapted(
-                    model, dataset, config, ranks, dtype=dtype, progress=reporter.status, say=reporter.line
+                    model,
+                    dataset,
+                    config,
+                    ranks,
+                    dtype=dtype,
+                    progress=reporter.status,
+                    say=reporter.line,
+                    deferred=signals.deferring("the adapted score ends where all ranks meet"),
                 )
         known = compressors_bpb(dataset) if ranks.is_main and not score.partial else None
     except Interrupted as error:

@@ -55,6 +55,7 @@ class ModelScorer:
             dtype=self.step.dtype,
             progress=lambda text: self.reporter.status(f"{what}: {text}"),
             say=self.reporter.line,
+            deferred=self.signals.deferring("the adapted score ends where all ranks meet"),
         )
 
     def validate(self, done: int, exporter: Exporter) -> None:

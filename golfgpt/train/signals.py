@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from golfgpt.errors import Interrupted
@@ -22,6 +22,7 @@ class Signals:
         self.caught: list[int] = []
         self.deferred = False
         self.saved = "nothing was trained yet"
+        self.then = "the run is saved and ends after this step"
         self._path = path
 
     def __enter__(self) -> Signals:
@@ -40,13 +41,12 @@ class Signals:
             raise self.interrupted()
         if int(os.environ.get("RANK", 0)) == 0:
             name = signal.Signals(signum).name
-            os.write(2, f"{name}: the run is saved and ends after this step; another {name} ends it now\n".encode())
+            os.write(2, f"{name}: {self.then}; another {name} ends it now\n".encode())
 
     def release(self) -> None:
         """Stop deferring. Raises Interrupted if a signal came after the votes of the last step."""
         self.deferred = False
-        if self.caught:
-            raise self.interrupted()
+        self.raise_caught()
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
@@ -56,6 +56,20 @@ class Signals:
             yield
         finally:
             self.deferred = True
+
+    @contextlib.contextmanager
+    def deferring(self, then: str) -> Iterator[Callable[[], None]]:
+        """Defer signals in the block, telling what happens `then`; gives what raises Interrupted after one."""
+        self.deferred, self.then = True, then
+        try:
+            yield self.raise_caught
+        finally:
+            self.deferred = False
+        self.raise_caught()
+
+    def raise_caught(self) -> None:
+        if self.caught:
+            raise self.interrupted()
 
     def interrupted(self) -> Interrupted:
         """The exception that ends the run. Its message tells what is saved and how to continue."""

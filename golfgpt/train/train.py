@@ -22,7 +22,7 @@ from golfgpt.quant.quantizer import Quantizer
 from golfgpt.score.compressors import compressors_bpb
 from golfgpt.score.evaluate import open_dataset
 from golfgpt.score.sums import PartialSums
-from golfgpt.score.ttt.evaluate import check_adapted
+from golfgpt.score.ttt.evaluate import check_adapted, learned_shapes
 from golfgpt.tables import adapted_lines, score_lines, table
 from golfgpt.train import compile_cache
 from golfgpt.train.attention_backend import Selection, Shape, select_backend
@@ -130,6 +130,7 @@ def choose_attention(config: RunConfig, step: TrainStep) -> Selection:
     data = config.data
     longest = min(data.seq_len, data.row_tokens) if data.order == "packed" else 0
     shapes = [Shape(data.microbatch // data.row_tokens, data.row_tokens, longest), Shape(1, config.window)]
+    shapes += learned_shapes(config, step.ranks)
     return select_backend(config.runtime.attention, config.model, shapes, step.ranks, step.dtype)
 
 

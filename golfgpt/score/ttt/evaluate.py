@@ -7,9 +7,11 @@ steps; what is scored by then is kept, as it is where the learning rate makes th
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
@@ -34,6 +36,8 @@ from golfgpt.score.windows import Scorer, Windows
 
 PUBLISHED = {"sgd": {"lr": 0.005, "epochs": 3}, "phased": {"lr": 0.001, "epochs": 1}}
 """What settings of SGD are by default."""
+_AT_ONCE = contextlib.nullcontext(lambda: None)
+"""Signals raise where they come."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +88,25 @@ def make_adapter(model: GPT, config: RunConfig, dtype: torch.dtype, document_sta
     if ttt.kind == "lora":
         base = functools.partial(prepared, model, dtype)
         return DocumentLoRA(model.config, ttt.lora, base, device=ranks.device, seed=config.seed)
-    sgd = SGD(model, ttt.sgd, length=config.window, dtype=dtype, ranks=ranks, document_start=packed)
+    most = batch_windows(config, ranks)
+    sgd = SGD(model, ttt.sgd, length=config.window, dtype=dtype, ranks=ranks, document_start=packed, most=most)
     if ttt.kind == "sgd":
         return sgd
     return PhasedLoRA(DocumentLoRA(model.config, ttt.lora, sgd.weights, device=ranks.device, seed=config.seed), sgd)
+
+
+def learned_shapes(config: RunConfig, ranks: Ranks) -> list[tuple[int, ...]]:
+    """Some of the shapes in which attention runs backward, as `select_backend` takes them: of LoRAs the first chunk,
+    the window, and an odd length, which the last chunk of a document may have."""
+    ttt, window, out = config.eval.ttt, config.window, []
+    if ttt.kind in ("lora", "phased"):
+        lengths = {ttt.lora.chunk_tokens, window, (window - 1) | 1}
+        out += [(ttt.lora.documents, length) for length in sorted(lengths)]
+    if ttt.kind in ("sgd", "phased"):
+        most = min(batch_windows(config, ranks), ttt.sgd.batch_sequences)
+        packed = ttt.kind == "phased" or config.eval.document_aware
+        out.append((1, most * window, window) if packed else (most, window))
+    return out
 
 
 def evaluate_adapted(
@@ -99,14 +118,16 @@ def evaluate_adapted(
     dtype: torch.dtype,
     progress: Callable[[str], None] = lambda line: None,
     say: Callable[[str], None] = lambda line: None,
+    deferred: AbstractContextManager[Callable[[], None]] = _AT_ONCE,
     make: Make = make_adapter,
 ) -> AdaptedScore:
     """Score the validation split with test-time training as in config.eval.ttt, whose kind is not "off"; `model` stays
     as it is.
 
-    `progress` gets a line every second, `say` one about what is scored where a signal ends it. Raises InputError for a
-    plan that does not fit the text, VerificationError where a check or a proof fails, Interrupted after a signal. A
-    number that is not finite ends it with a score of what was scored before (`diverged`).
+    `progress` gets a line every second, `say` one about what is scored where a signal ends it. On several ranks signals
+    are `deferred` to where all meet, so that none leaves the others in a collective; what it gives raises then. Raises
+    InputError for a plan that does not fit the text, VerificationError where a check or a proof fails, Interrupted
+    after a signal. A number that is not finite ends it with a score of what was scored before (`diverged`).
     """
     began, ttt = time.perf_counter(), config.eval.ttt
     sgd = {name: value for name, value in PUBLISHED.get(ttt.kind, {}).items() if getattr(ttt.sgd, name) is None}
@@ -125,13 +146,14 @@ def evaluate_adapted(
     def late(stop: bool = False) -> bool:
         """Whether the ranks stop here: one wants to, or its clock is over. One that fails adds 1 instead of this."""
         nonlocal ended, stopped
-        over = expired()
-        votes = float(ranks.sum_(torch.tensor(1e-3 if over or stop else 0.0, device=ranks.device)))
+        raise_caught()
+        votes = float(ranks.sum_(torch.tensor(1e-3 * expired() + 1e-6 * stop, device=ranks.device)))
         if votes > 0.99:
             raise PeerError("another rank stopped with an error")
         ended = votes > 0
         if ended and stopped is None:
-            stopped = f"eval.ttt.max_seconds {ttt.max_seconds:g} are over" if over else "another rank stopped"
+            over = votes > 5e-4
+            stopped = f"eval.ttt.max_seconds {ttt.max_seconds:g} are over" if over else "another rank's weights diverge"
         return ended
 
     def so_far() -> str:
@@ -152,27 +174,28 @@ def evaluate_adapted(
         sample = Sample(scorer, planned.short, make_small, text, np.concatenate(tokens), bos)
         found = sample.check(*planned.checked, independent=independence(ttt) == "yes")
     adapter, told = make_for(config, ranks), time.perf_counter()
-    try:
+    with deferred if ranks.world > 1 else _AT_ONCE as raise_caught:
         try:
-            steps = planned.steps(ranks)
-            for batch, logprobs in run(steps, scorer, adapter, ledger, read, ranks, late=late, expired=expired):
-                sums = sums.plus(0, batch, logprobs)
-                if time.perf_counter() - told >= PROGRESS_SECONDS:
-                    told = time.perf_counter()
-                    progress(f"{so_far()} in {told - began:.0f} s of at most {ttt.max_seconds:g}")
-        except NonFiniteError as error:
-            stopped, diverged = str(error), True
-    except PeerError:
-        raise
-    except GolfError as error:
-        if isinstance(error, Interrupted):
-            say(f"interrupted: {so_far()}; the adapted weights are lost, so it starts over")
-        ranks.raise_on_any_rank(error)
-    if not ended:
-        late(stop=diverged)
-    nats, tokens, nbytes = ranks.sum_(sums.values.clone()).tolist()
-    diverged = bool(ranks.sum_(torch.tensor(float(diverged), device=ranks.device)))
-    ledger.merge(ranks)
+            try:
+                steps = planned.steps(ranks)
+                for batch, logprobs in run(steps, scorer, adapter, ledger, read, ranks, late=late, expired=expired):
+                    sums = sums.plus(0, batch, logprobs)
+                    if time.perf_counter() - told >= PROGRESS_SECONDS:
+                        told = time.perf_counter()
+                        progress(f"{so_far()} in {told - began:.0f} s of at most {ttt.max_seconds:g}")
+            except NonFiniteError as error:
+                stopped, diverged = str(error), True
+            if not ended:
+                late(stop=diverged)
+        except PeerError:
+            raise
+        except GolfError as error:
+            if isinstance(error, Interrupted):
+                say(f"interrupted: {so_far()}; the adapted weights are lost, so it starts over")
+            ranks.raise_on_any_rank(error)
+        nats, tokens, nbytes = ranks.sum_(sums.values.clone()).tolist()
+        diverged = bool(ranks.sum_(torch.tensor(float(diverged), device=ranks.device)))
+        ledger.merge(ranks)
     if int(tokens) == targets and not diverged:  # the clock was over in the last step
         stopped = None
     ledger.check(all_scored=stopped is None)
@@ -285,11 +308,13 @@ def _plan(dataset: Dataset, config: RunConfig, windows: Windows, bos: int, most:
     ends = np.cumsum([d.length for d in chosen]).tolist()
     placed = [d._replace(start=end - d.length) for d, end in zip(chosen, ends, strict=True)]
     before, after = placed[1::2], placed[::2]
+    # So that a phase has two chunks or more, and learns from all but the last.
+    chunk_tokens = max(window, min(4 * window, sum(document.length for document in before) // 2))
     learned = {0: before} if ttt.kind == "phased" and before else {}
     return _Plan(
         functools.partial(plan.documents, batches, chunk, config.window, phases=texts),
         functools.partial(plan.documents, [part for part in (before, after) if part], chunk, window, phases=learned),
-        resized(window, 4 * window, documents=len(after)),  # sequences enough for a phase of two chunks and more
+        resized(window, chunk_tokens, documents=len(after)),
         chosen,
         (before, after, chunk),
     )

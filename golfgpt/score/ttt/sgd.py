@@ -14,6 +14,7 @@ Sources: the published scripts of 2026-03-23, 2026-04-06 and, with documents, 20
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -40,11 +41,14 @@ class SGD:
         dtype: torch.dtype,
         ranks: Ranks,
         document_start: int | None = None,
+        most: int | None = None,
     ):
+        """A forward has `most` sequences, or a whole document more; None: all of a step."""
         if config.lr is None or config.epochs is None:
             raise ValueError(f"lr is {config.lr} and epochs {config.epochs}; expected numbers of both")
         self.model, self.config, self.length = model, config, length
         self.dtype, self.ranks, self.document_start = dtype, ranks, document_start
+        self.most = most or config.batch_sequences
         self.params = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
         self.reset()
 
@@ -77,11 +81,13 @@ class SGD:
 
     def _step(self, text: Tensor, batch: range) -> None:
         text = text[batch.start * self.length : batch.stop * self.length + 1]
-        ranks = self.ranks
-        first, last = (self._edge(text, len(batch) * r // ranks.world) for r in (ranks.rank, ranks.rank + 1))
+        rank, world = self.ranks.rank, self.ranks.world
+        pieces = -(-len(batch) // (world * self.most))  # of each rank
+        edges = [self._edge(text, len(batch) * i // (world * pieces)) for i in range(world * pieces + 1)]
         self._optimizer.zero_grad()
-        if first < last:
-            self._loss(text[first : last + 1]).mul((last - first) / (len(text) - 1)).backward()
+        for first, last in pairwise(edges[rank * pieces : (rank + 1) * pieces + 1]):
+            if first < last:
+                self._loss(text[first : last + 1]).mul((last - first) / (len(text) - 1)).backward()
         for p in self.params.values():
             if self.ranks.world > 1:
                 p.grad = self.ranks.sum_(torch.zeros_like(p) if p.grad is None else p.grad)
@@ -91,8 +97,8 @@ class SGD:
         self._optimizer.step()
 
     def _edge(self, text: Tensor, sequences: int) -> int:
-        """Inputs of a batch before the edge between two ranks: so many sequences, and what is left of a document there,
-        which must not lose its beginning."""
+        """Inputs of a batch before the edge between two forwards: so many sequences, and what is left of a document
+        there, which must not lose its beginning."""
         edge = sequences * self.length
         if self.document_start is None or edge == 0:
             return edge
