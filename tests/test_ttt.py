@@ -368,6 +368,20 @@ def test_a_run_and_its_scoring_report_both_scores(tiny, tmp_path, capsys):
     assert json.loads(captured.out)["adapted"]["diverged"] and "whose score is kept" in captured.err
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["sgd", "lora", "phased"])
+def test_compiled_adapted_scores_are_those_of_eager(tiny, monkeypatch, kind):
+    """One form for all lengths of a chunk, so few are compiled."""
+    config = short_documents(replace(tiny, model=replace(tiny.model, num_layers=1)), monkeypatch)
+    eager = adapted(config, KINDS[kind])
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = adapted(replace(config, runtime=replace(config.runtime, compile="on")), KINDS[kind])
+    assert compiled.nats == pytest.approx(eager.nats, rel=1e-4)
+    assert compiled.ledger_sha256 == eager.ledger_sha256
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] < 16
+
+
 # 3 Ranks
 
 

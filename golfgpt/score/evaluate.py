@@ -138,6 +138,11 @@ def within_documents(config: RunConfig) -> bool:
     return config.eval.document_aware or config.eval.rule == "varlen"
 
 
+def compiles(config: RunConfig, ranks: Ranks) -> bool:
+    """Whether forwards are compiled."""
+    return config.runtime.compile == "on" or (config.runtime.compile == "auto" and ranks.device.type == "cuda")
+
+
 def batch_windows(config: RunConfig, ranks: Ranks) -> int:
     """The most windows that one batch holds."""
     if config.eval.rule == "varlen":
@@ -172,10 +177,9 @@ def evaluate(
     batches = math.ceil(len(mine) / batch_windows(config, ranks))
     most = max(1, math.ceil(len(mine) / max(1, batches)))  # even batches: little filling at the end
     document_start = dataset.need_tokenizer().bos_id if within_documents(config) else None
-    compile = config.runtime.compile == "on" or (config.runtime.compile == "auto" and ranks.device.type == "cuda")
     longest = windows.context if windows.rule == "varlen" else None
-    compile = compile and not longest  # its rows have as many boundaries as they have documents
-    scorer = Scorer(model, dtype, document_start=document_start, longest=longest, compiled=compile)
+    compiled = compiles(config, ranks) and not longest  # its rows have as many boundaries as they have documents
+    scorer = Scorer(model, dtype, document_start=document_start, longest=longest, compiled=compiled)
     key = {"text": dataset.digest, "dtype": str(dtype), "document_start": document_start, "world": ranks.world}
     key |= {name: getattr(windows, name) for name in ("targets", "window", "stride", "rule")}
     keep = keep or PartialSums(None)

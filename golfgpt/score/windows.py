@@ -11,6 +11,7 @@ of it there, and each is scored before the next one is cut.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import NamedTuple
@@ -141,15 +142,17 @@ class Scorer:
         document_start: int | None = None,
         longest: int | None = None,
         compiled: bool = False,
+        varied: bool = False,
     ) -> None:
         """With `document_start` tokens attend within their document only, and with `longest` within pieces of so many
-        tokens of it; then a batch is one row."""
-        self.longest = longest
+        tokens of it; then a batch is one row. `varied`: batches have many shapes, and one compiled form serves all
+        lengths."""
+        self.longest, self.varied = longest, varied
         self.dtype, self.document_start, self.compiled = dtype, document_start, compiled
         self.vocab_size = model.config.vocab_size
         self.softcap = model.config.logit_softcap
         self._logits = model.logits
-        self._model = torch.compile(model, dynamic=False, fullgraph=True) if compiled else model
+        self._model = torch.compile(model, dynamic=None if varied else False, fullgraph=True) if compiled else model
         self.use(None, model.head_weight.to(dtype))
 
     def use(self, weights: Weights | None, head: Weight) -> None:
@@ -163,9 +166,15 @@ class Scorer:
             segments = Segments.of(edges.to(ids.device), ids.size(1), self.longest, self.dtype)
             return self._model(ids, dtype=self.dtype, weights=self.weights, segments=segments)
         suffix = None if num_scored == ids.size(1) else num_scored
-        return self._model(
-            ids, dtype=self.dtype, weights=self.weights, suffix=suffix, document_start=self.document_start
+        forward = functools.partial(
+            self._model, ids, dtype=self.dtype, weights=self.weights, suffix=suffix, document_start=self.document_start
         )
+        if not (self.compiled and self.varied):
+            return forward()
+        torch._dynamo.maybe_mark_dynamic(ids, 1)
+        # Forms: suffix or not, gradients or not, one row, as many as at first, or any number; those of the checks too.
+        with torch._dynamo.config.patch(recompile_limit=64):
+            return forward()
 
     def logprobs(self, hidden: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
         """(b, s, D), (b, s), (b, s) -> (b, s) fp32 in nats, 0 where not mask. The fused op has no gradient and takes a

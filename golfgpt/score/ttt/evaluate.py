@@ -24,7 +24,7 @@ from golfgpt.data.shards import Dataset
 from golfgpt.distributed import Ranks
 from golfgpt.errors import GolfError, InputError, Interrupted, NonFiniteError, PeerError, VerificationError
 from golfgpt.model.gpt import GPT
-from golfgpt.score.evaluate import PROGRESS_SECONDS, batch_windows, plan_windows, read_from, score_label
+from golfgpt.score.evaluate import PROGRESS_SECONDS, batch_windows, compiles, plan_windows, read_from, score_label
 from golfgpt.score.sums import Sums
 from golfgpt.score.ttt import plan
 from golfgpt.score.ttt.adapter import Adapter, Step, prepared, run
@@ -89,7 +89,17 @@ def make_adapter(model: GPT, config: RunConfig, dtype: torch.dtype, document_sta
         base = functools.partial(prepared, model, dtype)
         return DocumentLoRA(model.config, ttt.lora, base, device=ranks.device, seed=config.seed)
     most = batch_windows(config, ranks)
-    sgd = SGD(model, ttt.sgd, length=config.window, dtype=dtype, ranks=ranks, document_start=packed, most=most)
+    compiled = compiles(config, ranks) and packed is None
+    sgd = SGD(
+        model,
+        ttt.sgd,
+        length=config.window,
+        dtype=dtype,
+        ranks=ranks,
+        document_start=packed,
+        most=most,
+        compiled=compiled,
+    )
     if ttt.kind == "sgd":
         return sgd
     return PhasedLoRA(DocumentLoRA(model.config, ttt.lora, sgd.weights, device=ranks.device, seed=config.seed), sgd)
@@ -134,9 +144,9 @@ def evaluate_adapted(
     ttt = replace(ttt, sgd=replace(ttt.sgd, **sgd))
     config = replace(config, eval=replace(config.eval, ttt=ttt))
     windows, bos = plan_windows(dataset, config), dataset.need_tokenizer().bos_id
-    aware, compile = config.eval.document_aware, config.runtime.compile
-    compiled = ttt.kind == "sgd" and (compile == "on" or (compile == "auto" and ranks.device.type == "cuda"))
-    scorer = Scorer(model, dtype, document_start=bos if aware and ttt.kind == "sgd" else None, compiled=compiled)
+    aware, compiled, by_windows = config.eval.document_aware, compiles(config, ranks), ttt.kind == "sgd"
+    document_start = bos if aware and by_windows else None
+    scorer = Scorer(model, dtype, document_start=document_start, compiled=compiled, varied=not by_windows)
     read, targets = read_from(dataset, ranks.device), windows.targets
     ledger, sums, stopped, diverged, ended = Ledger(targets), Sums.start(0, ranks.device), None, False, False
 

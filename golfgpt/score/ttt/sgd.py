@@ -42,13 +42,16 @@ class SGD:
         ranks: Ranks,
         document_start: int | None = None,
         most: int | None = None,
+        compiled: bool = False,
     ):
-        """A forward has `most` sequences, or a whole document more; None: all of a step."""
+        """A forward has `most` sequences, or a whole document more; None: all of a step. `compiled` excludes
+        documents, whose rows have many shapes."""
         if config.lr is None or config.epochs is None:
             raise ValueError(f"lr is {config.lr} and epochs {config.epochs}; expected numbers of both")
         self.model, self.config, self.length = model, config, length
         self.dtype, self.ranks, self.document_start = dtype, ranks, document_start
         self.most = most or config.batch_sequences
+        self._model_loss = torch.compile(model.loss, fullgraph=True) if compiled else model.loss
         self.params = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
         self.reset()
 
@@ -109,7 +112,7 @@ class SGD:
         ids, targets = text[:-1], text[1:]
         if self.document_start is None:
             ids, targets = (t.view(-1, self.length) for t in (ids, targets))
-            return self.model.loss(ids, targets, dtype=self.dtype, stand_ins=self.params)
+            return self._model_loss(ids, targets, dtype=self.dtype, stand_ins=self.params)
         edges = torch.from_numpy(boundaries(ids.cpu().numpy(), self.document_start, self.length)).to(ids.device)
         segments = Segments.of(edges, len(ids), self.length, self.dtype)
-        return self.model.loss(ids[None], targets[None], dtype=self.dtype, stand_ins=self.params, segments=segments)
+        return self._model_loss(ids[None], targets[None], dtype=self.dtype, stand_ins=self.params, segments=segments)
