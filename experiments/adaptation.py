@@ -4,7 +4,7 @@
     python -m experiments.adaptation --out DIR --report
 
 The models are those of experiments.penalty without fake quantization, one a seed, in float32; --weights is its OUT, and
-what it lacks is trained. Learning rates are chosen with seed 1 on training documents that no model has read; then every
+what it lacks is trained. Learning rates are chosen with the first seed on training documents that no model has read; then every
 seed is scored on the validation text. A finished score is a line of OUT/adaptation.jsonl; a call goes on with what it
 lacks.
 """
@@ -124,11 +124,11 @@ class Scores:
         return row["bpb"]
 
 
-def chosen(scores: Scores, data: Path) -> dict[str, RunConfig]:
+def chosen(scores: Scores, seed: int, data: Path) -> dict[str, RunConfig]:
     """Kind -> its config with the learning rates that are best on `data`, those of a diverged score aside."""
 
     def best(kind: str, configs: Sequence[RunConfig]) -> RunConfig:
-        return min(configs, key=lambda config: scores(1, kind, config, data, tune=True))
+        return min(configs, key=lambda config: scores(seed, kind, config, data, tune=True))
 
     sgd = best("sgd", [adapted("sgd", sgd={"lr": lr}) for lr in SGD_LR])
     lora = best("lora", [adapted("lora", lora={"lr": lr}) for lr in LORA_LR])
@@ -191,11 +191,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.set_num_threads(1)
         for folder in (args.out, args.weights):
             folder.mkdir(parents=True, exist_ok=True)
+        penalty.train(args.seeds[0], None, args.data, args.weights)
+        scores = Scores(args.out, args.weights)
+        configs = PLAIN | chosen(scores, args.seeds[0], unread(args.data, args.out / "unread"))
         for seed in args.seeds:
             penalty.train(seed, None, args.data, args.weights)
-        scores = Scores(args.out, args.weights)
-        configs = PLAIN | chosen(scores, unread(args.data, args.out / "unread"))
-        for seed in args.seeds:
             for name, config in configs.items():
                 scores(seed, name, config, args.data)
     print(tuning(rows(args.out)), table(rows(args.out)), sep="\n\n")
