@@ -4,9 +4,9 @@
     python -m experiments.adaptation --out DIR --report
 
 The models are those of experiments.penalty without fake quantization, one a seed, in float32; --weights is its OUT, and
-what it lacks is trained. Learning rates are chosen with the first seed on training documents that no model has read; then every
-seed is scored on the validation text. A finished score is a line of OUT/adaptation.jsonl; a call goes on with what it
-lacks.
+what it lacks is trained. Learning rates are chosen with the first seed on training documents that no model has read;
+then every seed is scored on the validation text. A finished score is a line of OUT/adaptation.jsonl; a call goes on
+with what it lacks.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from golfgpt.score.evaluate import evaluate
 from golfgpt.score.ttt.evaluate import evaluate_adapted
 
 RESULTS = "adaptation.jsonl"
-TUNE_TOKENS, TOKENS = 32_768, 65_536
+TUNE_TOKENS, TOKENS = 32_768, 49_152
 STRIDE = 64
 """Of everything but the plain score, and the chunk of the LoRAs: all predict a token from 193 to 256 tokens, as far as
 the text or the document has so many."""
@@ -67,7 +67,7 @@ PLAIN = {
 }
 OWN = {"sgd": "sliding", "lora": "sliding in documents", "phased": "sliding in documents"}
 """Kind -> the score without learning whose contexts are the same."""
-SGD_LR, LORA_LR = (0.001, 0.003, 0.01, 0.03), (3e-4, 1e-3, 3e-3, 1e-2)
+SGD_LR, LORA_LR = (0.001, 0.003, 0.01), (1e-3, 3e-3, 1e-2)
 
 
 def unread(data: Path, folder: Path) -> Path:
@@ -133,7 +133,7 @@ def chosen(scores: Scores, seed: int, data: Path) -> dict[str, RunConfig]:
     sgd = best("sgd", [adapted("sgd", sgd={"lr": lr}) for lr in SGD_LR])
     lora = best("lora", [adapted("lora", lora={"lr": lr}) for lr in LORA_LR])
     rate = {"lr": lora.eval.ttt.lora.lr}
-    phased = best("phased", [adapted("phased", sgd={"lr": lr}, lora=rate) for lr in SGD_LR])
+    phased = best("phased", [adapted("phased", sgd={"lr": lr}, lora=rate) for lr in SGD_LR[:2]])
     return {"sgd": sgd, "lora": lora, "phased": phased}
 
 
