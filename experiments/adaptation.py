@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import time
@@ -67,7 +68,7 @@ PLAIN = {
 }
 OWN = {"sgd": "sliding", "lora": "sliding in documents", "phased": "sliding in documents"}
 """Kind -> the score without learning whose contexts are the same."""
-SGD_LR, LORA_LR = (0.001, 0.003, 0.01), (1e-3, 3e-3, 1e-2)
+SGD_LR, LORA_LR = (3e-4, 0.001, 0.003, 0.01), (0.001, 0.003, 0.01, 0.03)
 
 
 def unread(data: Path, folder: Path) -> Path:
@@ -86,6 +87,10 @@ def unread(data: Path, folder: Path) -> Path:
     return folder
 
 
+T95 = {3: 4.303, 4: 3.182, 5: 2.776}
+"""Number of pairs -> quantile 0.975 of Student's t."""
+
+
 def rows(out: Path) -> list[dict]:
     file = out / RESULTS
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
@@ -98,14 +103,16 @@ class Scores:
         self.out, self.weights, self.lines = out, weights, rows(out)
 
     def __call__(self, seed: int, name: str, config: RunConfig, data: Path, *, tune: bool = False) -> float:
-        """Bits per byte. Adds a line unless there is one of this seed, name and learning rates."""
+        """Bits per byte, infinite where the weights diverge. Adds a line unless there is one of this seed, name and
+        learning rates."""
         sgd, lora = config.eval.ttt.sgd.lr, config.eval.ttt.lora.lr
         key = {"seed": seed, "name": name, "tune": tune}
         key |= {"sgd_lr": sgd if name in ("sgd", "phased") else None}
         key |= {"lora_lr": lora if name in ("lora", "phased") else None}
         for row in self.lines:
-            if key.items() <= row.items():
-                return row["bpb"]
+            whole = row["diverged"] or row["tokens"] == (TUNE_TOKENS if tune else TOKENS)
+            if whole and key.items() <= row.items():
+                return math.inf if row["diverged"] else row["bpb"]
         model, dataset = GPT(BASE.model), Dataset.open(data)
         model.load_state_dict(load_file(penalty.weights_file(self.weights, seed, None)))
         if tune:
@@ -121,11 +128,11 @@ class Scores:
             file.write(json.dumps(row) + "\n")
         print({name: row[name] for name in (*key, "bpb", "cpu_seconds")}, flush=True)
         self.lines.append(row)
-        return row["bpb"]
+        return math.inf if diverged else row["bpb"]
 
 
 def chosen(scores: Scores, seed: int, data: Path) -> dict[str, RunConfig]:
-    """Kind -> its config with the learning rates that are best on `data`, those of a diverged score aside."""
+    """Kind -> its config with the learning rates that are best on `data`."""
 
     def best(kind: str, configs: Sequence[RunConfig]) -> RunConfig:
         return min(configs, key=lambda config: scores(seed, kind, config, data, tune=True))
@@ -150,9 +157,9 @@ def table(lines: Sequence[dict]) -> str:
         if not pairs or name == over:
             return "–"
         mean = f"{statistics.mean(pairs):+.4f}"
-        if len(pairs) < 3:
+        if len(pairs) not in T95:
             return mean
-        half = {3: 4.303, 4: 3.182, 5: 2.776}[len(pairs)] * statistics.stdev(pairs) / len(pairs) ** 0.5
+        half = T95[len(pairs)] * statistics.stdev(pairs) / len(pairs) ** 0.5
         return f"{mean} ± {half:.4f}"
 
     out = []

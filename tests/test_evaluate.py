@@ -226,8 +226,9 @@ def test_varlen_scores_pieces_of_documents_in_the_whole_rows_of_each_eighth(tiny
     windows = Windows(targets, 32 * length, 32 * length, "varlen")
     assert list(map(range, windows.start.tolist(), windows.end.tolist())) == expected and len(expected) == 8
 
+    tiny = replace(tiny, model=replace(tiny.model, rope_reference_len=length))  # no longer sequence is in a row
     got = score(tiny, rule="varlen", window=length, max_tokens=targets)
-    assert got.tokens == 10_240 and got.window == got.checks.max_context == length
+    assert got.tokens == 10_240 and got.window == got.stride == got.checks.max_context == length
     assert got.label == "val_bpb (document-aware) (first 10,999 tokens) (Varlen: 759 tokens not scored)" and got.partial
     assert got.checks.other_document_change == 0.0
     tokens = Dataset.open(corpus).val_ids(0, targets + 1).astype(np.int64)

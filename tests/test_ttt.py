@@ -430,7 +430,7 @@ def worker(config: RunConfig, folder: str) -> None:
 def test_ranks_divide_a_step_of_sgd_and_not_a_document(world, document_start):
     """The parts of the gradient, which a learning rate of 1 shows, sum to that of one rank. A document of 40 tokens
     crosses edges and is cut in the middle of it, as documents longer than a sequence are; SmearGate looks back."""
-    config = replace(SMALL, smear_gate="before_norm", document_start=1)
+    config = replace(SMALL, smear_gate="before_norm", document_start=1, rope_reference_len=16)
     model, text = lively(config), torch.randint(2, 97, (6 * 16 + 1,), generator=torch.Generator().manual_seed(0))
     text[[0, 9, 20, 60, 75, 76, 90]] = 1
     settings = SGDConfig(lr=1.0, epochs=1, momentum=0.0, grad_clip_norm=1e9, chunk_tokens=1000)

@@ -153,7 +153,7 @@ def evaluate(args: Eval) -> int:
     from golfgpt import distributed
     from golfgpt.files import sha256_file, write_json
     from golfgpt.score.compressors import compressors_bpb
-    from golfgpt.score.evaluate import batch_windows, evaluate, open_dataset
+    from golfgpt.score.evaluate import evaluate, open_dataset, scored_shape
     from golfgpt.score.sums import PartialSums
     from golfgpt.score.ttt.evaluate import check_adapted, evaluate_adapted, learned_shapes
     from golfgpt.tables import adapted_lines, score_lines
@@ -195,7 +195,7 @@ def evaluate(args: Eval) -> int:
         wanted = "float32" if config.runtime.dtype == "auto" and ranks.device.type == "cpu" else config.runtime.dtype
         choice = select_dtype(wanted, model, config.data, ranks)
         dtype = choice.dtype
-        shapes = [(batch_windows(config, ranks), config.window), *learned_shapes(config, ranks)]
+        shapes = [scored_shape(config, ranks), *learned_shapes(config, ranks)]
         try:
             attention = select_backend(config.runtime.attention, config.model, shapes, ranks, dtype, backward=adapts)
         except InputError as error:

@@ -143,6 +143,13 @@ def compiles(config: RunConfig, ranks: Ranks) -> bool:
     return config.runtime.compile == "on" or (config.runtime.compile == "auto" and ranks.device.type == "cuda")
 
 
+def scored_shape(config: RunConfig, ranks: Ranks) -> tuple[int, ...]:
+    """The shape of attention in a batch, as `select_backend` takes it."""
+    if config.eval.rule == "varlen":
+        return 1, VARLEN_SEQUENCES * config.window, config.window
+    return batch_windows(config, ranks), config.window
+
+
 def batch_windows(config: RunConfig, ranks: Ranks) -> int:
     """The most windows that one batch holds."""
     if config.eval.rule == "varlen":
@@ -224,7 +231,7 @@ def evaluate(
         tokens=int(tokens),
         bytes=int(nbytes),
         window=windows.context,
-        stride=windows.stride,
+        stride=min(windows.stride, windows.context),
         label=score_label(dataset, windows, within_documents(config)),
         seconds=keep.seconds,
         dtype=str(dtype).removeprefix("torch."),

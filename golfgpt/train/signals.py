@@ -59,13 +59,13 @@ class Signals:
 
     @contextlib.contextmanager
     def deferring(self, then: str) -> Iterator[Callable[[], None]]:
-        """Defer signals in the block, telling what happens `then`; gives what raises Interrupted after one."""
-        self.deferred, self.then = True, then
+        """Defer signals in the block, telling what happens `then`; gives what raises Interrupted after one. Nothing
+        does at the end of the block: what it made is whole."""
+        before, self.deferred, self.then = self.then, True, then
         try:
             yield self.raise_caught
         finally:
-            self.deferred = False
-        self.raise_caught()
+            self.deferred, self.then = False, before
 
     def raise_caught(self) -> None:
         if self.caught:

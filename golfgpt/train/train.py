@@ -20,7 +20,7 @@ from golfgpt.quant.calibration import check_tokens, seconds_needed
 from golfgpt.quant.codecs import require_compressor
 from golfgpt.quant.quantizer import Quantizer
 from golfgpt.score.compressors import compressors_bpb
-from golfgpt.score.evaluate import open_dataset
+from golfgpt.score.evaluate import open_dataset, scored_shape
 from golfgpt.score.sums import PartialSums
 from golfgpt.score.ttt.evaluate import check_adapted, learned_shapes
 from golfgpt.tables import adapted_lines, score_lines, table
@@ -129,8 +129,9 @@ def choose_attention(config: RunConfig, step: TrainStep) -> Selection:
     """Select the attention backend of this process, for training and scoring."""
     data = config.data
     longest = min(data.seq_len, data.row_tokens) if data.order == "packed" else 0
-    shapes = [Shape(data.microbatch // data.row_tokens, data.row_tokens, longest), Shape(1, config.window)]
-    shapes += learned_shapes(config, step.ranks)
+    shapes = [Shape(data.microbatch // data.row_tokens, data.row_tokens, longest)]
+    shapes += [Shape(1, config.window), *learned_shapes(config, step.ranks)]
+    shapes += [Shape(*scored_shape(config, step.ranks))] if config.eval.rule == "varlen" else []
     return select_backend(config.runtime.attention, config.model, shapes, step.ranks, step.dtype)
 
 

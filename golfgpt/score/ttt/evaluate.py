@@ -157,13 +157,14 @@ def evaluate_adapted(
         """Whether the ranks stop here: one wants to, or its clock is over. One that fails adds 1 instead of this."""
         nonlocal ended, stopped
         raise_caught()
-        votes = float(ranks.sum_(torch.tensor(1e-3 * expired() + 1e-6 * stop, device=ranks.device)))
+        votes = float(ranks.sum_(torch.tensor(2.0**-10 * expired() + 2.0**-20 * stop, device=ranks.device)))
         if votes > 0.99:
             raise PeerError("another rank stopped with an error")
         ended = votes > 0
         if ended and stopped is None:
-            over = votes > 5e-4
-            stopped = f"eval.ttt.max_seconds {ttt.max_seconds:g} are over" if over else "another rank's weights diverge"
+            diverging = int(votes * 2**20) % 2**10  # ranks
+            over = f"eval.ttt.max_seconds {ttt.max_seconds:g} are over"
+            stopped = "the weights of another rank diverged" if diverging else over
         return ended
 
     def so_far() -> str:
@@ -183,11 +184,11 @@ def evaluate_adapted(
         make_small = functools.partial(make_for, planned.small)
         sample = Sample(scorer, planned.short, make_small, text, np.concatenate(tokens), bos)
         found = sample.check(*planned.checked, independent=independence(ttt) == "yes")
-    adapter, told = make_for(config, ranks), time.perf_counter()
+    told = time.perf_counter()
     with deferred if ranks.world > 1 else _AT_ONCE as raise_caught:
         try:
             try:
-                steps = planned.steps(ranks)
+                steps, adapter = planned.steps(ranks), make_for(config, ranks)
                 for batch, logprobs in run(steps, scorer, adapter, ledger, read, ranks, late=late, expired=expired):
                     sums = sums.plus(0, batch, logprobs)
                     if time.perf_counter() - told >= PROGRESS_SECONDS:
@@ -318,7 +319,7 @@ def _plan(dataset: Dataset, config: RunConfig, windows: Windows, bos: int, most:
     ends = np.cumsum([d.length for d in chosen]).tolist()
     placed = [d._replace(start=end - d.length) for d, end in zip(chosen, ends, strict=True)]
     before, after = placed[1::2], placed[::2]
-    # So that a phase has two chunks or more, and learns from all but the last.
+    # So that a phase has two chunks or more, if the documents are long enough, and learns from all but the last.
     chunk_tokens = max(window, min(4 * window, sum(document.length for document in before) // 2))
     learned = {0: before} if ttt.kind == "phased" and before else {}
     return _Plan(
