@@ -126,7 +126,7 @@ class GPT(nn.Module):
         weights = self.weights(dtype) if weights is None else weights
         c, length = self.config, ids.size(1)
         past = 0 if cache is None else cache.seen
-        context = segments.longest if segments else length  # of a packed row: what one sequence of it may have
+        context = min(segments.longest, length) if segments else length  # of a packed row: of a sequence in it
         base = c.rope_base_at(context if cache is None else cache.window)
         cos, sin = (t.to(dtype) for t in rope_table(past, length, c.rotated_dims, base, ids.device))
         mask = None if document_start is None else visible(ids, length, document_start)
