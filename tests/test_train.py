@@ -291,7 +291,8 @@ def test_the_cap_stops_before_the_step_that_would_cross(tiny, tmp_path, monkeypa
 
     monkeypatch.setattr(TrainStep, "sum", slow)
     monkeypatch.setattr("golfgpt.train.train.Ledger", lambda: Ledger(now=lambda: clock[0]))
-    config = replace(tiny, schedule=ScheduleConfig(max_steps=100_000, max_seconds=0.65))
+    runtime = replace(tiny.runtime, compile="off")
+    config = replace(tiny, runtime=runtime, schedule=ScheduleConfig(max_steps=100_000, max_seconds=0.65))
     result = train(config, tmp_path / "run")
     assert result["steps"] == 32 and result["seconds"]["train"] == pytest.approx(0.64)
     assert "stopping_early: wallclock_cap" in (tmp_path / "run" / "train.log").read_text()
@@ -315,7 +316,8 @@ def test_a_slow_first_step_is_no_measure_of_the_others(tiny, tmp_path, monkeypat
     monkeypatch.setattr(TrainStep, "sum", slow)
     monkeypatch.setattr(TrainStep, "ahead", ahead)
     monkeypatch.setattr("golfgpt.train.train.Ledger", lambda: Ledger(now=lambda: clock[0]))
-    config = replace(tiny, schedule=ScheduleConfig(max_steps=30, max_seconds=9.0))
+    runtime = replace(tiny.runtime, compile="off")  # trials of a kept compiled form would move the clock
+    config = replace(tiny, runtime=runtime, schedule=ScheduleConfig(max_steps=30, max_seconds=9.0))
     assert train(config, tmp_path / "run")["steps"] == 30
     for step, (expected, true) in seen.items():
         if step != 1 or not ahead:
