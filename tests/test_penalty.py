@@ -1,4 +1,5 @@
-"""experiments/penalty.py and vocabularies.py: what their runs share, equal bytes, tables. Nothing is trained."""
+"""experiments/penalty.py, vocabularies.py and adaptation.py: what their runs share, equal bytes, tables. Nothing is
+trained."""
 
 from __future__ import annotations
 
@@ -7,10 +8,11 @@ from math import log2
 
 import pytest
 
-from experiments import penalty, vocabularies
+from experiments import adaptation, penalty, vocabularies
 from experiments.penalty import BITS, FORK, STEPS, as_large, run_config
 from golfgpt.config import differences
 from golfgpt.data.shards import Dataset
+from golfgpt.errors import InputError
 from golfgpt.optim.schedule import quantization_aware
 from golfgpt.quant.budget import forecast_bytes
 from golfgpt.quant.quantizer import Quantizer
@@ -64,3 +66,37 @@ def test_vocabularies_are_compared_by_seed():
     ]
     last = vocabularies.table(lines).splitlines()[-1]
     assert "+0.1000" in last and last.startswith("| b | 2 |")
+
+
+def adapted(**cells) -> dict:
+    row = dict(seed=1, name="lora", tune=True, sgd_lr=None, lora_lr=None, tokens=adaptation.TUNE_TOKENS)
+    return row | dict(diverged=False, bpb=2.0, cpu_seconds=8.0) | cells
+
+
+def test_learning_rates_of_diverged_scores_are_not_chosen(tmp_path):
+    """Nor is a line of other text taken for a score."""
+    lines = [adapted(name="sgd", sgd_lr=lr, bpb=2.0 + lr) for lr in adaptation.SGD_LR]
+    lines += [adapted(lora_lr=lr, bpb=2.0 - lr) for lr in adaptation.LORA_LR]
+    lines[-1] |= dict(diverged=True, tokens=64)
+    best = adaptation.LORA_LR[-2]
+    lines += [adapted(name="phased", sgd_lr=lr, lora_lr=best, bpb=2.0 - lr) for lr in adaptation.SGD_LR[:2]]
+    scores = adaptation.Scores(tmp_path, tmp_path)
+    scores.lines = lines
+    found = adaptation.chosen(scores, 1, tmp_path)
+    assert found["sgd"].eval.ttt.sgd.lr == adaptation.SGD_LR[0]
+    assert found["lora"].eval.ttt.lora.lr == best == found["phased"].eval.ttt.lora.lr
+    assert found["phased"].eval.ttt.sgd.lr == adaptation.SGD_LR[1]
+    lines[0] |= dict(tokens=adaptation.TOKENS)
+    with pytest.raises(InputError, match="holds no"):  # it would be scored
+        adaptation.chosen(scores, 1, tmp_path)
+
+
+def test_gains_of_adaptation_are_paired_and_have_an_interval():
+    scores = {"plain": (2.0, 2.1, 2.2), "sliding in documents": (1.9, 2.0, 2.1), "lora": (1.85, 1.96, 2.07)}
+    lines = [
+        adapted(name=name, seed=seed, bpb=bpb, tune=False, cpu_seconds=4.0 if name == "plain" else 8.0)
+        for name, values in scores.items()
+        for seed, bpb in enumerate(values)
+    ]
+    last = adaptation.table(lines).splitlines()[-1]
+    assert last == "| lora | 3 | 1.9600 | +0.1400 ± 0.0248 | +0.0400 ± 0.0248 | 8 | 2.0 |"

@@ -402,6 +402,10 @@ def kills_once(signals: Signals) -> Callable:
     return score
 
 
+def diverges(self, scored):
+    raise NonFiniteError("not finite")
+
+
 def worker(config: RunConfig, folder: str) -> None:
     ranks = distributed.start("cpu")
     with pytest.MonkeyPatch.context() as patch:
@@ -415,6 +419,11 @@ def worker(config: RunConfig, folder: str) -> None:
                 adapted(config, KINDS[kind], ranks=ranks)
             out.append(caught.typename)
         patch.setattr(adapted_module, "run", run)
+        with pytest.MonkeyPatch.context() as alone:
+            if ranks.rank == 1:
+                alone.setattr(DocumentLoRA, "adapt", diverges)
+            got = adapted(config, KINDS["lora"], ranks=ranks)
+            out.append([got.stopped, got.diverged])
         for kind in ("sgd", "lora"):
             with Signals(Path(folder)) as signals, pytest.raises((Interrupted, PeerError)) as caught:
                 patch.setattr(Ledger, "score", kills_once(signals) if ranks.rank == 1 else Ledger.score)
@@ -507,7 +516,8 @@ def test_processes_agree_with_one(tiny, monkeypatch, tmp_path, world):
     )
     assert done.returncode == 0, done.stderr
     results = [json.loads((tmp_path / f"out{rank}").read_text()) for rank in range(world)]
-    for rank, (*_, sgd, lora, a, b, c, d) in enumerate(results):
+    for rank, (*_, sgd, lora, a, b, halted, c, d) in enumerate(results):
+        assert halted == ["the weights of another rank diverged" if rank != 1 else "not finite", True]
         assert a == b == c == d == ("Interrupted" if rank == 1 else "PeerError")
         for got in (sgd, lora):
             assert got["diverged"] and 0 < got["tokens"] < 650

@@ -12,7 +12,7 @@ of it there, and each is scored before the next one is cut.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -52,7 +52,7 @@ RULES = {"every_token": every_token, "r4": r4, "r4b": r4b, "varlen": varlen}
 class Windows:
     """The n windows of `rule` over `targets` targets, L = `window` tokens long and S = `stride` <= L apart.
 
-    Raises InputError for a window longer than the text.
+    Raises InputError for a window longer than the text, and for a rule that drops all of it.
     """
 
     def __init__(self, targets: int, window: int, stride: int, rule: str = "every_token"):
@@ -171,10 +171,7 @@ class Scorer:
         )
         if not (self.compiled and self.varied):
             return forward()
-        torch._dynamo.maybe_mark_dynamic(ids, 1)
-        # Forms: suffix or not, gradients or not, one row, as many as at first, or any number; those of the checks too.
-        with torch._dynamo.config.patch(recompile_limit=64):
-            return forward()
+        return call_varied(forward, [(ids, 1)])
 
     def logprobs(self, hidden: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
         """(b, s, D), (b, s), (b, s) -> (b, s) fp32 in nats, 0 where not mask. The fused op has no gradient and takes a
@@ -187,6 +184,15 @@ class Scorer:
     def __call__(self, batch: Batch) -> Tensor:
         """Log probabilities (b, s) of the scored targets."""
         return self.logprobs(self.hidden(batch.ids, batch.targets.size(1)), batch.targets, batch.scored)
+
+
+def call_varied(compiled: Callable[[], Tensor], varies: Sequence[tuple[Tensor, int]]) -> Tensor:
+    """Call what is `compiled` with one form for all sizes of the given dimensions of its inputs."""
+    for tensor, dim in varies:
+        torch._dynamo.maybe_mark_dynamic(tensor, dim)
+    # Others: suffix or not, gradients or not, one row, as many as at first, or any number; those of the checks too.
+    with torch._dynamo.config.patch(recompile_limit=64):
+        return compiled()
 
 
 def score_windows(

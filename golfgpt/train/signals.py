@@ -68,6 +68,7 @@ class Signals:
             self.deferred, self.then = False, before
 
     def raise_caught(self) -> None:
+        """Raises Interrupted if a signal came."""
         if self.caught:
             raise self.interrupted()
 

@@ -81,24 +81,26 @@ class AdaptedScore:
 Make = Callable[[GPT, RunConfig, torch.dtype, int, Ranks], Adapter]
 
 
+def _learns_in_documents(config: RunConfig) -> bool:
+    """Whether SGD learns from rows of documents, not from sequences that cross them."""
+    return config.eval.ttt.kind == "phased" or config.eval.document_aware
+
+
 def make_adapter(model: GPT, config: RunConfig, dtype: torch.dtype, document_start: int, ranks: Ranks) -> Adapter:
     """The adapter of config.eval.ttt. It gets no text."""
     ttt = config.eval.ttt
-    packed = document_start if ttt.kind == "phased" or config.eval.document_aware else None
     if ttt.kind == "lora":
         base = functools.partial(prepared, model, dtype)
         return DocumentLoRA(model.config, ttt.lora, base, device=ranks.device, seed=config.seed)
-    most = batch_windows(config, ranks)
-    compiled = compiles(config, ranks) and packed is None
     sgd = SGD(
         model,
         ttt.sgd,
         length=config.window,
         dtype=dtype,
         ranks=ranks,
-        document_start=packed,
-        most=most,
-        compiled=compiled,
+        document_start=document_start if _learns_in_documents(config) else None,
+        most=batch_windows(config, ranks),
+        compiled=compiles(config, ranks),
     )
     if ttt.kind == "sgd":
         return sgd
@@ -114,8 +116,7 @@ def learned_shapes(config: RunConfig, ranks: Ranks) -> list[tuple[int, ...]]:
         out += [(ttt.lora.documents, length) for length in sorted(lengths)]
     if ttt.kind in ("sgd", "phased"):
         most = min(batch_windows(config, ranks), ttt.sgd.batch_sequences)
-        packed = ttt.kind == "phased" or config.eval.document_aware
-        out.append((1, most * window, window) if packed else (most, window))
+        out.append((1, most * window, window) if _learns_in_documents(config) else (most, window))
     return out
 
 

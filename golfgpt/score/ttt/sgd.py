@@ -13,6 +13,7 @@ Sources: the published scripts of 2026-03-23, 2026-04-06 and, with documents, 20
 
 from __future__ import annotations
 
+import functools
 import math
 from itertools import pairwise
 
@@ -26,6 +27,7 @@ from golfgpt.errors import NonFiniteError
 from golfgpt.model.gpt import GPT
 from golfgpt.model.segments import Segments
 from golfgpt.score.ttt.adapter import Adapted, Scored, prepared
+from golfgpt.score.windows import call_varied
 
 
 class SGD:
@@ -44,13 +46,13 @@ class SGD:
         most: int | None = None,
         compiled: bool = False,
     ):
-        """A forward has `most` sequences, or a whole document more; None: all of a step. `compiled` excludes
-        documents, whose rows have many shapes."""
+        """A forward has `most` sequences, or a whole document more; None: all of a step."""
         if config.lr is None or config.epochs is None:
             raise ValueError(f"lr is {config.lr} and epochs {config.epochs}; expected numbers of both")
         self.model, self.config, self.length = model, config, length
         self.dtype, self.ranks, self.document_start = dtype, ranks, document_start
         self.most = most or config.batch_sequences
+        self.compiled = compiled
         self._model_loss = torch.compile(model.loss, fullgraph=True) if compiled else model.loss
         self.params = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
         self.reset()
@@ -115,4 +117,11 @@ class SGD:
             return self._model_loss(ids, targets, dtype=self.dtype, stand_ins=self.params)
         edges = torch.from_numpy(boundaries(ids.cpu().numpy(), self.document_start, self.length)).to(ids.device)
         segments = Segments.of(edges, len(ids), self.length, self.dtype)
-        return self._model_loss(ids[None], targets[None], dtype=self.dtype, stand_ins=self.params, segments=segments)
+        ids, targets = ids[None], targets[None]
+        loss = functools.partial(
+            self._model_loss, ids, targets, dtype=self.dtype, stand_ins=self.params, segments=segments
+        )
+        if not self.compiled:
+            return loss()
+        masks = [] if segments.mask is None else [(segments.mask, 0)]
+        return call_varied(loss, [(ids, 1), (targets, 1), (edges, 0), *masks])
