@@ -9,11 +9,19 @@ train = [
     "filelock>=3.13",
     "huggingface_hub>=1.0",
     "numpy>=1.26",
+    "python-minifier>=3.0",  # the counted train_gpt.py
     "rich>=13",
     "safetensors>=0.5",
     "sentencepiece>=0.2.3",  # offset_mapping
     "tyro>=1.0",
     "zstandard>=0.23",
+]
+tools = [
+    "jinja2>=3.1",  # report
+    "jsonschema>=4.20",  # submit
+    "matplotlib>=3.9",  # report
+    "optuna>=5.0",  # sweep
+    "scipy>=1.13",  # compare
 ]
 
 setup(
@@ -33,14 +41,21 @@ setup(
     ],
     extras_require={
         "train": train,
+        "tools": [*train, *tools],
+        "hf": [*train, "transformers>=5.0"],
+        "tensorboard": [*train, "tensorboard>=2.18"],
+        "trackio": [*train, "trackio>=0.20"],
+        "wandb": [*train, "wandb>=0.20"],
         "test": [
             *train,
+            *tools,
             "hypothesis>=6.100",
-            "matplotlib>=3.9",
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.9",
             "setuptools>=77",
+            "tensorboard>=2.18",
+            "transformers>=5.0",
         ],
         "bench": [
             *train,

@@ -9,11 +9,25 @@
 Every message names what was received and what to do about it.
 """
 
+EXTRAS = {
+    "jinja2": "tools",
+    "jsonschema": "tools",
+    "matplotlib": "tools",
+    "optuna": "tools",
+    "scipy": "tools",
+    "tensorboard": "tensorboard",
+    "trackio": "trackio",
+    "transformers": "hf",
+    "wandb": "wandb",
+}
+"""The extra of setup.py that brings a package that [train] lacks."""
+
 
 def missing_package(error: ImportError) -> str | None:
     """What to install, where `error` means that something outside this distribution is missing or too old."""
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("golfgpt"):
-        return f'{error.name} is not installed: pip install "golfgpt[train]"'
+        package = error.name.split(".")[0]
+        return f'{package} is not installed: pip install "golfgpt[{EXTRAS.get(package, "train")}]"'
     # golfgpt_kernels' own sentence about torch has its name and no path, unlike an import that failed inside it.
     return str(error) if error.name == "golfgpt_kernels" and error.path is None else None
 

@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from golfgpt.config import DataConfig
 from golfgpt.data.shards import Dataset
 from golfgpt.distributed import Ranks
+from golfgpt.runs import read_config
 from golfgpt.train import compute_dtype
 from golfgpt.train.compute_dtype import DtypeChoice, select_dtype
-from golfgpt.train.run_folder import read_config
 from golfgpt.train.step import TrainStep
 from golfgpt.train.train import train
 

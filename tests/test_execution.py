@@ -15,11 +15,11 @@ from golfgpt.config import RuntimeConfig
 from golfgpt.data.shards import Dataset
 from golfgpt.distributed import Ranks
 from golfgpt.errors import InputError, Interrupted
+from golfgpt.runs import read_config
 from golfgpt.train import execution
 from golfgpt.train.attention_backend import Selection
 from golfgpt.train.children import verdicts
 from golfgpt.train.execution import Alternative, Trials, alternatives, available, select_execution
-from golfgpt.train.run_folder import read_config
 from golfgpt.train.step import TrainStep
 from golfgpt.train.train import train
 

@@ -63,7 +63,7 @@ def test_no_message_names_a_command_of_the_checkout(path):
 LAYERS = (
     {"errors", "files", "distributed", "fields"},
     {"config"},
-    {"bpb", "data"},
+    {"bpb", "data", "runs"},
     {"recipes", "model"},
     {"published", "quant"},
     {"optim", "score"},

@@ -19,8 +19,9 @@ from golfgpt.config import BudgetConfig, DataConfig, ScheduleConfig, to_dict
 from golfgpt.distributed import Ranks
 from golfgpt.errors import BusyError, InputError, Interrupted
 from golfgpt.model.gpt import GPT
+from golfgpt.runs import read_config
 from golfgpt.train import checkpoint
-from golfgpt.train.run_folder import RunFolder, read_config
+from golfgpt.train.run_folder import RunFolder
 from golfgpt.train.step import TrainStep
 from golfgpt.train.train import train
 
@@ -142,7 +143,7 @@ def test_full_disk_during_training_is_a_warning(tiny, tmp_path, monkeypatch):
 
 
 def test_run_config_is_what_the_folder_holds(tiny, tmp_path):
-    from golfgpt.train.run_folder import read_config
+    from golfgpt.runs import read_config
 
     folder = RunFolder.create(tmp_path / "run", tiny, b"")
     folder.close()

@@ -13,6 +13,7 @@ import tyro
 
 from golfgpt.config import RunConfig
 from golfgpt.errors import InputError
+from golfgpt.runs import read_config
 
 RUNS = Path("runs")
 Config = Annotated[RunConfig, tyro.conf.arg(name="")]
@@ -20,8 +21,6 @@ Config = Annotated[RunConfig, tyro.conf.arg(name="")]
 
 def stored_config(path: Path) -> RunConfig:
     """The config that a run was started with."""
-    from golfgpt.train.run_folder import read_config
-
     return read_config(path.parent if path.is_file() else path)
 
 

@@ -31,8 +31,8 @@ def inspect(args: Inspect) -> int:
     from golfgpt.files import sha256_file
     from golfgpt.model.plan import layer_plan
     from golfgpt.quant import artifact
+    from golfgpt.runs import artifact_file
     from golfgpt.tables import table, tensor_table
-    from golfgpt.train.run_folder import artifact_file
 
     file = artifact_file(args.artifact)
     info = artifact.inspect(file)
@@ -125,8 +125,8 @@ def _budget_of_artifact(path: Path, as_json: bool, config: RunConfig) -> int:
     """Print the exact bytes of a file. Raises BudgetError if they are over the cap."""
     from golfgpt.quant import artifact
     from golfgpt.quant.budget import budget_report, check_budget
+    from golfgpt.runs import artifact_file
     from golfgpt.tables import budget_lines, tensor_table
-    from golfgpt.train.run_folder import artifact_file
 
     started = stored_config(path) if path.is_dir() else RunConfig()
     if changed := [d for d in differences(started, config) if not d.startswith("budget.")]:
@@ -175,8 +175,9 @@ def export(args: Export) -> int:
     from golfgpt.published.names import to_published
     from golfgpt.quant import artifact
     from golfgpt.quant.quantizer import Quantizer
+    from golfgpt.runs import artifact_file
     from golfgpt.tables import tensor_table
-    from golfgpt.train.run_folder import artifact_file, trained_weights
+    from golfgpt.train.run_folder import trained_weights
 
     folder = args.run.parent if args.run.is_file() else args.run
     whole = not args.run.is_file() or (args.run.name == "model.golf" and (folder / "config.json").exists())

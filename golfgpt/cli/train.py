@@ -152,6 +152,7 @@ def evaluate(args: Eval) -> int:
 
     from golfgpt import distributed
     from golfgpt.files import sha256_file, write_json
+    from golfgpt.runs import artifact_file
     from golfgpt.score.compressors import compressors_bpb
     from golfgpt.score.evaluate import evaluate, open_dataset, scored_shape
     from golfgpt.score.sums import PartialSums
@@ -162,7 +163,7 @@ def evaluate(args: Eval) -> int:
     from golfgpt.train.execution import available
     from golfgpt.train.kernels import choose_kernels
     from golfgpt.train.reporter import Reporter
-    from golfgpt.train.run_folder import artifact_file, load
+    from golfgpt.train.run_folder import load
     from golfgpt.train.signals import Signals
 
     started = stored_config(args.run)
@@ -268,7 +269,8 @@ def sample(args: Sample) -> int:
     import torch
 
     from golfgpt.quant import artifact
-    from golfgpt.train.run_folder import artifact_file, load
+    from golfgpt.runs import artifact_file
+    from golfgpt.train.run_folder import load
 
     for name, value, low, high in (
         ("tokens", args.tokens, 1, 10**6),

@@ -21,7 +21,7 @@ import filelock
 import torch
 from torch import Tensor, nn
 
-from golfgpt.config import RunConfig, from_dict, to_dict
+from golfgpt.config import RunConfig
 from golfgpt.data.tokenizer import Tokenizer
 from golfgpt.errors import BusyError, InputError
 from golfgpt.files import write_bytes, write_json
@@ -29,10 +29,8 @@ from golfgpt.model.gpt import GPT
 from golfgpt.model.parameters import of_kind, parameter_table
 from golfgpt.optim.averaging import Average
 from golfgpt.quant import artifact
+from golfgpt.runs import artifact_file, read_config, write_config
 from golfgpt.train import checkpoint
-
-FORMAT = 4
-"""Of config.json; runs without one count as 1. A release with new or changed fields of RunConfig raises it."""
 
 
 class RunFolder:
@@ -104,29 +102,6 @@ class RunFolder:
         self._lock.release()
 
 
-def write_config(path: Path, config: RunConfig) -> None:
-    write_json(path / "config.json", {"format": FORMAT, **to_dict(config)})
-
-
-def read_config(path: Path) -> RunConfig:
-    """The resolved config of the run in `path`. Raises InputError if it is missing, of another format or not valid."""
-    file = path / "config.json"
-    if not file.is_file():
-        raise InputError(
-            f"{path} holds no run: there is no {file}; expected a folder that golfgpt train or import created"
-        )
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        found = values.pop("format", 1) if isinstance(values, dict) else FORMAT
-        if found != FORMAT:
-            raise ValueError(
-                f"the run has format {found!r}, expected {FORMAT}: use the version of golfgpt that wrote it (env.json)"
-            )
-        return from_dict(RunConfig, values)
-    except (ValueError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: {error}") from error
-
-
 def environment() -> dict[str, Any]:
     """What is needed to repeat the run: versions, hardware, command, time."""
     cuda = torch.cuda.is_available()
@@ -141,16 +116,6 @@ def environment() -> dict[str, Any]:
         "world_size": int(os.environ.get("WORLD_SIZE", 1)),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-
-
-def artifact_file(path: Path) -> Path:
-    """The artifact of a run folder, or `path` itself if it is a file. Raises InputError if there is none."""
-    file = path / "model.golf" if path.is_dir() else path
-    if not file.is_file():
-        finish = f"; finish the run with golfgpt train --resume {path}"
-        hint = finish if (path / "config.json").exists() else "; expected a run folder or a .golf file"
-        raise InputError(f"there is no {file}{hint}")
-    return file
 
 
 def load(path: str | os.PathLike) -> tuple[GPT, Tokenizer]:

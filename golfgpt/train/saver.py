@@ -11,10 +11,11 @@ from golfgpt.config import RunConfig, differences, from_dict, to_dict
 from golfgpt.data.shards import Dataset
 from golfgpt.errors import InputError, NonFiniteError
 from golfgpt.quant.quantizer import Quantizer
+from golfgpt.runs import read_config, write_config
 from golfgpt.train import checkpoint
 from golfgpt.train.clock import Ledger
 from golfgpt.train.reporter import Reporter
-from golfgpt.train.run_folder import RunFolder, read_config, write_config
+from golfgpt.train.run_folder import RunFolder
 from golfgpt.train.signals import Signals
 from golfgpt.train.step import TrainStep
 

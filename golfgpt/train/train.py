@@ -19,6 +19,7 @@ from golfgpt.quant.budget import budget_report, check_budget, fitted
 from golfgpt.quant.calibration import check_tokens, seconds_needed
 from golfgpt.quant.codecs import require_compressor
 from golfgpt.quant.quantizer import Quantizer
+from golfgpt.runs import write_config
 from golfgpt.score.compressors import compressors_bpb
 from golfgpt.score.evaluate import open_dataset, scored_shape
 from golfgpt.score.sums import PartialSums
@@ -34,7 +35,7 @@ from golfgpt.train.loop import Loop
 from golfgpt.train.memory import memory_advice
 from golfgpt.train.progress import Progress, announce
 from golfgpt.train.reporter import Reporter
-from golfgpt.train.run_folder import RunFolder, write_config
+from golfgpt.train.run_folder import RunFolder
 from golfgpt.train.saver import Saver
 from golfgpt.train.score import ModelScorer
 from golfgpt.train.signals import Signals
