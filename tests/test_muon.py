@@ -394,11 +394,11 @@ def test_projections_by_adam_as_published(sharded):
     model = GPT(replace(SMALL, bigram=BigramConfig(rows=20, dim=8), value_embedding=values))
     config = OptimConfig(projections="adam", weight_decay=0.5, scalar_weight_decay=0.25)
     flat = FlatGradients(
-        model, Ranks(0, 2, torch.device("cpu")), sharded=sharded, control=0, matrices=by_muon(model, config)
+        model, Ranks(0, 2, torch.device("cpu")), sharded=sharded, control=0, matrices=by_muon(model.table, config)
     )
     optimizers = Optimizers(model, config, flat)
     control = next(group for group in optimizers.adam.param_groups if group["weight_decay"] == 0.25)
     members = {id(p) for p in control["params"]}
     assert {id(model.bigram_proj), id(model.value_proj), id(model.q_gain)} <= members
     assert not {"bigram_proj", "value_proj"} & {name for stack in flat.stacks for name in stack.names}
-    assert set(by_muon(model, OptimConfig())) - set(by_muon(model, config)) == {"bigram_proj", "value_proj"}
+    assert set(by_muon(model.table, OptimConfig())) - set(by_muon(model.table, config)) == {"bigram_proj", "value_proj"}

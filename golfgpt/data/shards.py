@@ -152,6 +152,17 @@ class Dataset:
         self._check_copies()
         return self
 
+    @classmethod
+    def bare(cls, path: str | os.PathLike) -> Dataset:
+        """The shards and the tokenizer of a folder alone; bytes are counted with the tokenizer."""
+        self = cls()
+        self.path, self.manifest, self.sidecars, self.published = Path(path), None, None, []
+        self.train_files = sorted(self.path.glob("*_train_*.bin"))
+        self.val_files = sorted({*self.path.glob("*_val_*.bin")} - {*self.path.glob("*_val_bytes_*.bin")})
+        self.train, self.val = [*map(open_shard, self.train_files)], [*map(open_shard, self.val_files)]
+        self.tokenizer = self._find_tokenizer()
+        return self
+
     def _open_sidecars(self) -> list[np.ndarray] | None:
         paths = [file.with_suffix(".bytes") for file in self.val_files]
         if not any(path.exists() for path in paths):

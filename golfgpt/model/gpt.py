@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from golfgpt_kernels import softcap_cross_entropy
@@ -145,16 +146,15 @@ class GPT(nn.Module):
             x, lane = layer((x, lane), x0, skip, weights.at(i, planned.row), i, planned, tokens, last)
             if i in sources:
                 outputs[i] = x
-        if lane is not None:
+        if c.parallel.kind in ("merged", "routed"):
             x = self._one_stream(x, lane, weights.model)
         if cache is not None:
             cache.seen += length
         return rms_norm(x)
 
-    @staticmethod
-    def _skip(output: Tensor, row: int, weights: Mapping[str, Tensor]) -> Skip:
+    def _skip(self, output: Tensor, row: int, weights: Mapping[str, Tensor]) -> Skip:
         weight = weights["skip_weights"][row]
-        if "skip_gates" not in weights:
+        if not self.config.skip_gates:
             return Skip(output, torch.ones_like(weight), weight)
         gate = weights["skip_gates"][row].sigmoid()
         return Skip(output, gate, (1 - gate) * weight)
@@ -194,4 +194,6 @@ class GPT(nn.Module):
             linear(hidden, self.head_weight.to(hidden.dtype) if head is None else head).float() / cap
         )
 
-    generate = generate
+    def generate(self, ids: Tensor, max_new_tokens: int, **options: Any) -> list[int]:
+        """`golfgpt.model.generate.generate` of this model."""
+        return generate(self, ids, max_new_tokens, **options)

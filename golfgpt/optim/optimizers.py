@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from golfgpt.config import OptimConfig
 from golfgpt.model.gpt import GPT
-from golfgpt.model.parameters import of_kind
+from golfgpt.model.parameters import Param, of_kind
 from golfgpt.optim.flat import FlatGradients
 from golfgpt.quant.compute_copies import ComputeCopies
 
@@ -154,9 +154,9 @@ class Muon(torch.optim.Optimizer):
         if group["variance_beta"]:
             updates = [self._equalize(p, o, group["variance_beta"], ok) for p, o in zip(params, updates, strict=True)]
         decay, lr = group["weight_decay"], _scalar(group["lr"], params[0].device)
-        if isinstance(decay, Tensor):
+        tapers = isinstance(decay, Tensor)
+        if tapers:
             torch._foreach_mul_(params, 1 - lr * decay * (1.0 if ok is None else ok))
-            decay = 0.0
         of = dict(zip(params, updates, strict=True))
         for copied in (True, False):
             members = [p for p in params if (p in self.compute_copies) == copied]
@@ -167,7 +167,7 @@ class Muon(torch.optim.Optimizer):
                 [of[p] for p in members],
                 lr,
                 scales=[max(1.0, p.size(-2) / p.size(-1)) ** 0.5 for p in members],
-                weight_decay=decay,
+                weight_decay=0.0 if tapers else decay,
                 compute_copies=[self.compute_copies[p] for p in members] if copied else None,
                 specs=[self.quantizers.get(p) for p in members],
                 enabled=self.enabled,
@@ -187,10 +187,9 @@ class Muon(torch.optim.Optimizer):
         return scaled * (norms[0] / norms[1].clamp_min(1e-10))[..., None, None]
 
 
-def by_muon(model: GPT, config: OptimConfig) -> list[str]:
+def by_muon(table: Mapping[str, Param], config: OptimConfig) -> list[str]:
     """Names of the parameters that Muon updates."""
-    named = of_kind(model.table, "matrix")
-    return [name for name in named if model.table[name].by_layer or config.projections == "muon"]
+    return [name for name in of_kind(table, "matrix") if table[name].by_layer or config.projections == "muon"]
 
 
 def record_graph(work: Callable[[], None], pool: tuple[int, int] | None = None) -> torch.cuda.CUDAGraph:
@@ -230,7 +229,7 @@ class Optimizers:
         named = dict(model.named_parameters())
         embed_lr = config.tied_embed_lr if model.config.tie_embeddings else config.embed_lr
         rates = {"embedding": embed_lr, "head": config.head_lr, "control": config.scalar_lr}
-        matrices = by_muon(model, config)
+        matrices = by_muon(model.table, config)
         members = {kind: [named[name] for name in of_kind(model.table, kind)] for kind in rates}
         members["control"] += [named[name] for name in of_kind(model.table, "matrix") if name not in matrices]
         embed, scalar = (

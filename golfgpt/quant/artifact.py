@@ -243,12 +243,7 @@ def inspect(path: str | Path) -> ArtifactInfo:
 def unpack(blob: bytes) -> Artifact:
     """`read` of an artifact in memory."""
     info, compressed = _open(blob)
-    parts = []
-    for stream in info.streams:
-        piece, compressed = compressed[: stream.compressed_bytes], compressed[stream.compressed_bytes :]
-        parts.append(np.frombuffer(decompress(stream.compressor, piece, stream.payload_bytes), np.uint8))
-    payload = parts[0] if len(parts) == 1 else np.concatenate(parts)
-    state = decode(_split(payload, info.formats, info.columns))
+    state = decode(split(payload(info.streams, compressed), info.formats, info.columns))
     for name, w in state.items():
         if not w.isfinite().all():  # what a correction adds
             raise InputError(f"tensor {name} has weights that exceed float32")
@@ -290,6 +285,12 @@ def _with_path(path: str | Path, parse: Callable[[bytes], Any]) -> Any:
 
 def _open(blob: bytes) -> tuple[ArtifactInfo, memoryview]:
     """Checked header, and the compressed payload."""
+    header, compressed, version = sections(blob)
+    return _parse_header(header, len(compressed), version), compressed
+
+
+def sections(blob: bytes) -> tuple[bytes, memoryview, int]:
+    """Header, compressed payload and version of an artifact whose lengths and digest are right. Raises InputError."""
     if len(blob) < _PREFIX.size:
         raise InputError(f"{len(blob)} bytes are too few for an artifact (empty or truncated)")
     magic, version, header_bytes, compressed_bytes, _ = _PREFIX.unpack_from(blob)
@@ -306,7 +307,7 @@ def _open(blob: bytes) -> tuple[ArtifactInfo, memoryview]:
     header, compressed = blob[_PREFIX.size : start], memoryview(blob)[start:]
     if _prefix(header, compressed, version) != blob[: _PREFIX.size]:
         raise InputError("the SHA-256 does not match: the content is damaged")
-    return _parse_header(header, compressed_bytes, version), compressed
+    return header, compressed, version
 
 
 # Header
@@ -367,6 +368,15 @@ def check_payload_bytes(formats: Mapping[str, TensorFormat]) -> None:
 # Payload
 
 
+def payload(streams: Sequence[Stream], compressed: memoryview, compressor: str | None = None) -> np.ndarray:
+    """What the streams decompress to, uint8; `compressor`: that of all streams, where it is known."""
+    parts = []
+    for stream in streams:
+        piece, compressed = compressed[: stream.compressed_bytes], compressed[stream.compressed_bytes :]
+        parts.append(np.frombuffer(decompress(compressor or stream.compressor, piece, stream.payload_bytes), np.uint8))
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
 def _arrays(formats: Mapping[str, TensorFormat]) -> Iterator[tuple[str, str, str, tuple[int, ...]]]:
     """(layer group, field of QuantizedTensor, number format, shape) of each array, in payload order."""
     quantized = {name: format.arrays for name, format in formats.items() if format.quantized}
@@ -408,7 +418,7 @@ def _compress(parts: Sequence[bytes], compressor: str, level: int | None) -> tup
     return min(found, key=lambda way: len(way[1]) + len(json.dumps(way[0])))
 
 
-def _split(payload: np.ndarray, formats: Mapping[str, TensorFormat], columns: Set[str]) -> dict[str, QuantizedTensor]:
+def split(payload: np.ndarray, formats: Mapping[str, TensorFormat], columns: Set[str]) -> dict[str, QuantizedTensor]:
     """Tensors of `payload` (uint8, exactly their length); InputError for a value that no encoder writes."""
     fields: dict[str, dict[str, Tensor]] = {name: {} for name in formats}
     for name, field, number, shape in _arrays(formats):

@@ -116,7 +116,11 @@ CODECS = {
 
 def compress(payload: bytes, compressor: str, level: int | None = None) -> tuple[str, int, bytes]:
     """(name, level, compressed payload); "smallest" tries all, in threads, and prefers the first of equals."""
-    names = list(CODECS) if compressor == "smallest" else [compressor]
+    if compressor != "smallest":
+        codec = CODECS[compressor]
+        used = codec.level if level is None else level
+        return compressor, used, codec.compress(payload, used)
+    names = list(CODECS)
     levels = [CODECS[name].level if level is None else level for name in names]
     with ThreadPoolExecutor(len(names)) as pool:
         results = list(pool.map(lambda name, level: CODECS[name].compress(payload, level), names, levels))

@@ -216,6 +216,13 @@ class Quantizer:
         """The integer formats, as int8 or int5/int6; float16 if there is none."""
         return "/".join(sorted({f.format for f in self.formats.values() if f.quantized})) or "float16"
 
+    @property
+    def solves(self) -> bool:
+        """Whether anything but rounding to the nearest may choose codes."""
+        c = self.config
+        searched = any(clip == "search" for _, clip in self._plan.values())
+        return c.method == "gptq" or searched or bool(c.wide_columns or c.low_rank)
+
     def spec(self, name: str) -> RowQuant:
         """How a quantized layer group becomes codes and scales; of a clip that is searched, the widest."""
         c, (format, clip) = self.config, self._plan[name]
@@ -281,6 +288,8 @@ class Quantizer:
         values exceed it, or whose Hessian is not positive definite.
         """
         weights, hessians = self.weights(state), hessians or {}
+        if not self.solves:
+            return {name: self._rounded(name, w) for name, w in weights.items()}
         encoded = {name: self._rounded(name, w) for name, w in weights.items() if self._by_rounding(name, hessians)}
         with ranks.raise_on_any():
             solved = self._solved(weights, hessians, ranks, progress)

@@ -157,6 +157,22 @@ def batch_windows(config: RunConfig, ranks: Ranks) -> int:
     return max(1, (config.eval.batch_tokens or BATCH_TOKENS[ranks.device.type]) // config.window)
 
 
+def share(windows: Windows, config: RunConfig, ranks: Ranks) -> tuple[range, int]:
+    """The windows that this rank scores, and how many in a batch at most."""
+    mine = range(*(len(windows) * r // ranks.world for r in (ranks.rank, ranks.rank + 1)))
+    batches = math.ceil(len(mine) / batch_windows(config, ranks))
+    return mine, max(1, math.ceil(len(mine) / max(1, batches)))  # even batches: little filling at the end
+
+
+def scorer_of(
+    model: GPT, windows: Windows, document_start: int | None, config: RunConfig, ranks: Ranks, dtype: torch.dtype
+) -> Scorer:
+    """Scores `windows` with the weights of `model`."""
+    longest = windows.context if config.eval.rule == "varlen" else None
+    compiled = compiles(config, ranks) and not longest  # its rows have as many boundaries as they have documents
+    return Scorer(model, dtype, document_start=document_start, longest=longest, compiled=compiled)
+
+
 @torch.no_grad()
 def evaluate(
     model: GPT,
@@ -180,13 +196,9 @@ def evaluate(
     runs = windows.coverage()
     if windows.rule == "every_token" and runs != [(range(windows.targets), 1)]:
         raise VerificationError(f"the windows do not score each of {windows.targets} targets once: no score")
-    mine = range(*(len(windows) * r // ranks.world for r in (ranks.rank, ranks.rank + 1)))
-    batches = math.ceil(len(mine) / batch_windows(config, ranks))
-    most = max(1, math.ceil(len(mine) / max(1, batches)))  # even batches: little filling at the end
+    mine, most = share(windows, config, ranks)
     document_start = dataset.need_tokenizer().bos_id if within_documents(config) else None
-    longest = windows.context if windows.rule == "varlen" else None
-    compiled = compiles(config, ranks) and not longest  # its rows have as many boundaries as they have documents
-    scorer = Scorer(model, dtype, document_start=document_start, longest=longest, compiled=compiled)
+    scorer = scorer_of(model, windows, document_start, config, ranks, dtype)
     key = {"text": dataset.digest, "dtype": str(dtype), "document_start": document_start, "world": ranks.world}
     key |= {name: getattr(windows, name) for name in ("targets", "window", "stride", "rule")}
     keep = keep or PartialSums(None)

@@ -11,7 +11,6 @@ of it there, and each is scored before the next one is cut.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -166,12 +165,13 @@ class Scorer:
             segments = Segments.of(edges.to(ids.device), ids.size(1), self.longest, self.dtype)
             return self._model(ids, dtype=self.dtype, weights=self.weights, segments=segments)
         suffix = None if num_scored == ids.size(1) else num_scored
-        forward = functools.partial(
-            self._model, ids, dtype=self.dtype, weights=self.weights, suffix=suffix, document_start=self.document_start
-        )
-        if not (self.compiled and self.varied):
-            return forward()
-        return call_varied(forward, [(ids, 1)])
+
+        def forward() -> Tensor:
+            return self._model(
+                ids, dtype=self.dtype, weights=self.weights, suffix=suffix, document_start=self.document_start
+            )
+
+        return call_varied(forward, [(ids, 1)]) if self.compiled and self.varied else forward()
 
     def logprobs(self, hidden: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
         """(b, s, D), (b, s), (b, s) -> (b, s) fp32 in nats, 0 where not mask. The fused op has no gradient and takes a

@@ -38,18 +38,13 @@ class Exporter:
             "seq_len": config.data.seq_len,
         }
 
-    def weights(self) -> dict[str, Tensor]:
-        """The weights to export: the average if there is one, else the parameters."""
-        state = {name: value.cpu() for name, value in self.step.model.state_dict().items()}
-        return state | {name: value.cpu() for name, value in self.step.average.weights().items()}
-
     def try_out(self) -> int | None:
         """Pack the current weights in memory and load the decoded weights on every rank. Returns the size in bytes on
         rank 0."""
         blob = None
         with self.step.ranks.raise_on_any():
             if self.folder:
-                blob = artifact.pack(self.weights(), **self._options)
+                blob = artifact.pack(self.step.exported(), **self._options)
                 self.step.model.load_state_dict(artifact.unpack(blob).state)
         self._share()
         return None if blob is None else len(blob)
@@ -58,20 +53,20 @@ class Exporter:
         """Write a plainly rounded model.golf, which stays if calibration fails. All ranks must call it."""
         with self.step.ranks.raise_on_any():
             if self.folder:
-                artifact.write(self.folder.artifact, self.quantizer.encode(self.weights()), **self._options)
+                artifact.write(self.folder.artifact, self.quantizer.encode(self.step.exported()), **self._options)
 
     def calibrate(self) -> dict[str, Tensor]:
         """The Hessians of the weights to export: layer group -> (matrices, columns, columns), float32. All ranks must
         call it."""
         step = self.step
-        step.model.load_state_dict(self.weights())
+        step.model.load_state_dict(self.step.exported())
         options = (self.dataset, step.ranks, step.dtype, self.reporter.status)
         return calibration.calibrate(self.config, step.model, *options)
 
     def export(self, steps: int, hessians: Mapping[str, Tensor] | None = None) -> ArtifactInfo | None:
         """Write model.golf after `steps` steps, print what it holds, and load the weights read back from it on every
         rank. Returns the header on rank 0. An error is raised on all ranks."""
-        info, encoded, state = None, None, self.weights() if self.folder or hessians is not None else {}
+        info, encoded, state = None, None, self.step.exported() if self.folder or hessians is not None else {}
         if hessians is not None:  # all ranks solve
             encoded = self.quantizer.encode(state, hessians, self.step.ranks, self.reporter.status)
         with self.step.ranks.raise_on_any():

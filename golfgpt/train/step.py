@@ -44,7 +44,6 @@ from golfgpt.optim.schedule import (
     quantization_aware,
     weight_decay_factor,
 )
-from golfgpt.published.names import to_published
 from golfgpt.quant.compute_copies import ComputeCopies
 from golfgpt.quant.quantizer import Quantizer
 from golfgpt.train.clock import Pace
@@ -116,6 +115,8 @@ class Pending:
 class TrainStep:
     """Model, optimizers, data and gradient buffer of one rank, and the training step that uses them."""
 
+    config: RunConfig
+
     def __init__(self, config: RunConfig, dataset: Dataset, ranks: Ranks):
         """Raises InputError for a configuration that does not fit the ranks or the device."""
         if ranks.world > config.data.spans:
@@ -129,7 +130,7 @@ class TrainStep:
         self.dtype_choice = select_dtype(config.runtime.dtype, self.model, config.data, ranks)
         self.dtype = self.dtype_choice.dtype
         sharded = config.runtime.optimizer == "sharded"
-        matrices = by_muon(self.model, config.optim)
+        matrices = by_muon(self.model.table, config.optim)
         self.flat = FlatGradients(self.model, ranks, sharded=sharded, control=_CONTROL, matrices=matrices)
         named, quant = dict(self.model.named_parameters()), config.quant
         scheduled = quant.qat_start > 0 or quant.qat_below_lr < 1
@@ -176,8 +177,12 @@ class TrainStep:
         """Mean loss in nats of targets (B, T) given ids (B, T), computed with the compute copies of the weights.
         `segments` as in GPT.forward; `looping`: with all passes of model.loop."""
         stand_ins = self.compute_copies.stand_ins()
-        how = dict(dtype=self.dtype, stand_ins=stand_ins, segments=segments, looping=looping)
-        return self.model.loss(ids, targets, **how)
+        return self.model.loss(ids, targets, dtype=self.dtype, stand_ins=stand_ins, segments=segments, looping=looping)
+
+    def exported(self) -> dict[str, Tensor]:
+        """The weights to export, on the CPU: the average if there is one, else the parameters."""
+        state = {name: value.cpu() for name, value in self.model.state_dict().items()}
+        return state | {name: value.cpu() for name, value in self.average.weights().items()}
 
     @property
     def ahead(self) -> int:
@@ -244,7 +249,7 @@ class TrainStep:
         for done, (x, y) in enumerate(batches):
             yield done, len(batches)
             segments = None
-            if tokens.boundaries:
+            if data.order == "packed":
                 segments = Segments.of(tokens.boundaries[done], length, data.seq_len, self.dtype)
                 if self.compiled:
                     torch._dynamo.maybe_mark_dynamic(segments.boundaries, 0)
@@ -308,7 +313,10 @@ class TrainStep:
         return result
 
     def _culprit(self, result: StepResult) -> str:
-        grads = to_published({name: p.grad for name, p in self.model.named_parameters()})
+        grads = {}
+        for name, param in self.model.table.items():
+            grad = getattr(self.model, name).grad
+            grads |= zip(param.published_names, grad if param.layered else [grad], strict=True)
         # If sharded, a rank has only the sums of its shard, so the flags are summed over ranks.
         flags = torch.stack([~torch.isfinite(grad).all() for grad in grads.values()]).float()
         flags = self.ranks.sum_(flags).tolist()
@@ -326,8 +334,8 @@ class TrainStep:
     def capture(self) -> None:
         """Capture what runtime.graph names. Every kernel must be compiled, by a step like those that follow. Nothing is
         executed."""
-        graph = self.config.runtime.graph
-        if graph == "step":
+        replayed = self.config.runtime.graph
+        if replayed == "step":
             torch.cuda.empty_cache()  # the graph keeps its own memory, as much as a step outside needed
             self._tokens = self.data.read(0).to(self.ranks.device).with_room()
             pool = None  # one for both: they never run at once, and the first is the larger
@@ -335,7 +343,7 @@ class TrainStep:
                 work = partial(self._accumulate, self._tokens, looping)
                 self._graphs[looping] = graph = record_graph(lambda work=work: deque(work(), 0), pool)
                 pool = graph.pool()
-        if graph in ("optimizer", "step"):
+        if replayed in ("optimizer", "step"):
             self.optimizers.capture()
 
     def ways(self) -> tuple[bool, ...]:
