@@ -68,7 +68,7 @@ def list_all(args: ListRuns) -> int:
     if any(_marked(run) for run in shown):
         print("* not the score of all of the text by the plain rule: score.label, in golfgpt runs show RUN, says what")
     for run in broken:
-        print(f"broken: {run.path}: {run.problem}")
+        print(f"broken: {run.problem}")
     print(f"{len(shown):,} of {len(found):,} runs below {args.folder}")
     return 0
 
