@@ -59,7 +59,7 @@ def _read(file: Path) -> dict[str, Any] | None:
     """A file's JSON object, or None if there is no file."""
     try:
         value = json.loads(file.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: {error}") from error

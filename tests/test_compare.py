@@ -330,6 +330,7 @@ def test_command_refuses(folders, capsys):
         ([*sides("12", "12"), "--alpha", "2"], "alpha is 2.0"),
         (["runs/a1", "--target-nats", "-1"], "the target is -1.0"),
         (["runs/none", "--target-nats", "3"], "runs/none holds no run"),
+        (["runs/a1/result.json", "--target-nats", "3"], "runs/a1/result.json holds no run"),
     ):
         assert main(["compare", *argv]) == 3
         assert message in capsys.readouterr().err
