@@ -308,7 +308,7 @@ def compare(
     changes = tuple(d for d in differences(a[0].config, b[0].config) if not d.startswith(("seed:", "runtime.")))
     paired_test, pairing = _pairing(side_a.losses, side_b.losses, changes, test)
     by_welch = welch(side_a.losses, side_b.losses, criteria)
-    labels = dict.fromkeys(_score(side[0], kind)["label"] for side in (a, b))
+    labels = dict.fromkeys(str(_score(side[0], kind).get("label")) for side in (a, b))
     return Comparison(
         a=side_a,
         b=side_b,
@@ -333,7 +333,7 @@ def compare_target(
     return TargetComparison(
         a=side,
         target=target,
-        label=_score(a[0], kind)["label"],
+        label=str(_score(a[0], kind).get("label")),
         bpb_per_nat=_bpb_per_nat(a[0], kind),
         difference=one_sample(side.losses, target, criteria),
         track3=track3,
@@ -350,14 +350,15 @@ def _score(run: Run, kind: Kind) -> dict[str, Any]:
     """The score with the digest of its data. Raises InputError if the run has none."""
     result = run.result or {}
     score = result.get("score" if kind == "plain" else "adapted")
-    if score is None:
+    if not isinstance(score, dict):
         how = f"golfgpt train --resume {run.path}" if kind == "plain" else f"golfgpt eval {run.path} --eval.ttt.kind …"
         raise InputError(f"{run.path} has no {kind} score; make it with {how}")
+    for name in ("val_loss", "val_bpb", "tokens", "bytes"):
+        value = score.get(name)
+        if not (isinstance(value, int | float) and 0 < value < math.inf):
+            file = run.path / "result.json"
+            raise InputError(f"{file} has the {kind} score's {name} as {value!r}; expected a finite number above 0")
     score = {"dataset": result.get("dataset"), **score}
-    if missing := [name for name in (*TEXT, "label", "val_loss", "val_bpb") if score.get(name) is None]:
-        raise InputError(f"{run.path / 'result.json'} has no {missing[0]} in its {kind} score; score the run again")
-    if not (math.isfinite(score["val_loss"]) and score["tokens"] > 0 and score["bytes"] > 0):
-        raise InputError(f"{run.path} has the val_loss {score['val_loss']}; expected a finite score of some text")
     return score
 
 
@@ -383,7 +384,9 @@ def _side(runs: Sequence[Run], kind: Kind) -> Side:
     """Check that the runs differ in their seeds only."""
     if not runs:
         raise InputError("a side has no runs; expected at least one")
-    first, by_seed, varied = runs[0], dict[int, Run](), dict[str, None]()
+    first = runs[0]
+    by_seed: dict[int, Run] = {}
+    varied: dict[str, None] = {}  # in order
     for run in runs:
         changed = differences(first.config, run.config)
         if kept := [d for d in changed if not d.startswith(NO_EFFECT)]:
@@ -443,10 +446,7 @@ def _pairing(
     if parts := _unshared(a, b):
         return False, f"Welch's test, not paired: {parts}"
     if model:
-        return (
-            False,
-            f"Welch's test, not paired: {', '.join(model)} differ, so a seed gives A and B other initial weights",
-        )
+        return False, f"Welch's test, not paired: a seed is other initial weights where {', '.join(model)} differ"
     return True, "paired by seed: both sides have the same seeds and models, so each pair has the same initial weights"
 
 

@@ -240,8 +240,8 @@ def test_what_is_not_significant_is_said_in_words():
         ({"dataset": "d2"}, "other validation data: dataset is 'd1' and 'd2'"),
         ({"stride": 128}, "other rules of scoring: stride is 64 and 128"),
         ({"label": "val_bpb (first 5 tokens)"}, "other rules of scoring: label"),
-        ({"val_loss": math.nan}, "expected a finite score"),
-        ({"bytes": None}, "has no bytes in its plain score"),
+        ({"val_loss": math.nan}, "score's val_loss as nan; expected a finite number above 0"),
+        ({"bytes": None}, "score's bytes as None; expected a finite number"),
     ],
 )
 def test_other_validation_data_is_refused(change, message):

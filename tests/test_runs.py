@@ -170,6 +170,9 @@ def test_a_partial_score_is_marked(folder, capsys):
     (folder / "one/result.json").write_text(json.dumps(result))
     assert main(["runs"]) == 0
     out = capsys.readouterr().out
+    assert main(["runs", "--json"]) == 0
+    labels = {run["run"]: run["score.label"] for run in json.loads(capsys.readouterr().out)["runs"]}
+    assert labels["runs/one"] == "val_bpb (first 4,000 tokens)" and labels["runs/two"] == "val_bpb"
     assert "1.5000*" in out and "1.2500*" not in out and "* not the score of all of the text" in out
 
 
