@@ -22,7 +22,7 @@ from typing import Any
 import tyro
 
 from golfgpt import recipes
-from golfgpt.cli import data, info, models, train
+from golfgpt.cli import compare, data, info, models, runs, train
 from golfgpt.cli.common import stored_config
 from golfgpt.config import RunConfig
 from golfgpt.errors import GolfError, InputError, Interrupted, PeerError
@@ -86,6 +86,10 @@ COMMANDS = {
     "export": Command(models.Export, models.export, _export_config),
     "import": Command(models.Import, models.import_file, _recipe_config),
     "recipes": Command(info.Recipes, info.show_recipes),
+    "runs": Command(runs.ListRuns, runs.list_all),
+    "runs show": Command(runs.ShowRun, runs.show),
+    "runs diff": Command(runs.DiffRuns, runs.diff),
+    "compare": Command(compare.Compare, compare.compare_runs),
     "doctor": Command(info.Doctor, info.doctor),
 }
 
@@ -103,7 +107,9 @@ def _option(argv: list[str], flag: str) -> str | None:
 
 def main(argv: list[str]) -> int:
     """Run one command and return the exit code of the process."""
-    name = " ".join(argv[:2]) if argv[:1] == ["data"] else (argv[0] if argv else "")
+    name = " ".join(argv[:2])
+    if name not in COMMANDS and argv[:1] != ["data"]:
+        name = argv[0] if argv else ""
     try:
         if name in COMMANDS:
             return _dispatch(name, argv[len(name.split()) :])
