@@ -39,7 +39,6 @@ __all__ = [
     "TTTConfig",
     "ValueEmbeddingConfig",
     "differences",
-    "flat",
     "from_dict",
     "to_dict",
 ]
@@ -116,14 +115,6 @@ Config = TypeVar("Config")
 def to_dict(config: Any) -> dict[str, Any]:
     """Convert a config dataclass to nested plain values for JSON."""
     return dataclasses.asdict(config)
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values by their dotted names, after `prefix`."""
-    out = {}
-    for key, value in values.items():
-        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return out
 
 
 def from_dict(cls: type[Config], values: dict[str, Any], path: str = "") -> Config:

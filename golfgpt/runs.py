@@ -1,12 +1,16 @@
-"""Run folders, read without torch: their config, environment, result and metrics."""
+"""Run folders, read without torch: their config, environment, result and metrics; and lists of them."""
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Iterator
+import operator
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from golfgpt.config import RunConfig, from_dict, to_dict
 from golfgpt.errors import InputError
@@ -68,10 +72,10 @@ def read_result(path: Path) -> Run:
 
 def _read(file: Path) -> dict[str, Any] | None:
     """A file's JSON object, or None if there is no file."""
-    if not file.is_file():
-        return None
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        return None
     except (ValueError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: {error}") from error
     if not isinstance(value, dict):
@@ -94,29 +98,33 @@ def write_config(path: Path, config: RunConfig) -> None:
 
 def read_config(path: Path) -> RunConfig:
     """The resolved config of the run in `path`. Raises InputError if it is missing, of another format or not valid."""
+    values = _read_config(path)
+    try:
+        return stored(values)
+    except ValueError as error:
+        raise InputError(f"{path / 'config.json'}: {error}") from error
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """The values of config.json, of which only the format is checked."""
     file = path / "config.json"
-    if not file.is_file():
+    values = _read(file)
+    if values is None:
         raise InputError(
             f"{path} holds no run: there is no {file}; expected a folder that golfgpt train or import created"
         )
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        found = values.pop("format", 1) if isinstance(values, dict) else FORMAT
-        if found != FORMAT:
-            raise ValueError(
-                f"the run has format {found!r}, expected {FORMAT}: use the version of golfgpt that wrote it (env.json)"
-            )
-        return stored(values)
-    except (ValueError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: {error}") from error
+    if (found := values.pop("format", 1)) != FORMAT:
+        raise InputError(
+            f"{file}: the run has format {found!r}, expected {FORMAT}: use the version of golfgpt that wrote it "
+            "(env.json)"
+        )
+    return values
 
 
-def stored(values: Any) -> RunConfig:
+def stored(values: dict[str, Any]) -> RunConfig:
     """The config that a run of this format stored as `values`. Raises ValueError like `from_dict`."""
-    if isinstance(values, dict):
-        old = {name: fields for name, fields in _ADDED.items() if isinstance(values.get(name), dict)}
-        values = values | {name: fields | values[name] for name, fields in old.items()}
-    return from_dict(RunConfig, values)
+    added = {name: new | values[name] for name, new in _ADDED.items() if isinstance(values.get(name), dict)}
+    return from_dict(RunConfig, values | added)
 
 
 def artifact_file(path: Path) -> Path:
@@ -127,3 +135,162 @@ def artifact_file(path: Path) -> Path:
         hint = finish if (path / "config.json").exists() else "; expected a run folder or a .golf file"
         raise InputError(f"there is no {file}{hint}")
     return file
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListedRun:
+    """A run as a list shows it. The values in its config are not checked, because that takes 7 ms a run."""
+
+    path: Path
+    status: Literal["finished", "running", "stopped", "broken"]
+    """finished: it has a result. running: a process holds the folder. broken: a file cannot be read."""
+    values: dict[str, Any]
+    """What is in config.json, result.json and env.json, and run, status, recipe, val_bpb and val_loss."""
+    problem: str | None = None
+    """What is broken."""
+
+    def get(self, field: str) -> Any:
+        """The value of a dotted name, such as model.num_layers or seconds.train; None if there is none."""
+        value: Any = self.values
+        for name in field.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        return value
+
+
+def list_runs(folder: Path) -> list[ListedRun]:
+    """All runs below `folder`, or `folder` itself if it is one; links are not followed. A broken run is listed as such.
+    Raises InputError if there is no such folder."""
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {folder}; expected a run or a folder with runs below it")
+    found = []
+    for path, folders, files in os.walk(folder):
+        if "config.json" in files:
+            found.append(listed_run(Path(path)))
+            folders.clear()
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    return found
+
+
+def listed_run(path: Path) -> ListedRun:
+    """The run in `path`, as `list_runs` has it."""
+    try:
+        config, env, result = _read_config(path), _read(path / "env.json") or {}, _read(path / "result.json")
+    except (InputError, OSError) as error:
+        values = {"run": str(path), "status": "broken"}
+        return ListedRun(path=path, status="broken", values=values, problem=str(error))
+    status = "finished" if result is not None else "running" if _locked(path) else "stopped"
+    values = config | (result or {}) | env | {"run": str(path), "status": status, "recipe": recipe_name(env)}
+    run = ListedRun(path=path, status=status, values=values)
+    values |= {name: run.get(f"score.{name}") for name in ("val_bpb", "val_loss")}
+    return run
+
+
+def _locked(path: Path) -> bool:
+    """Whether a process writes to the run. A shared lock, held for an instant, asks without creating the file."""
+    import fcntl  # not on Windows
+
+    try:
+        with open(path / ".lock", "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no file, or a file system without locks
+        return False
+    return False
+
+
+def recipe_name(env: dict[str, Any]) -> str | None:
+    """The recipe that a run started from, by the command in its env.json."""
+    words = [str(word) for word in env.get("command") or ()]
+    for option, value in zip(words, [*words[1:], None], strict=True):
+        if option.startswith("--recipe="):
+            return option.removeprefix("--recipe=")
+        if option == "--recipe":
+            return value
+    return "demo" if words[1:2] == ["demo"] else None
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested objects as one, by dotted names. Lists stay as they are."""
+    out: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            out |= flatten(value, f"{prefix}{name}.")
+        else:
+            out[prefix + name] = value
+    return out
+
+
+_OPERATORS = {
+    "=": operator.eq,
+    "!=": operator.ne,
+    "<=": operator.le,
+    ">=": operator.ge,
+    "<": operator.lt,
+    ">": operator.gt,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Condition:
+    """FIELD=VALUE, or with != < <= > >= in place of =."""
+
+    field: str
+    relation: str
+    value: str
+
+    @classmethod
+    def parse(cls, text: str) -> Condition:
+        found = re.fullmatch(r"([\w.]+)(!=|<=|>=|=|<|>)(.*)", text, re.DOTALL)
+        if not found:
+            raise InputError(f"--where {text!r} is no condition; expected FIELD=VALUE, or != < <= > >= in place of =")
+        return cls(field=found[1], relation=found[2], value=found[3])
+
+    def holds(self, run: ListedRun) -> bool:
+        """Numbers are compared as numbers, text as text. A run without the field fulfils no < <= > >=.
+        Raises InputError where a number would be ordered with text."""
+        have = run.get(self.field)
+        try:
+            wanted = json.loads(self.value)
+        except ValueError:
+            wanted = {"True": True, "False": False, "None": None}.get(self.value, self.value)
+        if isinstance(have, str):
+            wanted = self.value
+        if self.relation in ("=", "!="):
+            return _OPERATORS[self.relation](have, wanted)
+        if have is None:
+            return False
+        try:
+            return _OPERATORS[self.relation](have, wanted)
+        except TypeError:
+            raise InputError(
+                f"--where {self.field}{self.relation}{self.value}: {run.path} has {have!r} there, which has no order "
+                f"with {self.value!r}"
+            ) from None
+
+
+def check_fields(names: Iterable[str], runs: Sequence[ListedRun]) -> None:
+    """Raise InputError for a field that neither the configuration nor any of the runs has."""
+    known = {"run", "status", "recipe", "val_bpb", "val_loss", "total_bytes", "steps", "started"}
+    known |= flatten(to_dict(RunConfig())).keys()
+    for name in names:
+        if name in known or any(run.get(name) is not None for run in runs):
+            continue
+        known = known.union(*(flatten(run.values) for run in runs))
+        ends = sorted(field for field in known if field.endswith(f".{name}"))
+        close = ends or difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise InputError(f"no run has a field {name}{hint} (golfgpt runs show RUN --json has all fields)")
+
+
+def sort_runs(runs: Iterable[ListedRun], field: str, *, reverse: bool = False) -> list[ListedRun]:
+    """By one field: numbers before text; runs without a value last, in any direction."""
+
+    def key(run: ListedRun) -> tuple[bool, float, str]:
+        value = run.get(field)
+        number = isinstance(value, int | float)
+        return (not number, value if number else 0.0, "" if number else str(value))
+
+    runs = list(runs)
+    having = [run for run in runs if run.get(field) is not None]
+    return sorted(having, key=key, reverse=reverse) + [run for run in runs if run.get(field) is None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections import deque
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from golfgpt.config import RunConfig
-from golfgpt.runs import metric, read_config
+from golfgpt.runs import listed_run, metric, read_config
 from golfgpt.train.status import seconds_left, status
 
 RECENT = 32
@@ -114,23 +115,35 @@ class Lines:
         yield from filter(None, map(metric, whole.splitlines()))
 
 
-def watch(run: Path, *, once: bool, out: TextIO = sys.stdout, every: float = 1.0, quiet: float = 10.0) -> dict[str, Any]:
+def watch(
+    run: Path,
+    *,
+    once: bool,
+    out: TextIO = sys.stdout,
+    every: float = 1.0,
+    quiet: float = 10.0,
+    silence: float = 30.0,
+) -> dict[str, Any]:
     """Show the state of `run` until it ends, every `every` seconds on a terminal, elsewhere as lines at least `quiet`
-    seconds apart. With `once`, show it and return. Returns the last `State.facts`. Raises InputError if there is no
-    run."""
+    seconds apart. With `once`, show it and return. A killed run says nothing: after `silence` seconds without a line
+    it has ended if no process holds the folder. Returns the last `State.facts`. Raises InputError if there is no run.
+    """
     config, lines, state = read_config(run), Lines(run / "metrics.jsonl"), State()
     from rich.console import Console
     from rich.live import Live
 
     console = Console(file=out, highlight=False)
     live = Live(console=console, auto_refresh=False) if console.is_terminal and not once else None
-    shown, since = "", -quiet
+    shown, since, heard = "", -math.inf, time.monotonic()
     if live:
         live.start()
     try:
         while True:
             for value in lines.new():
                 state.add(value)
+                heard = time.monotonic()
+            if not state.over and time.monotonic() - heard >= silence and listed_run(run).status == "stopped":
+                state.end = {"reason": f"no process trains it; golfgpt train --resume {run} continues it"}
             config = read_config(run)  # a run writes what it chose before its first step
             last = once or state.over
             if live:

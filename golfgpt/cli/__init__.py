@@ -22,7 +22,7 @@ from typing import Any
 import tyro
 
 from golfgpt import recipes
-from golfgpt.cli import data, info, models, report, train
+from golfgpt.cli import compare, data, info, models, report, runs, train
 from golfgpt.cli.common import stored_config
 from golfgpt.config import RunConfig
 from golfgpt.errors import GolfError, InputError, Interrupted, PeerError
@@ -88,6 +88,10 @@ COMMANDS = {
     "watch": Command(report.Watch, report.watch),
     "report": Command(report.Report, report.report),
     "recipes": Command(info.Recipes, info.show_recipes),
+    "runs": Command(runs.ListRuns, runs.list_all),
+    "runs show": Command(runs.ShowRun, runs.show),
+    "runs diff": Command(runs.DiffRuns, runs.diff),
+    "compare": Command(compare.Compare, compare.compare_runs),
     "doctor": Command(info.Doctor, info.doctor),
 }
 
@@ -105,7 +109,9 @@ def _option(argv: list[str], flag: str) -> str | None:
 
 def main(argv: list[str]) -> int:
     """Run one command and return the exit code of the process."""
-    name = " ".join(argv[:2]) if argv[:1] == ["data"] else (argv[0] if argv else "")
+    name = " ".join(argv[:2])
+    if name not in COMMANDS and argv[:1] != ["data"]:
+        name = argv[0] if argv else ""
     try:
         if name in COMMANDS:
             return _dispatch(name, argv[len(name.split()) :])

@@ -13,8 +13,9 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 from golfgpt.cli.common import RUNS, Config, print_json, run_name, stored_config
-from golfgpt.config import ModelConfig, QuantConfig, RunConfig, differences, flat, to_dict
+from golfgpt.config import ModelConfig, QuantConfig, RunConfig, differences, to_dict
 from golfgpt.errors import InputError
+from golfgpt.runs import flatten
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ def inspect(args: Inspect) -> int:
         "streams": len(info.streams),
         "tokenizer_sha256": info.tokenizer_sha256,
         "seq_len": info.seq_len,
-        **flat(to_dict(info.model), "model."),
+        **flatten(to_dict(info.model), "model."),
     }
     plan = layer_plan(info.model)
     if args.json:

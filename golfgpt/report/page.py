@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from golfgpt import recipes
-from golfgpt.config import RunConfig, flat, to_dict
+from golfgpt.compare import NO_EFFECT, compare
+from golfgpt.config import RunConfig, to_dict
 from golfgpt.errors import InputError
 from golfgpt.report.figures import COLOURS, Series, curves, distribution
-from golfgpt.runs import Run, artifact_file, read_run
+from golfgpt.runs import Run, artifact_file, flatten, read_run, recipe_name
 from golfgpt.train.clock import COUNTED
 
 
@@ -85,8 +86,10 @@ def render(paths: Sequence[Path]) -> tuple[str, list[str]]:
         ledger=_ledger(views),
         budgets={view.name: _budget(view) for view in views if view.score},
         tensors={view.name: _tensors(view) for view in views if view.tensors},
+        comparisons=_comparisons(views),
+        scored=any(view.score for view in views),
         changed=_changed(views),
-        config=_by_run("Every field of the configuration", views, lambda view: flat(to_dict(view.run.config))),
+        config=_by_run("Every field of the configuration", views, lambda view: flatten(to_dict(view.run.config))),
         environment=_by_run("Where the run was started", views, lambda view: view.run.env),
     )
     return page, [f"{view.run.path}: {text}" for view in views for text in view.missing]
@@ -104,7 +107,9 @@ def _view(path: Path, name: str, index: int) -> View:
     view.steps, times = run.steps(), {}
     for row in view.steps:
         times[row["step"]] = row["train_seconds"]
-    validations = {row["step"]: row | {"train_seconds": times[row["step"]]} for row in run.metrics("val") if row["step"] in times}
+    validations = {
+        row["step"]: row | {"train_seconds": times[row["step"]]} for row in run.metrics("val") if row["step"] in times
+    }
     view.validations = list(validations.values())
     if run.result is None:
         at = f"it stopped at step {view.steps[-1]['step']}" if view.steps else "it has taken no step"
@@ -279,21 +284,43 @@ def _by_run(caption: str, views: Sequence[View], values: Callable[[View], dict[s
 
 def _changed(views: Sequence[View]) -> Table:
     """Fields in which the runs differ; of one run those that differ from its recipe, or from the defaults."""
-    fields = _by_run("", views, lambda view: flat(to_dict(view.run.config)))
+    fields = _by_run("", views, lambda view: flatten(to_dict(view.run.config)))
     if len(views) > 1:
         rows = [row for row in fields.rows if len(set(row[1:])) > 1]
         return Table("Fields in which the runs differ", fields.head, rows)
-    recipe = _recipe(views[0].run)
-    start = {key: _text(value) for key, value in flat(to_dict(recipes.get(recipe).config if recipe else RunConfig())).items()}
-    name = f"recipe {recipe}" if recipe else "default"
-    rows = [[key, start[key], value] for key, value in fields.rows if value != start[key]]
+    recipe = recipes.RECIPES.get(recipe_name(views[0].run.env) or "")
+    name = f"recipe {recipe.name}" if recipe else "defaults"
+    start = flatten(to_dict(recipe.config if recipe else RunConfig()))
+    rows = [[key, _text(start[key]), value] for key, value in fields.rows if value != _text(start[key])]
     return Table(f"Fields that are not those of the {name}", ["field", name, views[0].name], rows)
 
 
-def _recipe(run: Run) -> str | None:
-    words = [str(word) for word in run.env.get("command", ())]
-    found = words[words.index("--recipe") + 1 :][:1] if "--recipe" in words else words[1:2]
-    return found[0] if found and found[0] in recipes.RECIPES else None
+# Comparison
+
+
+def _comparisons(views: Sequence[View]) -> list[dict[str, Any]]:
+    """The first configuration, with all its seeds, against each of the others: what `golfgpt compare` prints."""
+    sides: dict[str, list[View]] = {}
+    for view in views:
+        if view.score:
+            values = flatten(to_dict(view.run.config)).items()
+            kept = {name: value for name, value in values if not f"{name}:".startswith(NO_EFFECT)}
+            sides.setdefault(str(kept), []).append(view)
+    first, *others = sides.values() or [[]]
+    found = []
+    for other in others:
+        names = [", ".join(view.name for view in side) for side in (first, other)]
+        title = f"A: {names[0]}; B: {names[1]}"
+        try:
+            result = compare([view.run for view in first], [view.run for view in other])
+        except InputError as error:  # such as scores of different texts
+            found.append({"title": title, "table": None, "lines": [f"no comparison: {error}"]})
+            continue
+        rows = [[str(cell) for cell in row] for row in (*result.a.rows("A"), *result.b.rows("B"))]
+        head = ["side", "run", "seed", "bits per byte", "nats per token", "steps"]
+        lines = str(result).split("\n")[1 + len(rows) :]  # below its own table
+        found.append({"title": title, "table": Table(title, head, rows), "lines": [line for line in lines if line]})
+    return found
 
 
 # Figures
@@ -323,7 +350,9 @@ def _figures(views: Sequence[View]) -> list[dict[str, str]]:
     ]
     timed = [view for view in trained if "step_seconds" in view.steps[-1] and len(view.steps) > 1]
     if timed:
-        times = [Series(v.colour, (), [1000 * r["step_seconds"] for r in v.steps[1:] if "step_seconds" in r]) for v in timed]
+        times = [
+            Series(v.colour, (), [1000 * r["step_seconds"] for r in v.steps[1:] if "step_seconds" in r]) for v in timed
+        ]
         figure = distribution(times, "Step times", "milliseconds per step")
         found.append(("Step times", "The last bin also has the slowest 1 % of the steps.", figure))
     rate = curves(series("step", "lr_multiplier"), "Learning rate", "step", "of its base", spikes=True)

@@ -19,8 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from golfgpt.config import RunConfig, flat, to_dict
+from golfgpt.config import RunConfig, to_dict
 from golfgpt.errors import InputError, interruption, missing_package
+from golfgpt.runs import flatten
 
 PROJECT = "golfgpt"
 
@@ -112,7 +113,7 @@ def require_tracker(name: str) -> None:
 
 def numbers(values: dict[str, Any]) -> dict[str, float]:
     """The numbers in nested `values`, by their dotted names."""
-    return {name: value for name, value in flat(values).items() if type(value) in (int, float)}
+    return {name: value for name, value in flatten(values).items() if type(value) in (int, float)}
 
 
 class Tracking:

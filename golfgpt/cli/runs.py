@@ -1,0 +1,135 @@
+"""`golfgpt runs`, `runs show` and `runs diff`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from golfgpt import recipes
+from golfgpt.cli.common import RUNS, print_json
+from golfgpt.config import RunConfig, differences, to_dict
+from golfgpt.errors import InputError
+from golfgpt.runs import (
+    Condition,
+    ListedRun,
+    check_fields,
+    flatten,
+    list_runs,
+    listed_run,
+    read_run,
+    recipe_name,
+    sort_runs,
+)
+from golfgpt.tables import table
+
+COLUMNS = ("run", "recipe", "seed", "val_bpb", "total_bytes", "steps", "status", "started")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListRuns:
+    """List the runs below a folder, newest first; golfgpt runs show RUN and golfgpt runs diff A B explain them. A field
+    is one of config.json, result.json or env.json by its dotted name, such as model.num_layers."""
+
+    folder: Positional[Path] = RUNS
+    """Folder to search."""
+    where: tuple[str, ...] = ()
+    """Conditions that all hold: FIELD=VALUE, or with != '<' '<=' '>' '>='. The field becomes a column."""
+    sort: str | None = None
+    """Field to sort by, smallest first."""
+    reverse: bool = False
+    """Sort the other way."""
+    limit: int | None = None
+    """Show at most this many runs."""
+    json: bool = False
+    """Print the columns as JSON."""
+
+
+def list_all(args: ListRuns) -> int:
+    if args.limit is not None and args.limit < 1:
+        raise InputError(f"--limit is {args.limit}; expected at least 1")
+    conditions = [Condition.parse(text) for text in args.where]
+    found = list_runs(args.folder)
+    used = [condition.field for condition in conditions] + ([args.sort] if args.sort else [])
+    check_fields(used, found)
+    broken = [run for run in found if run.status == "broken"]
+    matching = [run for run in found if run not in broken and all(c.holds(run) for c in conditions)]
+    newest = sort_runs(matching, args.sort or "started", reverse=args.reverse if args.sort else not args.reverse)
+    shown = newest[: args.limit]
+    columns = tuple(dict.fromkeys((*COLUMNS, *used)))
+    if args.json:
+        rows = [{name: run.get(name) for name in columns} for run in shown]
+        problems = [{"run": str(run.path), "problem": run.problem} for run in broken]
+        print_json({"runs": rows, "broken": problems, "matching": len(matching), "found": len(found)})
+        return 0
+    if shown:
+        print(table(columns, [[_cell(run, name) for name in columns] for run in shown]))
+    if any(_marked(run) for run in shown):
+        print("* not the score of all of the text by the plain rule: score.label, in golfgpt runs show RUN, says what")
+    for run in broken:
+        print(f"broken: {run.path}: {run.problem}")
+    print(f"{len(shown):,} of {len(found):,} runs below {args.folder}")
+    return 0
+
+
+def _marked(run: ListedRun) -> bool:
+    return run.get("score.label") not in (None, "val_bpb")
+
+
+def _cell(run: ListedRun, name: str) -> object:
+    value = run.get(name)
+    if name == "val_bpb" and value is not None:
+        return f"{value:.4f}{'*' if _marked(run) else ''}"
+    if name == "seed" or isinstance(value, float | bool | list | dict):
+        return str(value)
+    return "" if value is None else value
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowRun:
+    """Show a run: its score, its sizes, and what it changed in its recipe."""
+
+    run: Positional[Path]
+    """Run folder."""
+    json: bool = False
+    """Print config, environment and result as JSON."""
+
+
+def show(args: ShowRun) -> int:
+    run, status = read_run(args.run), listed_run(args.run).status
+    if args.json:
+        facts = {"run": str(args.run), "status": status, "recipe": recipe_name(run.env)}
+        print_json(facts | {"config": to_dict(run.config), "env": run.env, "result": run.result})
+        return 0
+    values = flatten(run.result or {}) | flatten(run.env)
+    values["command"] = " ".join(run.env.get("command", ()))
+    print(f"{args.run}: {status}, seed {run.config.seed}\n")
+    print(table(("field", "value"), [(name, str(value)) for name, value in values.items() if value is not None]))
+    recipe = recipe_name(run.env)
+    started = recipes.RECIPES[recipe].config if recipe in recipes.RECIPES else RunConfig()
+    print(f"\nchanged from {f'recipe {recipe}' if recipe in recipes.RECIPES else 'the defaults'}:")
+    print("\n".join(f"  {line}" for line in differences(started, run.config)) or "  nothing")
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffRuns:
+    """List the fields in which the configurations of two runs differ."""
+
+    a: Positional[Path]
+    """Run folder."""
+    b: Positional[Path]
+    """Run folder to compare it with."""
+    json: bool = False
+    """Print the fields as JSON."""
+
+
+def diff(args: DiffRuns) -> int:
+    a, b = read_run(args.a), read_run(args.b)
+    if args.json:
+        x, y = flatten(to_dict(a.config)), flatten(to_dict(b.config))
+        print_json({"a": str(args.a), "b": str(args.b), "differences": {n: [x[n], y[n]] for n in x if x[n] != y[n]}})
+        return 0
+    print("\n".join(differences(a.config, b.config)) or "the configurations are equal")
+    return 0
