@@ -202,7 +202,7 @@ def _locked(path: Path) -> bool:
 def recipe_name(env: dict[str, Any]) -> str | None:
     """The recipe that a run started from, by the command in its env.json."""
     words = [str(word) for word in env.get("command") or ()]
-    for option, value in zip(words, [*words[1:], None], strict=True):
+    for option, value in zip(words, [*words[1:], None], strict=False):
         if option.startswith("--recipe="):
             return option.removeprefix("--recipe=")
         if option == "--recipe":

@@ -109,7 +109,16 @@ def run_python(code: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "module", ["golfgpt", "golfgpt.config", "golfgpt.recipes", "golfgpt.optim.schedule", "golfgpt.cli"]
+    "module",
+    [
+        "golfgpt",
+        "golfgpt.config",
+        "golfgpt.recipes",
+        "golfgpt.optim.schedule",
+        "golfgpt.cli",
+        "golfgpt.report.page",
+        "golfgpt.watch",
+    ],
 )
 def test_no_torch_at_import(module):
     run_python(f"import sys, {module}; assert 'torch' not in sys.modules")

@@ -18,7 +18,7 @@ from golfgpt.compare import NO_EFFECT, compare
 from golfgpt.config import RunConfig, to_dict
 from golfgpt.errors import InputError
 from golfgpt.report.figures import COLOURS, Series, curves, distribution
-from golfgpt.runs import Run, artifact_file, flatten, read_run, recipe_name
+from golfgpt.runs import Run, artifact_file, flatten, listed_run, read_run, recipe_name
 from golfgpt.train.clock import COUNTED
 
 
@@ -33,7 +33,7 @@ class Table:
     def is_number(self, column: int) -> bool:
         """Whether a column holds figures, which stand to the right."""
         cells = [row[column] for row in self.rows]
-        return column > 0 and all(re.fullmatch(r"–|[-\d.,]+(e-\d+)?( %)?", cell) for cell in cells)
+        return column > 0 and all(re.fullmatch(r"–?|[-\d.,]+(e-\d+)?( %)?", cell) for cell in cells)
 
 
 @dataclass
@@ -46,7 +46,12 @@ class View:
     missing: list[str] = field(default_factory=list)
     steps: list[dict[str, Any]] = field(default_factory=list)
     validations: list[dict[str, Any]] = field(default_factory=list)
-    tensors: list[dict[str, Any]] = field(default_factory=list)
+    """With the training clock of their steps."""
+    scores: list[str] = field(default_factory=list)
+    """Cells of `SCORES`."""
+    checks: list[Table] = field(default_factory=list)
+    budget: dict[str, Any] | None = None
+    tensors: dict[str, Any] | None = None
 
     @property
     def result(self) -> dict[str, Any]:
@@ -65,6 +70,10 @@ def render(paths: Sequence[Path]) -> tuple[str, list[str]]:
     """The page of the runs in `paths`, and what they lack. Raises InputError for a folder without a run."""
     import jinja2
 
+    if not paths:
+        raise InputError("expected a run to report, got none: golfgpt report RUN… -o FILE.html")
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise InputError(f"a run stands twice in {' '.join(map(str, paths))}; expected each once")
     views = [_view(path, name, i) for i, (path, name) in enumerate(zip(paths, _names(paths), strict=True))]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -78,14 +87,12 @@ def render(paths: Sequence[Path]) -> tuple[str, list[str]]:
         title=f"{len(views)} runs" if several else views[0].name,
         views=views,
         several=several,
+        started=sorted({str(view.run.env["started"])[:10] for view in views if "started" in view.run.env}),
         missing=[(view.name, text) for view in views for text in view.missing],
         scores=_scores(views),
-        checks={view.name: _checks(view) for view in views},
         figures=_figures(views),
         step_times=_step_times(views),
         ledger=_ledger(views),
-        budgets={view.name: _budget(view) for view in views if view.score},
-        tensors={view.name: _tensors(view) for view in views if view.tensors},
         comparisons=_comparisons(views),
         scored=any(view.score for view in views),
         changed=_changed(views),
@@ -102,28 +109,40 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def _view(path: Path, name: str, index: int) -> View:
-    run = read_run(path)
-    view = View(run, name, index % COLOURS)
-    view.steps, times = run.steps(), {}
-    for row in view.steps:
-        times[row["step"]] = row["train_seconds"]
-    validations = {
-        row["step"]: row | {"train_seconds": times[row["step"]]} for row in run.metrics("val") if row["step"] in times
-    }
-    view.validations = list(validations.values())
+    view = View(read_run(path), name, index % COLOURS)
+    try:
+        _fill(view)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"result.json or metrics.jsonl of {path} is not as golfgpt writes it ({error!r})") from error
+    return view
+
+
+def _fill(view: View) -> None:
+    run = view.run
+    view.steps = run.steps()
+    clock = {row["step"]: row["train_seconds"] for row in view.steps}
+    validations = {row["step"]: row for row in run.metrics("val") if row["step"] in clock}
+    view.validations = [row | {"train_seconds": clock[step]} for step, row in validations.items()]
+    view.scores = [cell(view) for cell in SCORES.values()]
+    if view.score:
+        view.checks, view.budget = _checks(view), _budget(view)
     if run.result is None:
-        at = f"it stopped at step {view.steps[-1]['step']}" if view.steps else "it has taken no step"
-        view.missing.append(f"no score (there is no result.json): {at}; golfgpt train --resume {path} finishes it")
+        at = f"step {view.steps[-1]['step']}" if view.steps else "the start"
+        running = listed_run(run.path).status == "running"
+        now = (
+            f"it is training, at {at}" if running else f"it stopped at {at}; golfgpt train --resume {run.path} goes on"
+        )
+        view.missing.append(f"the score (there is no result.json): {now}")
     elif not view.score.get("checks"):
         view.missing.append("how the score was checked: result.json does not say")
     if not view.steps:
         view.missing.append("curves and step times: metrics.jsonl has no steps")
     elif "step_seconds" not in view.steps[0]:
         view.missing.append("step times: metrics.jsonl was written by an earlier version, which had some steps only")
-    view.tensors = _tensor_reports(run, view.missing)
+    if reports := _tensor_reports(run, view.missing):
+        view.tensors = _tensors(reports)
     if not run.env:
         view.missing.append("environment: there is no env.json")
-    return view
 
 
 def _tensor_reports(run: Run, missing: list[str]) -> list[dict[str, Any]]:
@@ -148,22 +167,24 @@ def _number(value: Any, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
+SCORES: dict[str, Callable[[View], str]] = {
+    "bits per byte": lambda v: _number(v.score.get("val_bpb"), ".4f"),
+    "with test-time training": lambda v: _number(v.adapted.get("val_bpb"), ".4f"),
+    "nats per token": lambda v: _number(v.score.get("val_loss"), ".4f"),
+    "total bytes": lambda v: _number(v.result.get("total_bytes"), ","),
+    "bytes left": lambda v: _number(v.result.get("margin_bytes"), ","),
+    "parameters": lambda v: _number(v.result.get("parameters"), ","),
+    "steps": lambda v: _number(v.result.get("steps", v.steps[-1]["step"] if v.steps else None), ","),
+    "seconds of training": lambda v: _number(v.steps[-1]["train_seconds"] if v.steps else None, ",.1f"),
+    "seed": lambda v: str(v.run.config.seed),
+}
+
+
 def _scores(views: Sequence[View]) -> Table:
-    columns: dict[str, Callable[[View], str]] = {
-        "bits per byte": lambda v: _number(v.score.get("val_bpb"), ".4f"),
-        "with test-time training": lambda v: _number(v.adapted.get("val_bpb"), ".4f"),
-        "nats per token": lambda v: _number(v.score.get("val_loss"), ".4f"),
-        "total bytes": lambda v: _number(v.result.get("total_bytes"), ","),
-        "bytes left": lambda v: _number(v.result.get("margin_bytes"), ","),
-        "parameters": lambda v: _number(v.result.get("parameters"), ","),
-        "steps": lambda v: _number(v.result.get("steps", v.steps[-1]["step"] if v.steps else None), ","),
-        "seconds of training": lambda v: _number(v.steps[-1]["train_seconds"] if v.steps else None, ",.1f"),
-        "seed": lambda v: str(v.run.config.seed),
-    }
-    rows = [[view.name, *(cell(view) for cell in columns.values())] for view in views]
-    kept = [0, *(i for i in range(1, len(columns) + 1) if any(row[i] != "–" for row in rows))]
-    head = ["run", *columns]
-    return Table("Scores", [head[i] for i in kept], [[row[i] for i in kept] for row in rows])
+    """The columns that some run has."""
+    columns = zip(SCORES, *(view.scores for view in views), strict=True)
+    head, *cells = zip(*(column for column in columns if set(column[1:]) != {"–"}), strict=True)
+    return Table("Scores", ["run", *head], [[view.name, *row] for view, row in zip(views, cells, strict=True)])
 
 
 def _nats(value: float | None, otherwise: str) -> str:
@@ -211,13 +232,19 @@ def _checks(view: View) -> list[Table]:
     return tables
 
 
+def _timed(view: View) -> list[dict[str, Any]]:
+    """Its steps with a duration, without the first, which has one-time work."""
+    return [row for row in view.steps[1:] if "step_seconds" in row]
+
+
 def _step_times(views: Sequence[View]) -> Table | None:
     rows = []
     for view in views:
-        ms = np.array([1000 * row["step_seconds"] for row in view.steps[1:] if "step_seconds" in row])
-        if len(ms):
+        timed = _timed(view)
+        if timed:
+            ms = np.array([1000 * row["step_seconds"] for row in timed])
             half, high = np.percentile(ms, (50, 95))
-            slowest = view.steps[1 + int(ms.argmax())]["step"]
+            slowest = timed[int(ms.argmax())]["step"]
             tokens = view.run.config.data.batch_tokens * 1000 / ms.mean()
             cells = [f"{value:,.1f}" for value in (half, high, ms.max())]
             rows.append([view.name, f"{len(ms):,}", *cells, f"{slowest:,}", f"{tokens:,.0f}"])
@@ -251,13 +278,13 @@ def _budget(view: View) -> dict[str, Any]:
     }
 
 
-def _tensors(view: View) -> dict[str, Any]:
-    """Rows with two bars each: stored bytes, and the error on a scale of decibels."""
-    stored = [tensor["value_bytes"] + tensor["scale_bytes"] for tensor in view.tensors]
-    errors = [tensor["relative_rms_error"] for tensor in view.tensors]
+def _tensors(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Rows with two bars each, stored bytes and error, both as parts of the largest."""
+    stored = [tensor["value_bytes"] + tensor["scale_bytes"] for tensor in reports]
+    errors = [tensor["relative_rms_error"] for tensor in reports]
     largest = max((error for error in errors if error), default=1.0)
     rows = []
-    for tensor, size, error in zip(view.tensors, stored, errors, strict=True):
+    for tensor, size, error in zip(reports, stored, errors, strict=True):
         decibels = "–" if error is None else "exact" if error == 0 else f"{-20 * math.log10(error):.1f}"
         rows.append(
             {
@@ -268,11 +295,13 @@ def _tensors(view: View) -> dict[str, Any]:
                 "error_cells": [_number(error, ".2e"), decibels],
             }
         )
-    return {"rows": rows, "total": sum(stored), "limit": view.run.config.budget.artifact_bytes}
+    return {"rows": rows, "total": sum(stored)}
 
 
 def _text(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list | tuple) else "none" if value is None else str(value)
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)
 
 
 def _by_run(caption: str, views: Sequence[View], values: Callable[[View], dict[str, Any]]) -> Table:
@@ -348,11 +377,8 @@ def _figures(views: Sequence[View]) -> list[dict[str, str]]:
         ("Loss by step", loss, draw(series("step", mean, True), "Loss by step", "step")),
         ("Loss by time", loss, draw(series("train_seconds", mean, True), "Loss by time", "seconds of training")),
     ]
-    timed = [view for view in trained if "step_seconds" in view.steps[-1] and len(view.steps) > 1]
-    if timed:
-        times = [
-            Series(v.colour, (), [1000 * r["step_seconds"] for r in v.steps[1:] if "step_seconds" in r]) for v in timed
-        ]
+    times = [Series(v.colour, (), [1000 * row["step_seconds"] for row in _timed(v)]) for v in trained if _timed(v)]
+    if times:
         figure = distribution(times, "Step times", "milliseconds per step")
         found.append(("Step times", "The last bin also has the slowest 1 % of the steps.", figure))
     rate = curves(series("step", "lr_multiplier"), "Learning rate", "step", "of its base", spikes=True)

@@ -67,9 +67,9 @@ class Progress:
         projection: str,
         last: bool,
     ) -> None:
-        """Report step number `done`, which ended at `seconds` of the training clock after `duration`. `mean` is the mean
-        duration of recent steps, `projection` the forecast size of the artifact, and `last` whether this is the last
-        step."""
+        """Report step number `done`, which took `duration` and ended at `seconds` of the training clock. `mean` is the
+        mean duration of recent steps, `projection` the forecast size of the artifact, and `last` whether this is the
+        last step."""
         c = self.config
         self._sum, self._weight = DECAY * self._sum + result.loss, DECAY * self._weight + 1
         smooth, bpb = self._sum / self._weight, None
