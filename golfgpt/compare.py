@@ -300,14 +300,15 @@ def compare(
     twice, for runs of one side that differ in more than `NO_EFFECT`, for scores of other text or by other rules, and
     for test "paired" with seeds of one side only.
     """
-    if twice := {run.path.resolve() for run in a} & {run.path.resolve() for run in b}:
-        raise InputError(f"{min(twice)} is on both sides; expected a run on one side only")
+    of_a = {run.path.resolve() for run in a}
+    if twice := [run.path for run in b if run.path.resolve() in of_a]:
+        raise InputError(f"{twice[0]} is on both sides; expected a run on one side only")
     side_a, side_b = _side(a, kind), _side(b, kind)
     _same_text([a[0], b[0]], kind, RULE if kind == "plain" else TEXT)
     changes = tuple(d for d in differences(a[0].config, b[0].config) if not d.startswith(("seed:", "runtime.")))
     paired_test, pairing = _pairing(side_a.losses, side_b.losses, changes, test)
     by_welch = welch(side_a.losses, side_b.losses, criteria)
-    labels = dict.fromkeys(_score(side[0], kind)["label"] for side in (a, b))
+    labels = dict.fromkeys(str(_score(side[0], kind).get("label")) for side in (a, b))
     return Comparison(
         a=side_a,
         b=side_b,
@@ -332,7 +333,7 @@ def compare_target(
     return TargetComparison(
         a=side,
         target=target,
-        label=_score(a[0], kind)["label"],
+        label=str(_score(a[0], kind).get("label")),
         bpb_per_nat=_bpb_per_nat(a[0], kind),
         difference=one_sample(side.losses, target, criteria),
         track3=track3,
@@ -349,14 +350,15 @@ def _score(run: Run, kind: Kind) -> dict[str, Any]:
     """The score with the digest of its data. Raises InputError if the run has none."""
     result = run.result or {}
     score = result.get("score" if kind == "plain" else "adapted")
-    if score is None:
+    if not isinstance(score, dict):
         how = f"golfgpt train --resume {run.path}" if kind == "plain" else f"golfgpt eval {run.path} --eval.ttt.kind …"
         raise InputError(f"{run.path} has no {kind} score; make it with {how}")
+    for name in ("val_loss", "val_bpb", "tokens", "bytes"):
+        value = score.get(name)
+        if not (isinstance(value, int | float) and 0 < value < math.inf):
+            file = run.path / "result.json"
+            raise InputError(f"{file} has the {kind} score's {name} as {value!r}; expected a finite number above 0")
     score = {"dataset": result.get("dataset"), **score}
-    if missing := [name for name in (*TEXT, "label", "val_loss", "val_bpb") if score.get(name) is None]:
-        raise InputError(f"{run.path / 'result.json'} has no {missing[0]} in its {kind} score; score the run again")
-    if not (math.isfinite(score["val_loss"]) and score["tokens"] > 0 and score["bytes"] > 0):
-        raise InputError(f"{run.path} has the val_loss {score['val_loss']}; expected a finite score of some text")
     return score
 
 
@@ -382,19 +384,20 @@ def _side(runs: Sequence[Run], kind: Kind) -> Side:
     """Check that the runs differ in their seeds only."""
     if not runs:
         raise InputError("a side has no runs; expected at least one")
-    first, by_seed, varied = runs[0], dict[int, Run](), dict[str, None]()
+    first = runs[0]
+    by_seed: dict[int, Run] = {}
+    varied: dict[str, None] = {}  # in order
     for run in runs:
-        if other := by_seed.get(run.config.seed):
-            raise InputError(
-                f"{other.path} and {run.path} both have seed {run.config.seed}; a seed counts once: leave out the run "
-                "that started later"
-            )
-        by_seed[run.config.seed] = run
         changed = differences(first.config, run.config)
         if kept := [d for d in changed if not d.startswith(NO_EFFECT)]:
             raise InputError(
                 f"{first.path} and {run.path} are on one side, but differ in {'; '.join(kept)}; expected one "
                 "configuration with several seeds on each side"
+            )
+        if (other := by_seed.setdefault(run.config.seed, run)) is not run:
+            raise InputError(
+                f"{other.path} and {run.path} both have seed {run.config.seed}; a seed counts once: leave out the run "
+                "that started later"
             )
         varied |= dict.fromkeys(name for d in changed if (name := d.split(":")[0]) != "seed")
     _same_text(runs, kind, (*RULE, "settings"))
@@ -443,10 +446,7 @@ def _pairing(
     if parts := _unshared(a, b):
         return False, f"Welch's test, not paired: {parts}"
     if model:
-        return (
-            False,
-            f"Welch's test, not paired: {', '.join(model)} differ, so a seed gives A and B other initial weights",
-        )
+        return False, f"Welch's test, not paired: a seed is other initial weights where {', '.join(model)} differ"
     return True, "paired by seed: both sides have the same seeds and models, so each pair has the same initial weights"
 
 
@@ -461,12 +461,14 @@ def _words(difference: Difference, other: str, bpb_per_nat: float, counts: Seque
         per_token, per_byte = (" to ".join(f"{x * unit:.5f}" for x in nats) for unit in (1, bpb_per_nat))
         return f"{per_token} nats/token, {per_byte} bits per byte"
 
-    criteria = difference.criteria
-    lines = [f"A is {'better' if difference.gain > 0 else 'worse'} than {other} by {both(abs(difference.gain))}"]
+    criteria, gain = difference.criteria, difference.gain
+    relation = "better than" if gain > 0 else "worse than" if gain < 0 else "neither better nor worse than"
+    lines = [f"A is {relation} {other} by {both(abs(gain))}"]
     if difference.untested:
         return [*lines, f"no interval and no test: {difference.untested}"]
     worse = "; it is below 0: A is significantly worse" if difference.high < 0 else ""
-    lines.append(f"{1 - 2 * criteria.alpha:.4g} interval of the gain: {both(difference.low, difference.high)}{worse}")
+    interval = f"{100 - 200 * criteria.alpha:.4g} % confidence interval of the gain"
+    lines.append(f"{interval}: {both(difference.low, difference.high)}{worse}")
     for claim in difference.claims:
         what = f"better by more than {claim.margin:g} nats/token" if claim.margin else "better at all"
         verdict = f"{'' if claim.significant else 'not '}significant at p < {criteria.alpha:g}"

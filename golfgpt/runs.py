@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import operator
 import os
@@ -74,7 +75,7 @@ def _read(file: Path) -> dict[str, Any] | None:
     """A file's JSON object, or None if there is no file."""
     try:
         value = json.loads(file.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: {error}") from error
@@ -201,12 +202,14 @@ def _locked(path: Path) -> bool:
 
 def recipe_name(env: dict[str, Any]) -> str | None:
     """The recipe that a run started from, by the command in its env.json."""
-    words = [str(word) for word in env.get("command") or ()]
-    for option, value in zip(words, [*words[1:], None], strict=False):
-        if option.startswith("--recipe="):
-            return option.removeprefix("--recipe=")
-        if option == "--recipe":
-            return value
+    words = env.get("command")
+    if not isinstance(words, list):
+        return None
+    for word, following in itertools.zip_longest(words, words[1:]):
+        if word == "--recipe":
+            return following
+        if str(word).startswith("--recipe="):
+            return word.removeprefix("--recipe=")
     return "demo" if words[1:2] == ["demo"] else None
 
 
@@ -277,6 +280,8 @@ def check_fields(names: Iterable[str], runs: Sequence[ListedRun]) -> None:
         if name in known or any(run.get(name) is not None for run in runs):
             continue
         known = known.union(*(flatten(run.values) for run in runs))
+        if name in known:  # with the value null
+            continue
         ends = sorted(field for field in known if field.endswith(f".{name}"))
         close = ends or difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""

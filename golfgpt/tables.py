@@ -14,11 +14,11 @@ if TYPE_CHECKING:  # the table of `data prepare` does not wait for torch
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Aligned columns: text to the left, whole numbers to the right."""
+    """Aligned columns: text to the left, whole numbers to the right, also where some cells are empty."""
     rows = [list(row) for row in rows]
     cells = [list(head)] + [[f"{c:,}" if isinstance(c, int) else str(c) for c in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    right = [all(not isinstance(row[i], str) for row in rows) for i in range(len(head))]
+    right = [not any(isinstance(row[i], str) and row[i] for row in rows) for i in range(len(head))]
     lines = []
     for line in cells:
         padded = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True))

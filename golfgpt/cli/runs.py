@@ -29,8 +29,8 @@ COLUMNS = ("run", "recipe", "seed", "val_bpb", "total_bytes", "steps", "status",
 
 @dataclass(frozen=True, kw_only=True)
 class ListRuns:
-    """List the runs below a folder, newest first; golfgpt runs show RUN and golfgpt runs diff A B explain them. A field
-    is one of config.json, result.json or env.json by its dotted name, such as model.num_layers."""
+    """List the runs below a folder, newest first. A field is one of config.json, result.json or env.json by its dotted
+    name, such as model.num_layers. golfgpt runs show RUN and golfgpt runs diff A B tell more."""
 
     folder: Positional[Path] = RUNS
     """Folder to search."""
@@ -43,7 +43,7 @@ class ListRuns:
     limit: int | None = None
     """Show at most this many runs."""
     json: bool = False
-    """Print the columns as JSON."""
+    """Print the columns and score.label as JSON."""
 
 
 def list_all(args: ListRuns) -> int:
@@ -54,12 +54,12 @@ def list_all(args: ListRuns) -> int:
     used = [condition.field for condition in conditions] + ([args.sort] if args.sort else [])
     check_fields(used, found)
     broken = [run for run in found if run.status == "broken"]
-    matching = [run for run in found if run not in broken and all(c.holds(run) for c in conditions)]
-    newest = sort_runs(matching, args.sort or "started", reverse=args.reverse if args.sort else not args.reverse)
-    shown = newest[: args.limit]
+    matching = [run for run in found if run.status != "broken" and all(c.holds(run) for c in conditions)]
+    reverse = args.reverse if args.sort else not args.reverse  # the newest first
+    shown = sort_runs(matching, args.sort or "started", reverse=reverse)[: args.limit]
     columns = tuple(dict.fromkeys((*COLUMNS, *used)))
     if args.json:
-        rows = [{name: run.get(name) for name in columns} for run in shown]
+        rows = [{name: run.get(name) for name in (*columns, "score.label")} for run in shown]
         problems = [{"run": str(run.path), "problem": run.problem} for run in broken]
         print_json({"runs": rows, "broken": problems, "matching": len(matching), "found": len(found)})
         return 0
@@ -68,7 +68,7 @@ def list_all(args: ListRuns) -> int:
     if any(_marked(run) for run in shown):
         print("* not the score of all of the text by the plain rule: score.label, in golfgpt runs show RUN, says what")
     for run in broken:
-        print(f"broken: {run.path}: {run.problem}")
+        print(f"broken: {run.problem}")
     print(f"{len(shown):,} of {len(found):,} runs below {args.folder}")
     return 0
 
