@@ -38,24 +38,24 @@ class Series:
 
 def curves(series: Sequence[Series], name: str, x: str, y: str, *, spikes: bool = False) -> str:
     """Lines over steps or seconds. Of many values an even selection is drawn, or with `spikes` the largest of each
-    stretch. The y axis leaves out what is above a run's value after a twentieth of its steps."""
+    stretch. The y axis leaves out what is above a run's value after a twentieth of its steps, unless it is a mark."""
 
     def draw(axes: Any) -> None:
-        top = []
+        low, high = [], []
         for s in series:
-            style = {"color": _RUN.format(s.colour)}
-            shown = _largest(s.y) if spikes else np.unique(np.linspace(0, len(s.y) - 1, POINTS).astype(int))
-            axes.plot(np.asarray(s.x)[shown], np.asarray(s.y)[shown], linewidth=1.3, **style)
-            top.append(s.y[len(s.y) // 20])
+            style, values = {"color": _RUN.format(s.colour)}, np.asarray(s.y)
+            shown = _largest(values) if spikes else np.unique(np.linspace(0, len(values) - 1, POINTS).astype(int))
+            axes.plot(np.asarray(s.x)[shown], values[shown], linewidth=1.3, **style)
             if s.points:
                 axes.plot(*zip(*s.points, strict=True), "o", markersize=4, **style)
             if s.end:
                 axes.plot(*s.end, "D", markersize=6, **style)
-        if not spikes:
-            low = min(min(s.y) for s in series), *(p[1] for s in series for p in [*s.points, *filter(None, [s.end])])
-            room = 0.05 * (max(top) - min(low))
-            if room > 0:
-                axes.set_ylim(min(low) - room, max(top) + room)
+            marks = [y for _, y in (*s.points, *([s.end] if s.end else []))]
+            low += [values.min(), *marks]
+            high += [values[len(values) // 20], *marks]
+        room = 0.05 * (max(high) - min(low))
+        if room > 0 and not spikes:
+            axes.set_ylim(min(low) - room, max(high) + room)
 
     return _figure(draw, name, x, y)
 
@@ -75,21 +75,23 @@ def distribution(series: Sequence[Series], name: str, x: str) -> str:
     return _figure(draw, name, x, "share of the steps")
 
 
-def _largest(values: Sequence[float]) -> np.ndarray:
+def _largest(values: np.ndarray) -> np.ndarray:
     """Where the largest value of each of POINTS stretches is."""
     stretches = np.array_split(np.arange(len(values)), min(POINTS, len(values)))
-    return np.array([part[np.argmax(np.asarray(values)[part])] for part in stretches])
+    return np.array([part[np.argmax(values[part])] for part in stretches])
 
 
 def _figure(draw: Callable[[Any], None], name: str, x: str, y: str) -> str:
     """`name` is what a screen reader says and makes ids unique in the page."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     with _style():
         figure = Figure(figsize=(5.2, 3.4), layout="constrained")
         axes = figure.add_subplot(xlabel=x, ylabel=y)
         draw(axes)
         axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
