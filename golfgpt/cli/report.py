@@ -16,7 +16,7 @@ from golfgpt.files import write_bytes
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Write one HTML page about one or several runs: scores and their proofs, curves, bytes, configuration."""
+    """Write one HTML page about runs: scores and how they were checked, curves, bytes, configuration."""
 
     runs: Positional[tuple[Path, ...]]
     """Run folders. A run without a score is shown as far as it came."""

@@ -38,7 +38,7 @@ class Series:
 
 def curves(series: Sequence[Series], name: str, x: str, y: str, *, spikes: bool = False) -> str:
     """Lines over steps or seconds. Of many values an even selection is drawn, or with `spikes` the largest of each
-    stretch. The y axis leaves out what is above a run's value after a twentieth of its steps, unless it is a mark."""
+    stretch. The y axis leaves out what is above a run's value after a twentieth of its steps, but not the score."""
 
     def draw(axes: Any) -> None:
         low, high = [], []
@@ -50,9 +50,9 @@ def curves(series: Sequence[Series], name: str, x: str, y: str, *, spikes: bool 
                 axes.plot(*zip(*s.points, strict=True), "o", markersize=4, **style)
             if s.end:
                 axes.plot(*s.end, "D", markersize=6, **style)
-            marks = [y for _, y in (*s.points, *([s.end] if s.end else []))]
-            low += [values.min(), *marks]
-            high += [values[len(values) // 20], *marks]
+            end = [s.end[1]] if s.end else []
+            low += [values.min(), *(y for _, y in s.points), *end]
+            high += [values[len(values) // 20], *end]
         room = 0.05 * (max(high) - min(low))
         if room > 0 and not spikes:
             axes.set_ylim(min(low) - room, max(high) + room)

@@ -95,12 +95,12 @@ def train(config: RunConfig, path: Path, *, resume: bool = False, quiet: bool = 
                 config = reserve_time(config, step, dataset, reporter)
                 if folder and not resume:
                     write_config(path, config)
-                reporter.track(config)
             saver = Saver(config, path, dataset, step, ledger, folder, reporter, signals)
             exporter = Exporter(config, dataset, step, folder, reporter)
             scorer = ModelScorer(config, dataset, step, ledger, reporter, signals)
             progress = Progress(config, dataset, reporter)
             with ledger.phase("setup"):
+                reporter.track(config)
                 done, finished = saver.restore() if resume else (0, False)
             if not finished:
                 warm_up(config, step, ledger, reporter)
