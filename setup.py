@@ -34,7 +34,11 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["golfgpt", "golfgpt.*"]), "golfgpt_kernels"],
     package_dir={"golfgpt_kernels": "kernels/golfgpt_kernels"},
-    package_data={"golfgpt_kernels": ["measured.json"], "golfgpt.doctor": ["steps.json"]},
+    package_data={
+        "golfgpt_kernels": ["measured.json"],
+        "golfgpt.doctor": ["steps.json"],
+        "golfgpt.report": ["page.html"],
+    },
     install_requires=[
         "torch>=2.10",
         "triton; platform_system == 'Linux'",  # the release is torch's to say: each CUDA build pins its own

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import itertools
 import json
 import operator
@@ -20,6 +21,9 @@ from golfgpt.files import write_json
 FORMAT = 4
 """Of config.json; runs without one count as 1. A release with new or changed fields of RunConfig raises it."""
 
+_ADDED = {"runtime": {"tracker": "none"}}
+"""Fields that a config of this format may lack, since they are newer than it, with the value that runs had then."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -35,10 +39,25 @@ class Run:
         return self.path.name
 
     def metrics(self, kind: str) -> list[dict[str, Any]]:
-        """The objects of this kind in metrics.jsonl, in order; a last line that is being written is left out."""
+        """The objects of this kind in metrics.jsonl, in order, without lines that are not whole (`metric`)."""
+        return [value for value in self._metrics if value["kind"] == kind]
+
+    def steps(self) -> list[dict[str, Any]]:
+        """The objects of kind train that count in the end: a resume takes back the steps after its checkpoint."""
+        rows: list[dict[str, Any]] = []
+        for value in self._metrics:
+            if value["kind"] == "resume":
+                rows = [row for row in rows if row["step"] <= value["step"]]
+            elif value["kind"] == "train":
+                rows.append(value)
+        return rows
+
+    @functools.cached_property
+    def _metrics(self) -> list[dict[str, Any]]:
+        """As they were when they were first asked for: 20,000 steps take a second."""
         file = self.path / "metrics.jsonl"
-        lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.is_file() else []
-        return [value for value in map(json.loads, lines) if value["kind"] == kind]
+        lines = file.read_bytes().split(b"\n")[:-1] if file.is_file() else []
+        return list(filter(None, map(metric, lines)))
 
 
 def read_run(path: Path) -> Run:
@@ -68,6 +87,15 @@ def _read(file: Path) -> dict[str, Any] | None:
     return value
 
 
+def metric(line: bytes) -> dict[str, Any] | None:
+    """The object in a line of metrics.jsonl; None for a line that a full disk or a kill cut off."""
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) and "kind" in value else None
+
+
 def write_config(path: Path, config: RunConfig) -> None:
     write_json(path / "config.json", {"format": FORMAT, **to_dict(config)})
 
@@ -76,7 +104,7 @@ def read_config(path: Path) -> RunConfig:
     """The resolved config of the run in `path`. Raises InputError if it is missing, of another format or not valid."""
     values = _read_config(path)
     try:
-        return from_dict(RunConfig, values)
+        return stored(values)
     except ValueError as error:
         raise InputError(f"{path / 'config.json'}: {error}") from error
 
@@ -95,6 +123,12 @@ def _read_config(path: Path) -> dict[str, Any]:
             "(env.json)"
         )
     return values
+
+
+def stored(values: dict[str, Any]) -> RunConfig:
+    """The config that a run of this format stored as `values`. Raises ValueError like `from_dict`."""
+    added = {name: new | values[name] for name, new in _ADDED.items() if isinstance(values.get(name), dict)}
+    return from_dict(RunConfig, values | added)
 
 
 def artifact_file(path: Path) -> Path:

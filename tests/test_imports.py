@@ -70,6 +70,7 @@ LAYERS = (
     {"tables"},
     {"train"},
     {"importer", "doctor", "compare"},
+    {"report", "watch"},
     {"cli", "__main__"},
 )
 """What stands in one of golfgpt's layers imports from its own and from those above it in this list. Every file named
@@ -108,7 +109,16 @@ def run_python(code: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "module", ["golfgpt", "golfgpt.config", "golfgpt.recipes", "golfgpt.optim.schedule", "golfgpt.cli"]
+    "module",
+    [
+        "golfgpt",
+        "golfgpt.config",
+        "golfgpt.recipes",
+        "golfgpt.optim.schedule",
+        "golfgpt.cli",
+        "golfgpt.report.page",
+        "golfgpt.watch",
+    ],
 )
 def test_no_torch_at_import(module):
     run_python(f"import sys, {module}; assert 'torch' not in sys.modules")

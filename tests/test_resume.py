@@ -202,6 +202,20 @@ def test_without_a_checkpoint_the_stored_config_still_rules(tiny, tmp_path):
         train(replace(tiny, optim=replace(tiny.optim, matrix_lr=0.1)), tmp_path / "run", resume=True)
 
 
+def test_a_run_without_the_newest_fields_resumes(tiny, tmp_path, monkeypatch):
+    """Its config.json and checkpoint lack runtime.tracker."""
+    path, old = tmp_path / "run", to_dict(tiny)
+    del old["runtime"]["tracker"]
+    monkeypatch.setattr("golfgpt.train.saver.to_dict", lambda config: old)
+    monkeypatch.setattr("golfgpt.runs.to_dict", lambda config: old)
+    train(tiny, path)
+    monkeypatch.undo()
+    saved, _ = checkpoint.latest(path / "checkpoints")
+    assert "tracker" not in saved.config["runtime"] and "tracker" not in (path / "config.json").read_text()
+    train(read_config(path), path, resume=True)
+    assert json.loads((path / "config.json").read_text())["runtime"]["tracker"] == "none"
+
+
 def test_torn_metrics_and_leftovers_are_cleaned(tiny, tmp_path):
     path = tmp_path / "run"
     folder = RunFolder.create(path, tiny, b"")

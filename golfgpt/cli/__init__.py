@@ -22,7 +22,7 @@ from typing import Any
 import tyro
 
 from golfgpt import recipes
-from golfgpt.cli import compare, data, info, models, runs, train
+from golfgpt.cli import compare, data, info, models, report, runs, train
 from golfgpt.cli.common import stored_config
 from golfgpt.config import RunConfig
 from golfgpt.errors import GolfError, InputError, Interrupted, PeerError
@@ -85,6 +85,8 @@ COMMANDS = {
     "inspect": Command(models.Inspect, models.inspect),
     "export": Command(models.Export, models.export, _export_config),
     "import": Command(models.Import, models.import_file, _recipe_config),
+    "watch": Command(report.Watch, report.watch),
+    "report": Command(report.Report, report.report),
     "recipes": Command(info.Recipes, info.show_recipes),
     "runs": Command(runs.ListRuns, runs.list_all),
     "runs show": Command(runs.ShowRun, runs.show),

@@ -15,6 +15,7 @@ from tyro.conf import Positional
 from golfgpt.cli.common import RUNS, Config, print_json, run_name, stored_config
 from golfgpt.config import ModelConfig, QuantConfig, RunConfig, differences, to_dict
 from golfgpt.errors import InputError
+from golfgpt.runs import flatten
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ def inspect(args: Inspect) -> int:
         "streams": len(info.streams),
         "tokenizer_sha256": info.tokenizer_sha256,
         "seq_len": info.seq_len,
-        **_flat(to_dict(info.model), "model."),
+        **flatten(to_dict(info.model), "model."),
     }
     plan = layer_plan(info.model)
     if args.json:
@@ -57,14 +58,6 @@ def inspect(args: Inspect) -> int:
         print("\n" + tensor_table(info.table()))
         print("\n" + table(("layer", "does"), [(i, str(layer)) for i, layer in enumerate(plan)]))
     return 0
-
-
-def _flat(values: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """Nested fields by their whole names."""
-    out = {}
-    for key, value in values.items():
-        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return out
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from typing import Literal
 from golfgpt.fields import Count, CountOrZero, NotNegative, Section
 
 Device = Literal["auto", "cpu", "cuda"]
+Tracker = Literal["none", "wandb", "trackio", "tensorboard"]
 
 KERNELS = {
     "mlp": {"relu2_mlp": "triton", "linear_relu2": "triton"},
@@ -52,9 +53,13 @@ class RuntimeConfig(Section):
     checkpoint_seconds: NotNegative = 60.0
     """Seconds between checkpoints, which are not counted as training time; 0: only at the end or on a signal."""
     log_every: Count = 50
-    """Steps between lines in the log (the first ten steps are always logged)."""
+    """Steps between lines in the log and in the tracker (the first ten steps always have one). metrics.jsonl has every
+    step."""
     val_every: CountOrZero = 0
     """Steps between validations of the unquantized weights, which are not counted as training time; 0: none."""
+    tracker: Tracker = "none"
+    """Where the numbers of metrics.jsonl go too: wandb (offline, unless WANDB_MODE says otherwise), trackio or
+    tensorboard, each an extra of the package. A tracker that fails is switched off, and the run goes on."""
     probe: bool = False
     """Whether each validation also exports, and reports the score of the decoded weights and the size of the
     artifact."""

@@ -99,7 +99,9 @@ class Exporter:
         info = artifact.write(self.folder.artifact, encoded, **self._options)
         label = f"{self.quantizer.label}+{info.compressor}"
         raw = sum(value.numel() * value.element_size() for value in state.values())
-        say(tensor_table(self.quantizer.table(state, encoded)))
+        reports = self.quantizer.table(state, encoded)
+        say(tensor_table(reports))
+        self.reporter.metric("tensors", tensors=[report._asdict() for report in reports])
         say(f"Serialized model: {raw} bytes")
         say(f"Code size: {c.budget.code_bytes} bytes (allowance)")
         say(

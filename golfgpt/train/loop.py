@@ -120,7 +120,7 @@ class Loop:
             self._decide_for_all(seconds, duration / pending.layers)
         self._watch_compilation()
         last = not self._pending and (self._stopping or self.done == self.config.schedule.max_steps)
-        self.progress.step(self.done, result, multiplier, seconds, pace.mean, self.saver.projection, last)
+        self.progress.step(self.done, result, multiplier, seconds, duration, pace.mean, self.saver.projection, last)
         return result
 
     def _decide_for_all(self, seconds: float, per_layer: float) -> None:

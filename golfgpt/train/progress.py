@@ -1,4 +1,4 @@
-"""Messages of a run while it trains: first the settings, then a line and a metric per step."""
+"""Messages of a run while it trains: first the settings, then a metric for each step and a line for some."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from golfgpt.quant.budget import forecast_bytes
 from golfgpt.quant.quantizer import Quantizer
 from golfgpt.train.attention_backend import Selection
 from golfgpt.train.reporter import Reporter
+from golfgpt.train.status import status
 from golfgpt.train.step import StepResult, TrainStep
 
 DECAY = 0.96
@@ -56,30 +57,29 @@ class Progress:
             self.reporter.status(f"step {step + 1}: {done} of {of} microbatches after {waited:.0f} s")
 
     def step(
-        self, done: int, result: StepResult, multiplier: float, seconds: float, mean: float, projection: str, last: bool
+        self,
+        done: int,
+        result: StepResult,
+        multiplier: float,
+        seconds: float,
+        duration: float,
+        mean: float,
+        projection: str,
+        last: bool,
     ) -> None:
-        """Report step number `done`, which ended at `seconds` of the training clock. `mean` is the mean duration of
-        recent steps, `projection` the forecast size of the artifact, and `last` whether this is the last step."""
+        """Report step number `done`, which took `duration` and ended at `seconds` of the training clock. `mean` is the
+        mean duration of recent steps, `projection` the forecast size of the artifact, and `last` whether this is the
+        last step."""
         c = self.config
         self._sum, self._weight = DECAY * self._sum + result.loss, DECAY * self._weight + 1
         smooth, bpb = self._sum / self._weight, None
         if m := self._manifest:
             bpb = bits_per_byte(smooth * m.train.tokens, m.train.decoded_bytes)
-        left = (c.schedule.max_steps - done) * mean
-        if c.schedule.cap is not None:
-            left = min(left, c.schedule.cap - seconds)
-        self.reporter.status(
-            f"step {done}  loss {smooth:.4f}  {f'{bpb:.4f} bits/byte  ' if bpb else ''}{mean * 1000:.1f} ms/step  "
-            f"{c.data.batch_tokens / mean:,.0f} tokens/s  {max(left, 0):.0f} s left  {projection}"
-        )
-        if done > 10 and done % c.runtime.log_every and not last:
-            return
-        self.reporter.line(
-            f"step:{done}/{c.schedule.max_steps} train_loss:{result.loss:.4f} train_time:{seconds * 1000:.0f}ms "
-            f"step_avg:{seconds / done * 1000:.2f}ms train_loss_ema:{smooth:.4f}"
-        )
+        self.reporter.status(f"{status(c, done, smooth, bpb, seconds, mean)}  {projection}")
+        shown = done <= 10 or done % c.runtime.log_every == 0 or last
         self.reporter.metric(
             "train",
+            tracked=shown,
             step=done,
             loss=result.loss,
             loss_ema=smooth,
@@ -87,4 +87,10 @@ class Progress:
             grad_norm=result.grad_norm,
             lr_multiplier=multiplier,
             train_seconds=round(seconds, 4),
+            step_seconds=round(duration, 6),
         )
+        if shown:
+            self.reporter.line(
+                f"step:{done}/{c.schedule.max_steps} train_loss:{result.loss:.4f} train_time:{seconds * 1000:.0f}ms "
+                f"step_avg:{seconds / done * 1000:.2f}ms train_loss_ema:{smooth:.4f}"
+            )

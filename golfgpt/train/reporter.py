@@ -6,11 +6,14 @@ import sys
 import time
 from typing import Any
 
+from golfgpt.config import RunConfig
 from golfgpt.train.run_folder import RunFolder
+from golfgpt.train.trackers import Tracking
 
 
 class Reporter:
-    """Writes lines to the terminal and train.log, and numbers to metrics.jsonl.
+    """Writes lines to the terminal and train.log, and numbers to metrics.jsonl
+    and a tracker.
 
     On a terminal, a live status line is shown below the printed lines; otherwise there are only plain lines. With
     `quiet` (--json), lines go to standard error. Ranks other than 0 have `folder=None` and print nothing.
@@ -20,7 +23,7 @@ class Reporter:
         self.folder, self._speak = folder, speak
         self._told, self._patience = time.monotonic(), 5.0
         self._file = sys.stderr if quiet else sys.stdout
-        self._status = None
+        self._status = self._tracking = None
         if speak and self._file.isatty():
             from rich.console import Console
 
@@ -47,10 +50,20 @@ class Reporter:
             self._told, self._patience = time.monotonic(), 30.0
             print(text, file=self._file, flush=True)
 
-    def metric(self, kind: str, **values: Any) -> None:
+    def track(self, config: RunConfig) -> None:
+        """Start the tracker of `config`, to which metrics go from here on."""
+        if self.folder:
+            self._tracking = Tracking(config, self.folder.path, self.line)
+
+    def metric(self, kind: str, *, tracked: bool = True, **values: Any) -> None:
+        """Append to metrics.jsonl, and log to the tracker unless it is not `tracked`."""
         if self.folder:
             self.folder.metric(kind, **values)
+        if self._tracking and tracked:
+            self._tracking.metric(kind, values)
 
     def close(self) -> None:
+        if self._tracking:
+            self._tracking.finish(None)
         if self._status:
             self._status.stop()

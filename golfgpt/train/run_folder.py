@@ -15,7 +15,7 @@ import platform
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import filelock
 import torch
@@ -41,6 +41,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.artifact = path / "model.golf"
         self._lock = filelock.FileLock(path / ".lock")
+        self._files: dict[str, BinaryIO] = {}
         self._warned = False
         try:
             self._lock.acquire(timeout=0)
@@ -89,16 +90,22 @@ class RunFolder:
         self._append("train.log", line)
 
     def _append(self, name: str, line: str) -> None:
-        """Append a line to a file. A full disk must not end the run, so an OSError is only reported, once."""
+        """Append a line to a file. A full disk must not end the run, so an OSError is only reported, once.
+
+        Files stay open, since a step waits for this: on network file systems closing one waits for the server.
+        """
         try:
-            with open(self.path / name, "a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            if name not in self._files:
+                self._files[name] = open(self.path / name, "ab", buffering=0)  # noqa: SIM115
+            self._files[name].write(f"{line}\n".encode())
         except OSError as error:
             if not self._warned:
                 print(f"warning: {self.path / name}: {error.strerror}; the run continues", file=sys.stderr)
             self._warned = True
 
     def close(self) -> None:
+        for file in self._files.values():
+            file.close()
         self._lock.release()
 
 

@@ -7,11 +7,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from golfgpt.config import RunConfig, differences, from_dict, to_dict
+from golfgpt.config import RunConfig, differences, to_dict
 from golfgpt.data.shards import Dataset
 from golfgpt.errors import InputError, NonFiniteError
 from golfgpt.quant.quantizer import Quantizer
-from golfgpt.runs import read_config, write_config
+from golfgpt.runs import read_config, stored, write_config
 from golfgpt.train import checkpoint
 from golfgpt.train.clock import Ledger
 from golfgpt.train.reporter import Reporter
@@ -115,7 +115,7 @@ class Saver:
         """The newest intact checkpoint. Damaged newer ones are renamed to .damaged."""
         saved, refused = checkpoint.latest(self.folder.checkpoints)
         try:
-            started = from_dict(RunConfig, saved.config) if saved else read_config(self.path)
+            started = stored(saved.config) if saved else read_config(self.path)
         except ValueError as error:
             raise InputError(
                 f"{self.path} was written by another version of golfgpt: {error}; resume it with that version"

@@ -40,6 +40,7 @@ from golfgpt.train.saver import Saver
 from golfgpt.train.score import ModelScorer
 from golfgpt.train.signals import Signals
 from golfgpt.train.step import TrainStep
+from golfgpt.train.trackers import require_tracker
 
 
 def train(config: RunConfig, path: Path, *, resume: bool = False, quiet: bool = False) -> dict:
@@ -99,6 +100,7 @@ def train(config: RunConfig, path: Path, *, resume: bool = False, quiet: bool = 
             scorer = ModelScorer(config, dataset, step, ledger, reporter, signals)
             progress = Progress(config, dataset, reporter)
             with ledger.phase("setup"):
+                reporter.track(config)
                 done, finished = saver.restore() if resume else (0, False)
             if not finished:
                 warm_up(config, step, ledger, reporter)
@@ -107,6 +109,8 @@ def train(config: RunConfig, path: Path, *, resume: bool = False, quiet: bool = 
             return export_and_score(config, path, dataset, exporter, scorer, loop.done)
         except Exception as error:
             stopped = interruption(error)
+            if folder:
+                folder.metric("end", reason=str(stopped or error))
             if folder and not resume and not stopped:
                 folder.discard()
             if stopped and stopped is not error:
@@ -118,6 +122,7 @@ def check(config: RunConfig, ranks: Ranks, resume: bool) -> tuple[RunConfig, Dat
     """Open the data, fit the MLP width, and check config and data against each other. Returns the final config and the
     data. Raises InputError, and BudgetError if no width fits the budget."""
     require_compressor(config.quant.compressor)
+    require_tracker(config.runtime.tracker)
     dataset = open_dataset(config, ranks)
     if config.quant.method == "gptq" and config.quant.calibration == "train":
         check_tokens(config.quant.calibration_tokens, dataset)
