@@ -137,9 +137,10 @@ def keeps(differences: np.ndarray) -> np.ndarray:
     return kept
 
 
-@pytest.mark.parametrize("noise", [1e-4, 0.005, 0.2])
+@pytest.mark.parametrize("noise", [1e-4, 0.0033, 0.2])
 def test_at_most_five_percent_of_nulls_are_kept(noise):
-    """1,000 changes without an effect, scored with the measured noise over seeds, a smaller and a larger one."""
+    """1,000 changes without an effect, scored with the measured noise over seeds (docs/sweeps.md), a smaller and a
+    larger one."""
     scores = np.random.default_rng(1).normal(2.7, noise, (2, 1000, decide.LOOKS[-1]))
     decisions = [until_decided(row) for row in scores[0] - scores[1]]
     assert sum(test.verdict == "keep" for test in decisions) <= 50

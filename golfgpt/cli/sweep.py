@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_type_hints
@@ -73,8 +74,7 @@ def sweep(args: Sweep) -> int:
             print(f"{cost.runs} runs, {jobs} at once, {each}: {cost.hours:.2f} hours")
         return 0
     study = Study(folder, spec)
-    out = sys.stderr if args.json else sys.stdout
-    rows = sweep(study, jobs, children, lambda text: print(text, file=out, flush=True))
+    rows = sweep(study, jobs, children, _say(args.json))
     best = study.best
     if args.json:
         values = {"folder": str(folder), "best": best and best.number, "noise": study.noise}
@@ -84,6 +84,11 @@ def sweep(args: Sweep) -> int:
     if best is None:
         raise InputError(f"no trial of {folder} has a score within the limits; the table has the reasons")
     return 0
+
+
+def _say(json: bool) -> Callable[[str], None]:
+    """Prints a line, in one piece: several threads do."""
+    return lambda text: print(f"{text}\n", end="", file=sys.stderr if json else sys.stdout, flush=True)
 
 
 def _plan(args: Sweep) -> tuple[Spec, int, Path]:
@@ -177,8 +182,7 @@ def try_change(args: Try) -> int:
                 "change, after --, or choose another --name"
             )
         changed = _changed(loop.config, args.arguments)
-    out = sys.stderr if args.json else sys.stdout
-    result = attempt(folder, loop, changed, Children(), lambda text: print(text, file=out, flush=True))
+    result = attempt(folder, loop, changed, Children(), _say(args.json))
     if args.json:
         print_json(as_json(result))
     else:

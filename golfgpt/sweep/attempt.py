@@ -98,7 +98,7 @@ def attempt(folder: Path, loop: Loop, changed: RunConfig, children: Children, sa
                 path = Path(f"{runs[arm]}-s{seeded.seed}")
                 outcome = children.train(path, loop.recipe, seeded)
                 children.check()
-                if outcome.result is None or outcome.code:
+                if outcome.code or outcome.score is None:
                     what = (
                         f"exit code {outcome.code} at seed {seeded.seed}: {outcome.message or 'over the byte budget'}"
                     )
@@ -110,7 +110,7 @@ def attempt(folder: Path, loop: Loop, changed: RunConfig, children: Children, sa
                 steps[arm].append(outcome.result["steps"])
                 say(f"{'change' if arm else 'incumbent'} seed {seeded.seed}: {outcome.score:.4f}  {path}")
             if note:
-                decision = "discard" if outcome.result or outcome.diverged else "failed"
+                decision = "failed" if outcome.score is None and not outcome.diverged else "discard"
                 break
             if index + 1 in loop.looks:
                 test = decide([a - b for a, b in zip(*scores, strict=True)], loop.looks)
@@ -179,9 +179,10 @@ def summary(result: Result) -> str:
     if result.test is None or (result.note and result.decision != "keep"):
         return f"{result.decision}: {result.note}"
     test = result.test
+    confidence = "over 99.9%" if test.confidence > 0.999 else f"{test.confidence:.1%}"
     text = (
         f"{result.decision}: {result.change} is {interval(test)} ({test.seeds} seeds); it is better with confidence "
-        f"{test.confidence:.1%}"
+        f"{confidence}"
     )
     if result.decision == "discard":
         text += f", and {1 - ALPHA:.0%} at its looks was needed"

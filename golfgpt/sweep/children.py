@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,13 @@ class Outcome:
 
     @property
     def diverged(self) -> bool:
-        return self.code == NonFiniteError.exit_code and self.result is None
+        return self.code == NonFiniteError.exit_code
 
     @property
-    def score(self) -> float:
-        """Bits per byte, with test-time training if the run has it."""
+    def score(self) -> float | None:
+        """Bits per byte, with test-time training if the run has it; None if it failed."""
+        if self.result is None or self.code not in (0, BudgetError.exit_code):
+            return None
         return (self.result["adapted"] or self.result["score"])["val_bpb"]
 
 
@@ -90,14 +92,31 @@ class Children:
 
         A run that an earlier process left is waited for: it may still be training when a sweep was killed.
         """
-        self._wait_for(path)
-        if outcome := finished(path):
-            return outcome
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self._waiting_for(path.parent / f".{path.name}.lock"):  # which another process of golfgpt try may hold
+            if path.exists():
+                with self._waiting_for(path / ".lock"):
+                    pass
+            return finished(path) or self._start(path, recipe, config, give_up)
+
+    @contextmanager
+    def _waiting_for(self, file: Path) -> Iterator[None]:
+        """Hold a lock in the block. Raises Interrupted if all are to end."""
+        lock = filelock.FileLock(file, timeout=POLL_SECONDS)
+        while not lock.is_locked:
+            self.check()
+            with suppress(filelock.Timeout):
+                lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _start(self, path: Path, recipe: str, config: RunConfig, give_up: Callable[[], bool]) -> Outcome | None:
         if not config.runtime.threads:
             config = replace(config, runtime=replace(config.runtime, threads=self.threads))
         resume = (path / "config.json").exists()
         options = ["train", "--resume", str(path)] if resume else train_options(path, recipe, config)
-        path.parent.mkdir(parents=True, exist_ok=True)
         log, begun, gave_up = path.parent / f"{path.name}.log", time.monotonic(), False
         with open(log, "ab") as out:
             # In a session of its own: a terminal's ^C reaches it through `forwarding` only, once.
@@ -125,15 +144,6 @@ class Children:
                 return None
         wall = None if resume else time.monotonic() - begun
         return Outcome(code=child.returncode, result=result, message=_last_line(log), wall=wall)
-
-    def _wait_for(self, path: Path) -> None:
-        while path.exists():
-            self.check()
-            try:
-                with filelock.FileLock(path / ".lock", timeout=POLL_SECONDS):
-                    return
-            except filelock.Timeout:
-                continue
 
 
 def train_options(path: Path, recipe: str, config: RunConfig) -> list[str]:

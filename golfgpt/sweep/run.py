@@ -83,7 +83,7 @@ def _try_out(study: Study, claim: Claim, children: Children, say: Callable[[str]
         if outcome is None:
             state, message = TrialState.PRUNED, f"seed {seeded.seed}: worse than the best trial at the same step"
             break
-        if outcome.result is None:  # Optuna counts pruned trials without a score as the worst, and ignores failures
+        if outcome.score is None:  # Optuna counts pruned trials without a score as the worst, and ignores failures
             state = TrialState.PRUNED if outcome.diverged else TrialState.FAIL
             message = f"seed {seeded.seed}: exit code {outcome.code}: {outcome.message}"
             break
@@ -207,7 +207,7 @@ def _time_a_probe(folder: Path, spec: Spec, children: Children) -> tuple[float, 
     path = folder / "dry-run"
     shutil.rmtree(path, ignore_errors=True)
     outcome = children.train(path, spec.recipe, probe)
-    if outcome.result is None:
+    if outcome.score is None:
         raise InputError(f"the run that was to be timed failed: {outcome.message} ({path}.log)")
     seconds, did = outcome.result["seconds"], outcome.result["steps"]
     train = seconds["train"] / did * steps
