@@ -428,7 +428,7 @@ def test_changes_that_cannot_be_tried(tmp_path, change):
         try_change(tmp_path, noisy, **change)
 
 
-# ---- with real runs
+# ---- the commands
 
 
 @pytest.fixture
@@ -436,19 +436,56 @@ def here(tmp_path, monkeypatch) -> Path:
     pytest.importorskip("optuna")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "kernels")]))
-    monkeypatch.setattr(children, "POLL_SECONDS", 0.05)
     return tmp_path
 
 
-def options(config: RunConfig) -> list[str]:
-    return ["--recipe", "demo", *space.flags(space.changes(recipes.get("demo").config, config))]
+def test_try_from_the_command_line(here, monkeypatch, capsys):
+    monkeypatch.setattr(children, "Children", lambda: Scripted(noisy))
+    change = ["--", "--optim.matrix-lr", "0.5"]
+    assert main(["try", "--recipe", "demo", "--steps", "4", "--json", *change]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["decision"] == "keep" and len(result["candidate"]["scores"]) == 3
+    assert main(["try", "--", "--optim.matrix-lr", "0.4"]) == 0
+    assert "discard: --optim.matrix-lr=0.4: gain -0.09" in capsys.readouterr().out
+    for bad, message in (
+        (["try"], "there is no change to try"),
+        (["try", *change], "the change changes nothing"),
+        (["try", "--steps", "9", *change], "schedule.max_steps: 4 -> 9; give only the change"),
+        (["try", "--looks", "2", *change], "got --looks (2,); give only the change"),
+        (["try", "--name", "new", *change], "has no incumbent yet"),
+        (["try", "--name", "new", "--recipe", "demo", *change], "expected the budget"),
+        (["try", "--name", "new", "--recipe", "demo", "--budget", "2x", *change], "expected a time such as 120s"),
+        (["try", "--name", "new", "--recipe", "demo", "--steps", "4", "--looks", "1", *change], "from 2 on"),
+        (
+            ["try", "--name", "new", "--recipe", "demo", "--steps", "4", "--budget", "1s", *change],
+            "--budget or --steps",
+        ),
+    ):
+        assert main(bad) == 3, bad
+        assert message in capsys.readouterr().err
+    assert not (here / "runs/new/incumbent.json").exists()
 
 
 @pytest.mark.slow
 def test_sweep_from_the_command_line_killed_and_continued(here, tiny, capsys):
-    """Stopped by SIGTERM, killed, and continued: no finished run is trained again, a half-trained one resumes."""
-    config = replace(tiny, schedule=replace(tiny.schedule, max_steps=400), eval=replace(tiny.eval, max_tokens=500))
-    command = ["sweep", *options(config), "--name", "lr", "--grid", "optim.matrix_lr=0.02,0.03"]
+    """Estimated, stopped by SIGTERM, killed, and continued: no finished run is trained again, a half-trained one
+    resumes, and one that outlives its sweep is waited for."""
+    config = replace(
+        tiny,
+        schedule=replace(tiny.schedule, max_steps=100),
+        quant=replace(tiny.quant, compressor="zlib"),
+        eval=replace(tiny.eval, max_tokens=500),
+        runtime=replace(tiny.runtime, kernels="eager", compile="off", attention="math", threads=1),
+    )
+    demo = recipes.get("demo").config
+    command = ["sweep", "--recipe", "demo", *space.flags(space.changes(demo, config)), "--name", "lr"]
+    command += ["--grid", "optim.matrix_lr=0.02,0.03"]
+    first, second = here / "runs/lr/0000-s1337", here / "runs/lr/0001-s1337"
+
+    assert main([*command, "--dry-run", "--json"]) == 0
+    cost = json.loads(capsys.readouterr().out)
+    assert cost["runs"] == 2 and cost["hours"] == pytest.approx(2 * cost["seconds_per_run"] / 3600)
+    assert not list((here / "runs/lr").glob("[!.]*"))
 
     def start(until: Path) -> subprocess.Popen:
         process = subprocess.Popen([sys.executable, "-m", "golfgpt", *command], stdout=subprocess.DEVNULL)
@@ -456,7 +493,6 @@ def test_sweep_from_the_command_line_killed_and_continued(here, tiny, capsys):
             time.sleep(0.05)
         return process
 
-    first, second = here / "runs/lr/0000-s1337", here / "runs/lr/0001-s1337"
     process = start(first / "metrics.jsonl")
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 128 + signal.SIGTERM
@@ -470,29 +506,5 @@ def test_sweep_from_the_command_line_killed_and_continued(here, tiny, capsys):
     assert [row["state"] for row in out["trials"]] == ["complete", "complete"] and out["best"] in (0, 1)
     assert (first / "result.json").read_bytes() == done
     assert read_run(second).config.optim.matrix_lr == 0.03
-    resumed = (first / "train.log").read_text()
-    assert resumed.count("train_loader:dataset") == 2 and resumed.count("step:400/400") == 1
-
-
-@pytest.mark.slow
-def test_try_and_dry_run_from_the_command_line(here, tiny, capsys):
-    sweep = ["sweep", *options(tiny), "--grid", "optim.matrix_lr=0.02,0.03", "--seeds", "2", "--dry-run", "--json"]
-    assert main(sweep) == 0
-    cost = json.loads(capsys.readouterr().out)
-    assert cost["runs"] == 4 and cost["hours"] == pytest.approx(4 * cost["seconds_per_run"] / 3600)
-    assert not list((here / "runs/sweep").glob("[!.]*"))
-    change = ["--", "--optim.matrix-lr", "0.0"]
-    assert main(["try", *options(tiny), "--steps", "4", "--looks", "2", "3", "--json", *change]) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert result["decision"] == "discard" and result["candidate"]["steps"] == [4, 4]
-    for bad, message in (
-        (["try"], "there is no change to try"),
-        (["try", "--steps", "9", *change], "has an incumbent, a budget and looks"),
-        (["try", "--looks", "2", *change], "give only the change"),
-        (["try", "--name", "new", *change], "has no incumbent yet"),
-        (["try", "--name", "new", "--recipe", "demo", *change], "expected the budget"),
-        (["try", "--name", "new", "--recipe", "demo", "--budget", "2x", *change], "expected a time such as 120s"),
-        (["try", "--name", "new", "--recipe", "demo", "--steps", "4", "--looks", "1", *change], "from 2 on"),
-    ):
-        assert main(bad) == 3, bad
-        assert message in capsys.readouterr().err
+    counts = [(run / "train.log").read_text().count("train_loader:dataset") for run in (first, second)]
+    assert counts == [2, 1]

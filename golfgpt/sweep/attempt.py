@@ -171,7 +171,7 @@ def digest(config: RunConfig) -> str:
 
 
 def interval(test: Decision) -> str:
-    return f"{test.mean:+.4f} bits per byte better, interval {test.low:+.4f} to {test.high:+.4f}"
+    return f"gain {test.mean:+.4f} bits per byte, interval {test.low:+.4f} to {test.high:+.4f}"
 
 
 def summary(result: Result) -> str:
@@ -179,11 +179,8 @@ def summary(result: Result) -> str:
     if result.test is None or (result.note and result.decision != "keep"):
         return f"{result.decision}: {result.note}"
     test = result.test
-    confidence = "over 99.9%" if test.confidence > 0.999 else f"{test.confidence:.1%}"
-    text = (
-        f"{result.decision}: {result.change} is {interval(test)} ({test.seeds} seeds); it is better with confidence "
-        f"{confidence}"
-    )
+    sure = "over 99.9%" if test.confidence > 0.999 else f"{test.confidence:.1%}"
+    text = f"{result.decision}: {result.change}: {interval(test)} ({test.seeds} seeds); better with confidence {sure}"
     if result.decision == "discard":
         text += f", and {1 - ALPHA:.0%} at its looks was needed"
     return f"{text}\n{result.note}" if result.note else text
