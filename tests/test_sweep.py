@@ -137,7 +137,7 @@ def keeps(differences: np.ndarray) -> np.ndarray:
     return kept
 
 
-@pytest.mark.parametrize("noise", [1e-4, 0.0033, 0.2])
+@pytest.mark.parametrize("noise", [1e-4, 0.0032, 0.2])
 def test_at_most_five_percent_of_nulls_are_kept(noise):
     """1,000 changes without an effect, scored with the measured noise over seeds (docs/sweeps.md), a smaller and a
     larger one."""
@@ -282,7 +282,7 @@ def test_failures_are_kept_and_end_no_sweep(tmp_path):
     of = spec(space={"optim.matrix_lr": tuple(ends)}, max_seconds=10.0)
     rows, study, _ = run_sweep(tmp_path, of, lambda config: ends[lr(config)])
     states = {row.values["optim.matrix_lr"]: row.state for row in rows}
-    assert states == {0.1: "failed", 0.2: "pruned", 0.3: "over the limits", 0.4: "over the limits", 0.5: "complete"}
+    assert states == {0.1: "failed", 0.2: "diverged", 0.3: "over the limits", 0.4: "over the limits", 0.5: "complete"}
     assert study.best.number == 4
     assert {row.message for row in rows} == {
         "", "seed 1337: exit code 1: KeyError: 'x'", "seed 1337: exit code 5: loss is nan at step 3"
@@ -404,7 +404,7 @@ def test_runs_of_a_change_that_fail(tmp_path):
         result, _ = try_change(tmp_path, ends_of_change(end))
         assert result.decision == decision and f"exit code {end.code} at seed 1337" in result.note
     assert len((tmp_path / "results.tsv").read_text().splitlines()) == 3
-    with pytest.raises(Exception, match=r"the incumbent .* failed: exit code 1 at seed 1337: KeyError"):
+    with pytest.raises(InputError, match=r"the incumbent .* failed: exit code 1 at seed 1337: KeyError"):
         try_change(tmp_path, lambda config: ends["failed"])
 
 

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import filelock
 
 from golfgpt.config import RunConfig, from_dict, to_dict
-from golfgpt.errors import GolfError, InputError
+from golfgpt.errors import InputError
 from golfgpt.files import write_json
 from golfgpt.sweep.children import Children
 from golfgpt.sweep.decide import ALPHA, Decision, decide
@@ -81,8 +81,8 @@ class Result:
 
 def attempt(folder: Path, loop: Loop, changed: RunConfig, children: Children, say: Callable[[str], None]) -> Result:
     """Train incumbent and change with the seeds of each look until one decides. Appends a line to results.tsv, and
-    stores the change as the incumbent if it is kept. Raises InputError for a change without effect and GolfError for
-    an incumbent that does not train; then no line is written."""
+    stores the change as the incumbent if it is kept. Raises InputError for a change that changes no field and for an
+    incumbent that does not train; then no line is written."""
     change = changes(loop.config, changed)
     if not change:
         raise InputError("the change changes nothing; expected an option with another value than the incumbent's")
@@ -103,7 +103,7 @@ def attempt(folder: Path, loop: Loop, changed: RunConfig, children: Children, sa
                         f"exit code {outcome.code} at seed {seeded.seed}: {outcome.message or 'over the byte budget'}"
                     )
                     if arm == 0:
-                        raise GolfError(f"the incumbent {path} failed: {what} ({path}.log)")
+                        raise InputError(f"the incumbent {path} failed: {what} ({path}.log)")
                     note = f"{what} ({path}.log)"
                     break
                 scores[arm].append(outcome.score)

@@ -33,7 +33,7 @@ class Row:
     number: int
     values: dict[str, Any]
     state: str
-    """complete, over the limits, pruned, failed or running."""
+    """complete, over the limits, pruned, diverged, failed or running."""
     score: float | None
     """Mean over the seeds, bits per byte."""
     scores: dict[str, float]
@@ -85,6 +85,7 @@ def _try_out(study: Study, claim: Claim, children: Children, say: Callable[[str]
             break
         if outcome.score is None:  # Optuna counts pruned trials without a score as the worst, and ignores failures
             state = TrialState.PRUNED if outcome.diverged else TrialState.FAIL
+            trial.set_user_attr("diverged", outcome.diverged)
             message = f"seed {seeded.seed}: exit code {outcome.code}: {outcome.message}"
             break
         scores[str(seeded.seed)] = outcome.score
@@ -145,7 +146,7 @@ def _sentence(row: Row) -> str:
 
 def rows(study: Study) -> list[Row]:
     """All trials: those within the limits by score, then the others."""
-    order = ("complete", "over the limits", "pruned", "running", "failed")
+    order = ("complete", "over the limits", "pruned", "running", "diverged", "failed")
     out = [_row(study, trial) for trial in study.trials if trial.state != TrialState.WAITING]
     return sorted(out, key=lambda row: (order.index(row.state), row.score or 0.0, row.number))
 
@@ -156,6 +157,8 @@ def _row(study: Study, trial: FrozenTrial) -> Row:
     if state == "complete" and any(excess > 0 for excess in trial.constraints.values()):
         state = "over the limits"
     attrs, scores = trial.user_attrs, trial.user_attrs.get("scores", {})
+    if attrs.get("diverged"):
+        state = "diverged"
     return Row(
         number=trial.number,
         values=trial.params,
