@@ -21,7 +21,8 @@ tools = [
     "jsonschema>=4.20",  # submit
     "matplotlib>=3.9",  # report
     "optuna>=5.0",  # sweep
-    "scipy>=1.13",  # compare
+    "scipy>=1.13",  # compare, sweep
+    "tomli>=2.0; python_version < '3.11'",  # sweep
 ]
 
 setup(

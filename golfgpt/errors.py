@@ -16,6 +16,7 @@ EXTRAS = {
     "optuna": "tools",
     "scipy": "tools",
     "tensorboard": "tensorboard",
+    "tomli": "tools",
     "trackio": "trackio",
     "transformers": "hf",
     "wandb": "wandb",

@@ -18,6 +18,8 @@ from golfgpt.config import RunConfig, from_dict, to_dict
 from golfgpt.errors import InputError
 from golfgpt.files import write_json
 
+RUNS = Path("runs")
+"""Where new run folders are made, under the working directory."""
 FORMAT = 4
 """Of config.json; runs without one count as 1. A release with new or changed fields of RunConfig raises it."""
 

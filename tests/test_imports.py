@@ -69,7 +69,7 @@ LAYERS = (
     {"optim", "score"},
     {"tables"},
     {"train"},
-    {"importer", "doctor", "compare"},
+    {"importer", "doctor", "compare", "sweep"},
     {"report", "watch"},
     {"cli", "__main__"},
 )

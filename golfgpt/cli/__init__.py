@@ -22,10 +22,12 @@ from typing import Any
 import tyro
 
 from golfgpt import recipes
-from golfgpt.cli import compare, data, info, models, report, runs, train
-from golfgpt.cli.common import stored_config
+from golfgpt.cli import compare, data, info, models, report, runs, sweep, train
+from golfgpt.cli.common import RUNS, stored_config
 from golfgpt.config import RunConfig
 from golfgpt.errors import GolfError, InputError, Interrupted, PeerError
+from golfgpt.sweep.attempt import read_loop
+from golfgpt.sweep.space import read_spec, with_values
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,26 @@ def _budget_config(argv: list[str]) -> RunConfig:
     return _recipe_config(argv)
 
 
+def _sweep_config(argv: list[str]) -> RunConfig:
+    """The recipe of --recipe or SPEC.toml, with what SPEC.toml fixes."""
+    if not argv or argv[0].startswith("-"):
+        return _recipe_config(argv)
+    spec = read_spec(Path(argv[0]))
+    recipe = _option(argv, "--recipe") or str(spec.values.get("recipe", "baseline"))
+    return with_values(recipes.get(recipe).config, spec.fixed)
+
+
+def _try_config(argv: list[str]) -> RunConfig:
+    """The config of the incumbent; for the first try under a name, that of the run or recipe that becomes it."""
+    argv = argv[: argv.index("--")] if "--" in argv else argv
+    loop = read_loop(RUNS / (_option(argv, "--name") or "try"))
+    if loop:
+        return loop.config
+    if argv and not argv[0].startswith("-"):
+        return stored_config(_alone(Path(argv[0]), argv))
+    return _recipe_config(argv)
+
+
 def _alone(run: Path, argv: list[str]) -> Path:
     if recipe := _option(argv, "--recipe"):
         raise InputError(
@@ -87,6 +109,8 @@ COMMANDS = {
     "import": Command(models.Import, models.import_file, _recipe_config),
     "watch": Command(report.Watch, report.watch),
     "report": Command(report.Report, report.report),
+    "sweep": Command(sweep.Sweep, sweep.sweep, _sweep_config),
+    "try": Command(sweep.Try, sweep.try_change, _try_config),
     "recipes": Command(info.Recipes, info.show_recipes),
     "runs": Command(runs.ListRuns, runs.list_all),
     "runs show": Command(runs.ShowRun, runs.show),
@@ -156,7 +180,7 @@ def _dispatch(name: str, argv: list[str]) -> int:
         argv = ["show", *argv]
     config = command.start(argv) if command.start else None
     args = _parse(command.args, name, argv, config)
-    run = getattr(args, "run", None)
+    run = getattr(args, "run", None) or getattr(args, "spec", None)
     if command.start and run is not None and Path(argv[0]) != run:
         raise InputError(
             f"the first argument of golfgpt {name} is {argv[0]}; expected the run: golfgpt {name} {run} … (the options "

@@ -13,9 +13,8 @@ import tyro
 
 from golfgpt.config import RunConfig
 from golfgpt.errors import InputError
-from golfgpt.runs import read_config
+from golfgpt.runs import RUNS, read_config
 
-RUNS = Path("runs")
 Config = Annotated[RunConfig, tyro.conf.arg(name="")]
 
 
@@ -25,10 +24,10 @@ def stored_config(path: Path) -> RunConfig:
 
 
 def run_name(name: str | None, recipe: str) -> str:
-    """The name of a folder under runs/. Raises InputError for a name that points outside runs/."""
+    """The name of a folder under runs/, perhaps FOLDER/NAME. Raises InputError if it points outside runs/."""
     name = name or f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if name in (".", "..") or any(c in name for c in "/\\\0"):
-        raise InputError(f"--name {name!r} is not a folder name; expected a name without / or \\, for {RUNS}/NAME")
+    if {"", ".", ".."} & set(name.split("/")) or any(c in name for c in "\\\0"):
+        raise InputError(f"--name {name!r} is not a folder name; expected NAME or FOLDER/NAME, for {RUNS}/NAME")
     return name
 
 

@@ -1,0 +1,229 @@
+"""`golfgpt sweep` and `try`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_type_hints
+
+import tyro
+from tyro.conf import Positional
+
+from golfgpt.cli.common import RUNS, Config, print_json, run_name
+from golfgpt.config import RunConfig, differences
+from golfgpt.errors import InputError
+from golfgpt.files import from_json
+from golfgpt.sweep.space import SPEC_KEYS, Spec, SpecFile, parse_grid, read_spec
+from golfgpt.tables import table
+
+if TYPE_CHECKING:  # Optuna is imported when a sweep runs
+    from golfgpt.sweep.run import Row
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """Train a recipe at many points of a space. The same command continues a sweep that was killed, and joins it from
+    other processes and machines."""
+
+    spec: Positional[Path | None] = None
+    """SPEC.toml with recipe, fixed, space, sampler, trials, seeds, jobs, max_bytes, max_seconds, noise; options win."""
+    config: Config
+    grid: tuple[str, ...] = ()
+    """Fields to vary, each section.field=value,value; instead of the space of SPEC.toml."""
+    recipe: str | None = None
+    """Configuration that all runs start from."""
+    name: str | None = None
+    """Study and run folders are in runs/NAME; default: the name of SPEC.toml, else sweep."""
+    sampler: Literal["grid", "random", "tpe"] | None = None
+    """Which points: all of a grid (default), or --trials random ones, or those of Optuna's TPE sampler."""
+    trials: int | None = None
+    """Number of points for random and tpe."""
+    seeds: int | None = None
+    """Runs of each point, with seeds counted up from --seed; the score is their mean. Default: 1."""
+    jobs: int | None = None
+    """Runs at once, which share the CPU's threads. Default: 1."""
+    max_bytes: int | None = None
+    """Limit of artifact and code in bytes; a trial over it cannot be the best. Default: budget.artifact_bytes."""
+    max_seconds: float | None = None
+    """Limit of the measured training time in seconds, likewise."""
+    noise: float | None = None
+    """Standard deviation of a score over seeds, in bits per byte. Trials that are worse than the best one by more than
+    3 sqrt(2) of it are pruned. Default: measured, once the seeds of complete trials have 2 degrees of freedom."""
+    dry_run: bool = False
+    """Check all points and estimate the hours; without finished runs, a run of ten steps is timed."""
+    json: bool = False
+    """Print all trials as JSON."""
+
+
+def sweep(args: Sweep) -> int:
+    from golfgpt.sweep.children import Children, share_of_threads
+    from golfgpt.sweep.run import estimate, sweep
+    from golfgpt.sweep.study import Study
+
+    spec, jobs, folder = _plan(args)
+    children = Children(share_of_threads(jobs) if jobs > 1 and "runtime.threads" not in spec.space else 0)
+    if args.dry_run:
+        study = Study(folder, spec) if (folder / "study.journal").exists() else None
+        cost = estimate(folder, spec, jobs, children, study)
+        if args.json:
+            print_json(asdict(cost))
+        else:
+            each = f"{cost.seconds_per_run:.1f} s each by {cost.source}"
+            print(f"{cost.runs} runs, {jobs} at once, {each}: {cost.hours:.2f} hours")
+        return 0
+    study = Study(folder, spec)
+    rows = sweep(study, jobs, children, _say(args.json))
+    best = study.best
+    if args.json:
+        values = {"folder": str(folder), "best": best and best.number, "noise": study.noise}
+        print_json(values | {"trials": [asdict(row) for row in rows]})
+    else:
+        print(_table(rows, study.noise))
+    if best is None:
+        raise InputError(f"no trial of {folder} has a score within the limits; the table has the reasons")
+    return 0
+
+
+def _say(json: bool) -> Callable[[str], None]:
+    """Prints a line, in one piece: several threads do."""
+    return lambda text: print(f"{text}\n", end="", file=sys.stderr if json else sys.stdout, flush=True)
+
+
+def _plan(args: Sweep) -> tuple[Spec, int, Path]:
+    """The sweep, its jobs and its folder, from SPEC.toml and the options."""
+    file = read_spec(args.spec) if args.spec else SpecFile()
+    hints, values = get_type_hints(Sweep), {}
+    for key in SPEC_KEYS:
+        try:
+            given = from_json(hints[key], file.values.get(key), key)
+        except ValueError as error:
+            raise InputError(f"{args.spec}: {error}") from error
+        option = getattr(args, key)
+        if (value := given if option is None else option) is not None:
+            values[key] = value
+    if "recipe" not in values:
+        raise InputError("expected a recipe to start from: --recipe small, or recipe in SPEC.toml")
+    jobs = values.pop("jobs", 1)
+    if jobs < 1:
+        raise InputError(f"jobs is {jobs}; expected at least 1")
+    space = parse_grid(args.grid) if args.grid else file.space
+    name = run_name(args.name or (args.spec.stem if args.spec else "sweep"), "")
+    return Spec(config=args.config, space=space, **values), jobs, RUNS / name
+
+
+def _table(rows: list[Row], noise: float | None) -> str:
+    names = list(rows[0].values)
+    head = ["trial", *names, "bits per byte", "seeds", "bytes", "seconds", "state"]
+    cells = []
+    for row in rows:
+        score = "" if row.score is None else f"{row.score:.4f}"
+        seconds = "" if row.seconds is None else f"{row.seconds:.1f}"
+        state = f"{row.state}: {row.message}" if row.message else row.state
+        values = [str(row.values.get(name, "")) for name in names]
+        bytes_ = "" if row.bytes is None else f"{row.bytes:,}"
+        cells.append([row.number, *values, score, len(row.scores), bytes_, seconds, state])
+    spread = "not known (one seed, no noise)" if noise is None else f"{noise:.4f} bits per byte"
+    return f"{table(head, cells)}\nstandard deviation over seeds: {spread}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Try:
+    """Test one change at a fixed budget against the incumbent: keep it, or discard it. A kept change is the next
+    incumbent. Every try appends a line to runs/NAME/results.tsv."""
+
+    arguments: Positional[tuple[str, ...]] = ()
+    """For the first try under a name: the run whose config is the incumbent (or use --recipe). Then -- and the options
+    that make the change: golfgpt try --recipe small --budget 120s -- --optim.matrix-lr 0.03"""
+    config: Config
+    recipe: str | None = None
+    """For the first try under a name: the incumbent."""
+    budget: str | None = None
+    """Training time of every run, 120s, 2m or 1h; fixed by the first try under a name."""
+    steps: int | None = None
+    """Steps of every run, in place of a time: the same scores on a busy machine."""
+    looks: tuple[int, ...] | None = None
+    """Seeds after which the test looks, fixed by the first try under a name. Default: 3 5 8."""
+    name: str = "try"
+    """Incumbent, runs and results are in runs/NAME."""
+    json: bool = False
+    """Print the decision as JSON."""
+
+
+def try_change(args: Try) -> int:
+    from golfgpt.sweep.attempt import Loop, as_json, attempt, read_loop, summary
+    from golfgpt.sweep.children import Children
+    from golfgpt.sweep.decide import LOOKS, under_null
+
+    run = args.arguments[:1] if args.arguments and not args.arguments[0].startswith("-") else ()
+    folder = RUNS / run_name(args.name, "")
+    config, looks = _at_budget(args), args.looks
+    loop = read_loop(folder)
+    if loop is None:
+        if not (run or args.recipe):
+            raise InputError(f"{folder} has no incumbent yet; expected a run as first argument, or --recipe")
+        if not (args.budget or args.steps):
+            raise InputError("expected the budget of every run: --budget 120s, or --steps 500")
+        try:
+            under_null(looks or LOOKS)
+        except ValueError as error:
+            raise InputError(f"--looks: {error}") from error
+        loop = Loop(recipe=args.recipe or "baseline", config=config, looks=looks or LOOKS)
+        folder.mkdir(parents=True, exist_ok=True)
+        changed = _changed(config, args.arguments[len(run) :])
+        loop.save(folder)
+    else:
+        other = differences(loop.config, config)
+        if run or args.recipe or other or looks not in (None, loop.looks):
+            what = "; ".join(other) or f"{' '.join(run) or args.recipe or f'--looks {looks}'}"
+            raise InputError(
+                f"{folder} has an incumbent, a budget and looks {loop.looks} already, got {what}; give only the "
+                "change, after --, or choose another --name"
+            )
+        changed = _changed(loop.config, args.arguments)
+    result = attempt(folder, loop, changed, Children(), _say(args.json))
+    if args.json:
+        print_json(as_json(result))
+    else:
+        print(f"{summary(result)}\n{folder / 'results.tsv'}")
+    return 0
+
+
+def _at_budget(args: Try) -> RunConfig:
+    """The config with the budget that is given."""
+    schedule = args.config.schedule
+    if args.budget and args.steps:
+        raise InputError(f"expected --budget or --steps, got --budget {args.budget} and --steps {args.steps}")
+    try:
+        if args.steps is not None:
+            schedule = replace(schedule, max_steps=args.steps, max_seconds=None)
+        if args.budget:
+            schedule = replace(schedule, max_seconds=_seconds(args.budget))
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    return replace(args.config, schedule=schedule)
+
+
+def _seconds(text: str) -> float:
+    number, unit = (text[:-1], text[-1]) if text[-1] in "smh" else (text, "s")
+    try:
+        return float(number) * {"s": 1, "m": 60, "h": 3600}[unit]
+    except ValueError:
+        raise InputError(f"--budget is {text!r}; expected a time such as 120s, 2m or 1h") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """The options after --."""
+
+    config: Config
+
+
+def _changed(config: RunConfig, options: tuple[str, ...]) -> RunConfig:
+    if not options:
+        raise InputError("there is no change to try; expected options after --, such as -- --optim.matrix-lr 0.03")
+    try:
+        return tyro.cli(Change, prog="golfgpt try …", args=options, default=Change(config=config)).config
+    except ValueError as error:  # fields that are valid alone but not together
+        raise InputError(str(error)) from error
