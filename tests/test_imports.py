@@ -69,7 +69,7 @@ LAYERS = (
     {"optim", "score"},
     {"tables"},
     {"train"},
-    {"importer", "doctor"},
+    {"importer", "doctor", "hf"},
     {"cli", "__main__"},
 )
 """What stands in one of golfgpt's layers imports from its own and from those above it in this list. Every file named
