@@ -13,6 +13,7 @@ Each file is whole or absent, and config.json comes last: without it the folder 
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from golfgpt.model.gpt import GPT
 CONFIGURATION, MODELING, TOKENIZATION = "configuration_golfgpt", "modeling_golfgpt", "tokenization_golfgpt"
 
 
+@functools.cache
 def sources() -> dict[str, str]:
     """The Python files of an export, by name."""
     header = f"# Written by golfgpt {golfgpt.__version__}. Copyright (c) 2026 golfgpt contributors. License: MIT.\n\n"
@@ -63,7 +65,8 @@ def write_folder(
 
 
 def _configs(model: GPT, tokenizer: Tokenizer, window: int) -> dict[str, Any]:
-    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.bos_id)
+    bos, pad = tokenizer.bos_id, tokenizer.pad_id
+    tokens = {"bos_token_id": bos, "eos_token_id": bos, "pad_token_id": bos if pad < 0 else pad}
     return {
         "generation_config.json": tokens,
         "tokenizer_config.json": {

@@ -14,8 +14,8 @@ from golfgpt.data.tokenizer import Tokenizer
 
 class GolfGPTTokenizer(PreTrainedTokenizer):
     """golfgpt's tokenizer with the interface of transformers: the same ids and the same text. The literal "<s>" in a
-    text is text. With add_special_tokens, the default, BOS is put first, as before every document in training. There is
-    no other special token: the BOS of the next document ends one."""
+    text is text. With add_special_tokens, the default, BOS is put first, as before every document in training. BOS is
+    also EOS, because that of the next document ends one."""
 
     vocab_files_names = {"vocab_file": "tokenizer.model"}  # noqa: RUF012
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
@@ -25,7 +25,8 @@ class GolfGPTTokenizer(PreTrainedTokenizer):
         self.golf = Tokenizer.from_file(vocab_file)
         self.sentencepiece = SentencePieceProcessor(model_proto=self.golf.model_bytes)
         bos = self.sentencepiece.id_to_piece(self.golf.bos_id)
-        defaults = {"bos_token": bos, "eos_token": bos, "pad_token": bos, "special_tokens_pattern": "bos"}
+        pad = bos if self.golf.pad_id < 0 else self.sentencepiece.id_to_piece(self.golf.pad_id)
+        defaults = {"bos_token": bos, "eos_token": bos, "pad_token": pad, "special_tokens_pattern": "bos"}
         super().__init__(**defaults | {"split_special_tokens": True, "padding_side": "right"} | kwargs)
 
     @property
