@@ -29,13 +29,8 @@ from golfgpt.hf.export import model_card, sources, write_folder
 transformers = pytest.importorskip("transformers")
 WINDOW = 24
 BASE = ModelConfig(vocab_size=384, num_layers=5, model_dim=48, num_heads=4, num_kv_heads=2, mlp_hidden=80)
-ODD = ["", " ", "a  b", "   lead", "tail  ", "a\r\nb\n\n\tc", "🙂 emoji é ß 中", "<s> and </s> <unk> <0x41>"] + [
-    "▁ and ▁▁x",
-    "The NASA iPhone McDonald",
-    "\ue001 private \ue004",
-    "\x00\ufeff\ufffd",
-    "f(x):\n    return x",
-]
+ODD = ["", " ", "a  b", "   lead", "tail  ", "a\r\nb\n\n\tc", "f(x):\n    return x", "🙂 emoji é ß 中", "▁ and ▁▁x"]
+ODD += ["<s> and </s> <unk> <0x41>", "The NASA iPhone McDonald", "\ue001 private \ue004", "\x00\ufeff\ufffd"]
 
 
 def shrunk(recipe: str) -> ModelConfig:
