@@ -8,10 +8,12 @@ here=$(dirname "$0")
 hosts=("golf$$a" "golf$$b")
 cleanup() {
   kill "${jobs[@]}" 2>/dev/null || true
+  wait "${jobs[@]}" || true # each saves its run first
   for host in "${hosts[@]}"; do ip netns del "$host" 2>/dev/null || true; done
 }
 jobs=()
 trap cleanup EXIT
+trap 'exit 143' TERM INT
 for host in "${hosts[@]}"; do ip netns add "$host"; done
 ip link add "${hosts[0]}" netns "${hosts[0]}" type veth peer name "${hosts[1]}" netns "${hosts[1]}"
 for i in 0 1; do
