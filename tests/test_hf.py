@@ -143,9 +143,13 @@ def test_beams_samples_and_generation_without_cache(tmp_path):
     _, hf = export(tmp_path / "hf", CONFIGS["merged"])
     ids = ids_of(BASE, 2, 8)
     options = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
+    lengths = []
+    hf.model.register_forward_pre_hook(lambda module, args: lengths.append(args[0].size(1)))
     for beams in (1, 3):
         plain = hf.generate(ids, num_beams=beams, use_cache=False, **options)
+        lengths.clear()
         assert torch.equal(hf.generate(ids, num_beams=beams, **options), plain)
+        assert lengths == [8] + [1] * 9
     assert hf.generate(ids[:1], do_sample=True, num_return_sequences=2, max_new_tokens=4).shape[0] == 2
 
 
