@@ -94,7 +94,7 @@ def model_card(model: GPT, *, window: int, artifact_sha256: str, result: dict[st
     score = result and result["score"]
     scored = (
         f"**{score['label']} {score['val_bpb']:.4f}** (val_loss {score['val_loss']:.4f} nats per token), by golfgpt: "
-        f"{score['tokens']:,} tokens and {score['bytes']:,} bytes of decoded validation text, every token once, "
+        f"{score['tokens']:,} tokens and {score['bytes']:,} bytes of decoded validation text, "
         f"windows of {score['window']} tokens at stride {score['stride']}, computed in {score['dtype']}. Bits per "
         "byte = sum of token losses in nats / ln 2 / UTF-8 bytes of the decoded text."
         if score
