@@ -139,20 +139,24 @@ def _budget_of_artifact(path: Path, as_json: bool, config: RunConfig) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Write a run's weights as safetensors or with another quantization. safetensors: float32 under the published
-    parameter names. golf: the format of model.golf, with quant.* of the run unless an option overrides it;
-    --quant.rules replaces all rules of the run."""
+    """Write a run's weights as safetensors, for transformers or with another quantization. safetensors: float32 under
+    the published parameter names. hf: a folder for transformers with config, code, weights, tokenizer and model card.
+    golf: the format of model.golf, with quant.* of the run unless an option overrides it; --quant.rules replaces all
+    rules of the run."""
 
     run: Positional[Path]
     """Run folder or .golf file."""
     quant: QuantConfig
-    to: Literal["safetensors", "golf"] = "safetensors"
+    to: Literal["safetensors", "hf", "golf"] = "safetensors"
     """Format to write."""
     source: Literal["artifact", "checkpoint"] | None = None
     """artifact: the weights decoded from model.golf; checkpoint: the trained weights, not quantized. Default: artifact
-    for safetensors, checkpoint for golf."""
+    for safetensors, checkpoint for golf; hf is always the artifact."""
     out: Path | None = None
-    """File to write; default: export.golf in the run folder, or the name of the artifact with .safetensors."""
+    """File to write; default: export.golf in the run folder, or the name of the artifact with .safetensors. Folder to
+    write for hf; default: hf beside the artifact."""
+    license: str = "mit"
+    """What the model card of --to hf names as the license of weights and code; the code's is MIT."""
     data: Path | None = None
     """Folder with the training data, for --quant.method gptq; default: the run's."""
     overwrite: bool = False
@@ -178,15 +182,17 @@ def export(args: Export) -> int:
     file = artifact_file(args.run)
     info = artifact.inspect(file)
     started = stored_config(args.run).quant if (folder / "config.json").exists() else args.quant
-    if args.to == "safetensors" and (changed := differences(started, args.quant, "quant.")):
+    if args.to != "golf" and (changed := differences(started, args.quant, "quant.")):
         raise InputError(
-            f"{changed[0]} has no effect on --to safetensors, which writes float32 weights; drop it, or quantize with "
+            f"{changed[0]} has no effect on --to {args.to}, which writes float32 weights; drop it, or quantize with "
             "--to golf"
         )
     if trained := [d for d in differences(started, args.quant, "quant.") if d.startswith("quant.qat")]:
         raise InputError(
             f"{trained[0]} has no effect on export, because fake quantization is part of training; drop it"
         )
+    if args.to == "hf":
+        return _export_hf(args, file, info.seq_len)
     state = artifact.read(file).state if source == "artifact" else trained_weights(folder)
     out = args.out or (folder / "export.golf" if args.to == "golf" else file.with_suffix(".safetensors"))
     suffix, place = ".golf" if args.to == "golf" else ".safetensors", out.resolve().parent
@@ -222,6 +228,34 @@ def export(args: Export) -> int:
         )
     else:
         print(f"{out}: {len(tensors)} float32 tensors, {size:,} bytes, from the {source}'s weights")
+    return 0
+
+
+def _export_hf(args: Export, file: Path, window: int) -> int:
+    from golfgpt.files import sha256_file
+    from golfgpt.hf.export import model_card, write_folder
+    from golfgpt.runs import read_run
+    from golfgpt.train.run_folder import load
+
+    if args.source == "checkpoint":
+        raise InputError(
+            "--source checkpoint has no effect on --to hf, which writes the weights of the artifact; drop it"
+        )
+    out, digest = args.out or file.parent / "hf", sha256_file(file)
+    model, tokenizer = load(file)
+    result = read_run(file.parent).result if (file.parent / "config.json").exists() else None
+    scored = result if result and result["artifact_sha256"] == digest else None
+    card = model_card(model, window=window, artifact_sha256=digest, result=scored, license=args.license)
+    sizes = write_folder(out, model, tokenizer, window=window, card=card, overwrite=args.overwrite)
+    if args.json:
+        print_json({"folder": str(out), "artifact_sha256": digest, "scored": scored is not None, "files": sizes})
+    else:
+        for name, size in sizes.items():
+            print(f"{size:>12,}  {out / name}")
+        print(
+            f'next: AutoModelForCausalLM.from_pretrained("{out}", trust_remote_code=True), or\n'
+            f"      lm_eval --model hf --model_args pretrained={out},trust_remote_code=True --tasks TASK"
+        )
     return 0
 
 

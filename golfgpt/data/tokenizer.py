@@ -50,6 +50,7 @@ class Tokenizer:
         except Exception as error:
             raise InputError(f"{name} is not a SentencePiece model: {error}") from error
         self.bos_id: int = self._model.bos_id()
+        self.pad_id: int = self._model.pad_id()  # -1: there is none
         if not 0 < self.vocab_size <= _MAX_VOCAB:
             raise InputError(f"{name} has {self.vocab_size} pieces; shards hold uint16 tokens: 1 to {_MAX_VOCAB}")
         if self.bos_id < 0:

@@ -31,13 +31,13 @@ class _Exclusive(torch.autograd.Function):
     def forward(ctx, y: Tensor, own: Tensor, gate: Tensor | None) -> Tensor:
         ctx.save_for_backward(y, own, gate)
         out = [head - _dot(head, own) * own for head in y.unbind(3)]
-        return torch.stack(out if gate is None else [z * g for z, g in zip(out, _per_head(gate), strict=True)], dim=3)
+        return torch.stack(out if gate is None else [z * g for z, g in zip(out, _by_head(gate), strict=True)], dim=3)
 
     @staticmethod
     def backward(ctx, dz: Tensor) -> tuple[Tensor | None, ...]:
         y, own, gate = ctx.saved_tensors
         dy, dgate, down = [], [], torch.zeros_like(own)
-        gates = [None] * y.size(3) if gate is None else _per_head(gate)
+        gates = [None] * y.size(3) if gate is None else _by_head(gate)
         for head, e, g in zip(y.unbind(3), dz.unbind(3), gates, strict=True):
             along = _dot(head, own)
             if g is not None:
@@ -53,7 +53,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(-1, keepdim=True)
 
 
-def _per_head(gate: Tensor) -> list[Tensor]:
+def _by_head(gate: Tensor) -> list[Tensor]:
     return [g[..., None] for g in gate.unbind(3)]
 
 

@@ -1,7 +1,7 @@
 """One Python file that trains and scores one configuration, cut out of this package.
 
-The program begins with `golfgpt.submit.script.main` and consists of what can be reached from it: functions, classes with
-the methods that anything may call, module constants. `golfgpt.submit.fold` evaluates what the configuration decides;
+The program begins with `golfgpt.submit.script.main` and consists of what can be reached from it: functions, classes
+with the methods that anything may call, module constants. `golfgpt.submit.fold` evaluates what the configuration decides;
 what then has one value everywhere (an argument, an attribute, a result) is a fact for the next round, until nothing
 changes. Every function in the file comes from a file of the package; there is no template.
 """
@@ -226,7 +226,7 @@ class Program:
 
     def is_method(self, key: str) -> bool:
         """Whether the key is of a method inside its class, and not of one that became a function."""
-        cls, _, name = key.partition(":")[2].rpartition(".")
+        cls = key.partition(":")[2].rpartition(".")[0]
         return bool(cls) and key.rpartition(".")[0] in self.nodes and key.rpartition(".")[0] not in self.facts.objects
 
     def learn(self, seen: list[Seen], reached: set[str]) -> set[str]:
@@ -258,10 +258,9 @@ class Program:
         for cls in classes:
             made = calls[cls] or cls in escaped or cls in bases
             made = made or any(f"{cls}.{m}" in calls for m in ("of", "start", "open", "from_file", "from_bytes"))
-            if not made and not self._is_made_by_itself(cls):
-                if cls not in facts.never:
-                    facts.never.add(cls)
-                    self.touched.add(cls)
+            if not made and not self._is_made_by_itself(cls) and cls not in facts.never:
+                facts.never.add(cls)
+                self.touched.add(cls)
         return self.touched
 
     def note(self, table: dict, key: Any, value: Any) -> None:

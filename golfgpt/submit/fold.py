@@ -515,11 +515,10 @@ class Fold(ast.NodeTransformer):
         return ast.Constant(value) if type(value) is str and not node.format_spec and node.conversion == -1 else node
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
-        if isinstance(node.func, ast.Attribute):
-            if cls := self.facts.class_of(self.value(node.func.value)):
-                # A method of the configuration with arguments that are not known: a function of its own.
-                name = f"{cls}.{node.func.attr}"
-                node.func, node.args = ast.Name(name, ast.Load()), [ast.Constant(None), *node.args]
+        if isinstance(node.func, ast.Attribute) and (cls := self.facts.class_of(self.value(node.func.value))):
+            # A method of the configuration with arguments that are not known: a function of its own.
+            name = f"{cls}.{node.func.attr}"
+            node.func, node.args = ast.Name(name, ast.Load()), [ast.Constant(None), *node.args]
         if isinstance(node.func, ast.Attribute):
             node.func.value = self.plain(node.func.value)
         elif not isinstance(node.func, ast.Name):

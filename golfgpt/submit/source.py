@@ -1,7 +1,7 @@
 """The package as one program: every global name of every module, resolved to the definition that it stands for.
 
-Names are made unique before anything is cut out. In the trees that `Package` returns, a reference to a definition of the
-package is the name "module:name", and one to anything else that a module imports "import:module:name" (of a module
+Names are made unique before anything is cut out. In the trees that `Package` returns, a reference to a definition of
+the package is the name "module:name", and one to anything else that a module imports "import:module:name" (of a module
 itself, without the last part). Local names hold no colon, so nothing can collide; `golfgpt.submit.bundle` gives all of
 them short names again when it writes the program down.
 """
@@ -70,7 +70,7 @@ class Package:
             return self._method(module, *name.split("."))
         return self.qualified(module).definitions.get(name)
 
-    @functools.cache  # noqa: B019: a package lives as long as the program
+    @functools.cache  # noqa: B019
     def _method(self, module: str, cls: str, name: str) -> Definition | None:
         owner = self.qualified(module).definitions[cls].node
         if not isinstance(owner, ast.ClassDef):

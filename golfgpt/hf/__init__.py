@@ -1,0 +1,8 @@
+"""Export to Hugging Face transformers: a folder that loads where golfgpt is not installed.
+
+export                    writes the folder
+source                    this package's own definitions as files that stand alone
+configuration_golfgpt     those three files, as they are before `source` adds what they import from golfgpt
+modeling_golfgpt
+tokenization_golfgpt
+"""
