@@ -294,8 +294,7 @@ class Program:
             elif name.startswith("__") or self.called_outside(cls, node):
                 if name != "forward" or not self._is_module(cls):
                     return
-                sites += [site for n, found in by_name.items() if n == "_model" for site in found]
-                sites += [site for n, found in calls.items() if n.endswith("._model") for site in found]
+                sites += calls.get(f"{cls}.__call__", []) + self._unknown(node, calls)
             sites += by_name.get(name, [])
         decorated = [d for d in node.decorator_list if "_jit" in ast.dump(d)]
         if not sites or key in escaped or (method and name in escaped) or decorated:
@@ -323,6 +322,17 @@ class Program:
                 table[each] = values[0]
                 self.touched.add(key)
 
+    def _unknown(self, node: ast.FunctionDef, calls: dict[str, list]) -> list:
+        """Calls of attributes and local names that hold one knows not what, where they fit the parameters of `node`."""
+        most, names = len(node.args.args) - 1, {arg.arg for arg in (*node.args.args, *node.args.kwonlyargs)}
+        found = []
+        for key, sites in calls.items():
+            cls, _, name = key.rpartition(".")
+            if ":" in key and (not cls or self.facts.package.find(key) or self.facts.types.get((cls, name))):
+                continue
+            found += [(given, named) for given, named in sites if named.keys() <= names and 0 < len(given or "_") <= most]
+        return found
+
     def _is_module(self, cls: str) -> bool:
         return any("nn.Module" in ast.unparse(base) for base in self.nodes[cls].bases)
 
@@ -346,10 +356,7 @@ class Program:
                         self.note(self.facts.types, (cls, name), kind)
             if record and cls not in escaped:
                 for i, (name, default) in enumerate(ordered):
-                    if values.get((None, name)):
-                        found = list(values[None, name])
-                    else:
-                        found = []
+                    found = values.get((None, name), []) + values.get((cls, name), [])
                     for given, named in calls.get(cls, []):
                         if name in named:
                             found.append(named[name])

@@ -371,6 +371,9 @@ class Fold(ast.NodeTransformer):
             return OUTSIDE if plain else self.facts.class_of(value)
         if isinstance(node, ast.JoinedStr | ast.Compare):
             return OUTSIDE
+        if isinstance(node, ast.IfExp):
+            kinds = {self.type_of(node.body), self.type_of(node.orelse)}
+            return kinds.pop() if len(kinds) == 1 else None
         if isinstance(node, ast.BinOp | ast.UnaryOp | ast.Subscript):
             sides = (
                 [node.left, node.right]
@@ -390,8 +393,8 @@ class Fold(ast.NodeTransformer):
                 if isinstance(node.func.value, ast.Name) and self.facts.type_of_annotation(node.func.value):
                     return self.facts.types.get((node.func.value.id, node.func.attr))
                 base = node.func.value
-                if isinstance(base, ast.Name) and base.id.startswith("import:") and node.func.attr != "compile":
-                    return OUTSIDE
+                if isinstance(base, ast.Name) and base.id.startswith("import:"):
+                    return self.type_of(node.args[0]) if node.func.attr == "compile" else OUTSIDE
                 cls = self.type_of(base)
                 return cls if cls == OUTSIDE else cls and self.facts.types.get((cls, node.func.attr))
             if isinstance(node.func, ast.Name) and ":" in node.func.id:
@@ -541,6 +544,8 @@ class Fold(ast.NodeTransformer):
             self.seen.calls.append((cls, node.func.attr, positional, by_name))
         elif isinstance(node.func, ast.Name):
             self.seen.calls.append(("", node.func.id, positional, by_name))
+        if not (isinstance(node.func, ast.Name) and ":" in node.func.id) and ":" in (cls := self.type_of(node.func) or ""):
+            self.seen.calls.append((cls, "__call__", positional, by_name))
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         if name in ("_replace", "import:dataclasses:replace"):
             for key, value in named.items():
@@ -553,6 +558,12 @@ class Fold(ast.NodeTransformer):
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
         node.value = self.plain(node.value)
+        base = self.value(node.value)
+        if isinstance(node.ctx, ast.Load) and (cls := self.facts.class_of(base)) and callable(getattr(base, node.attr)):
+            method = f"{cls}.{node.attr}"  # of the configuration, used as a value
+            self.seen.escapes.add((None, method))
+            bound = [ast.Name(method, ast.Load()), ast.Constant(None)]
+            return ast.Call(ast.Name("import:functools:partial", ast.Load()), bound, [])
         if isinstance(node.ctx, ast.Load):
             self.seen.escapes.add((self.type_of(node.value), node.attr))
         elif isinstance(node.ctx, ast.Store):
