@@ -1,9 +1,9 @@
 """One Python file that trains and scores one configuration, cut out of this package.
 
 The program begins with `golfgpt.submit.script.main` and consists of what can be reached from it: functions, classes
-with the methods that anything may call, module constants. `golfgpt.submit.fold` evaluates what the configuration decides;
-what then has one value everywhere (an argument, an attribute, a result) is a fact for the next round, until nothing
-changes. Every function in the file comes from a file of the package; there is no template.
+with the methods that anything may call, module constants. `golfgpt.submit.fold` evaluates what the configuration
+decides; what then has one value everywhere (an argument, an attribute, a result) is a fact for the next round, until
+nothing changes. Every function in the file comes from a file of the package; there is no template.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import copy
 import importlib
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from golfgpt.config import RunConfig, to_dict
+from golfgpt.score.ttt.evaluate import PUBLISHED
 from golfgpt.submit.fold import NOTHING, UNKNOWN, Facts, Fold, Seen, is_literal
 from golfgpt.submit.source import COMPREHENSIONS, SCOPES, Package, bound_in, is_builtin
 
@@ -27,12 +28,20 @@ KEPT_METHODS = {"__init__", "__post_init__", "__call__", "__len__", "__enter__",
 
 def source(config: RunConfig) -> str:
     """The readable program."""
+    config = resolved(config)
     program = Program(facts_of(config))
     program.settle()
     program.facts.final = True
     for key in sorted(program.reached()):
         program.fold(key)
     return program.text()
+
+
+def resolved(config: RunConfig) -> RunConfig:
+    """`config` with what a run decides at its start."""
+    ttt = config.eval.ttt
+    sgd = {name: value for name, value in PUBLISHED.get(ttt.kind, {}).items() if getattr(ttt.sgd, name) is None}
+    return replace(config, eval=replace(config.eval, ttt=replace(ttt, sgd=replace(ttt.sgd, **sgd))))
 
 
 def facts_of(config: RunConfig) -> Facts:
@@ -330,7 +339,9 @@ class Program:
             cls, _, name = key.rpartition(".")
             if ":" in key and (not cls or self.facts.package.find(key) or self.facts.types.get((cls, name))):
                 continue
-            found += [(given, named) for given, named in sites if named.keys() <= names and 0 < len(given or "_") <= most]
+            found += [
+                (given, named) for given, named in sites if named.keys() <= names and 0 < len(given or "_") <= most
+            ]
         return found
 
     def _is_module(self, cls: str) -> bool:

@@ -36,6 +36,11 @@ class NOTHING:
 DISPLAYS = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)
 """Expressions that make a new object, which may be changed."""
 
+FOLDED = (
+    ast.Attribute, ast.Call, ast.Name, ast.Compare, ast.BoolOp, ast.IfExp, ast.BinOp, ast.UnaryOp, ast.Subscript
+)  # fmt: skip
+"""Expressions that are replaced by their value."""
+
 OUTSIDE = "outside"
 """The type of what has no method of the package and gives nothing of it: tensors, strings, numbers, paths."""
 
@@ -103,7 +108,10 @@ class Facts:
             return self.type_of_annotation(sides[0]) if len(sides) == 1 else None
         if isinstance(node, ast.Name) and ":" in node.id and not node.id.startswith("import:"):
             found = self.package.find(node.id)
-            return node.id if found and isinstance(found.node, ast.ClassDef) else None
+            if not found or not isinstance(found.node, ast.ClassDef):
+                return None
+            protocol = any(isinstance(b, ast.Name) and b.id.endswith(":Protocol") for b in found.node.bases)
+            return None if protocol else node.id
         return None
 
     def hoist(self, value: Any, hint: str) -> ast.expr | None:
@@ -327,9 +335,10 @@ class Fold(ast.NodeTransformer):
             return self.facts.objects[function.id]
         if self.value(function) is NOTHING:
             return None
-        if isinstance(function, ast.Attribute) and (cls := self.type_of(function.value)):
-            if f"{cls}.{function.attr}" in self.facts.returns:
-                return self.facts.returns[f"{cls}.{function.attr}"]
+        if isinstance(function, ast.Attribute):
+            method = f"{self.type_of(function.value)}.{function.attr}"
+            if method in self.facts.returns:
+                return self.facts.returns[method]
         if isinstance(function, ast.Name) and function.id == "isinstance":
             asked, value = node.args[1], self.value(node.args[0])
             if isinstance(asked, ast.Name) and asked.id == "import:torch:Tensor" and is_plain(value):
@@ -408,21 +417,15 @@ class Fold(ast.NodeTransformer):
     # Expressions
 
     def visit(self, node: ast.AST) -> Any:
-        if isinstance(node, ast.expr) and isinstance(getattr(node, "ctx", ast.Load()), ast.Load):
-            if isinstance(node, ast.Attribute | ast.Call | ast.Name | ast.Compare | ast.BoolOp | ast.IfExp | ast.BinOp
-                          | ast.UnaryOp | ast.Subscript):  # fmt: skip
-                value = self.value(node)
-                if value is not UNKNOWN:
-                    if is_literal(value):
-                        return literal(value)
-                    if self.facts.final and self.facts.class_of(value):
-                        return ast.Constant(None)
-                    if (
-                        self.hoists
-                        and self.lasts(node, value)
-                        and (found := self.facts.hoist(value, hint(node))) is not None
-                    ):
-                        return found
+        reads = isinstance(node, ast.expr) and isinstance(getattr(node, "ctx", ast.Load()), ast.Load)
+        value = self.value(node) if reads and isinstance(node, FOLDED) else UNKNOWN
+        if value is not UNKNOWN:
+            if is_literal(value):
+                return literal(value)
+            if self.facts.final and self.facts.class_of(value):
+                return ast.Constant(None)
+            if self.hoists and self.lasts(node, value) and (found := self.facts.hoist(value, hint(node))) is not None:
+                return found
         return super().visit(node)
 
     def lasts(self, node: ast.expr, value: Any) -> bool:
@@ -544,7 +547,8 @@ class Fold(ast.NodeTransformer):
             self.seen.calls.append((cls, node.func.attr, positional, by_name))
         elif isinstance(node.func, ast.Name):
             self.seen.calls.append(("", node.func.id, positional, by_name))
-        if not (isinstance(node.func, ast.Name) and ":" in node.func.id) and ":" in (cls := self.type_of(node.func) or ""):
+        anonymous = not (isinstance(node.func, ast.Name) and ":" in node.func.id)
+        if anonymous and ":" in (cls := self.type_of(node.func) or ""):
             self.seen.calls.append((cls, "__call__", positional, by_name))
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         if name in ("_replace", "import:dataclasses:replace"):
@@ -665,6 +669,7 @@ class Fold(ast.NodeTransformer):
             if simple and not (stores & read) and not (stored_attributes & reads) and names:
                 pairs = zip(target.elts, node.value.elts, strict=True)
                 return self.block([ast.Assign([t], v, lineno=0) for t, v in pairs])
+        before = self.value(node.value)
         node.value = self.plain(node.value)
         if len(node.targets) == 1 and isinstance(target, ast.Attribute):
             target.value = self.plain(target.value)
@@ -680,7 +685,7 @@ class Fold(ast.NodeTransformer):
             for keyword in node.value.keywords:  # of an optimizer's groups
                 self.seen.stores.append((self.classes[-1], f"[{keyword.arg}]", self.value(keyword.value), None))
         if len(node.targets) == 1 and isinstance(target, ast.Name) and self.scopes:
-            self._bind(target.id, node.value)
+            self._bind(target.id, node.value, before)
         return node
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> Any:
@@ -704,10 +709,13 @@ class Fold(ast.NodeTransformer):
         node.value = self.plain(node.value)
         return node
 
-    def _bind(self, name: str, value: ast.expr) -> None:
+    def _bind(self, name: str, value: ast.expr, before: Any = UNKNOWN) -> None:
+        """Note what a name stands for; `before`: the value when `value` was not folded yet."""
         scope = self.scopes[-1]
         if scope.stores[name] == 1:
             known, cls = self.value(value), self.type_of(value)
+            if self.facts.class_of(before):
+                known = before
             if known is not UNKNOWN and not isinstance(value, DISPLAYS):
                 scope.values[name] = known
                 self.forget()
