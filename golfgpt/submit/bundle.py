@@ -49,6 +49,7 @@ def facts_of(config: RunConfig) -> Facts:
     from golfgpt.model import parameters, plan
     from golfgpt.optim.optimizers import by_muon
     from golfgpt.quant.quantizer import Quantizer
+    from golfgpt_kernels import _coefficients
 
     quantizer = Quantizer(config.model, config.quant)
     objects = {_id(type(part)): part for part in _sections(config)} | {_id(Quantizer): quantizer}
@@ -69,6 +70,7 @@ def facts_of(config: RunConfig) -> Facts:
     if specs:
         agreed[_id(type(specs[0]))] = _agreed(specs)
     functions = (
+        _coefficients.per_step,
         by_muon,
         parameters.parameter_table,
         parameters.parameter_shapes,
@@ -209,6 +211,8 @@ class Program:
 
     def called_outside(self, cls: str, node: ast.FunctionDef) -> bool:
         """Whether Python or a library may call the method."""
+        if node.name == "__post_init__" and self.facts.only_raises(node):
+            return False
         if node.name in KEPT_METHODS:
             return True
         if node.name.startswith("__"):
@@ -304,7 +308,7 @@ class Program:
                 if name != "forward" or not self._is_module(cls):
                     return
                 sites += calls.get(f"{cls}.__call__", []) + self._unknown(node, calls)
-            sites += by_name.get(name, [])
+            sites += [] if name == "__init__" else by_name.get(name, [])
         decorated = [d for d in node.decorator_list if "_jit" in ast.dump(d)]
         if not sites or key in escaped or (method and name in escaped) or decorated:
             return

@@ -93,6 +93,12 @@ class Facts:
         """The class id of one of `objects`."""
         return next((cls for cls, each in self.objects.items() if each is value), None)
 
+    def only_raises(self, node: ast.FunctionDef) -> bool:
+        """Whether all that a function does is to raise errors about the input."""
+        raises = [n for n in ast.walk(node) if isinstance(n, ast.Raise)]
+        stores = [n for n in ast.walk(node) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)]
+        return bool(raises) and not stores and all(map(dropped, raises))
+
     def type_of_annotation(self, node: ast.expr | None) -> str | None:
         """The class of the package that an annotation names, alone or beside None; OUTSIDE for others."""
         if isinstance(node, ast.Name) and (node.id in LEAVES or node.id in BUILTINS - {"tuple", "dict", "list", "set"}):
@@ -169,6 +175,14 @@ class Facts:
                 return None
             return ast.Call(ast.Name(cls, ast.Load()), [], [ast.keyword(name, v) for name, v in shown.items()])
         return None
+
+
+def dropped(statement: ast.stmt) -> bool:
+    """Whether it raises an error about the input, and nothing else."""
+    if not isinstance(statement, ast.Raise) or statement.exc is None:
+        return False
+    error = statement.exc.func if isinstance(statement.exc, ast.Call) else statement.exc
+    return isinstance(error, ast.Name) and error.id in DROPPED
 
 
 def is_literal(value: Any) -> bool:
@@ -529,7 +543,8 @@ class Fold(ast.NodeTransformer):
             node.func.value = self.plain(node.func.value)
         elif not isinstance(node.func, ast.Name):
             node.func = self.plain(node.func)
-        node.args = [self.plain(part) for part in node.args]
+        kinds = isinstance(node.func, ast.Name) and node.func.id == "isinstance"
+        node.args = [part if kinds and i else self.plain(part) for i, part in enumerate(node.args)]
         for keyword in node.keywords:
             keyword.value = self.plain(keyword.value)
         self._record(node)
@@ -728,7 +743,7 @@ class Fold(ast.NodeTransformer):
         if value is not UNKNOWN:
             return self.block(node.body if value else node.orelse)
         node.body, node.orelse = self.block(node.body), self.block(node.orelse)
-        only_raises = len(node.body) == 1 and self.drops(node.body[0])
+        only_raises = len(node.body) == 1 and dropped(node.body[0])
         walrus = any(isinstance(n, ast.NamedExpr) for n in ast.walk(node.test))
         if only_raises and not walrus:
             return node.orelse
@@ -747,12 +762,10 @@ class Fold(ast.NodeTransformer):
         inside = sum(isinstance(n, ast.Name) and n.id == name for n in ast.walk(node))
         return self.reads[name] > inside
 
-    def drops(self, statement: ast.stmt) -> bool:
-        """Whether it only raises an error about the input."""
-        if not isinstance(statement, ast.Raise) or statement.exc is None:
-            return False
-        error = statement.exc.func if isinstance(statement.exc, ast.Call) else statement.exc
-        return isinstance(error, ast.Name) and error.id in DROPPED
+    def visit_Raise(self, node: ast.Raise) -> ast.AST:
+        if isinstance(node.exc, ast.Call):  # what a message is computed from need not be in the program
+            node.exc.args = [part for part in map(self.plain, node.exc.args) if pure(part)]
+        return node
 
     def visit_Try(self, node: ast.Try) -> Any:
         node.body = self.block(node.body)
@@ -760,7 +773,7 @@ class Fold(ast.NodeTransformer):
             handler.body = self.block(handler.body)
         node.orelse, node.finalbody = self.block(node.orelse), self.block(node.finalbody)
         if not node.orelse and not node.finalbody and all(
-            len(h.body) == 1 and self.drops(h.body[0]) for h in node.handlers
+            len(h.body) == 1 and dropped(h.body[0]) for h in node.handlers
         ):  # fmt: skip
             return node.body
         return node
@@ -808,7 +821,7 @@ class Fold(ast.NodeTransformer):
         name = found.id.replace(".", ":").rpartition(":")[2].lstrip("_")
         raises = [n for n in ast.walk(found.node) if isinstance(n, ast.Raise)]
         calls = [n.value for n in ast.walk(found.node) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Call)]
-        return name.startswith("check") and all(map(self.drops, raises)) and (
+        return name.startswith("check") and all(map(dropped, raises)) and (
             bool(raises) or all(self.only_checks(call) for call in calls)
         )  # fmt: skip
 
