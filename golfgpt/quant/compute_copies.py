@@ -26,15 +26,15 @@ class ComputeCopies:
         """`fake_quant` applies here to matrices, and in each forward to other parameters, whenever `enabled` (a 0-d
         bool tensor; None: always) is true."""
         self._parameters = parameters = dict(model.named_parameters())
-        self.quantizes, fake_quant = bool(fake_quant), fake_quant or {}
-        self._groups = {name: fake_quant.get(name) for name in of_kind(model.table, "matrix")}
+        self.quantizes, quantized = bool(fake_quant), fake_quant or {}
+        self._groups = {name: quantized.get(name) for name in of_kind(model.table, "matrix")}
         self.enabled = enabled
         self.banks = {
             name: torch.empty_like(parameters[name], dtype=dtype, requires_grad=True)
             for name, groups in self._groups.items()
             if groups is not None or dtype != parameters[name].dtype
         }
-        self._in_forward = {name: groups for name, groups in fake_quant.items() if name not in self.banks}
+        self._in_forward = {name: groups for name, groups in quantized.items() if name not in self.banks}
         self._seen: list[int] = []
 
     @property

@@ -11,14 +11,14 @@ from __future__ import annotations
 import ast
 import copy
 import importlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from golfgpt.config import RunConfig, to_dict
 from golfgpt.score.ttt.evaluate import PUBLISHED
-from golfgpt.submit.fold import NOTHING, UNKNOWN, Facts, Fold, Seen, is_literal
+from golfgpt.submit.fold import NOTHING, UNKNOWN, Facts, Fold, Seen, is_literal, pure
 from golfgpt.submit.source import COMPREHENSIONS, SCOPES, Package, bound_in, is_builtin
 
 ENTRY = "golfgpt.submit.script:main"
@@ -34,6 +34,7 @@ def source(config: RunConfig) -> str:
     program.facts.final = True
     for key in sorted(program.reached()):
         program.fold(key)
+    program.drop_parameters()
     return program.text()
 
 
@@ -413,6 +414,32 @@ class Program:
             for n in ast.walk(part)
         )
 
+    def drop_parameters(self) -> None:
+        """Take away parameters of functions that nothing reads, with what calls give for them."""
+        keys = self.reached()
+        written = [n for quoted, _ in self.facts.hoisted.values() for n in ast.walk(quoted)]
+        used = Counter(n.id for n in written if isinstance(n, ast.Name))
+        calls: dict[str, list[ast.Call]] = defaultdict(list)
+        for part in [*(self.nodes[key] for key in keys), *(p for key in keys for p in self.more.get(key, []))]:
+            for n in _walk(part):
+                if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and ":" in n.func.id:
+                    calls[n.func.id].append(n)
+                if isinstance(n, ast.Name) and ":" in n.id:
+                    used[n.id] += 1
+        for key in keys:
+            node, sites = self.nodes[key], calls[key]
+            if not isinstance(node, ast.FunctionDef) or self.is_method(key) or node.decorator_list or key == ENTRY:
+                continue
+            plain = all(k.arg for s in sites for k in s.keywords) and not any(
+                isinstance(a, ast.Starred) for s in sites for a in s.args
+            )
+            if not plain or len(sites) != used[key] or node.args.vararg or node.args.kwarg:
+                continue
+            read = {n.id for part in node.body for n in ast.walk(part) if isinstance(n, ast.Name)}
+            for arg in [*node.args.args, *node.args.kwonlyargs]:
+                if arg.arg not in read:
+                    _without(node, arg, sites)
+
     # Writing
 
     def text(self) -> str:
@@ -461,6 +488,29 @@ class Program:
                 inside = {n.id for n in ast.walk(self.facts.hoisted[name][0]) if isinstance(n, ast.Name)}
                 waiting += [other for other in self.facts.hoisted if other in inside]
         return [name for name in self.facts.hoisted if name in found]
+
+
+def _without(node: ast.FunctionDef, arg: ast.arg, sites: list[ast.Call]) -> None:
+    """Take a parameter from a function and its calls, unless an argument has an effect."""
+    at = node.args.args.index(arg) if arg in node.args.args else None
+    given = [
+        (site, next((k for k in site.keywords if k.arg == arg.arg), None), at is not None and at < len(site.args))
+        for site in sites
+    ]
+    if not all(pure(named.value if named else site.args[at]) for site, named, placed in given if named or placed):
+        return
+    for site, named, placed in given:
+        if named:
+            site.keywords.remove(named)
+        elif placed:
+            del site.args[at]
+    if at is None:
+        del node.args.kw_defaults[node.args.kwonlyargs.index(arg)]
+        node.args.kwonlyargs.remove(arg)
+    else:
+        if (first := at - len(node.args.args) + len(node.args.defaults)) >= 0:
+            del node.args.defaults[first]
+        node.args.args.remove(arg)
 
 
 def one_literal(values: list) -> bool:

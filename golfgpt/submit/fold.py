@@ -267,6 +267,10 @@ class Fold(ast.NodeTransformer):
             known = self.facts.globals
             if node.id not in known:
                 known[node.id], found = UNKNOWN, self.facts.package.find(node.id)
+                if found and isinstance(found.node, ast.Assign) and not isinstance(found.node.targets[0], ast.Name):
+                    found = None
+                if found and isinstance(found.node, ast.Assign) and len(found.node.targets) > 1:
+                    found = None
                 if found and isinstance(found.node, ast.Assign | ast.AnnAssign) and found.node.value is not None:
                     value = Fold(self.facts, node.id).value(found.node.value)
                     known[node.id] = value if is_literal(value) else UNKNOWN
@@ -743,7 +747,8 @@ class Fold(ast.NodeTransformer):
         if value is not UNKNOWN:
             return self.block(node.body if value else node.orelse)
         node.body, node.orelse = self.block(node.body), self.block(node.orelse)
-        only_raises = len(node.body) == 1 and dropped(node.body[0])
+        *before, last = node.body or [ast.Pass()]
+        only_raises = dropped(last) and all(isinstance(part, ast.Assign) and pure(part.value) for part in before)
         walrus = any(isinstance(n, ast.NamedExpr) for n in ast.walk(node.test))
         if only_raises and not walrus:
             return node.orelse
@@ -785,7 +790,7 @@ class Fold(ast.NodeTransformer):
             return None
         node.target = self.visit(node.target)
         node.body, node.orelse = self.block(node.body), self.block(node.orelse)
-        if not node.body and not node.orelse and pure(node.iter):
+        if all(isinstance(part, ast.Pass) for part in node.body) and not node.orelse and pure(node.iter):
             return None
         node.body = node.body or [ast.Pass()]
         return node
@@ -858,7 +863,7 @@ def pure(node: ast.AST) -> bool:
             return False
         if isinstance(n, ast.Call):
             name = n.func.id if isinstance(n.func, ast.Name) else getattr(n.func, "attr", "")
-            if name not in (WITHOUT_EFFECT if isinstance(n.func, ast.Attribute) else BUILTINS | {"isinstance", "zip"}):
+            if name not in (WITHOUT_EFFECT if isinstance(n.func, ast.Attribute) else BUILTINS | {"isinstance", "zip", "enumerate"}):
                 return False
     return True
 
