@@ -171,7 +171,7 @@ class Tokenizer:
         spaced = next(
             (i for i, piece in enumerate(self.pieces) if piece.startswith(b" ") and not self.is_byte(i)), None
         )
-        return spaced is not None and len(self.decode([spaced]).encode()) < len(self.pieces[spaced])
+        return spaced is not None and len(self._model.decode([spaced]).encode()) < len(self.pieces[spaced])
 
     def is_byte(self, i: int) -> bool:
         """Whether piece `i` is one byte of the byte fallback."""

@@ -194,7 +194,9 @@ def refined(
         norms = []
         for name, i, w in _matrices(encoded, banks):
             if config.low_rank <= min(w.shape):
-                norms.append((-float((w - _layer(encoded[name], i).dequantize().view(w.shape)).norm()), *_place(name, i)))
+                norms.append(
+                    (-float((w - _layer(encoded[name], i).dequantize().view(w.shape)).norm()), *_place(name, i))
+                )
         for _, *place in sorted(norms)[: config.low_rank_tensors]:
             name, i, w = next(x for x in _matrices(encoded, banks) if _place(*x[:2]) == tuple(place))
             encoded = _replaced(encoded, banks, name, i, lambda t, w=w: corrected(t, w, config))

@@ -47,10 +47,11 @@ def resolved(config: RunConfig) -> RunConfig:
 
 def facts_of(config: RunConfig) -> Facts:
     """What the configuration decides."""
+    from golfgpt_kernels import _coefficients
+
     from golfgpt.model import parameters, plan
     from golfgpt.optim.optimizers import by_muon
     from golfgpt.quant.quantizer import Quantizer
-    from golfgpt_kernels import _coefficients
 
     quantizer = Quantizer(config.model, config.quant)
     objects = {_id(type(part)): part for part in _sections(config)} | {_id(Quantizer): quantizer}
@@ -344,9 +345,7 @@ class Program:
             cls, _, name = key.rpartition(".")
             if ":" in key and (not cls or self.facts.package.find(key) or self.facts.types.get((cls, name))):
                 continue
-            found += [
-                (given, named) for given, named in sites if named.keys() <= names and 0 < len(given or "_") <= most
-            ]
+            found += [site for site in sites if site[0] and site[1].keys() <= names and len(site[0]) <= most]
         return found
 
     def _is_module(self, cls: str) -> bool:

@@ -863,7 +863,9 @@ def pure(node: ast.AST) -> bool:
             return False
         if isinstance(n, ast.Call):
             name = n.func.id if isinstance(n.func, ast.Name) else getattr(n.func, "attr", "")
-            if name not in (WITHOUT_EFFECT if isinstance(n.func, ast.Attribute) else BUILTINS | {"isinstance", "zip", "enumerate"}):
+            if name not in (
+                WITHOUT_EFFECT if isinstance(n.func, ast.Attribute) else BUILTINS | {"isinstance", "zip", "enumerate"}
+            ):
                 return False
     return True
 
