@@ -85,7 +85,9 @@ def check(args: SubmitCheck) -> int:
     from golfgpt.tables import table
 
     if args.run and args.data is None:
-        raise InputError("--run trains and scores, and got no data: --data DIR, the folder that the runs were scored on")
+        raise InputError(
+            "--run trains and scores, and got no data: --data DIR, the folder that the runs were scored on"
+        )
     findings = check(args.folder, cap=args.cap)
     if args.run:
         from golfgpt.submit.isolated import run

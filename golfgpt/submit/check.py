@@ -212,7 +212,7 @@ def fields(folder: Folder) -> str:
 def program(folder: Folder) -> str:
     code = folder.code
     if code.unread:
-        raise NotChecked(f"executes what reading cannot tell: {'; '.join(code.unread[:4])}")
+        raise Failed(f"executes what reading cannot tell: {'; '.join(code.unread[:4])}")
     how = f" by {', '.join(dict.fromkeys(code.how))}" if code.how else ""
     return f"parses; {' -> '.join(f'{len(text.encode()):,}' for text in code.texts)} bytes{how}"
 
@@ -233,6 +233,8 @@ def modules(folder: Folder) -> str:
     others = found - sys.stdlib_module_names - own
     if further := sorted(others - PACKAGES):
         raise Failed(f"imports {', '.join(further)}; expected only {', '.join(sorted(PACKAGES))}")
+    if computed := folder.code.computed:
+        raise NotChecked(f"{', '.join(sorted(others))}, and by a computed name: {'; '.join(computed[:4])}")
     return ", ".join(sorted(others)) or "the standard library"
 
 
@@ -335,16 +337,19 @@ def scores(folder: Folder) -> str:
     return f"of {len(folder.results)} seeds as in the logs; mean {s['val_bpb']:.6f}"
 
 
+COPIED = {"val_bpb", "val_loss", "artifact_bytes", "artifact_sha256", "steps"}
+"""Numbers of result.json that submission.json has for a seed."""
+
+
 def _same_as_result(found: dict[str, Any], result: dict[str, Any], file: str) -> None:
     score = found.get("adapted") or found.get("score") or {}
     for name, value in {**score, **found}.items():
-        if name in ("val_bpb", "val_loss", "artifact_bytes", "artifact_sha256", "steps") and name in result:
-            if value != result[name]:
-                raise Failed(f"{file} has {name} {value}, submission.json has {result[name]}")
+        if name in COPIED and value != result.get(name, value):
+            raise Failed(f"{file} has {name} {value}, submission.json has {result[name]}")
 
 
 def _near(given: float, found: float, what: str) -> None:
-    decimals = min(_decimals(repr(given)), 8)
+    decimals = min(max(_decimals(repr(given)), 4), 8)
     if abs(given - found) > 0.51 * 10.0**-decimals:
         raise Failed(f"{what} is {given} in submission.json; the seeds give {found:.8f}")
 
@@ -383,29 +388,30 @@ def times(folder: Folder) -> str:
 
 def text(folder: Folder) -> str:
     readme, s = folder.text("README.md"), folder.submission
-    known = {name: s[name] for name in ("val_bpb", "val_loss", "val_bpb_std", "bytes_total", "bytes_code") if s.get(name)}
-    claimed = re.findall(r"(?<![\w.,])\d+\.\d{4,}(?![\w.])", readme)
-    if not any(_rounds(text, known["val_bpb"]) for text in claimed):
-        raise Failed(f"README.md does not have val_bpb {known['val_bpb']:.4f}")
-    rows = [[cell.strip(" *`") for cell in line.split("|")[1:-1]] for line in readme.splitlines() if line.count("|") > 2]
+    rows = {line: [cell.strip(" *`") for cell in line.split("|")[1:-1]] for line in readme.splitlines() if "|" in line}
+    rows = {line: row for line, row in rows.items() if row and row[0].isdecimal() and int(row[0]) in folder.results}
+    prose = "\n".join(line for line in readme.splitlines() if line not in rows)
+    if not any(_rounds(text, s["val_bpb"]) for text in re.findall(r"(?<![\w.,])\d+\.\d{4,}(?![\w.])", prose)):
+        raise Failed(f"README.md does not have val_bpb {s['val_bpb']:.4f}, the mean")
+    if str(s["bytes_total"]) not in re.findall(r"\d+", re.sub(r"(?<=\d),(?=\d{3})", "", prose)):
+        raise Failed(f"README.md does not have bytes_total {s['bytes_total']:,}")
     checked = 0
-    for row in (row for row in rows if row and row[0].isdecimal() and int(row[0]) in folder.results):
+    for row in rows.values():
         result, log = folder.results[int(row[0])], folder.logs[int(row[0])]
-        for cell in row[1:]:
-            number = cell.replace(",", "")
+        for number in (cell.replace(",", "") for cell in row[1:]):
             if re.fullmatch(r"\d+\.\d{4,}", number):
-                good = any(_rounds(number, value) for value in result.values() if isinstance(value, float))
-                good = good or log.has(float(number))
+                known = any(_rounds(number, value) for value in result.values() if isinstance(value, float))
+                known = known or log.has(float(number))
             elif re.fullmatch(r"\d{4,}", number):
-                good = int(number) in result.values() or re.search(rf"(?<!\d){number}(?!\d)", log.text)
+                known = int(number) in result.values() or number in re.findall(r"\d+", log.text)
             else:
                 continue
             checked += 1
-            if not good:
-                raise Failed(f"README.md has {cell} for seed {row[0]}; its log and submission.json do not")
+            if not known:
+                raise Failed(f"README.md has {number} for seed {row[0]}; its log and submission.json do not")
     if not checked:
         raise NotChecked("README.md has the mean, and no table with a row for each seed")
-    return f"the mean and {checked} numbers of the seeds are those of the logs"
+    return f"mean, bytes and {checked} numbers of the seeds as in logs and submission.json"
 
 
 def _rounds(text: str, value: float) -> bool:

@@ -10,6 +10,7 @@ import ast
 import base64
 import binascii
 import bz2
+import contextlib
 import lzma
 import re
 import zlib
@@ -40,7 +41,9 @@ class Code:
     files: set[str] = field(default_factory=set)
     """Files of the folder that it imports, executes or names."""
     unread: list[str] = field(default_factory=list)
-    """Calls that execute what reading cannot tell."""
+    """Calls of exec and the like whose text reading cannot tell."""
+    computed: list[str] = field(default_factory=list)
+    """Imports of a computed name."""
 
     @property
     def program(self) -> ast.Module:
@@ -90,12 +93,15 @@ def _follow(code: Code, folder: Path, text: str, name: str) -> None:
                 code.unread.append(ast.unparse(call)[:100])
             else:
                 _follow(code, folder, inner, f"what {name} unpacks")
-        elif called in LOAD and not (call.args and isinstance(call.args[0], ast.Constant)):
+        elif called in IMPORT and not (call.args and isinstance(call.args[0], ast.Constant)):
+            code.computed.append(ast.unparse(call)[:100])
+        elif called in LOAD:
             code.unread.append(ast.unparse(call)[:100])
 
 
 EXECUTE = {"exec", "eval", "builtins.exec", "builtins.eval"}
-LOAD = {"__import__", "importlib.import_module", "runpy.run_path", "runpy.run_module", "marshal.loads", "pickle.loads"}
+IMPORT = {"__import__", "importlib.import_module"}
+LOAD = {"runpy.run_path", "runpy.run_module", "marshal.loads", "pickle.loads", "pickle.load", "torch.hub.load"}
 LOAD |= {"importlib.util.spec_from_file_location", "importlib.machinery.SourceFileLoader"}
 
 
@@ -135,8 +141,9 @@ class Reader:
     def run(self, body: list[ast.stmt]) -> None:
         for statement in body:
             if isinstance(statement, ast.Import):
-                self.imports |= {a.asname or a.name.split(".")[0]: a.asname and a.name or a.name.split(".")[0]
-                                 for a in statement.names}  # fmt: skip
+                for alias in statement.names:
+                    root = alias.name.split(".")[0]
+                    self.imports[alias.asname or root] = alias.name if alias.asname else root
             elif isinstance(statement, ast.ImportFrom):
                 self.imports |= {a.asname or a.name: f"{statement.module}.{a.name}" for a in statement.names}
             elif isinstance(statement, ast.If | ast.With | ast.Try):
@@ -145,10 +152,8 @@ class Reader:
                 self.digits(statement)
             elif isinstance(statement, ast.Assign) and isinstance(target := statement.targets[0], ast.Name):
                 self.names.pop(target.id, None)
-                try:
+                with contextlib.suppress(Unread):
                     self.names[target.id] = self.value(statement.value)
-                except Unread:
-                    pass
 
     def digits(self, loop: ast.For) -> None:
         """`for c in DIGITS: n = n * 95 + c - 32`, as golfgpt.submit.pack writes it."""
