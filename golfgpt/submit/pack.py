@@ -44,13 +44,17 @@ def minified(source: str) -> str:
                     arg.annotation = None
         elif isinstance(node, ast.AnnAssign):
             node.annotation = ast.Constant(0)  # a field of a dataclass needs one, whatever it says
-    return python_minifier.minify(
+    text = python_minifier.minify(
         ast.unparse(tree),
         remove_annotations=False,
         remove_literal_statements=True,
         rename_globals=True,
         hoist_literals=False,  # LZMA finds them itself: 120 bytes less
     )
+    for node in ast.walk(tree):
+        if not node._fields:  # Load and the like are one object for all trees, and the minifier leaves its own tree
+            vars(node).clear()  # hanging from them: a later copy of any tree would copy that too
+    return text
 
 
 def _compressed(text: str) -> Iterator[tuple[str, bytes, str]]:
