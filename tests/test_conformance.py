@@ -602,7 +602,7 @@ def check_mixed(v: Vectors) -> None:
                 codes = solve(w[None], v[f"H.{name}"][None], scale.float()[None, :, None], spec.qmax)[0]
                 assert torch.equal(codes, results[".q"]) and torch.equal(scale, results[".scale"]), name
                 encoded[bank] = QuantizedTensor(TensorFormat(tuple(w.shape), f"int{bits}", "float16"), codes, scale)
-                lost = float((w - encoded[bank].decode()).norm())
+                lost = float((w - encoded[bank].dequantize()).norm())
                 assert lost == pytest.approx(config["residual_norm"][name], rel=1e-4)
         group, ends = (hyper["lqer_asym_group"], "_a") if hyper["lqer_asym_enabled"] else (None, "")
         quant = QuantConfig(
@@ -615,17 +615,17 @@ def check_mixed(v: Vectors) -> None:
             if name not in chosen:
                 continue
             given = v[f"{tag}.factorA.{name}"], v[f"{tag}.factorB.{name}"]
-            own = quantizers.factors(banks[bank] - encoded[bank].decode(), quant.low_rank)
+            own = quantizers.factors(banks[bank] - encoded[bank].dequantize(), quant.low_rank)
             assert relative(own[0] @ own[1], given[0] @ given[1]) <= 1e-4
             fields = quantizers.pack_factors(*given, group, torch.float16)
             for field, key in (("left", "lqA"), ("left_scale", "lqAs"), ("right", "lqB"), ("right_scale", "lqBs")):
                 assert torch.equal(fields[field], v[f"{tag}.result.{name}.{key}{ends}"].view(fields[field].shape))
             tensor = replace(encoded[bank], format=refined[bank].format, **fields)
             lost = config["lqer_residual_norm"][name]
-            assert float((banks[bank] - tensor.decode()).norm()) == pytest.approx(lost, rel=1e-4)
-            assert float((banks[bank] - refined[bank].decode()).norm()) == pytest.approx(lost, rel=0.01)
+            assert float((banks[bank] - tensor.dequantize()).norm()) == pytest.approx(lost, rel=1e-4)
+            assert float((banks[bank] - refined[bank].dequantize()).norm()) == pytest.approx(lost, rel=0.01)
             if f"{tag}.dequant.{name}" in v:
-                torch.testing.assert_close(tensor.decode(), v[f"{tag}.dequant.{name}"], rtol=1e-6, atol=1e-6)
+                torch.testing.assert_close(tensor.dequantize(), v[f"{tag}.dequant.{name}"], rtol=1e-6, atol=1e-6)
 
 
 CHECKS = {

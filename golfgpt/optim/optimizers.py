@@ -393,7 +393,7 @@ class Optimizers:
 
     def _tensors_of(self, p: nn.Parameter, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """State key -> tensor, of one parameter or of this rank's shard of a stack."""
-        if p in self._names:
+        if self._flat is None or p in self._names:
             prefix = self._names[p] + "."
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         stack = next(stack for stack in self._flat.stacks if stack.shard is p)

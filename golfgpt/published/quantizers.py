@@ -157,7 +157,7 @@ def corrected(tensor: QuantizedTensor, w: Tensor, config: QuantConfig) -> Quanti
     group = config.low_rank_group or None
     if group and config.low_rank * cols % group:
         group = None
-    error = w - tensor.decode().view(w.shape)
+    error = w - tensor.dequantize().view(w.shape)
     fields = pack_factors(*factors(error, config.low_rank), group, DTYPES[tensor.format.scale])
     fields = {name: x.view(*layers, *x.shape) for name, x in fields.items()}
     return replace(tensor, format=replace(tensor.format, rank=config.low_rank, rank_group=group), **fields)
@@ -194,7 +194,7 @@ def refined(
         norms = []
         for name, i, w in _matrices(encoded, banks):
             if config.low_rank <= min(w.shape):
-                norms.append((-float((w - _layer(encoded[name], i).decode().view(w.shape)).norm()), *_place(name, i)))
+                norms.append((-float((w - _layer(encoded[name], i).dequantize().view(w.shape)).norm()), *_place(name, i)))
         for _, *place in sorted(norms)[: config.low_rank_tensors]:
             name, i, w = next(x for x in _matrices(encoded, banks) if _place(*x[:2]) == tuple(place))
             encoded = _replaced(encoded, banks, name, i, lambda t, w=w: corrected(t, w, config))

@@ -22,18 +22,19 @@ from golfgpt.quant.quantizer import FakeQuant, Rounding
 class ComputeCopies:
     """Compute copies of a model's matrix banks, by name; empty if the weights themselves are what the forward needs."""
 
-    def __init__(self, model: GPT, fake_quant: FakeQuant, dtype: torch.dtype, enabled: Tensor | None = None):
+    def __init__(self, model: GPT, fake_quant: FakeQuant | None, dtype: torch.dtype, enabled: Tensor | None = None):
         """`fake_quant` applies here to matrices, and in each forward to other parameters, whenever `enabled` (a 0-d
         bool tensor; None: always) is true."""
         self._parameters = parameters = dict(model.named_parameters())
-        self._groups = {name: fake_quant.get(name) for name in of_kind(model.table, "matrix")}
+        self.quantizes, quantized = bool(fake_quant), fake_quant or {}
+        self._groups = {name: quantized.get(name) for name in of_kind(model.table, "matrix")}
         self.enabled = enabled
         self.banks = {
             name: torch.empty_like(parameters[name], dtype=dtype, requires_grad=True)
             for name, groups in self._groups.items()
             if groups is not None or dtype != parameters[name].dtype
         }
-        self._in_forward = {name: groups for name, groups in fake_quant.items() if name not in self.banks}
+        self._in_forward = {name: groups for name, groups in quantized.items() if name not in self.banks}
         self._seen: list[int] = []
 
     @property
@@ -45,12 +46,14 @@ class ComputeCopies:
         """What a forward multiplies with in place of the parameters: compute copies, and embeddings and small tensors
         fake-quantized here and now. Gradients go to `leaves`."""
         out = dict(self.banks)
-        for name, groups in self._in_forward.items():
+        for name, groups in self._in_forward.items() if self.quantizes else ():
             out[name] = fake_quantized(self._parameters[name], groups, self.enabled)
         return out
 
     def written_by_muon(self) -> dict[str, RowQuant | None]:
         """Bank -> its quantizer (None: rounded only), of those that Muon can write with the weights."""
+        if not self.quantizes:
+            return dict.fromkeys(self.banks)
         groups = {name: self._groups[name] or [(1, None)] for name in self.banks}
         roundings = {name: group[0][1] for name, group in groups.items() if len(group) == 1}
         return {name: spec for name, spec in roundings.items() if spec is None or isinstance(spec, RowQuant)}
@@ -60,16 +63,19 @@ class ComputeCopies:
         """Write the compute copies of `names` (None: all) from the weights."""
         names, written = list(self.banks if names is None else names), self.written_by_muon()
         whole = [name for name in names if written.get(name) is not None]
-        fake_quantize_banks(
-            [self._parameters[name].detach() for name in whole],
-            [self.banks[name] for name in whole],
-            [written[name] for name in whole],
-            enabled=self.enabled,
-        )
+        if self.quantizes:
+            fake_quantize_banks(
+                [self._parameters[name].detach() for name in whole],
+                [self.banks[name] for name in whole],
+                [written[name] for name in whole],
+                enabled=self.enabled,
+            )
         for name in names:
             if name not in whole:
                 w = self._parameters[name].detach()
-                self.banks[name].copy_(fake_quantized(w, self._groups[name] or [], self.enabled))
+                if self.quantizes:
+                    w = fake_quantized(w, self._groups[name] or [], self.enabled)
+                self.banks[name].copy_(w)
         self.mark()
 
     def mark(self) -> None:

@@ -145,7 +145,7 @@ class QuantizedTensor:
         found = {field.name: getattr(self, field.name) for field in fields(self)[1:]}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
-    def decode(self) -> Tensor:
+    def dequantize(self) -> Tensor:
         """fp32 weights (format.shape)."""
         if self.scale is None:
             return self.values.float()
@@ -214,7 +214,7 @@ def decode(encoded: Mapping[str, QuantizedTensor]) -> dict[str, Tensor]:
     """fp32 banks of their layer groups, which are in order: the weights that the artifact's reader gets."""
     banks: dict[str, list[Tensor]] = {}
     for name, tensor in encoded.items():
-        banks.setdefault(parse_layer_group(name)[0], []).append(tensor.decode())
+        banks.setdefault(parse_layer_group(name)[0], []).append(tensor.dequantize())
     return {bank: tensors[0] if len(tensors) == 1 else torch.cat(tensors) for bank, tensors in banks.items()}
 
 

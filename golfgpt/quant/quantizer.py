@@ -415,7 +415,7 @@ class Quantizer:
         if state is None:
             return [tensor_report(name, format) for name, format in self.formats.items()]
         return [
-            tensor_report(name, tensor.format, _relative_error(layers_of(state, name).cpu(), tensor.decode().cpu()))
+            tensor_report(name, tensor.format, _relative_error(layers_of(state, name).cpu(), tensor.dequantize().cpu()))
             for name, tensor in (encoded or self.encode(state)).items()
         ]
 

@@ -1,9 +1,9 @@
 """One Python file that trains and scores one configuration, cut out of this package.
 
 The program begins with `golfgpt.submit.script.main` and consists of what can be reached from it: functions, classes
-with the methods that anything may call, module constants. `golfgpt.submit.fold` evaluates what the configuration decides;
-what then has one value everywhere (an argument, an attribute, a result) is a fact for the next round, until nothing
-changes. Every function in the file comes from a file of the package; there is no template.
+with the methods that anything may call, module constants. `golfgpt.submit.fold` evaluates what the configuration
+decides; what then has one value everywhere (an argument, an attribute, a result) is a fact for the next round, until
+nothing changes. Every function in the file comes from a file of the package; there is no template.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from __future__ import annotations
 import ast
 import copy
 import importlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from golfgpt.config import RunConfig, to_dict
-from golfgpt.submit.fold import NOTHING, UNKNOWN, Facts, Fold, Seen, is_literal
+from golfgpt.score.ttt.evaluate import PUBLISHED
+from golfgpt.submit.fold import NOTHING, UNKNOWN, Facts, Fold, Seen, is_literal, pure
 from golfgpt.submit.source import COMPREHENSIONS, SCOPES, Package, bound_in, is_builtin
 
 ENTRY = "golfgpt.submit.script:main"
@@ -27,12 +28,21 @@ KEPT_METHODS = {"__init__", "__post_init__", "__call__", "__len__", "__enter__",
 
 def source(config: RunConfig) -> str:
     """The readable program."""
+    config = resolved(config)
     program = Program(facts_of(config))
     program.settle()
     program.facts.final = True
     for key in sorted(program.reached()):
         program.fold(key)
+    program.drop_parameters()
     return program.text()
+
+
+def resolved(config: RunConfig) -> RunConfig:
+    """`config` with what a run decides at its start."""
+    ttt = config.eval.ttt
+    sgd = {name: value for name, value in PUBLISHED.get(ttt.kind, {}).items() if getattr(ttt.sgd, name) is None}
+    return replace(config, eval=replace(config.eval, ttt=replace(ttt, sgd=replace(ttt.sgd, **sgd))))
 
 
 def facts_of(config: RunConfig) -> Facts:
@@ -40,6 +50,7 @@ def facts_of(config: RunConfig) -> Facts:
     from golfgpt.model import parameters, plan
     from golfgpt.optim.optimizers import by_muon
     from golfgpt.quant.quantizer import Quantizer
+    from golfgpt_kernels import _coefficients
 
     quantizer = Quantizer(config.model, config.quant)
     objects = {_id(type(part)): part for part in _sections(config)} | {_id(Quantizer): quantizer}
@@ -60,6 +71,7 @@ def facts_of(config: RunConfig) -> Facts:
     if specs:
         agreed[_id(type(specs[0]))] = _agreed(specs)
     functions = (
+        _coefficients.per_step,
         by_muon,
         parameters.parameter_table,
         parameters.parameter_shapes,
@@ -200,6 +212,8 @@ class Program:
 
     def called_outside(self, cls: str, node: ast.FunctionDef) -> bool:
         """Whether Python or a library may call the method."""
+        if node.name == "__post_init__" and self.facts.only_raises(node):
+            return False
         if node.name in KEPT_METHODS:
             return True
         if node.name.startswith("__"):
@@ -294,9 +308,8 @@ class Program:
             elif name.startswith("__") or self.called_outside(cls, node):
                 if name != "forward" or not self._is_module(cls):
                     return
-                sites += [site for n, found in by_name.items() if n == "_model" for site in found]
-                sites += [site for n, found in calls.items() if n.endswith("._model") for site in found]
-            sites += by_name.get(name, [])
+                sites += calls.get(f"{cls}.__call__", []) + self._unknown(node, calls)
+            sites += [] if name == "__init__" else by_name.get(name, [])
         decorated = [d for d in node.decorator_list if "_jit" in ast.dump(d)]
         if not sites or key in escaped or (method and name in escaped) or decorated:
             return
@@ -323,6 +336,19 @@ class Program:
                 table[each] = values[0]
                 self.touched.add(key)
 
+    def _unknown(self, node: ast.FunctionDef, calls: dict[str, list]) -> list:
+        """Calls of attributes and local names that hold one knows not what, where they fit the parameters of `node`."""
+        most, names = len(node.args.args) - 1, {arg.arg for arg in (*node.args.args, *node.args.kwonlyargs)}
+        found = []
+        for key, sites in calls.items():
+            cls, _, name = key.rpartition(".")
+            if ":" in key and (not cls or self.facts.package.find(key) or self.facts.types.get((cls, name))):
+                continue
+            found += [
+                (given, named) for given, named in sites if named.keys() <= names and 0 < len(given or "_") <= most
+            ]
+        return found
+
     def _is_module(self, cls: str) -> bool:
         return any("nn.Module" in ast.unparse(base) for base in self.nodes[cls].bases)
 
@@ -346,10 +372,7 @@ class Program:
                         self.note(self.facts.types, (cls, name), kind)
             if record and cls not in escaped:
                 for i, (name, default) in enumerate(ordered):
-                    if values.get((None, name)):
-                        found = list(values[None, name])
-                    else:
-                        found = []
+                    found = values.get((None, name), []) + values.get((cls, name), [])
                     for given, named in calls.get(cls, []):
                         if name in named:
                             found.append(named[name])
@@ -390,6 +413,32 @@ class Program:
             for part in (*node.decorator_list, *node.bases)
             for n in ast.walk(part)
         )
+
+    def drop_parameters(self) -> None:
+        """Take away parameters of functions that nothing reads, with what calls give for them."""
+        keys = self.reached()
+        written = [n for quoted, _ in self.facts.hoisted.values() for n in ast.walk(quoted)]
+        used = Counter(n.id for n in written if isinstance(n, ast.Name))
+        calls: dict[str, list[ast.Call]] = defaultdict(list)
+        for part in [*(self.nodes[key] for key in keys), *(p for key in keys for p in self.more.get(key, []))]:
+            for n in _walk(part):
+                if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and ":" in n.func.id:
+                    calls[n.func.id].append(n)
+                if isinstance(n, ast.Name) and ":" in n.id:
+                    used[n.id] += 1
+        for key in keys:
+            node, sites = self.nodes[key], calls[key]
+            if not isinstance(node, ast.FunctionDef) or self.is_method(key) or node.decorator_list or key == ENTRY:
+                continue
+            plain = all(k.arg for s in sites for k in s.keywords) and not any(
+                isinstance(a, ast.Starred) for s in sites for a in s.args
+            )
+            if not plain or len(sites) != used[key] or node.args.vararg or node.args.kwarg:
+                continue
+            read = {n.id for part in node.body for n in ast.walk(part) if isinstance(n, ast.Name)}
+            for arg in [*node.args.args, *node.args.kwonlyargs]:
+                if arg.arg not in read:
+                    _without(node, arg, sites)
 
     # Writing
 
@@ -439,6 +488,29 @@ class Program:
                 inside = {n.id for n in ast.walk(self.facts.hoisted[name][0]) if isinstance(n, ast.Name)}
                 waiting += [other for other in self.facts.hoisted if other in inside]
         return [name for name in self.facts.hoisted if name in found]
+
+
+def _without(node: ast.FunctionDef, arg: ast.arg, sites: list[ast.Call]) -> None:
+    """Take a parameter from a function and its calls, unless an argument has an effect."""
+    at = node.args.args.index(arg) if arg in node.args.args else None
+    given = [
+        (site, next((k for k in site.keywords if k.arg == arg.arg), None), at is not None and at < len(site.args))
+        for site in sites
+    ]
+    if not all(pure(named.value if named else site.args[at]) for site, named, placed in given if named or placed):
+        return
+    for site, named, placed in given:
+        if named:
+            site.keywords.remove(named)
+        elif placed:
+            del site.args[at]
+    if at is None:
+        del node.args.kw_defaults[node.args.kwonlyargs.index(arg)]
+        node.args.kwonlyargs.remove(arg)
+    else:
+        if (first := at - len(node.args.args) + len(node.args.defaults)) >= 0:
+            del node.args.defaults[first]
+        node.args.args.remove(arg)
 
 
 def one_literal(values: list) -> bool:

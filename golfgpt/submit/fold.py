@@ -36,6 +36,11 @@ class NOTHING:
 DISPLAYS = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)
 """Expressions that make a new object, which may be changed."""
 
+FOLDED = (
+    ast.Attribute, ast.Call, ast.Name, ast.Compare, ast.BoolOp, ast.IfExp, ast.BinOp, ast.UnaryOp, ast.Subscript
+)  # fmt: skip
+"""Expressions that are replaced by their value."""
+
 OUTSIDE = "outside"
 """The type of what has no method of the package and gives nothing of it: tensors, strings, numbers, paths."""
 
@@ -88,6 +93,12 @@ class Facts:
         """The class id of one of `objects`."""
         return next((cls for cls, each in self.objects.items() if each is value), None)
 
+    def only_raises(self, node: ast.FunctionDef) -> bool:
+        """Whether all that a function does is to raise errors about the input."""
+        raises = [n for n in ast.walk(node) if isinstance(n, ast.Raise)]
+        stores = [n for n in ast.walk(node) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)]
+        return bool(raises) and not stores and all(map(dropped, raises))
+
     def type_of_annotation(self, node: ast.expr | None) -> str | None:
         """The class of the package that an annotation names, alone or beside None; OUTSIDE for others."""
         if isinstance(node, ast.Name) and (node.id in LEAVES or node.id in BUILTINS - {"tuple", "dict", "list", "set"}):
@@ -103,7 +114,10 @@ class Facts:
             return self.type_of_annotation(sides[0]) if len(sides) == 1 else None
         if isinstance(node, ast.Name) and ":" in node.id and not node.id.startswith("import:"):
             found = self.package.find(node.id)
-            return node.id if found and isinstance(found.node, ast.ClassDef) else None
+            if not found or not isinstance(found.node, ast.ClassDef):
+                return None
+            protocol = any(isinstance(b, ast.Name) and b.id.endswith(":Protocol") for b in found.node.bases)
+            return None if protocol else node.id
         return None
 
     def hoist(self, value: Any, hint: str) -> ast.expr | None:
@@ -161,6 +175,14 @@ class Facts:
                 return None
             return ast.Call(ast.Name(cls, ast.Load()), [], [ast.keyword(name, v) for name, v in shown.items()])
         return None
+
+
+def dropped(statement: ast.stmt) -> bool:
+    """Whether it raises an error about the input, and nothing else."""
+    if not isinstance(statement, ast.Raise) or statement.exc is None:
+        return False
+    error = statement.exc.func if isinstance(statement.exc, ast.Call) else statement.exc
+    return isinstance(error, ast.Name) and error.id in DROPPED
 
 
 def is_literal(value: Any) -> bool:
@@ -245,6 +267,10 @@ class Fold(ast.NodeTransformer):
             known = self.facts.globals
             if node.id not in known:
                 known[node.id], found = UNKNOWN, self.facts.package.find(node.id)
+                if found and isinstance(found.node, ast.Assign) and not isinstance(found.node.targets[0], ast.Name):
+                    found = None
+                if found and isinstance(found.node, ast.Assign) and len(found.node.targets) > 1:
+                    found = None
                 if found and isinstance(found.node, ast.Assign | ast.AnnAssign) and found.node.value is not None:
                     value = Fold(self.facts, node.id).value(found.node.value)
                     known[node.id] = value if is_literal(value) else UNKNOWN
@@ -327,9 +353,10 @@ class Fold(ast.NodeTransformer):
             return self.facts.objects[function.id]
         if self.value(function) is NOTHING:
             return None
-        if isinstance(function, ast.Attribute) and (cls := self.type_of(function.value)):
-            if f"{cls}.{function.attr}" in self.facts.returns:
-                return self.facts.returns[f"{cls}.{function.attr}"]
+        if isinstance(function, ast.Attribute):
+            method = f"{self.type_of(function.value)}.{function.attr}"
+            if method in self.facts.returns:
+                return self.facts.returns[method]
         if isinstance(function, ast.Name) and function.id == "isinstance":
             asked, value = node.args[1], self.value(node.args[0])
             if isinstance(asked, ast.Name) and asked.id == "import:torch:Tensor" and is_plain(value):
@@ -371,6 +398,9 @@ class Fold(ast.NodeTransformer):
             return OUTSIDE if plain else self.facts.class_of(value)
         if isinstance(node, ast.JoinedStr | ast.Compare):
             return OUTSIDE
+        if isinstance(node, ast.IfExp):
+            kinds = {self.type_of(node.body), self.type_of(node.orelse)}
+            return kinds.pop() if len(kinds) == 1 else None
         if isinstance(node, ast.BinOp | ast.UnaryOp | ast.Subscript):
             sides = (
                 [node.left, node.right]
@@ -390,8 +420,8 @@ class Fold(ast.NodeTransformer):
                 if isinstance(node.func.value, ast.Name) and self.facts.type_of_annotation(node.func.value):
                     return self.facts.types.get((node.func.value.id, node.func.attr))
                 base = node.func.value
-                if isinstance(base, ast.Name) and base.id.startswith("import:") and node.func.attr != "compile":
-                    return OUTSIDE
+                if isinstance(base, ast.Name) and base.id.startswith("import:"):
+                    return self.type_of(node.args[0]) if node.func.attr == "compile" else OUTSIDE
                 cls = self.type_of(base)
                 return cls if cls == OUTSIDE else cls and self.facts.types.get((cls, node.func.attr))
             if isinstance(node.func, ast.Name) and ":" in node.func.id:
@@ -405,21 +435,15 @@ class Fold(ast.NodeTransformer):
     # Expressions
 
     def visit(self, node: ast.AST) -> Any:
-        if isinstance(node, ast.expr) and isinstance(getattr(node, "ctx", ast.Load()), ast.Load):
-            if isinstance(node, ast.Attribute | ast.Call | ast.Name | ast.Compare | ast.BoolOp | ast.IfExp | ast.BinOp
-                          | ast.UnaryOp | ast.Subscript):  # fmt: skip
-                value = self.value(node)
-                if value is not UNKNOWN:
-                    if is_literal(value):
-                        return literal(value)
-                    if self.facts.final and self.facts.class_of(value):
-                        return ast.Constant(None)
-                    if (
-                        self.hoists
-                        and self.lasts(node, value)
-                        and (found := self.facts.hoist(value, hint(node))) is not None
-                    ):
-                        return found
+        reads = isinstance(node, ast.expr) and isinstance(getattr(node, "ctx", ast.Load()), ast.Load)
+        value = self.value(node) if reads and isinstance(node, FOLDED) else UNKNOWN
+        if value is not UNKNOWN:
+            if is_literal(value):
+                return literal(value)
+            if self.facts.final and self.facts.class_of(value):
+                return ast.Constant(None)
+            if self.hoists and self.lasts(node, value) and (found := self.facts.hoist(value, hint(node))) is not None:
+                return found
         return super().visit(node)
 
     def lasts(self, node: ast.expr, value: Any) -> bool:
@@ -523,7 +547,8 @@ class Fold(ast.NodeTransformer):
             node.func.value = self.plain(node.func.value)
         elif not isinstance(node.func, ast.Name):
             node.func = self.plain(node.func)
-        node.args = [self.plain(part) for part in node.args]
+        kinds = isinstance(node.func, ast.Name) and node.func.id == "isinstance"
+        node.args = [part if kinds and i else self.plain(part) for i, part in enumerate(node.args)]
         for keyword in node.keywords:
             keyword.value = self.plain(keyword.value)
         self._record(node)
@@ -541,6 +566,9 @@ class Fold(ast.NodeTransformer):
             self.seen.calls.append((cls, node.func.attr, positional, by_name))
         elif isinstance(node.func, ast.Name):
             self.seen.calls.append(("", node.func.id, positional, by_name))
+        anonymous = not (isinstance(node.func, ast.Name) and ":" in node.func.id)
+        if anonymous and ":" in (cls := self.type_of(node.func) or ""):
+            self.seen.calls.append((cls, "__call__", positional, by_name))
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         if name in ("_replace", "import:dataclasses:replace"):
             for key, value in named.items():
@@ -553,6 +581,12 @@ class Fold(ast.NodeTransformer):
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
         node.value = self.plain(node.value)
+        base = self.value(node.value)
+        if isinstance(node.ctx, ast.Load) and (cls := self.facts.class_of(base)) and callable(getattr(base, node.attr)):
+            method = f"{cls}.{node.attr}"  # of the configuration, used as a value
+            self.seen.escapes.add((None, method))
+            bound = [ast.Name(method, ast.Load()), ast.Constant(None)]
+            return ast.Call(ast.Name("import:functools:partial", ast.Load()), bound, [])
         if isinstance(node.ctx, ast.Load):
             self.seen.escapes.add((self.type_of(node.value), node.attr))
         elif isinstance(node.ctx, ast.Store):
@@ -654,6 +688,7 @@ class Fold(ast.NodeTransformer):
             if simple and not (stores & read) and not (stored_attributes & reads) and names:
                 pairs = zip(target.elts, node.value.elts, strict=True)
                 return self.block([ast.Assign([t], v, lineno=0) for t, v in pairs])
+        before = self.value(node.value)
         node.value = self.plain(node.value)
         if len(node.targets) == 1 and isinstance(target, ast.Attribute):
             target.value = self.plain(target.value)
@@ -669,7 +704,7 @@ class Fold(ast.NodeTransformer):
             for keyword in node.value.keywords:  # of an optimizer's groups
                 self.seen.stores.append((self.classes[-1], f"[{keyword.arg}]", self.value(keyword.value), None))
         if len(node.targets) == 1 and isinstance(target, ast.Name) and self.scopes:
-            self._bind(target.id, node.value)
+            self._bind(target.id, node.value, before)
         return node
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> Any:
@@ -693,10 +728,13 @@ class Fold(ast.NodeTransformer):
         node.value = self.plain(node.value)
         return node
 
-    def _bind(self, name: str, value: ast.expr) -> None:
+    def _bind(self, name: str, value: ast.expr, before: Any = UNKNOWN) -> None:
+        """Note what a name stands for; `before`: the value when `value` was not folded yet."""
         scope = self.scopes[-1]
         if scope.stores[name] == 1:
             known, cls = self.value(value), self.type_of(value)
+            if self.facts.class_of(before):
+                known = before
             if known is not UNKNOWN and not isinstance(value, DISPLAYS):
                 scope.values[name] = known
                 self.forget()
@@ -709,7 +747,8 @@ class Fold(ast.NodeTransformer):
         if value is not UNKNOWN:
             return self.block(node.body if value else node.orelse)
         node.body, node.orelse = self.block(node.body), self.block(node.orelse)
-        only_raises = len(node.body) == 1 and self.drops(node.body[0])
+        *before, last = node.body or [ast.Pass()]
+        only_raises = dropped(last) and all(isinstance(part, ast.Assign) and pure(part.value) for part in before)
         walrus = any(isinstance(n, ast.NamedExpr) for n in ast.walk(node.test))
         if only_raises and not walrus:
             return node.orelse
@@ -728,12 +767,10 @@ class Fold(ast.NodeTransformer):
         inside = sum(isinstance(n, ast.Name) and n.id == name for n in ast.walk(node))
         return self.reads[name] > inside
 
-    def drops(self, statement: ast.stmt) -> bool:
-        """Whether it only raises an error about the input."""
-        if not isinstance(statement, ast.Raise) or statement.exc is None:
-            return False
-        error = statement.exc.func if isinstance(statement.exc, ast.Call) else statement.exc
-        return isinstance(error, ast.Name) and error.id in DROPPED
+    def visit_Raise(self, node: ast.Raise) -> ast.AST:
+        if isinstance(node.exc, ast.Call):  # what a message is computed from need not be in the program
+            node.exc.args = [part for part in map(self.plain, node.exc.args) if pure(part)]
+        return node
 
     def visit_Try(self, node: ast.Try) -> Any:
         node.body = self.block(node.body)
@@ -741,7 +778,7 @@ class Fold(ast.NodeTransformer):
             handler.body = self.block(handler.body)
         node.orelse, node.finalbody = self.block(node.orelse), self.block(node.finalbody)
         if not node.orelse and not node.finalbody and all(
-            len(h.body) == 1 and self.drops(h.body[0]) for h in node.handlers
+            len(h.body) == 1 and dropped(h.body[0]) for h in node.handlers
         ):  # fmt: skip
             return node.body
         return node
@@ -753,7 +790,7 @@ class Fold(ast.NodeTransformer):
             return None
         node.target = self.visit(node.target)
         node.body, node.orelse = self.block(node.body), self.block(node.orelse)
-        if not node.body and not node.orelse and pure(node.iter):
+        if all(isinstance(part, ast.Pass) for part in node.body) and not node.orelse and pure(node.iter):
             return None
         node.body = node.body or [ast.Pass()]
         return node
@@ -789,7 +826,7 @@ class Fold(ast.NodeTransformer):
         name = found.id.replace(".", ":").rpartition(":")[2].lstrip("_")
         raises = [n for n in ast.walk(found.node) if isinstance(n, ast.Raise)]
         calls = [n.value for n in ast.walk(found.node) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Call)]
-        return name.startswith("check") and all(map(self.drops, raises)) and (
+        return name.startswith("check") and all(map(dropped, raises)) and (
             bool(raises) or all(self.only_checks(call) for call in calls)
         )  # fmt: skip
 
@@ -826,7 +863,7 @@ def pure(node: ast.AST) -> bool:
             return False
         if isinstance(n, ast.Call):
             name = n.func.id if isinstance(n.func, ast.Name) else getattr(n.func, "attr", "")
-            if name not in (WITHOUT_EFFECT if isinstance(n.func, ast.Attribute) else BUILTINS | {"isinstance", "zip"}):
+            if name not in (WITHOUT_EFFECT if isinstance(n.func, ast.Attribute) else BUILTINS | {"isinstance", "zip", "enumerate"}):
                 return False
     return True
 

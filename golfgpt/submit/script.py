@@ -30,11 +30,23 @@ from golfgpt.model.parameters import parameter_shapes
 from golfgpt.quant import artifact, calibration
 from golfgpt.quant.formats import TensorFormat, decode, parse_layer_group
 from golfgpt.quant.quantizer import Quantizer
-from golfgpt.score.evaluate import plan_windows, read_from, scorer_of, share, within_documents
+from golfgpt.score.evaluate import (
+    batch_windows,
+    compiles,
+    plan_windows,
+    read_from,
+    scorer_of,
+    share,
+    within_documents,
+)
 from golfgpt.score.sums import Sums
-from golfgpt.score.windows import score_windows
+from golfgpt.score.ttt.adapter import run
+from golfgpt.score.ttt.evaluate import adapted_steps, make_adapter
+from golfgpt.score.ttt.ledger import Ledger
+from golfgpt.score.ttt.plan import find_documents
+from golfgpt.score.windows import Scorer, score_windows
+from golfgpt.train import clock
 from golfgpt.train.attention_backend import enable_backend
-from golfgpt.train.clock import Ledger
 from golfgpt.train.step import Pending, TrainStep, Votes
 
 
@@ -44,16 +56,18 @@ def main(config: RunConfig) -> None:
         torch.set_num_threads(config.runtime.threads)
     enable_backend(config.runtime.attention)
     dataset = Dataset.bare(os.environ.get("DATA_PATH", config.data.path))
-    ledger = Ledger()
+    ledger = clock.Ledger()
     if len(sys.argv) > 1:
-        dtype = getattr(torch, config.runtime.dtype)
-        score(config, GPT(config.model).to(ranks.device), dataset, ranks, dtype, ledger, Path(sys.argv[1]))
+        path, dtype = Path(sys.argv[1]), getattr(torch, config.runtime.dtype)
+        model = GPT(config.model).to(ranks.device)
     else:
         step = TrainStep(config, dataset, ranks)
         train(config, step, ledger)
-        path = Path("model.golf")
+        path, model, dtype = Path("model.golf"), step.model, step.dtype
         write(config, step, dataset, ledger, path)
-        score(config, step.model, dataset, ranks, step.dtype, ledger, path)
+    score(config, model, dataset, ranks, dtype, ledger, path)
+    if config.eval.ttt.kind != "off":
+        adapt(config, model, dataset, ranks, dtype)
     ranks.close()
 
 
@@ -62,7 +76,7 @@ def say(ranks: Ranks, text: str) -> None:
         print(text, flush=True)
 
 
-def train(config: RunConfig, step: TrainStep, ledger: Ledger) -> None:
+def train(config: RunConfig, step: TrainStep, ledger: clock.Ledger) -> None:
     """The steps of golfgpt.train.loop, with its clock."""
     for p in step.model.parameters():
         step.ranks.broadcast_(p.data)
@@ -105,7 +119,7 @@ def train(config: RunConfig, step: TrainStep, ledger: Ledger) -> None:
     step.data.close()
 
 
-def write(config: RunConfig, step: TrainStep, dataset: Dataset, ledger: Ledger, path: Path) -> None:
+def write(config: RunConfig, step: TrainStep, dataset: Dataset, ledger: clock.Ledger, path: Path) -> None:
     """Quantize the weights and write them to `path`."""
     quantizer, state, hessians = Quantizer(config.model, config.quant), step.exported(), None
     if config.quant.method == "gptq":
@@ -148,7 +162,7 @@ def read(config: RunConfig, path: Path) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def score(
-    config: RunConfig, model: GPT, dataset: Dataset, ranks: Ranks, dtype: torch.dtype, ledger: Ledger, path: Path
+    config: RunConfig, model: GPT, dataset: Dataset, ranks: Ranks, dtype: torch.dtype, ledger: clock.Ledger, path: Path
 ) -> None:
     """The score of the weights in `path`."""
     model.load_state_dict(read(config, path))
@@ -166,4 +180,26 @@ def score(
         ranks,
         f"final_roundtrip_exact val_loss:{nats / tokens:.8f} val_bpb:{bits_per_byte(nats, int(nbytes)):.8f}\n"
         f"{tokens:.0f} tokens, {nbytes:.0f} bytes, seconds {seconds}",
+    )
+
+
+def adapt(config: RunConfig, model: GPT, dataset: Dataset, ranks: Ranks, dtype: torch.dtype) -> None:
+    """The score with test-time training; the ledger refuses a token that is learned before it is scored."""
+    windows, bos = plan_windows(dataset, config), dataset.need_tokenizer().bos_id
+    by_windows = config.eval.ttt.kind == "sgd"
+    ledger, read, sums = Ledger(windows.targets), read_from(dataset, ranks.device), Sums.start(0, ranks.device)
+    start = bos if config.eval.document_aware and by_windows else None
+    scorer = Scorer(model, dtype, document_start=start, compiled=compiles(config, ranks), varied=not by_windows)
+    documents = [] if by_windows else find_documents(dataset.val_ids(0, windows.targets + 1), bos)
+    steps = adapted_steps(config, windows, documents, batch_windows(config, ranks))
+    adapter = make_adapter(model, config, dtype, bos, ranks)
+    for batch, logprobs in run(steps(ranks), scorer, adapter, ledger, read, ranks):
+        sums = sums.plus(0, batch, logprobs)
+    ledger.merge(ranks)
+    ledger.check(all_scored=True)
+    nats, tokens, nbytes = ranks.sum_(sums.values).tolist()
+    say(
+        ranks,
+        f"final_adapted_exact val_loss:{nats / tokens:.8f} val_bpb:{bits_per_byte(nats, int(nbytes)):.8f} "
+        f"({config.eval.ttt.kind}, {tokens:.0f} tokens)",
     )

@@ -286,6 +286,25 @@ class _Plan(NamedTuple):
     """What `Sample.check` takes."""
 
 
+def adapted_steps(
+    config: RunConfig, windows: Windows, documents: Sequence[plan.Document], most: int
+) -> Callable[[Ranks], Iterable[Step]]:
+    """What is scored and learned, in order: `windows` at most `most` at a time with kind sgd, else `documents`. Raises
+    InputError for a text with too few documents for a phase."""
+    ttt = config.eval.ttt
+    if ttt.kind == "sgd":
+        return functools.partial(plan.sliding, windows, ttt.sgd.chunk_tokens, windows.window, most)
+    batches, texts = plan.document_batches(documents, ttt.lora), {}
+    if ttt.kind == "phased":
+        texts = plan.phase_texts(batches, ttt.phases, ttt.phase_documents, ttt.lora.order)
+        if not texts:
+            raise InputError(
+                f"eval.ttt.kind is phased, but the text has {len(documents)} documents and the first phase comes after "
+                f"{-(-ttt.phase_documents // ttt.phases)} or more: lower eval.ttt.phase_documents, or use kind lora"
+            )
+    return functools.partial(plan.documents, batches, ttt.lora.chunk_tokens, config.window, phases=texts)
+
+
 def _plan(dataset: Dataset, config: RunConfig, windows: Windows, bos: int, most: int, compiled: bool) -> _Plan:
     ttt, targets = config.eval.ttt, windows.targets
 
@@ -298,7 +317,7 @@ def _plan(dataset: Dataset, config: RunConfig, windows: Windows, bos: int, most:
         few = Windows(min(CHUNKS * window, targets), window, windows.stride if compiled else window)
         text = [plan.Document(0, few.targets + 1)]
         return _Plan(
-            functools.partial(plan.sliding, windows, ttt.sgd.chunk_tokens, window, most),
+            adapted_steps(config, windows, [], most),
             functools.partial(plan.sliding, few, window, window, most),
             resized(window, window),
             text,
@@ -306,14 +325,6 @@ def _plan(dataset: Dataset, config: RunConfig, windows: Windows, bos: int, most:
         )
     chunk, window = ttt.lora.chunk_tokens, min(config.window, 2 * ttt.lora.chunk_tokens)
     documents = plan.find_documents(dataset.val_ids(0, targets + 1), bos)
-    batches, texts = plan.document_batches(documents, ttt.lora), {}
-    if ttt.kind == "phased":
-        texts = plan.phase_texts(batches, ttt.phases, ttt.phase_documents, ttt.lora.order)
-        if not texts:
-            raise InputError(
-                f"eval.ttt.kind is phased, but the text has {len(documents)} documents and the first phase comes after "
-                f"{-(-ttt.phase_documents // ttt.phases)} or more: lower eval.ttt.phase_documents, or use kind lora"
-            )
     clipped = [d._replace(length=min(d.length, CHUNKS * chunk + 1)) for d in documents]
     clipped = [d for d in clipped if d.length > chunk + 1] or clipped
     chosen = [clipped[i] for i in np.unique(np.linspace(0, len(clipped) - 1, 2 * SAMPLE).astype(int))]
@@ -324,7 +335,7 @@ def _plan(dataset: Dataset, config: RunConfig, windows: Windows, bos: int, most:
     chunk_tokens = max(window, min(4 * window, sum(document.length for document in before) // 2))
     learned = {0: before} if ttt.kind == "phased" and before else {}
     return _Plan(
-        functools.partial(plan.documents, batches, chunk, config.window, phases=texts),
+        adapted_steps(config, windows, documents, most),
         functools.partial(plan.documents, [part for part in (before, after) if part], chunk, window, phases=learned),
         resized(window, chunk_tokens, documents=len(after)),
         chosen,
