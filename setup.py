@@ -39,6 +39,7 @@ setup(
         "golfgpt_kernels": ["measured.json"],
         "golfgpt.doctor": ["steps.json"],
         "golfgpt.report": ["page.html"],
+        "golfgpt.submit": ["submission.schema.json"],
     },
     install_requires=[
         "torch>=2.10",

@@ -303,7 +303,7 @@ def compare(
     of_a = {run.path.resolve() for run in a}
     if twice := [run.path for run in b if run.path.resolve() in of_a]:
         raise InputError(f"{twice[0]} is on both sides; expected a run on one side only")
-    side_a, side_b = _side(a, kind), _side(b, kind)
+    side_a, side_b = one_side(a, kind), one_side(b, kind)
     _same_text([a[0], b[0]], kind, RULE if kind == "plain" else TEXT)
     changes = tuple(d for d in differences(a[0].config, b[0].config) if not d.startswith(("seed:", "runtime.")))
     paired_test, pairing = _pairing(side_a.losses, side_b.losses, changes, test)
@@ -328,7 +328,7 @@ def compare_target(
     InputError as `compare`."""
     if not 0 < target < math.inf:
         raise InputError(f"the target is {target}; expected a loss above 0, in nats per token")
-    side = _side(a, kind)
+    side = one_side(a, kind)
     track3 = (target - side.mean_loss) * math.sqrt(len(side.seeds))
     return TargetComparison(
         a=side,
@@ -380,7 +380,7 @@ def _same_text(runs: Sequence[Run], kind: Kind, fields: Sequence[str]) -> None:
                 )
 
 
-def _side(runs: Sequence[Run], kind: Kind) -> Side:
+def one_side(runs: Sequence[Run], kind: Kind) -> Side:
     """Check that the runs differ in their seeds only."""
     if not runs:
         raise InputError("a side has no runs; expected at least one")

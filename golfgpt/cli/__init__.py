@@ -22,7 +22,7 @@ from typing import Any
 import tyro
 
 from golfgpt import recipes
-from golfgpt.cli import compare, data, info, models, report, runs, sweep, train
+from golfgpt.cli import compare, data, info, models, report, runs, submit, sweep, train
 from golfgpt.cli.common import RUNS, stored_config
 from golfgpt.config import RunConfig
 from golfgpt.errors import GolfError, InputError, Interrupted, PeerError
@@ -116,6 +116,8 @@ COMMANDS = {
     "runs show": Command(runs.ShowRun, runs.show),
     "runs diff": Command(runs.DiffRuns, runs.diff),
     "compare": Command(compare.Compare, compare.compare_runs),
+    "submit pack": Command(submit.SubmitPack, submit.pack),
+    "submit check": Command(submit.SubmitCheck, submit.check),
     "doctor": Command(info.Doctor, info.doctor),
 }
 

@@ -1,0 +1,568 @@
+"""Submissions: the packed file, folders from runs, their checks by reading, and a run of the packed program alone."""
+
+from __future__ import annotations
+
+import ast
+import base64
+import bz2
+import gzip
+import hashlib
+import json
+import lzma
+import re
+import shutil
+import subprocess
+import sys
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from models import SMALL, lively, tiny_config
+
+from golfgpt.cli import main
+from golfgpt.config import BudgetConfig, QuantConfig
+from golfgpt.errors import BudgetError, InputError, VerificationError, missing_package
+from golfgpt.quant import artifact
+from golfgpt.runs import write_config
+from golfgpt.submit import bundle, isolated
+from golfgpt.submit.check import Finding, check
+from golfgpt.submit.folder import PROGRAM, About, pack
+from golfgpt.submit.pack import from_digits, minified, packed, to_digits
+from golfgpt.submit.unwrap import read_code
+
+ABOUT = About(author="Ada", github_id="ada", name="A title", blurb="What it does.", track="track_non_record_16mb")
+SOURCE = '''
+from __future__ import annotations
+import os, sys
+from dataclasses import dataclass
+from pathlib import Path
+import torch
+
+@dataclass
+class Settings:
+    """Not needed."""
+    long_name: dict[str, int]
+    seed: int = 42
+
+def describe(settings: Settings) -> str:
+    """Not needed either."""
+    return f"{__name__} {Path(__file__).name} {settings.long_name} {settings.seed}"
+
+print(describe(Settings({"'": 1, "\\\\": 2})))
+'''
+
+
+# The packed file
+
+
+def test_packed_file_runs(tmp_path):
+    file = tmp_path / PROGRAM
+    file.write_bytes(packed(SOURCE.replace("import torch\n", "")))
+    assert file.read_bytes().isascii() and file.read_bytes().count(b"\n") == 4
+    done = subprocess.run([sys.executable, "-I", PROGRAM], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == """__main__ train_gpt.py {"'": 1, '\\\\': 2} 42\n""", done.stderr
+
+
+def test_large_programs_are_packed_by_lzma(tmp_path):
+    """Other than the small ones, which zlib makes smaller."""
+    source = Path(bundle.__file__).read_text()
+    (tmp_path / PROGRAM).write_bytes(packed(source))
+    code = read_code(tmp_path)
+    assert code.texts[1] == minified(source) and code.how == ["base 95", "lzma.decompress"]
+    b85 = len(base64.b85encode(lzma.compress(minified(source).encode(), preset=9 | lzma.PRESET_EXTREME)))
+    assert len(code.texts[0]) < b85
+
+
+@pytest.mark.parametrize("data", [b"\x01", b"hello, world", bytes(range(1, 256)) * 9, b"\xff" * 1000])
+def test_digits(data):
+    assert from_digits(to_digits(data), len(data)) == data and set(to_digits(data)) <= set(range(32, 127))
+
+
+def test_trees_parsed_later_are_clean():
+    """python-minifier hangs its tree from ast.Load, which all trees of a process share."""
+    minified(SOURCE)
+    assert not [node for node in ast.walk(ast.parse(SOURCE)) if not node._fields and vars(node)]
+
+
+def test_annotations_of_custom_ops_stay():
+    """torch derives their schema from them."""
+    source = "@torch.library.custom_op('a::b', mutates_args=())\ndef f(x: Tensor) -> Tensor: return x\n"
+    assert "x:Tensor" in minified(source) and "->Tensor" in minified(source)
+    assert "Tensor" not in minified(source.splitlines()[1])
+
+
+def test_without_minifier(monkeypatch):
+    monkeypatch.setitem(sys.modules, "python_minifier", None)
+    with pytest.raises(ImportError) as error:
+        packed(SOURCE)
+    assert missing_package(error.value) == 'python_minifier is not installed: pip install "golfgpt[train]"'
+
+
+# Unpacking by reading
+
+INNER = b"import torch\nprint('inner')\n"
+RAW = base64.b85encode(lzma.compress(INNER, lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2}])).decode()
+WRAPPERS = {
+    "b85 raw lzma": "import lzma as L,base64 as B\n"
+    f"exec(L.decompress(B.b85decode({RAW!r}),format=L.FORMAT_RAW,filters=[{{'id':L.FILTER_LZMA2}}]))",
+    "b64 zlib": f"import base64,zlib\nblob='{base64.b64encode(zlib.compress(INNER)).decode()}'\n"
+    "exec(zlib.decompress(base64.b64decode(blob)).decode())",
+    "hex gzip": f"from gzip import decompress as d\nexec(d(bytes.fromhex('{gzip.compress(INNER).hex()}')))",
+    "dunder import": f"exec(__import__('bz2').decompress({bz2.compress(INNER)!r}))",
+    "compile": f"exec(compile({INNER.decode()!r}, 'x', 'exec'), globals())",
+    "in a function": f"def f():\n    exec({INNER!r})\nf()",
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS.values(), ids=WRAPPERS.keys())
+def test_wrappers(wrapper, tmp_path):
+    (tmp_path / PROGRAM).write_text(wrapper)
+    code = read_code(tmp_path)
+    assert [text.encode() for text in code.texts[1:]] == [INNER] and not code.unread
+    (tmp_path / PROGRAM).write_text(f"exec({wrapper!r})")  # and twice
+    assert [text.encode() for text in read_code(tmp_path).texts[2:]] == [INNER]
+
+
+@pytest.mark.parametrize("compress", [zlib.compress, gzip.compress, bz2.compress, lzma.compress])
+def test_bombs(compress, tmp_path):
+    module = compress.__module__.lstrip("_") if compress is not zlib.compress else "zlib"
+    bomb = compress(b" " * (64 * 2**20))
+    (tmp_path / PROGRAM).write_text(f"import {module}\nexec({module}.decompress({bomb!r}))")
+    with pytest.raises(InputError, match=r"holds more than"):
+        read_code(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        "exec(open(__file__).read()[10:])",
+        "exec(input())",
+        "eval('1' + str(2))",
+        "import marshal; exec(marshal.loads(b'x'))",
+        "e = 'print(1)' if f() else ''\nexec(e)",
+        "import runpy; runpy.run_path('other.txt')",
+    ],
+)
+def test_what_reading_cannot_tell_is_reported(hostile, tmp_path):
+    (tmp_path / PROGRAM).write_text(hostile)
+    assert read_code(tmp_path).unread
+
+
+def test_damage_and_nesting(tmp_path):
+    for text, words in (
+        ("import zlib\nexec(zlib.decompress(b'nothing'))", "zlib.decompress refuses"),
+        ("def f(:", "no Python"),
+        ("x = " + "(" * 5000 + ")" * 5000, "no Python"),
+        ("x = " + "-" * 100_000 + "1", "no Python"),
+        ("\0", "no Python"),
+        ("#" * 9 * 2**20, "expected at most"),
+    ):
+        (tmp_path / PROGRAM).write_text(text)
+        with pytest.raises(InputError, match=words):
+            read_code(tmp_path)
+
+
+def test_nothing_is_executed(tmp_path):
+    mark = tmp_path / "mark"
+    text = f"open({str(mark)!r}, 'w')\n"
+    (tmp_path / PROGRAM).write_text(f"{text}exec({text!r})\nimport helper\n")
+    (tmp_path / "helper.py").write_text(text)
+    code = read_code(tmp_path)
+    assert len(code.texts) == 3 and "helper.py" in code.files and not mark.exists()
+
+
+# Folders, from runs that nobody trained
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """Three run folders and `sub`, the submission of them, with a program of a few lines."""
+    folder = tmp_path_factory.mktemp("made")
+    for i, seed in enumerate((42, 1337, 2025)):
+        path = folder / f"run{seed}"
+        path.mkdir()
+        write_config(path, replace(tiny_config(folder / "data"), seed=seed))
+        state = lively(seed=seed).state_dict()
+        blob = artifact.pack(state, model=SMALL, quant=QuantConfig(), tokenizer_sha256="0" * 64, seq_len=64)
+        (path / "model.golf").write_bytes(blob)
+        loss, bpb = 2.5 + i / 100 + 1 / 3, 1.2 + i / 1000 + 1 / 3
+        log = LOG.format(seed=seed, loss=loss, bpb=bpb, bytes=len(blob))
+        (path / "train.log").write_text(log)
+        score = {"val_loss": loss, "val_bpb": bpb, "tokens": 999, "bytes": 2000, "label": "val_bpb", "dtype": "float32"}
+        result = {
+            "score": score,
+            "adapted": None,
+            "artifact_bytes": len(blob),
+            "artifact_sha256": hashlib.sha256(blob).hexdigest(),
+            "steps": 8,
+            "seconds": {"train": 500.5, "calibrate": 0.0, "eval": 20.5},
+            "dataset": "ab" * 32,
+        }
+        (path / "result.json").write_text(json.dumps(result))
+        env = {"torch": "2.13.0+cpu", "golfgpt": "0.1.0", "gpus": [], "cpus": 2, "world_size": 1}
+        env |= {"started": "2026-04-01T00:00:00Z", "command": ["golfgpt", "train", "--recipe", "baseline"]}
+        (path / "env.json").write_text(json.dumps(env))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bundle, "source", lambda config: SOURCE)
+        pack(runs_of(folder), folder / "sub", ABOUT)
+    return folder
+
+
+LOG = """\
+train_loader:dataset:data/x train_shards:80 digest:abababababababab
+val_loader:tokens:1000
+model_params:1234 payload_bytes:5 forecast_bytes:6
+train_batch_tokens:1024 train_seq_len:64 iterations:8 max_wallclock_seconds:600.000 seed:{seed}
+step:7/8 train_loss:5.1234 train_time:400000ms step_avg:1.00ms
+step:8/8 train_loss:5.0234 train_time:500500ms step_avg:1.00ms
+final_int8_zlib_roundtrip val_loss:{loss:.4f} val_bpb:{bpb:.4f} eval_time:20500ms
+final_int8_zlib_roundtrip_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}
+val_bpb {bpb:.4f}   val_loss {loss:.4f}   window 64 stride 48   float32   999 tokens, 2,000 bytes, 20.5 s
+checked on 8 windows: probabilities sum to 1 within 8.9e-08; later tokens and tokens outside the window change nothing \
+(1,331 comparisons); 1 to 128 tokens of context
+phase       seconds  in the budget
+train        500.5  yes
+calibrate      0.0  yes
+eval          20.5  no
+"""
+
+
+def runs_of(folder: Path) -> list[Path]:
+    return [folder / f"run{seed}" for seed in (1337, 42, 2025)]
+
+
+@pytest.fixture
+def sub(made, tmp_path) -> Path:
+    return shutil.copytree(made / "sub", tmp_path / "sub")
+
+
+@pytest.fixture
+def short(monkeypatch):
+    monkeypatch.setattr(bundle, "source", lambda config: SOURCE)
+
+
+def failed(findings: list[Finding]) -> dict[str, str]:
+    return {finding.check: finding.detail for finding in findings if finding.result == "FAILED"}
+
+
+def test_a_good_folder(sub, capsys):
+    findings = check(sub)
+    assert {finding.result for finding in findings} == {"ok"}, findings
+    assert main(["submit", "check", str(sub)]) == 0
+    assert capsys.readouterr().out.endswith("no check failed\n")
+    assert main(["submit", "check", str(sub), "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["findings"]) == len(findings)
+
+
+def test_what_a_folder_says(made):
+    sub = made / "sub"
+    s = json.loads((sub / "submission.json").read_text())
+    assert s["author"] == "Ada" and s["date"] == "2026-04-01" and s["seeds"] == [42, 1337, 2025]
+    assert s["val_bpb"] == pytest.approx(1.201 + 1 / 3) and s["val_bpb_std"] == pytest.approx(0.001)
+    assert s["artifact_seed"] == 42 and s["bytes_code"] == (sub / PROGRAM).stat().st_size
+    assert s["bytes_total"] == s["bytes_code"] + max(r["artifact_bytes"] for r in s["seed_results"].values())
+    assert (sub / "model.golf").read_bytes() == (made / "run42" / "model.golf").read_bytes()
+    assert (sub / "train_seed2025.log").read_bytes() == (made / "run2025" / "train.log").read_bytes()
+    assert (sub / "requirements.txt").read_text() == "torch==2.13.0\n"
+    assert str(made) not in "".join(file.read_text() for file in sub.glob("*.md"))
+
+
+def edit(file: str, old: str, new: str):
+    def change(sub: Path) -> None:
+        text = (sub / file).read_text()
+        assert old in text
+        (sub / file).write_text(text.replace(old, new))
+
+    return change
+
+
+def edit_json(change):
+    def apply(sub: Path) -> None:
+        value = json.loads((sub / "submission.json").read_text())
+        change(value)
+        (sub / "submission.json").write_text(json.dumps(value))
+
+    return apply
+
+
+def write(file: str, text: str):
+    return lambda sub: (sub / file).write_text(text)
+
+
+def changed_byte(sub: Path) -> None:
+    blob = bytearray((sub / "model.golf").read_bytes())
+    blob[-5] ^= 1
+    (sub / "model.golf").write_bytes(blob)
+
+
+def two_seeds(sub: Path) -> None:
+    (sub / "train_seed42.log").unlink()
+    (sub / "result_seed42.json").unlink()
+    edit_json(lambda s: (s["seeds"].remove(42), s["seed_results"].pop("42")))(sub)
+
+
+def set_seed(name, value, seed="1337"):
+    return edit_json(lambda s: s["seed_results"][seed].update({name: value}))
+
+
+BAD = {
+    "no README": (lambda sub: (sub / "README.md").unlink(), "files", "there is no README.md"),
+    "a link": (lambda sub: (sub / "more").symlink_to("/etc/passwd"), "files", "links: more"),
+    "no JSON": (write("submission.json", "{"), "submission.json", "submission.json: Expecting"),
+    "no author": (edit_json(lambda s: s.pop("author")), "submission.json", "'author' is a required property"),
+    "no github_id": (edit_json(lambda s: s.update(github_id="a b")), "submission.json", "github_id: 'a b'"),
+    "syntax": (write(PROGRAM, "def f(:"), "program", "train_gpt.py is no Python"),
+    "hidden code": (write(PROGRAM, "exec(input())"), "program", "exec(input())"),
+    "packed hidden code": (lambda sub: (sub / PROGRAM).write_bytes(packed("exec(input())")), "program", "(input())"),
+    "network": (write(PROGRAM, "import urllib.request"), "imports", "urllib"),
+    "own package": (write(PROGRAM, "import golfgpt"), "imports", "golfgpt"),
+    "readable": (edit("train_gpt_readable.py", "seed: int = 42", "seed: int = 43"), "readable source", "is not what"),
+    "helper": (lambda sub: (write("helper.py", "")(sub), write(PROGRAM, "import helper")(sub)), "code bytes", "helper"),
+    "exec of a file": (write(PROGRAM, "exec(open('train_gpt_readable.py').read())"), "code bytes", "readable.py"),
+    "code size": (edit_json(lambda s: s.update(bytes_code=s["bytes_code"] - 1)), "code bytes", "bytes_code is"),
+    "artifact": (changed_byte, "artifact", "model.golf"),
+    "artifact of another seed": (edit_json(lambda s: s.update(artifact_seed=2025)), "artifact", "artifact"),
+    "total": (edit_json(lambda s: s.update(bytes_total=s["bytes_total"] - 1)), "bytes_total", "bytes_total is"),
+    "two seeds": (two_seeds, "seeds", "2 seeds; expected at least 3"),
+    "missing log": (lambda sub: (sub / "train_seed42.log").unlink(), "seeds", "no log of seed 42"),
+    "log of another seed": (edit("train_seed42.log", "seed:42", "seed:43"), "seeds", "the log of seed 43"),
+    "a seed left out": (
+        lambda sub: write("train_seed7.log", LOG.format(seed=7, loss=3.0, bpb=2.0, bytes=1))(sub),
+        "seeds",
+        "a log of seed 7, which submission.json leaves out",
+    ),
+    "another configuration": (edit("train_seed42.log", "iterations:8", "iterations:9"), "seeds", "iterations:"),
+    "shards": (edit("train_seed42.log", "train_shards:80", "train_shards:79"), "data", "train_shards"),
+    "data": (edit_json(lambda s: s.update(dataset="cd" * 32)), "data", "submission.json of cdcd"),
+    "score": (set_seed("val_bpb", 1.2 + 1e-3 + 1 / 3 - 1e-7), "scores", "no val_bpb 1.5343"),
+    "loss": (set_seed("val_loss", 2.0), "scores", "no val_loss 2.0"),
+    "steps": (set_seed("steps", 9), "scores", "ends at step 8"),
+    "mean": (edit_json(lambda s: s.update(val_bpb=1.53)), "scores", "val_bpb, the mean over the seeds,"),
+    "deviation": (edit_json(lambda s: s.update(val_bpb_std=0.0001)), "scores", "val_bpb_std"),
+    "result": (edit("result_seed42.json", '"steps": 8', '"steps": 7'), "scores", "result_seed42.json has steps 7"),
+    "part of the text": (edit("train_seed42.log", "999 tokens", "899 tokens"), "whole text", "[899, 999] tokens"),
+    "labelled part": (edit_json(lambda s: s.update(score="val_bpb (first 9 tokens)")), "whole text", "of a part"),
+    "long training": (edit("train_seed42.log", "500.5  yes", "600.5  yes"), "times", "train of seed 42 took 600.5 s"),
+    "long evaluation": (edit("train_seed42.log", "20.5  no", "601.0  no"), "times", "eval of seed 42 took 601.0 s"),
+    "time": (set_seed("train_time_s", 400.0), "times", "train_time_s of seed 1337 is 400.0"),
+    "README mean": (edit("README.md", "**1.53433333**", "**1.5344**"), "README.md", "does not have val_bpb 1.5343"),
+    "README seed": (edit("README.md", "1.53533333", "1.53433334"), "README.md", "1.53433334 for seed 2025"),
+    "README bytes": (edit("README.md", " bytes: `train", "1 bytes: `train"), "README.md", "bytes_total"),
+    "distribution": (
+        edit("train_seed42.log", "within 8.9e-08", "within 1.0e-02"),
+        "#1017 full distribution",
+        "a log says 1.0e-02",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "name", "words"), BAD.values(), ids=BAD.keys())
+def test_bad_folders(change, name, words, sub):
+    change(sub)
+    found = failed(check(sub))
+    assert words in found.get(name, "nothing"), found
+    assert main(["submit", "check", str(sub)]) == 6
+
+
+def test_an_artifact_over_the_cap(sub):
+    total = json.loads((sub / "submission.json").read_text())["bytes_total"]
+    assert not failed(check(sub, cap=total))
+    assert failed(check(sub, cap=total - 1)) == {
+        "bytes_total": f"{total:,} bytes, 1 over the cap of {total - 1:,}"
+    }  # fmt: skip
+
+
+def test_logs_without_checks_are_not_checked(sub):
+    """As published scripts write them."""
+    for log in sub.glob("*.log"):
+        log.write_text(re.sub(r"(?m)^checked.*\n|^val_bpb.*\n", "", log.read_text()))
+    results = {finding.check: finding.result for finding in check(sub)}
+    unknown = {"whole text", "#1017 causal", "#1017 full distribution", "#1017 score first", "#1017 single pass"}
+    assert {name for name, result in results.items() if result == "not checked"} == unknown
+    assert set(results.values()) == {"ok", "not checked"}
+
+
+# Bad runs
+
+
+def test_no_folder(tmp_path, capsys):
+    assert main(["submit", "check", str(tmp_path / "none")]) == 3
+    assert "expected that of a submission" in capsys.readouterr().err
+    assert main(["submit", "check", str(tmp_path), "--run"]) == 3
+    assert "--data DIR" in capsys.readouterr().err
+
+
+@pytest.fixture
+def runs(made, tmp_path) -> list[Path]:
+    return [shutil.copytree(path, tmp_path / path.name) for path in runs_of(made)]
+
+
+def refused(runs: list[Path], error: type[Exception], words: str, **options) -> None:
+    """`pack` raises, and leaves the runs and everything else as they were."""
+    folder = runs[0].parent
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    with pytest.raises(error, match=words):
+        pack(runs, folder / "sub", ABOUT, **options)
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+    assert options or not (folder / "sub").exists()
+
+
+def test_a_run_without_a_result(runs, short):
+    (runs[1] / "result.json").unlink()
+    refused(runs, InputError, "run42 has no result.json; finish it with")
+
+
+def test_a_run_without_a_log(runs, short):
+    (runs[1] / "train.log").unlink()
+    refused(runs, InputError, "needs the log of every seed")
+
+
+def test_an_artifact_that_changed(runs, short):
+    changed_byte(runs[2])
+    refused(runs, VerificationError, "run2025/model.golf has the SHA-256 .* changed since it was scored")
+
+
+def test_runs_of_two_configurations(runs, short):
+    config = tiny_config(runs[0].parent / "data")
+    write_config(runs[0], replace(config, seed=1337, optim=replace(config.optim, matrix_lr=0.5)))
+    refused(runs, InputError, r"differ in optim.matrix_lr")
+
+
+def test_a_run_given_twice(runs, short):
+    refused([*runs, runs[0]], InputError, "both have seed 1337")
+
+
+def test_over_the_cap(runs, short):
+    for run in runs:
+        config = replace(tiny_config(run.parent / "data"), seed=int(run.name[3:]))
+        write_config(run, replace(config, budget=BudgetConfig(artifact_bytes=20_000, code_bytes=1000)))
+    refused(runs, BudgetError, r"largest artifact .* budget.artifact_bytes is 20,000: nothing was written")
+
+
+def test_a_full_disk(runs, short, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("golfgpt.submit.folder.shutil.copyfile", full)
+    refused(runs, OSError, "No space left")
+
+
+def test_overwrite(runs, short):
+    out = runs[0].parent / "sub"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    refused(runs, InputError, "sub exists; choose another --out", overwrite=False)
+    refused(runs, InputError, "no folder of a submission", overwrite=True)
+    shutil.rmtree(out)
+    pack(runs, out, ABOUT)
+    (out / "README.md").write_text("old")
+    pack(runs, out, replace(ABOUT, name="Second"), overwrite=True)
+    assert (out / "README.md").read_text().startswith("# Second\n")
+    assert sorted(path.name for path in out.parent.iterdir()) == ["run1337", "run2025", "run42", "sub"]
+
+
+def test_notes(runs, short, capsys):
+    """Of fewer seeds than a record has, and of seeds that were left out."""
+    options = ["--out", str(runs[0].parent / "sub"), "--author", "Ada", "--github-id", "ada", "--name", "Title"]
+    assert main(["submit", "pack", *map(str, runs[:2]), *options]) == 0
+    out = capsys.readouterr().out
+    assert (
+        "note: 2 seeds: a record needs three" in out and "run2025 (seed 2025, finished) has this configuration" in out
+    )
+
+
+def test_an_author_is_asked_for(runs, capsys):
+    with pytest.raises(SystemExit):
+        main(["submit", "pack", str(runs[0]), "--out", "sub", "--github-id", "ada", "--name", "Title"])
+    assert "--author" in capsys.readouterr().err
+
+
+# Running
+
+
+def alone(folder: Path, program: str, tmp_path: Path) -> dict[str, str]:
+    write(PROGRAM, program)(folder)
+    return {
+        finding.check: f"{finding.result} {finding.detail}" for finding in isolated.run(folder, tmp_path, seconds=30)
+    }
+
+
+GOOD = """
+import os, sys
+from pathlib import Path
+if len(sys.argv) > 1:
+    print("final_roundtrip_exact val_loss:2.0 val_bpb:1.53333333")
+else:
+    for step in range(int(os.environ["ITERATIONS"])):
+        print(f"step:{step + 1}/8 train_loss:5.0 train_time:1ms")
+    Path("model.golf").touch()
+"""
+
+
+def test_run(sub, tmp_path):
+    found = alone(sub, GOOD, tmp_path)
+    assert found["--run trains"].startswith("ok 3 steps")
+    assert found["--run scores"] == "ok model.golf scores 1.53333333, its run scored 1.53333333"
+    assert (sub / "model.golf").stat().st_size, "the folder itself is as it was"
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("import golfgpt", "golfgpt is blocked"),
+        ("import golfgpt_kernels.linear", "golfgpt_kernels is blocked"),
+        ("import tyro", "tyro is blocked"),
+        ("import socket; socket.create_connection(('127.0.0.1', 9), 2)", "exit code 1"),
+        (
+            "import os; assert not os.listdir(os.environ['HOME']) and 'PYTHONPATH' not in os.environ; 1/0",
+            "ZeroDivision",
+        ),
+        ("print('nothing'); sys.exit()", "nothing"),
+    ],
+)
+def test_run_catches(line, words, sub, tmp_path):
+    found = alone(sub, GOOD.replace("if len", f"{line}\nif len", 1), tmp_path)
+    for name in ("--run trains", "--run scores"):
+        assert found[name].startswith("FAILED") and words in found[name], found
+
+
+def test_run_without_namespaces(sub, tmp_path, monkeypatch):
+    monkeypatch.setattr(isolated, "_namespace", lambda: ([], "no network namespace is permitted here"))
+    found = alone(sub, "import socket\nsocket.socket()", tmp_path)
+    assert found["isolation"].startswith("not checked") and "only Python's sockets" in found["isolation"]
+    assert "the network is blocked" in found["--run trains"]
+    assert alone(sub, f"import ssl\n{GOOD}", tmp_path)["--run trains"].startswith("ok")
+
+
+def test_another_score_and_another_loss(sub, tmp_path):
+    edit("train_seed42.log", "step:7/8 train_loss:5.1234", "step:1/8 train_loss:5.1")(sub)
+    edit("train_seed42.log", "step:8/8", "step:2/8 train_loss:5.0\nstep:3/8 train_loss:5.0\nstep:8/8")(sub)
+    found = alone(sub, GOOD.replace("1.53333333", "1.53333500"), tmp_path)
+    assert "the loss of step 1 is 5.0, that of the log of seed 42 5.1" in found["--run trains"]
+    assert "model.golf scores 1.53333500" in found["--run scores"] and "1.53333333" in found["--run scores"]
+
+
+def test_a_program_that_does_not_end(sub, tmp_path):
+    write(PROGRAM, "import time; time.sleep(60)")(sub)
+    findings = failed(isolated.run(sub, tmp_path, seconds=1))
+    assert "did not end within 1 s" in findings["--run trains"]
+
+
+@pytest.mark.slow
+def test_a_real_run(corpus, tmp_path, capsys):
+    """Train, pack, check, and run the packed program alone: losses and score are those of the run."""
+    from golfgpt.train.train import train
+
+    config = tiny_config(corpus)
+    runtime = replace(config.runtime, threads=1, kernels="eager", compile="off", attention="flash", graph="off")
+    config = replace(config, runtime=runtime, eval=replace(config.eval, max_tokens=None, stride=None))
+    train(config, tmp_path / "run")
+    out = tmp_path / "sub"
+    options = ["--out", str(out), "--author", "Ada", "--github-id", "ada", "--name", "Title"]
+    assert main(["submit", "pack", str(tmp_path / "run"), *options]) == 0
+    capsys.readouterr()
+    assert main(["submit", "check", str(out), "--run", "--data", str(corpus), "--json"]) == 6
+    found = {f["check"]: f for f in json.loads(capsys.readouterr().out)["findings"]}
+    assert {name for name, f in found.items() if f["result"] == "FAILED"} == {"seeds"}, found
+    assert found["--run trains"]["detail"].endswith("equal to the log's") and found["--run scores"]["result"] == "ok"
