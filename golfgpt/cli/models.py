@@ -77,12 +77,13 @@ def budget(args: Budget) -> int:
     from golfgpt.model.parameters import parameter_shapes
     from golfgpt.quant.budget import fitted, forecast_bytes
     from golfgpt.quant.quantizer import Quantizer
+    from golfgpt.submit.size import counted
     from golfgpt.tables import tensor_table
 
     config = args.config
     if args.run:
         return _budget_of_artifact(args.run, args.json, config)
-    config = fitted(config)
+    config = fitted(counted(config))
     quantizer = Quantizer(config.model, config.quant)
     shapes = parameter_shapes(config.model).values()
     parameters = sum(map(math.prod, shapes))
@@ -99,7 +100,7 @@ def budget(args: Budget) -> int:
         print(f"\nmodel.mlp_hidden {config.model.mlp_hidden} is the largest that leaves {reserve:,} bytes free")
     print(
         f"\n{parameters:,} parameters, payload {quantizer.payload_bytes:,} bytes before compression\n"
-        f"room for model.golf: {room:,} bytes = {config.budget.artifact_bytes:,} - code allowance "
+        f"room for model.golf: {room:,} bytes = {config.budget.artifact_bytes:,} - code "
         f"{config.budget.code_bytes:,}"
     )
     ratio = room / quantizer.payload_bytes

@@ -53,10 +53,11 @@ def train(args: Train) -> int:
 
 def _train(config: RunConfig, path: Path, *, resume: bool, as_json: bool) -> int:
     """Train. With `as_json`, print result.json, also if the artifact is over its budget."""
+    from golfgpt.submit.size import counted
     from golfgpt.train.train import train
 
     try:
-        result = train(config, path, resume=resume, quiet=as_json)
+        result = train(config, path, resume=resume, quiet=as_json, count=counted)
     except BudgetError:
         if as_json and (path / "result.json").exists():
             print((path / "result.json").read_text(encoding="utf-8"))

@@ -65,7 +65,7 @@ def fitted(config: RunConfig) -> RunConfig:
     """
     if config.budget.fit == "off":
         return config
-    limit = config.budget.artifact_bytes - config.budget.code_bytes - config.budget.reserve_bytes
+    limit = config.budget.artifact_bytes - (config.budget.code_bytes or 0) - config.budget.reserve_bytes
     model, layers = config.model, config.model.num_layers
     names = [f"blocks.{i}.mlp.proj.weight" for i in range(layers)]  # the matrices whose rows get longer
     rules = [QuantRule.parse(text) for text in config.quant.rules]
@@ -110,13 +110,13 @@ class BudgetReport:
 
     def __str__(self) -> str:
         return (
-            f"{self.total_bytes:,} bytes = model {self.file_bytes:,} + code allowance {self.code_bytes:,}; "
+            f"{self.total_bytes:,} bytes = model {self.file_bytes:,} + code {self.code_bytes:,}; "
             f"limit {self.artifact_bytes:,}, margin {self.margin_bytes:,}"
         )
 
 
 def budget_report(file_bytes: int, budget: BudgetConfig) -> BudgetReport:
-    return BudgetReport(file_bytes, budget.code_bytes, budget.artifact_bytes)
+    return BudgetReport(file_bytes, budget.code_bytes or 0, budget.artifact_bytes)
 
 
 def check_budget(file_bytes: int, budget: BudgetConfig) -> BudgetReport:

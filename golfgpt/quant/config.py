@@ -179,8 +179,9 @@ class BudgetConfig(Section):
 
     artifact_bytes: Count = 16_000_000
     """Maximum of the size of model.golf plus code_bytes."""
-    code_bytes: CountOrZero = 60_000
-    """Allowance for the code that ships with the model (published scripts: 47,642 to 57,201 bytes)."""
+    code_bytes: CountOrZero | None = None
+    """Bytes of the code that ships with the model. None: those of the train_gpt.py that `golfgpt submit pack` makes of
+    this configuration, measured before the run starts (published scripts: 47,642 to 57,201)."""
     fit: Literal["off", "mlp_hidden"] = "off"
     """mlp_hidden: before training, replace model.mlp_hidden by the largest multiple of 16 for which the forecast size
     of model.golf is at least reserve_bytes under the budget."""
@@ -189,7 +190,7 @@ class BudgetConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        left = self.artifact_bytes - self.code_bytes
+        left = self.artifact_bytes - (self.code_bytes or 0)
         if left <= 0:
             raise ValueError(
                 f"budget.code_bytes {self.code_bytes} leaves nothing of budget.artifact_bytes {self.artifact_bytes}; "

@@ -266,7 +266,8 @@ def _ledger(views: Sequence[View]) -> Table | None:
 def _budget(view: View) -> dict[str, Any]:
     """Shares of the limit, in percent, and the sentence below the bar."""
     r, limit = view.result, view.run.config.budget.artifact_bytes
-    shares = {"model.golf": r["artifact_bytes"], "code allowance": r["code_bytes_allowance"]}
+    code = r.get("code_bytes", r.get("code_bytes_allowance"))  # earlier runs had an allowance
+    shares = {"model.golf": r["artifact_bytes"], "code": code}
     most = max(limit, r["total_bytes"])
     margin = f"{r['margin_bytes']:,} left" if r["margin_bytes"] >= 0 else f"over by {-r['margin_bytes']:,}"
     return {
@@ -274,7 +275,7 @@ def _budget(view: View) -> dict[str, Any]:
         "limit": 100 * limit / most,
         "over": r["margin_bytes"] < 0,
         "text": f"{r['total_bytes']:,} of {limit:,} bytes: model.golf {r['artifact_bytes']:,} ({r['compressor']}) and "
-        f"{r['code_bytes_allowance']:,} for code; {margin}",
+        f"{code:,} for code; {margin}",
     }
 
 

@@ -42,7 +42,16 @@ def resolved(config: RunConfig) -> RunConfig:
     """`config` with what a run decides at its start."""
     ttt = config.eval.ttt
     sgd = {name: value for name, value in PUBLISHED.get(ttt.kind, {}).items() if getattr(ttt.sgd, name) is None}
-    return replace(config, eval=replace(config.eval, ttt=replace(ttt, sgd=replace(ttt.sgd, **sgd))))
+    runtime = config.runtime
+    runtime = replace(
+        runtime,
+        kernels="eager",
+        attention="flash" if runtime.attention == "auto" else runtime.attention,
+        graph="off" if runtime.graph == "auto" else runtime.graph,
+        dtype="bfloat16" if runtime.dtype == "auto" else runtime.dtype,
+    )
+    adapted = replace(ttt, sgd=replace(ttt.sgd, **sgd))
+    return replace(config, eval=replace(config.eval, ttt=adapted), runtime=runtime)
 
 
 def facts_of(config: RunConfig) -> Facts:

@@ -582,7 +582,11 @@ class Fold(ast.NodeTransformer):
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
         node.value = self.plain(node.value)
         base = self.value(node.value)
-        if isinstance(node.ctx, ast.Load) and (cls := self.facts.class_of(base)) and callable(getattr(base, node.attr)):
+        if (
+            isinstance(node.ctx, ast.Load)
+            and (cls := self.facts.class_of(base))
+            and callable(getattr(base, node.attr, None))
+        ):
             method = f"{cls}.{node.attr}"  # of the configuration, used as a value
             self.seen.escapes.add((None, method))
             bound = [ast.Name(method, ast.Load()), ast.Constant(None)]

@@ -103,11 +103,11 @@ class Exporter:
         say(tensor_table(reports))
         self.reporter.metric("tensors", tensors=[report._asdict() for report in reports])
         say(f"Serialized model: {raw} bytes")
-        say(f"Code size: {c.budget.code_bytes} bytes (allowance)")
+        say(f"Code size: {c.budget.code_bytes or 0} bytes")
         say(
             f"Serialized model {label}: {info.file_bytes} bytes (payload:{info.payload_bytes} "
             f"payload_ratio:{raw / info.payload_bytes:.2f}x)"
         )
-        say(f"Total submission size {label}: {info.file_bytes + c.budget.code_bytes} bytes")
+        say(f"Total submission size {label}: {info.file_bytes + (c.budget.code_bytes or 0)} bytes")
         say(budget_lines(info, c.budget))
         return info

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -43,11 +44,19 @@ from golfgpt.train.step import TrainStep
 from golfgpt.train.trackers import require_tracker
 
 
-def train(config: RunConfig, path: Path, *, resume: bool = False, quiet: bool = False) -> dict:
+def train(
+    config: RunConfig,
+    path: Path,
+    *,
+    resume: bool = False,
+    quiet: bool = False,
+    count: Callable[[RunConfig], RunConfig] = lambda config: config,
+) -> dict:
     """Train, export to `path`/model.golf and score the reloaded file. Returns the content of result.json.
 
     For several ranks, run under torchrun; ranks other than 0 return {}. With `resume`, the run continues from the
-    newest intact checkpoint in `path`. Raises InputError for configurations and data that do not fit together,
+    newest intact checkpoint in `path`. `count` measures budget.code_bytes if it is None
+    (`golfgpt.submit.size.counted`); without it, code is not counted. Raises InputError for configurations and data that do not fit together,
     BusyError for a folder in use, NonFiniteError for a diverged run and for test-time training that diverged (its score
     up to there is in result.json), Interrupted after a signal (state saved), and VerificationError for a score that
     fails its checks. Raises BudgetError if no width fits the budget, if the time is too short for one step, or, after
@@ -62,7 +71,7 @@ def train(config: RunConfig, path: Path, *, resume: bool = False, quiet: bool = 
             torch.set_num_threads(config.runtime.threads)
         with ledger.phase("setup"):
             with ranks.raise_on_any():
-                config, dataset = check(config, ranks, resume)
+                config, dataset = check(config, ranks, resume, count)
             missing = ""
             if resume:
                 runtime, missing = available(config.runtime, config.runtime, ranks.device)
@@ -118,15 +127,18 @@ def train(config: RunConfig, path: Path, *, resume: bool = False, quiet: bool = 
             raise
 
 
-def check(config: RunConfig, ranks: Ranks, resume: bool) -> tuple[RunConfig, Dataset]:
-    """Open the data, fit the MLP width, and check config and data against each other. Returns the final config and the
-    data. Raises InputError, and BudgetError if no width fits the budget."""
+def check(
+    config: RunConfig, ranks: Ranks, resume: bool, count: Callable[[RunConfig], RunConfig]
+) -> tuple[RunConfig, Dataset]:
+    """Open the data, count the code, fit the MLP width, and check config and data against each other. Returns the final
+    config and the data. Raises InputError, and BudgetError if no width fits the budget."""
     require_compressor(config.quant.compressor)
     require_tracker(config.runtime.tracker)
     dataset = open_dataset(config, ranks)
     if config.quant.method == "gptq" and config.quant.calibration == "train":
         check_tokens(config.quant.calibration_tokens, dataset)
-    config = config if resume else fitted(config)  # a resumed run keeps its width
+    if not resume:  # which keeps its width
+        config = fitted(count(config))
     artifact.check_payload_bytes(Quantizer(config.model, config.quant).formats)
     return config, dataset
 
@@ -225,7 +237,7 @@ def export_and_score(
     result = {
         "score": asdict(score),
         "artifact_bytes": info.file_bytes,
-        "code_bytes_allowance": config.budget.code_bytes,
+        "code_bytes": budget.code_bytes,
         "total_bytes": budget.total_bytes,
         "margin_bytes": budget.margin_bytes,
         "compressor": info.compressor,
