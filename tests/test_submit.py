@@ -28,7 +28,7 @@ from golfgpt.runs import write_config
 from golfgpt.submit import bundle, isolated
 from golfgpt.submit.check import Finding, check
 from golfgpt.submit.folder import PROGRAM, About, pack
-from golfgpt.submit.pack import from_digits, minified, packed, to_digits
+from golfgpt.submit.pack import from_digits, imports, minified, packed, to_digits
 from golfgpt.submit.unwrap import read_code
 
 ABOUT = About(author="Ada", github_id="ada", name="A title", blurb="What it does.", track="track_non_record_16mb")
@@ -72,6 +72,15 @@ def test_large_programs_are_packed_by_lzma(tmp_path):
     assert code.texts[1] == minified(source) and code.how == ["base 95", "lzma.decompress"]
     b85 = len(base64.b85encode(lzma.compress(minified(source).encode(), preset=9 | lzma.PRESET_EXTREME)))
     assert len(code.texts[0]) < b85
+
+
+def test_brotli_only_where_the_program_needs_it(tmp_path):
+    source = Path(bundle.__file__).read_text()
+    with_brotli = f"import importlib\nf = lambda: importlib.import_module('brotli')\n{source}"
+    (tmp_path / PROGRAM).write_bytes(packed(with_brotli))
+    code = read_code(tmp_path)
+    assert code.texts[1] == minified(with_brotli) and code.how == ["base 95", "brotli.decompress"]
+    assert "brotli" in imports(with_brotli) and len(code.texts[0]) < len(packed(source))
 
 
 @pytest.mark.parametrize("data", [b"\x01", b"hello, world", bytes(range(1, 256)) * 9, b"\xff" * 1000])

@@ -21,7 +21,8 @@ from typing import Any, Literal, NamedTuple
 
 from golfgpt.errors import GolfError, InputError
 from golfgpt.files import sha256_file
-from golfgpt.submit.folder import ARTIFACT, PACKAGES, PROGRAM, READABLE, SCHEMA, imports
+from golfgpt.submit.folder import ARTIFACT, PACKAGES, PROGRAM, READABLE, SCHEMA
+from golfgpt.submit.pack import imports, minified
 from golfgpt.submit.unwrap import Code, read_code
 
 SEEDS = 3
@@ -241,8 +242,6 @@ def modules(folder: Folder) -> str:
 def readable(folder: Folder) -> str:
     if not (folder.path / READABLE).is_file():
         raise NotChecked(f"there is no {READABLE}")
-    from golfgpt.submit.pack import minified
-
     try:
         if minified(folder.text(READABLE)) in folder.code.texts:
             return f"{PROGRAM} is {READABLE}, minified"

@@ -11,7 +11,6 @@ them fit the cap if it does. Every number comes from the runs; `golfgpt submit c
 
 from __future__ import annotations
 
-import ast
 import re
 import shutil
 import statistics
@@ -28,6 +27,7 @@ from golfgpt.config import RunConfig, differences
 from golfgpt.errors import BudgetError, InputError, VerificationError
 from golfgpt.files import sha256_file, write_json
 from golfgpt.runs import Run, artifact_file, read_result, recipe_name
+from golfgpt.submit.pack import imports, packed
 
 PROGRAM, READABLE, ARTIFACT = "train_gpt.py", "train_gpt_readable.py", "model.golf"
 SCHEMA = Path(__file__).with_name("submission.schema.json")
@@ -74,7 +74,6 @@ def pack(paths: Sequence[Path], out: Path, about: About, *, overwrite: bool = Fa
     shown = next(run for run in runs if run.config.seed == best)
 
     from golfgpt.submit.bundle import source
-    from golfgpt.submit.pack import packed
 
     readable = source(_program_config(shown))
     program = packed(readable)
@@ -206,17 +205,6 @@ def _notes(side: Side, shown: Run) -> list[str]:
     if (kernels := shown.config.runtime.kernels) != "eager":
         notes.append(f"the runs used the kernels {kernels}; the program has PyTorch's ops, which round differently")
     return notes
-
-
-def imports(source: str) -> set[str]:
-    """The top-level names of the modules that a program imports, anywhere in it."""
-    found = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module.split(".")[0])
-    return found
 
 
 def _requirements(source: str, run: Run) -> str:

@@ -102,7 +102,8 @@ def _scores(path: Path, here: Path, network: list[str], data: Path, steps: int, 
     if not (here / ARTIFACT).is_file():
         raise RunError(f"there is no {ARTIFACT} to score")
     output = _python(here, network, data, [ARTIFACT], steps, seconds)
-    found = re.findall(r"^final_\S+ val_loss:\S+ val_bpb\w*:(\S+)$", output, re.MULTILINE)
+    # with test-time training, the adapted score comes last
+    found = re.findall(r"^final_\S+ val_loss:\S+ val_bpb\w*:(\S+)", output, re.MULTILINE)
     if not found:
         raise RunError(f"it printed no score: {_tail(output)}")
     folder = Folder(path, 0)

@@ -16,7 +16,6 @@ import ast
 import itertools
 import lzma
 import math
-import re
 import zlib
 from collections.abc import Iterator
 
@@ -26,7 +25,8 @@ BASE = 95
 def packed(source: str) -> bytes:
     """The smallest file found that runs `source`. Raises ImportError if python-minifier is not installed, SyntaxError
     if `source` is no Python."""
-    candidates = sorted(_compressed(minified(source)), key=lambda c: math.log(256, BASE) * len(c[1]) + len(c[2]))
+    text, needs = minified(source), imports(source)
+    candidates = sorted(_compressed(text, "brotli" in needs), key=lambda c: math.log(256, BASE) * len(c[1]) + len(c[2]))
     return next(filter(None, (_file(*candidate) for candidate in candidates)))
 
 
@@ -57,11 +57,28 @@ def minified(source: str) -> str:
     return text
 
 
-def _compressed(text: str) -> Iterator[tuple[str, bytes, str]]:
+def imports(source: str) -> set[str]:
+    """The top-level names of the modules that a program imports by name, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Import():
+                found |= {alias.name for alias in node.names}
+            case ast.ImportFrom(module=str()):
+                found.add(node.module)
+            case ast.Call(
+                func=ast.Attribute(attr="import_module") | ast.Name(id="import_module" | "__import__"),
+                args=[ast.Constant(value=str()), *_],
+            ):
+                found.add(node.args[0].value)
+    return {name.split(".")[0] for name in found}
+
+
+def _compressed(text: str, has_brotli: bool) -> Iterator[tuple[str, bytes, str]]:
     """(import, compressed bytes, call that decompresses `x`) of every candidate."""
     data = text.encode()
     yield "zlib", zlib.compress(data, 9), "zlib.decompress(x)"
-    if re.search(r"\bimport\b.*\bbrotli\b", text):  # the program needs it in any case
+    if has_brotli:  # the program needs it in any case
         import brotli
 
         yield "brotli", brotli.compress(data, mode=brotli.MODE_TEXT), "brotli.decompress(x)"
