@@ -56,11 +56,11 @@ def train(
 
     For several ranks, run under torchrun; ranks other than 0 return {}. With `resume`, the run continues from the
     newest intact checkpoint in `path`. `count` measures budget.code_bytes if it is None
-    (`golfgpt.submit.size.counted`); without it, code is not counted. Raises InputError for configurations and data that do not fit together,
-    BusyError for a folder in use, NonFiniteError for a diverged run and for test-time training that diverged (its score
-    up to there is in result.json), Interrupted after a signal (state saved), and VerificationError for a score that
-    fails its checks. Raises BudgetError if no width fits the budget, if the time is too short for one step, or, after
-    scoring, if the artifact exceeds its budget (the artifact is kept).
+    (`golfgpt.submit.size.counted`); without it, code is not counted. Raises InputError for configurations and data that
+    do not fit together, BusyError for a folder in use, NonFiniteError for a diverged run and for test-time training
+    that diverged (its score up to there is in result.json), Interrupted after a signal (state saved), and
+    VerificationError for a score that fails its checks. Raises BudgetError if no width fits the budget, if the time is
+    too short for one step, or, after scoring, if the artifact exceeds its budget (the artifact is kept).
     """
     ledger = Ledger()
     with contextlib.ExitStack() as stack:
