@@ -16,13 +16,23 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
-from golfgpt.config import RunConfig, to_dict
+from golfgpt.config import RunConfig
 from golfgpt.score.ttt.evaluate import PUBLISHED
-from golfgpt.submit.fold import NOTHING, UNKNOWN, Facts, Fold, Seen, is_literal, pure
+from golfgpt.submit.fold import NOTHING, SEED, UNKNOWN, Facts, Fold, Seen, is_literal, pure
 from golfgpt.submit.source import COMPREHENSIONS, SCOPES, Package, bound_in, is_builtin
 
 ENTRY = "golfgpt.submit.script:main"
 ROUNDS = 30
+PURE = (
+    "golfgpt.config:to_dict",
+    "golfgpt.model.parameters:of_kind",
+    "golfgpt.model.parameters:parameter_shapes",
+    "golfgpt.model.parameters:parameter_table",
+    "golfgpt.model.plan:layer_plan",
+    "golfgpt.optim.optimizers:by_muon",
+    "golfgpt_kernels._coefficients:per_step",
+)
+"""Functions that are called here where their arguments are known; the program has the results."""
 KEPT_METHODS = {"__init__", "__post_init__", "__call__", "__len__", "__enter__", "__exit__", "__iter__", "__new__"}
 
 
@@ -56,10 +66,7 @@ def resolved(config: RunConfig) -> RunConfig:
 
 def facts_of(config: RunConfig) -> Facts:
     """What the configuration decides."""
-    from golfgpt_kernels import _coefficients
-
-    from golfgpt.model import parameters, plan
-    from golfgpt.optim.optimizers import by_muon
+    from golfgpt.model import plan
     from golfgpt.quant.quantizer import Quantizer
 
     quantizer = Quantizer(config.model, config.quant)
@@ -80,21 +87,20 @@ def facts_of(config: RunConfig) -> Facts:
     }
     if specs:
         agreed[_id(type(specs[0]))] = _agreed(specs)
-    functions = (
-        _coefficients.per_step,
-        by_muon,
-        parameters.parameter_table,
-        parameters.parameter_shapes,
-        parameters.of_kind,
-        plan.layer_plan,
-        to_dict,
-    )
-    facts = Facts(Package(), objects, agreed, {_id(function): function for function in functions})
+    facts = Facts(Package(), objects, agreed, {id: _named(id) for id in PURE})
+    environ = ast.Attribute(ast.Name("import:os:", ast.Load()), "environ", ast.Load())
+    given = ast.Call(ast.Attribute(environ, "get", ast.Load()), [ast.Constant("SEED"), ast.Constant(config.seed)], [])
+    facts.hoisted[SEED] = ast.Call(ast.Name("int", ast.Load()), [given], []), UNKNOWN
     facts.returns |= {
         "golfgpt_kernels._dispatch:resolve": "eager",
         "golfgpt_kernels._dispatch:runs_triton": False,
     }
     return facts
+
+
+def _named(id: str) -> Any:
+    module, _, name = id.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def _id(thing: Any) -> str:

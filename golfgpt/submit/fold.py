@@ -41,6 +41,9 @@ FOLDED = (
 )  # fmt: skip
 """Expressions that are replaced by their value."""
 
+SEED = "constant:seed"
+"""What stands for the seed of the run."""
+
 OUTSIDE = "outside"
 """The type of what has no method of the package and gives nothing of it: tensors, strings, numbers, paths."""
 
@@ -279,6 +282,8 @@ class Fold(ast.NodeTransformer):
 
     def value_Attribute(self, node: ast.Attribute) -> Any:
         base = self.value(node.value)
+        if self.is_seed(node):
+            return UNKNOWN
         if self.facts.class_of(base) or is_plain(base):
             found = getattr(base, node.attr, UNKNOWN)
             return UNKNOWN if callable(found) and not isinstance(found, partial) else found
@@ -288,6 +293,11 @@ class Fold(ast.NodeTransformer):
             return self.facts.agreed[cls][node.attr]
         kind = self.facts.types.get((cls, node.attr))
         return self.facts.attributes.get((cls, node.attr), self.facts.objects.get(kind, UNKNOWN))
+
+    def is_seed(self, node: ast.AST) -> bool:
+        """Whether it is the seed of the run, which the program takes from its environment."""
+        is_name = isinstance(node, ast.Attribute) and node.attr == "seed" and SEED in self.facts.hoisted
+        return is_name and (self.facts.class_of(self.value(node.value)) or "").endswith(":RunConfig")
 
     def value_Lambda(self, node: ast.Lambda) -> Any:
         return NOTHING if isinstance(node.body, ast.Constant) and node.body.value is None else UNKNOWN
@@ -580,6 +590,8 @@ class Fold(ast.NodeTransformer):
         return node
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        if self.is_seed(node):
+            return ast.Name(SEED, ast.Load())
         node.value = self.plain(node.value)
         base = self.value(node.value)
         if (

@@ -245,7 +245,7 @@ def _readme(submission: dict[str, Any], run: Run, notes: Sequence[str]) -> str:
         "```",
         "pip install -r requirements.txt",
         f"DATA_PATH=… torchrun --standalone --nproc-per-node {run.env.get('world_size', 1)} {PROGRAM}   "
-        f"# trains seed {s['artifact_seed']} and scores it",
+        f"# trains seed {s['artifact_seed']} and scores it; SEED=… trains another",
         f"DATA_PATH=… python {PROGRAM} {ARTIFACT}   # scores the artifact",
         "```",
         "",

@@ -4,9 +4,9 @@ program out of the package from here on, with the configuration of a run in it.
     torchrun --standalone --nproc-per-node 8 train_gpt.py        as golfgpt train does it; DATA_PATH names the data
     python train_gpt.py model.golf                               score an artifact
 
-Data are a prepared folder or published shards with their tokenizer. ITERATIONS ends training after fewer steps. There
-are no checkpoints, validations and trials here, and the clock is the only thing that can differ from golfgpt train: for
-equal steps, losses and artifact are the same, bit for bit.
+Data are a prepared folder or published shards with their tokenizer. ITERATIONS ends training after fewer steps, SEED
+draws other initial weights. There are no checkpoints, validations and trials here, and the clock is the only thing that
+can differ from golfgpt train: for equal steps, losses and artifact are the same, bit for bit.
 """
 
 from __future__ import annotations
