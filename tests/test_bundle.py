@@ -15,7 +15,8 @@ from golfgpt import recipes
 from golfgpt.config import RunConfig
 from golfgpt.errors import InputError
 from golfgpt.submit.bundle import facts_of, source
-from golfgpt.submit.fold import UNKNOWN, Fold
+from golfgpt.submit.facts import UNKNOWN
+from golfgpt.submit.fold import Fold
 from golfgpt.submit.pack import packed
 from golfgpt.submit.size import counted
 from golfgpt.train.train import train
