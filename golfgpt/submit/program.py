@@ -324,9 +324,9 @@ class Program:
 
     def drop_parameters(self) -> None:
         """Take away parameters of functions that nothing reads, with what calls give for them."""
-        keys = self.reached()
-        written = [n for quoted, _ in self.facts.hoisted.values() for n in ast.walk(quoted)]
-        used = Counter(n.id for n in written if isinstance(n, ast.Name))
+        keys = sorted(self.reached())
+        hoisted = [n for quoted, _ in self.facts.hoisted.values() for n in ast.walk(quoted)]
+        used = Counter(n.id for n in hoisted if isinstance(n, ast.Name))
         calls: dict[str, list[ast.Call]] = defaultdict(list)
         for part in [*(self.nodes[key] for key in keys), *(p for key in keys for p in self.more.get(key, []))]:
             for n in walk(part):
@@ -334,19 +334,24 @@ class Program:
                     calls[n.func.id].append(n)
                 if isinstance(n, ast.Name) and ":" in n.id:
                     used[n.id] += 1
-        for key in keys:
-            node, sites = self.nodes[key], calls[key]
-            if not isinstance(node, ast.FunctionDef) or self.is_method(key) or node.decorator_list or key == ENTRY:
-                continue
-            plain = all(k.arg for s in sites for k in s.keywords) and not any(
-                isinstance(a, ast.Starred) for s in sites for a in s.args
-            )
-            if not plain or len(sites) != used[key] or node.args.vararg or node.args.kwarg:
-                continue
-            read = {n.id for part in node.body for n in ast.walk(part) if isinstance(n, ast.Name)}
-            for arg in [*node.args.args, *node.args.kwonlyargs]:
-                if arg.arg not in read:
-                    _without(node, arg, sites)
+        dropped = True
+        while dropped:  # an argument that goes may have been the last reader of a parameter
+            dropped = False
+            for key in keys:
+                if self.may_drop(key, calls[key], used[key]):
+                    node = self.nodes[key]
+                    read = {n.id for part in node.body for n in ast.walk(part) if isinstance(n, ast.Name)}
+                    for arg in [*node.args.args, *node.args.kwonlyargs]:
+                        dropped |= arg.arg not in read and _without(node, arg, calls[key])
+
+    def may_drop(self, key: str, sites: list[ast.Call], used: int) -> bool:
+        """Whether all uses of a function are calls whose arguments can be told apart."""
+        node = self.nodes[key]
+        if not isinstance(node, ast.FunctionDef) or self.is_method(key) or node.decorator_list or key == ENTRY:
+            return False
+        starred = [a for s in sites for a in s.args if isinstance(a, ast.Starred)]
+        starred += [k for s in sites for k in s.keywords if k.arg is None]
+        return len(sites) == used and not (starred or node.args.vararg or node.args.kwarg)
 
     def hoisted_in(self, used: set[str]) -> list[str]:
         found: set[str] = set()
@@ -360,15 +365,15 @@ class Program:
         return [name for name in self.facts.hoisted if name in found]
 
 
-def _without(node: ast.FunctionDef, arg: ast.arg, sites: list[ast.Call]) -> None:
-    """Take a parameter from a function and its calls, unless an argument has an effect."""
+def _without(node: ast.FunctionDef, arg: ast.arg, sites: list[ast.Call]) -> bool:
+    """Take a parameter from a function and its calls, unless an argument has an effect; whether it was taken."""
     at = node.args.args.index(arg) if arg in node.args.args else None
     given = [
         (site, next((k for k in site.keywords if k.arg == arg.arg), None), at is not None and at < len(site.args))
         for site in sites
     ]
     if not all(pure(named.value if named else site.args[at]) for site, named, placed in given if named or placed):
-        return
+        return False
     for site, named, placed in given:
         if named:
             site.keywords.remove(named)
@@ -381,6 +386,7 @@ def _without(node: ast.FunctionDef, arg: ast.arg, sites: list[ast.Call]) -> None
         if (first := at - len(node.args.args) + len(node.args.defaults)) >= 0:
             del node.args.defaults[first]
         node.args.args.remove(arg)
+    return True
 
 
 def one_literal(values: list) -> bool:
