@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,7 +16,8 @@ from golfgpt import recipes
 from golfgpt.config import RunConfig
 from golfgpt.errors import InputError
 from golfgpt.submit.bundle import facts_of, source
-from golfgpt.submit.fold import UNKNOWN, Fold
+from golfgpt.submit.facts import UNKNOWN
+from golfgpt.submit.fold import Fold
 from golfgpt.submit.pack import packed
 from golfgpt.submit.size import counted
 from golfgpt.train.train import train
@@ -157,3 +159,18 @@ def test_a_missing_minifier_is_an_error(corpus, monkeypatch):
         packed("x = 1")
     assert not isinstance(error.value, InputError)
     assert "golfgpt[train]" in missing_package(error.value)
+
+
+@pytest.mark.slow
+def test_program_does_not_depend_on_the_order_of_sets(corpus, tmp_path):
+    code = (
+        "import sys; sys.path.insert(0, 'tests'); from pathlib import Path; from test_bundle import toy; "
+        "from golfgpt.submit.bundle import source; "
+        f"Path(sys.argv[1]).write_text(source(toy('baseline', Path({str(corpus)!r}))))"
+    )
+    root, texts = Path(__file__).parent.parent, []
+    for seed in ("1", "2"):
+        environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": f"{root}:{root / 'kernels'}"}
+        subprocess.run([sys.executable, "-c", code, tmp_path / seed], cwd=root, env=environment, check=True)
+        texts.append((tmp_path / seed).read_text())
+    assert texts[0] == texts[1]
