@@ -5,8 +5,8 @@
 
 Welch's test (Welch 1947) lets both sides have their own spread. The paired test is a t test of the differences by seed.
 Both ask two things: is there a gain at all, and is it above a margin. The interval is two-sided at 1 - 2 alpha, so its
-lower end is above the margin exactly when p < alpha. The seeds that a power needs come from the noncentral t
-distribution at the observed gain and spread, and are as uncertain as these.
+lower end is above the margin exactly when p < alpha. The number of seeds that a power needs comes from the
+noncentral t distribution at the observed gain and spread, and is as uncertain as these.
 
 `welch`, `paired` and `one_sample` work on {seed: value} in any unit; `compare` works on runs, in nats per token, and
 converts to bits per byte with the tokens and bytes that the runs themselves scored.

@@ -26,11 +26,12 @@ class Compare:
     target_nats: float | None = None
     """Compare A with this loss in nats per token, also by the rule of modded-nanogpt's track 3 (there 3.28)."""
     margin_nats: float = MARGIN_NATS
-    """Nats per token by which A should be better, besides better at all. Records of parameter-golf need 0.005."""
+    """Besides whether A is better at all, test whether it is better by more than this, in nats per token. Records of
+    parameter-golf need 0.005."""
     alpha: float = 0.01
     """Significant means p < alpha, one-sided. The interval is two-sided at 1 - 2 alpha."""
     power: float = 0.8
-    """Probability of a significant result for which the missing seeds are counted."""
+    """Wanted probability of a significant result; the number of seeds that reaches it is printed."""
     test: Literal["auto", "welch", "paired"] = "auto"
     """auto: paired if both sides have the same seeds and the same model.*, else Welch's."""
     score: Literal["plain", "adapted"] = "plain"

@@ -19,7 +19,7 @@ class Report:
     """Write one HTML page about runs: scores and how they were checked, curves, bytes, configuration."""
 
     runs: Positional[tuple[Path, ...]]
-    """Run folders. A run without a score is shown as far as it came."""
+    """Run folders. A run without a score is shown as far as it has been trained."""
     out: Annotated[Path, tyro.conf.arg(aliases=("-o",))]
     """The file to write; an existing one is replaced."""
     json: bool = False
@@ -49,7 +49,7 @@ class Watch:
     run: Positional[Path]
     """Run folder."""
     once: bool = False
-    """Show the state and end."""
+    """Show the state once and exit."""
     json: bool = False
     """Print the state as JSON when it ends; everything else goes to standard error."""
 

@@ -30,12 +30,13 @@ COLUMNS = ("run", "recipe", "seed", "val_bpb", "total_bytes", "steps", "status",
 @dataclass(frozen=True, kw_only=True)
 class ListRuns:
     """List the runs below a folder, newest first. A field is one of config.json, result.json or env.json by its dotted
-    name, such as model.num_layers. golfgpt runs show RUN and golfgpt runs diff A B tell more."""
+    name, such as model.num_layers. golfgpt runs show RUN and golfgpt runs diff A B show more."""
 
     folder: Positional[Path] = RUNS
     """Folder to search."""
     where: tuple[str, ...] = ()
-    """Conditions that all hold: FIELD=VALUE, or with != '<' '<=' '>' '>='. The field becomes a column."""
+    """Show only runs for which all of these hold: FIELD=VALUE, or with != '<' '<=' '>' '>='. Each field becomes a
+    column."""
     sort: str | None = None
     """Field to sort by, smallest first."""
     reverse: bool = False

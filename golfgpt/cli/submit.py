@@ -16,8 +16,7 @@ from golfgpt.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class SubmitPack:
-    """Write the folder of a submission: README, submission.json, logs, artifact, and one train_gpt.py that trains and
-    scores alone."""
+    """Write the folder of a submission: a train_gpt.py that works without golfgpt, artifact, logs, submission.json."""
 
     runs: Positional[tuple[Path, ...]]
     """Run folders: the seeds of one configuration, at least three for a record."""
@@ -26,15 +25,15 @@ class SubmitPack:
     author: str
     """Your name."""
     github_id: str
-    """Your name on GitHub."""
+    """Your GitHub user name."""
     name: str
     """Title of the submission."""
     blurb: str = ""
     """What it does, in a few sentences."""
     track: str = "track_non_record_16mb"
-    """track_10min_16mb for a record: 600 s on 8 H100."""
+    """Use track_10min_16mb for a record (600 s on 8 H100)."""
     overwrite: bool = False
-    """Replace a submission in --out."""
+    """Replace an earlier submission in --out."""
     json: bool = False
     """Print submission.json and the notes."""
 
@@ -68,7 +67,7 @@ class SubmitCheck:
     folder: Positional[Path]
     """A folder with README.md, submission.json, train_gpt.py and logs."""
     cap: int = 16_000_000
-    """Bytes that code and artifact may have."""
+    """Largest size of code and artifact together, in bytes."""
     run: bool = False
     """Run the folder's train_gpt.py WITH YOUR RIGHTS, in a copy and without network: a few steps, then the score of the
     artifact. Only for code that you would run anyway."""

@@ -47,10 +47,10 @@ class Sweep:
     max_bytes: int | None = None
     """Limit of artifact and code in bytes; a trial over it cannot be the best. Default: budget.artifact_bytes."""
     max_seconds: float | None = None
-    """Limit of the measured training time in seconds, likewise."""
+    """Limit of the measured training time in seconds; a trial over it cannot be the best. Default: no limit."""
     noise: float | None = None
     """Standard deviation of a score over seeds, in bits per byte. Trials that are worse than the best one by more than
-    3 sqrt(2) of it are pruned. Default: measured, once the seeds of complete trials have 2 degrees of freedom."""
+    3 sqrt(2) times this are pruned. Default: measured, once the seeds of complete trials have 2 degrees of freedom."""
     dry_run: bool = False
     """Check all points and estimate the hours; without finished runs, a run of ten steps is timed."""
     json: bool = False
@@ -130,21 +130,21 @@ def _table(rows: list[Row], noise: float | None) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Try:
-    """Test one change at a fixed budget against the incumbent: keep it, or discard it. A kept change is the next
-    incumbent. Every try appends a line to runs/NAME/results.tsv."""
+    """Test one change at a fixed budget against the best configuration so far (the incumbent): keep or discard it. A
+    kept change is the next incumbent. Every try appends a line to runs/NAME/results.tsv."""
 
     arguments: Positional[tuple[str, ...]] = ()
     """For the first try under a name: the run whose config is the incumbent (or use --recipe). Then -- and the options
     that make the change: golfgpt try --recipe small --budget 120s -- --optim.matrix-lr 0.03"""
     config: Config
     recipe: str | None = None
-    """For the first try under a name: the incumbent."""
+    """For the first try under a name: the recipe that is the incumbent."""
     budget: str | None = None
     """Training time of every run, 120s, 2m or 1h; fixed by the first try under a name."""
     steps: int | None = None
     """Steps of every run, in place of a time: the same scores on a busy machine."""
     looks: tuple[int, ...] | None = None
-    """Seeds after which the test looks, fixed by the first try under a name. Default: 3 5 8."""
+    """Numbers of seeds at which the test is made, fixed by the first try under a name. Default: 3 5 8."""
     name: str = "try"
     """Incumbent, runs and results are in runs/NAME."""
     json: bool = False

@@ -2,7 +2,7 @@
 
 export                    writes the folder
 source                    this package's own definitions as files that stand alone
-configuration_golfgpt     those three files, as they are before `source` adds what they import from golfgpt
+configuration_golfgpt     the three Python files of the export, before `source` adds what they import from golfgpt
 modeling_golfgpt
 tokenization_golfgpt
 """

@@ -2,8 +2,8 @@
 
 The names in a definition are followed through this distribution's modules, by their syntax trees. What they lead to is
 written module by module, in the order of the imports, as it stands there, with its comments. Of an op of
-golfgpt_kernels it is the eager reference. Nothing is renamed or rewritten. Two definitions of one name in a file are
-therefore an error, which tests/test_hf.py looks for.
+golfgpt_kernels only the eager reference is taken. Nothing is renamed or rewritten. Two definitions of one name in a
+file are therefore an error, which tests/test_hf.py looks for.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Curves and distributions as SVG that stands in a page and takes its colours from it.
+"""Curves and distributions as SVG inside the page, in the colours of the page.
 
-Colours are drawn as numbers that nothing else uses, and replaced by CSS variables: --c0 to --c7 for the runs, --rule
-for grids, currentColor for text. So a figure follows the page from light to dark. Text stays text, in the page's font.
-Names of runs are not drawn: the page has the key.
+Colours are drawn as placeholder values that nothing else uses, and replaced by CSS variables: --c0 to --c7 for the
+runs, --rule for grids, currentColor for text. So a figure follows the page from light to dark. Text stays text, in the
+page's font. Names of runs are not drawn: the page has the key.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Checks of a submission's folder, by reading. Nothing in it is executed: code is parsed, wrappers are decoded under a
 size limit (`golfgpt.submit.unwrap`), the artifact's header is read.
 
-They are those that reviewers of parameter-golf make by hand: openai/parameter-golf issues and pull requests 683 (files,
-fields, syntax), 1603 (code, unpacked), 2124 (seeds of one configuration), 2146 (train_shards), 2118 (text against
-logs), 1017 (conditions of a score). What reading cannot decide is "not checked", never "ok".
+The checks are those that reviewers of parameter-golf make by hand: openai/parameter-golf issues and pull requests 683
+(files, fields, syntax), 1603 (code, unpacked), 2124 (seeds of one configuration), 2146 (train_shards), 2118 (text
+against logs), 1017 (conditions of a score). What reading cannot decide is "not checked", never "ok".
 """
 
 from __future__ import annotations

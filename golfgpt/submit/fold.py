@@ -7,7 +7,7 @@
 An expression is known if it follows from `Facts`: the configuration (a run has one object of each config class, so an
 annotation tells which), fields in which all objects of a class agree (`LayerPlan`, `TensorFormat`, `RowQuant`), and
 arguments and attributes that have one constant value in the whole program. Everything else is left as it is. Checks
-whose only effect is an error about the input (`DROPPED`) go: packing made them with the package itself.
+whose only effect is an error about the input (`DROPPED`) are left out: packing has made them with the package itself.
 """
 
 from __future__ import annotations

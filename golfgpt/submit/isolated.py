@@ -1,9 +1,9 @@
-"""Run a submission's program as a stranger's machine would: alone. This EXECUTES the folder's code with the rights of
-the user.
+"""Run a submission's program as on a machine without golfgpt. This EXECUTES the folder's code with the rights of the
+user.
 
-It runs in a copy, by `python -I` with an empty home and hardly any environment, in a network namespace of its own where
-the system permits one, and cannot import golfgpt, although that is installed here. This keeps an honest program honest;
-it is no wall against a hostile one.
+It runs in a copy, by `python -I` with an empty home and few environment variables, in a network namespace of its own
+where the system permits one, and cannot import golfgpt, although that is installed here. This shows that an honest
+program needs nothing else. It does not protect against a hostile one.
 """
 
 from __future__ import annotations

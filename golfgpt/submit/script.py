@@ -1,11 +1,11 @@
-"""What a packed train_gpt.py does: train, write model.golf, read it back, score it. `golfgpt.submit.bundle` cuts the
-program out of the package from here on, with the configuration of a run in it.
+"""What a packed train_gpt.py does: train, write model.golf, read it back, score it. `golfgpt.submit.bundle` starts
+here, and makes a program of this and of what it uses of the package, for the configuration of a run.
 
     torchrun --standalone --nproc-per-node 8 train_gpt.py        as golfgpt train does it; DATA_PATH names the data
     python train_gpt.py model.golf                               score an artifact
 
 Data are a prepared folder or published shards with their tokenizer. ITERATIONS ends training after fewer steps, SEED
-draws other initial weights. There are no checkpoints, validations and trials here, and the clock is the only thing that
+draws other initial weights. There are no checkpoints, validations or trials here, and the clock is the only thing that
 can differ from golfgpt train: for equal steps, losses and artifact are the same, bit for bit.
 """
 

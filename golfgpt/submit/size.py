@@ -1,4 +1,4 @@
-"""The bytes of the code that ships with an artifact: of the train_gpt.py that `golfgpt submit pack` makes."""
+"""The size of the code that ships with an artifact: of the train_gpt.py that `golfgpt submit pack` makes."""
 
 from __future__ import annotations
 

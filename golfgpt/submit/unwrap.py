@@ -1,6 +1,6 @@
 """What a packed script executes, found by reading it. Nothing of it is executed.
 
-A small evaluator knows constants, names that were assigned once read, and the decoders that packers use. Its results
+A small evaluator knows constants, names that were assigned known values, and the decoders that packers use. Its results
 are bounded, so a file that unpacks to gigabytes is refused. What it cannot follow is reported, never guessed.
 """
 

@@ -1,11 +1,11 @@
-"""Trackers: where the numbers of metrics.jsonl go too. Each is three methods around a library, imported when it starts:
+"""Trackers also get the numbers of metrics.jsonl. Each is three methods around a library, imported when it starts:
 
     start(config)         before training; `config` is the nested config of the run
     log(step, values)     names such as train/loss -> numbers: steps that the log shows, validations, checkpoints
     finish(result)        result.json, or None if the run ends without a score
 
-They write below the run folder and need no network. Only rank 0 has one. metrics.jsonl stays the record: a tracker that
-raises is switched off with a warning, and the run goes on. What none of this sees is a tracker that hangs.
+By default they write below the run folder and need no network. Only rank 0 has one. metrics.jsonl stays the record: a
+tracker that raises is switched off with a warning, and the run goes on. A tracker that hangs is not detected.
 """
 
 from __future__ import annotations
