@@ -13,6 +13,7 @@ from golfgpt_kernels import fake_quantize_rows
 
 from golfgpt.config import (
     BigramConfig,
+    BudgetConfig,
     DataConfig,
     EvalConfig,
     LoopConfig,
@@ -111,6 +112,7 @@ def tiny_config(corpus: Path) -> RunConfig:
         data=DataConfig(path=str(corpus), batch_tokens=1024, seq_len=64),
         quant=QuantConfig(keep_numel=1000),
         eval=EvalConfig(window=64, stride=48, max_tokens=4000),
+        budget=BudgetConfig(code_bytes=60_000),  # counting takes ten seconds
         runtime=RuntimeConfig(device="cpu", dtype="float32", checkpoint_seconds=0),
     )
 

@@ -22,6 +22,7 @@ TINY = [
     word
     for field, value in {
         "model.vocab-size": 384,
+        "budget.code-bytes": 60_000,  # counting takes ten seconds: tests/test_bundle.py
         "model.num-layers": 2,
         "model.model-dim": 32,
         "model.num-heads": 2,
@@ -164,7 +165,7 @@ def test_budget_over_the_cap_exits_4(trained, capsys):
 
 
 def test_budget_before_training_computes_the_published_counts(capsys):
-    sizes = run_json(capsys, "budget", "--recipe", "baseline")
+    sizes = run_json(capsys, "budget", "--recipe", "baseline", "--budget.code-bytes", "60000")
     assert 15_700_000 < sizes.pop("forecast_bytes") < 15_940_000
     assert sizes.pop("mlp_hidden") == 1024
     assert sizes == {"parameters": 17_059_912, "payload_bytes": 17_178_912, "model_bytes_limit": 15_940_000}

@@ -153,6 +153,7 @@ def test_two_hosts_train_as_two_processes_do(tmp_path, corpus):
         "schedule.max-steps": 4, "schedule.max-seconds": None, "data.batch-tokens": 512, "data.seq-len": 64,
         "eval.window": 64, "eval.stride": 64, "eval.max-tokens": 1000, "runtime.compile": "off",
         "runtime.dtype": "float32",
+        "budget.code-bytes": 60_000,
     }  # fmt: skip
     argv = ["--recipe", "demo", *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
     one = [torchrun, "--standalone", "--nproc-per-node", "2", "-m", "golfgpt", "train", "--name", "one"]

@@ -247,7 +247,7 @@ class Program:
                 self.touched.add(key)
 
     def _unknown(self, node: ast.FunctionDef, calls: dict[str, list]) -> list:
-        """Calls of attributes and local names that hold one knows not what, where they fit the parameters of `node`."""
+        """Calls of attributes and local names that hold something unknown, where they fit the parameters of `node`."""
         most, names = len(node.args.args) - 1, {arg.arg for arg in (*node.args.args, *node.args.kwonlyargs)}
         found = []
         for key, sites in calls.items():
