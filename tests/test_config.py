@@ -121,7 +121,7 @@ def test_strict_loading(edit, message):
         (lambda: OptimConfig(muon_ns_steps=0), "optim.muon_ns_steps is 0; expected >= 1"),
         (lambda: ModelConfig(logit_softcap=float("inf")), "model.logit_softcap is inf; expected > 0"),
         (lambda: RunConfig(seed=2**64), "seed is .*; expected 0 to"),
-        (lambda: BudgetConfig(artifact_bytes=50_000), "leaves nothing"),
+        (lambda: BudgetConfig(artifact_bytes=50_000, code_bytes=60_000), "leaves nothing"),
     ],
 )
 def test_validation(build, message):

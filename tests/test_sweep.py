@@ -466,7 +466,7 @@ def test_try_from_the_command_line(here, monkeypatch, capsys):
     assert not (here / "runs/new/incumbent.json").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sweep_from_the_command_line_killed_and_continued(here, tiny, capsys):
     """Estimated, stopped by SIGTERM, killed, and continued: no finished run is trained again, a half-trained one
     resumes, and one that outlives its sweep is waited for."""

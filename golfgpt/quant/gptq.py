@@ -17,8 +17,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from golfgpt.errors import InputError
-
 
 def solve(
     w: Tensor,
@@ -33,7 +31,7 @@ def solve(
     """Codes, int8 (n, rows, cols), of w (n, rows, cols) for scales (n, rows, 1 or cols), from `least` (None:
     -`largest`) to `largest`, which may differ by column, (cols,).
 
-    `hessian` (n, cols, cols), float32 or float64, is also the dtype of the computation. Raises InputError for one that
+    `hessian` (n, cols, cols), float32 or float64, is also the dtype of the computation. Raises LinAlgError for one that
     is not finite or not positive definite after damping; the message has its number in the batch.
     """
     count, rows, cols = w.shape
@@ -72,11 +70,11 @@ def solve(
 
 
 def _cholesky(h: Tensor, damping: float, *, upper: bool = False) -> Tensor:
-    """Factors of a Hessian or of its inverse; raises InputError as `solve`."""
+    """Factors of a Hessian or of its inverse; raises LinAlgError as `solve`."""
     factor, failed = torch.linalg.cholesky_ex(h, upper=upper)
     bad = failed.bool() | ~factor.isfinite().flatten(1).all(1)
     if bad.any():
-        raise InputError(
+        raise torch.linalg.LinAlgError(
             f"the Hessian of matrix {int(bad.nonzero()[0])} is not positive definite with damping {damping:g} times "
             "its mean diagonal: take more quant.calibration_tokens or a larger quant.damping"
         )

@@ -15,6 +15,7 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from golfgpt.config import RunConfig
+from golfgpt.errors import InputError
 from golfgpt.score.ttt.evaluate import PUBLISHED
 from golfgpt.submit.facts import SEED, UNKNOWN, Facts, is_literal
 from golfgpt.submit.program import Program
@@ -34,8 +35,10 @@ PURE = (
 
 
 def source(config: RunConfig) -> str:
-    """The readable program."""
-    config = resolved(config)
+    """The readable program. Raises InputError for calibration within a time whose reserve is not known yet."""
+    config, schedule = resolved(config), config.schedule
+    if config.quant.method == "gptq" and schedule.max_seconds is not None and schedule.reserve_seconds is None:
+        raise InputError("schedule.reserve_seconds is None; expected the seconds that the run reserved for calibration")
     program = Program(facts_of(config))
     program.settle()
     program.facts.final = True

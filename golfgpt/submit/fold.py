@@ -19,9 +19,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from golfgpt.submit.facts import BUILTINS, SEED, UNKNOWN, Facts, dropped, is_literal, literal
+from golfgpt.submit.facts import SEED, UNKNOWN, Facts, dropped, is_literal, literal
 from golfgpt.submit.source import bound_in
-from golfgpt.submit.values import Scope, Values
+from golfgpt.submit.values import Scope, Values, asks, pure
 
 DISPLAYS = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)
 """Expressions that make a new object, which may be changed."""
@@ -51,7 +51,8 @@ class Fold(Values, ast.NodeTransformer):
     def __init__(self, facts: Facts, id: str):
         super().__init__(facts, id)
         self.seen = Seen()
-        self.hoists = True
+        self.hoists = False
+        """Whether constants of the program may stand here: they come after all definitions."""
 
     # Expressions
 
@@ -266,7 +267,7 @@ class Fold(Values, ast.NodeTransformer):
         nested = any(isinstance(scope, Scope) and scope.owner for scope in self.scopes)
         method = bool(self.classes) and not nested
         key = f"{self.id}.{node.name}" if method else self.id if not nested else ""
-        self.hoists = False  # defaults are evaluated before the constants
+        outer, self.hoists = self.hoists, False  # defaults are evaluated before the constants
         node.args.defaults = [self.plain(part) for part in node.args.defaults]
         node.args.kw_defaults = [part and self.plain(part) for part in node.args.kw_defaults]
         self.hoists = True
@@ -283,6 +284,7 @@ class Fold(Values, ast.NodeTransformer):
         node.body = self.block(node.body)
         tidy(node)
         self.scopes.pop()
+        self.hoists = outer
         self.forget()
         return node
 
@@ -348,7 +350,8 @@ class Fold(Values, ast.NodeTransformer):
 
     def _store(self, target: ast.Attribute, value: ast.expr | None) -> None:
         """Record an assignment to an attribute; what may change afterwards has no value."""
-        known = UNKNOWN if isinstance(value, DISPLAYS) else self.value(value)
+        known = self.value(value)
+        known = known if stays(value, known) else UNKNOWN
         self.seen.stores.append((self.type_of(target.value), target.attr, known, self.type_of(value)))
 
     def visit_NamedExpr(self, node: ast.NamedExpr) -> ast.AST:
@@ -362,7 +365,7 @@ class Fold(Values, ast.NodeTransformer):
             known, cls = self.value(value), self.type_of(value)
             if self.facts.class_of(before):
                 known = before
-            if known is not UNKNOWN and not isinstance(value, DISPLAYS):
+            if known is not UNKNOWN and stays(value, known):
                 scope.values[name] = known
                 self.forget()
             if cls:
@@ -377,9 +380,9 @@ class Fold(Values, ast.NodeTransformer):
         *before, last = node.body or [ast.Pass()]
         only_raises = dropped(last) and all(isinstance(part, ast.Assign) and pure(part.value) for part in before)
         walrus = any(isinstance(n, ast.NamedExpr) for n in ast.walk(node.test))
-        if only_raises and not walrus:
+        if only_raises and not walrus and asks(node.test):
             return node.orelse
-        if only_raises and walrus and not node.orelse:
+        if only_raises and walrus and not node.orelse and asks(node.test):
             names = {n.target.id for n in ast.walk(node.test) if isinstance(n, ast.NamedExpr)}
             scope = next((s for s in reversed(self.scopes) if s.owner), None)
             if scope and not any(self.read_elsewhere(name, node) for name in names):
@@ -397,6 +400,7 @@ class Fold(Values, ast.NodeTransformer):
     def visit_Raise(self, node: ast.Raise) -> ast.AST:
         if isinstance(node.exc, ast.Call):  # what a message is computed from need not be in the program
             node.exc.args = [part for part in map(self.plain, node.exc.args) if pure(part)]
+            self._record(node.exc)
         return node
 
     def visit_Try(self, node: ast.Try) -> Any:
@@ -430,6 +434,7 @@ class Fold(Values, ast.NodeTransformer):
     def visit_With(self, node: ast.With) -> Any:
         for item in node.items:
             item.context_expr = self.plain(item.context_expr)
+            item.optional_vars = item.optional_vars and self.visit(item.optional_vars)
         node.body = self.block(node.body) or [ast.Pass()]
         return node
 
@@ -472,42 +477,25 @@ def hint(node: ast.AST) -> str:
     return node.id.rpartition(":")[2].strip("_") if isinstance(node, ast.Name) else "value"
 
 
-def pure(node: ast.AST) -> bool:
-    """Whether evaluating the expression has no effect."""
-    for n in ast.walk(node):
-        if isinstance(n, ast.NamedExpr | ast.Await | ast.Yield | ast.YieldFrom):
-            return False
-        if isinstance(n, ast.Call):
-            name = n.func.id if isinstance(n.func, ast.Name) else getattr(n.func, "attr", "")
-            if name not in (
-                WITHOUT_EFFECT if isinstance(n.func, ast.Attribute) else BUILTINS | {"isinstance", "zip", "enumerate"}
-            ):
-                return False
-    return True
-
-
-WITHOUT_EFFECT = {
-    "values",
-    "items",
-    "keys",
-    "get",
-    "size",
-    "numel",
-    "perf_counter",
-    "startswith",
-    "is_contiguous",
-    "new_empty",
-}
-
-
 def stores_of(node: ast.FunctionDef) -> Counter:
-    """How often each name is bound in a function, its scopes inside included."""
+    """How often each name is bound in a function, as a parameter too, its scopes inside included."""
     found = Counter(n.id for n in ast.walk(node) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load))
     found.update(n.target.id for n in ast.walk(node) if isinstance(n, ast.AugAssign) and isinstance(n.target, ast.Name))
     for n in ast.walk(node):
         if isinstance(n, ast.Global | ast.Nonlocal):
             found.update(n.names)
+        elif isinstance(n, ast.arg):
+            found[n.arg] += 1
+        elif isinstance(n, ast.Import | ast.ImportFrom):
+            found.update(alias.asname or alias.name.split(".")[0] for alias in n.names)
+        elif isinstance(n, ast.ExceptHandler | ast.MatchAs | ast.MatchStar) and n.name:
+            found[n.name] += 1
     return found
+
+
+def stays(node: ast.expr | None, value: Any) -> bool:
+    """Whether a name that is bound to an expression keeps its value: it cannot change, or it is a constant."""
+    return isinstance(node, ast.Name | ast.Attribute) or not isinstance(value, list | dict | set)
 
 
 def tidy(node: ast.FunctionDef) -> None:

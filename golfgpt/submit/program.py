@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from golfgpt.submit.facts import NOTHING, UNKNOWN, Facts, is_literal
-from golfgpt.submit.fold import Fold, Seen, pure
+from golfgpt.submit.fold import Fold, Seen
+from golfgpt.submit.values import pure
 
 ENTRY = "golfgpt.submit.script:main"
 ROUNDS = 30
@@ -167,6 +168,10 @@ class Program:
                 calls[f"{cls}.{name}"].append((positional, named))
             else:
                 by_name[name].append((positional, named))
+        for quoted, _ in facts.hoisted.values():  # objects that are made there, with any values
+            for n in ast.walk(quoted):
+                if isinstance(n, ast.Call) and isinstance(n.func, ast.Name):
+                    calls[n.func.id].append((None, {None: UNKNOWN}))
         escapes = {key for each in seen for key in each.escapes}
         escaped = {name if cls is None else f"{cls}.{name}" for cls, name in escapes}
         for key in reached:

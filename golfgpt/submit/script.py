@@ -67,7 +67,7 @@ def main(config: RunConfig) -> None:
         write(config, step, dataset, ledger, path)
     score(config, model, dataset, ranks, dtype, ledger, path)
     if config.eval.ttt.kind != "off":
-        adapt(config, model, dataset, ranks, dtype)
+        adapt(config, model, dataset, ranks, dtype, ledger)
     ranks.close()
 
 
@@ -174,6 +174,7 @@ def score(
         sums = Sums.start(mine.start, ranks.device)
         for stop, batch, logprobs in score_windows(scorer, read_from(dataset, ranks.device), windows, mine, most):
             sums = sums.plus(stop, batch, logprobs)
+        sums.read()  # which raises for a number that is not finite
         nats, tokens, nbytes = ranks.sum_(sums.values).tolist()
     seconds = {name: round(used, 1) for name, used, _ in ledger.report() if used}
     say(
@@ -183,23 +184,38 @@ def score(
     )
 
 
-def adapt(config: RunConfig, model: GPT, dataset: Dataset, ranks: Ranks, dtype: torch.dtype) -> None:
-    """The score with test-time training; the ledger refuses a token that is learned before it is scored."""
+def adapt(
+    config: RunConfig, model: GPT, dataset: Dataset, ranks: Ranks, dtype: torch.dtype, ledger: clock.Ledger
+) -> None:
+    """The score with test-time training, of what fits into its time; the record refuses a token that is learned before
+    it is scored."""
     windows, bos = plan_windows(dataset, config), dataset.need_tokenizer().bos_id
-    by_windows = config.eval.ttt.kind == "sgd"
-    ledger, read, sums = Ledger(windows.targets), read_from(dataset, ranks.device), Sums.start(0, ranks.device)
+    by_windows, before, over = config.eval.ttt.kind == "sgd", ledger.elapsed("eval"), False
+    record, read, sums = Ledger(windows.targets), read_from(dataset, ranks.device), Sums.start(0, ranks.device)
     start = bos if config.eval.document_aware and by_windows else None
     scorer = Scorer(model, dtype, document_start=start, compiled=compiles(config, ranks), varied=not by_windows)
     documents = [] if by_windows else find_documents(dataset.val_ids(0, windows.targets + 1), bos)
     steps = adapted_steps(config, windows, documents, batch_windows(config, ranks))
     adapter = make_adapter(model, config, dtype, bos, ranks)
-    for batch, logprobs in run(steps(ranks), scorer, adapter, ledger, read, ranks):
-        sums = sums.plus(0, batch, logprobs)
-    ledger.merge(ranks)
-    ledger.check(all_scored=True)
-    nats, tokens, nbytes = ranks.sum_(sums.values).tolist()
+
+    def expired() -> bool:
+        return ledger.elapsed("eval") - before > config.eval.ttt.max_seconds
+
+    def late() -> bool:
+        nonlocal over
+        over = bool(ranks.sum_(torch.tensor(float(expired()), device=ranks.device)))
+        return over
+
+    with ledger.phase("eval"):
+        for batch, logprobs in run(steps(ranks), scorer, adapter, record, read, ranks, late=late, expired=expired):
+            sums = sums.plus(0, batch, logprobs)
+        if not over:
+            late()
+        nats, tokens, nbytes = ranks.sum_(sums.values).tolist()
+        record.merge(ranks)
+    record.check(all_scored=tokens == windows.targets)
     say(
         ranks,
         f"final_adapted_exact val_loss:{nats / tokens:.8f} val_bpb:{bits_per_byte(nats, int(nbytes)):.8f} "
-        f"({config.eval.ttt.kind}, {tokens:.0f} tokens)",
+        f"({config.eval.ttt.kind}, {tokens:.0f} of {windows.targets} tokens)",
     )

@@ -7,7 +7,9 @@ import functools
 import hashlib
 import json
 import os
+import sys
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import golfgpt_kernels
@@ -26,11 +28,11 @@ def counted(config: RunConfig) -> RunConfig:
     from golfgpt.submit.bundle import resolved, source
     from golfgpt.submit.pack import packed
 
-    run = resolved(config)
-    program = replace(run, seed=0, data=replace(run.data, path=None), budget=replace(run.budget, code_bytes=0))
-    facts = json.dumps({"config": to_dict(program), "package": package_digest()}, sort_keys=True)
+    program = resolved(largest(config))
+    facts = {"config": to_dict(program), "versions": versions(), "package": package_digest()}
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "golfgpt" / "code"
-    file = cache / f"{hashlib.sha256(facts.encode()).hexdigest()[:32]}.json"
+    file = cache / f"{digest}.json"
     size = None
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         size = int(json.loads(file.read_text(encoding="utf-8"))["bytes"])
@@ -44,9 +46,33 @@ def counted(config: RunConfig) -> RunConfig:
 
 @functools.cache
 def package_digest() -> str:
-    """SHA-256 of both packages' Python files."""
+    """SHA-256 of both packages' Python files and their paths."""
     digest = hashlib.sha256()
     for package in (golfgpt, golfgpt_kernels):
-        for file in sorted(Path(package.__file__).parent.rglob("*.py")):
-            digest.update(file.read_bytes())
+        root = Path(package.__file__).parent
+        for file in sorted(root.rglob("*.py")):
+            text = file.read_bytes()
+            digest.update(f"{root.name}/{file.relative_to(root)} {len(text)}\n".encode() + text)
     return digest.hexdigest()
+
+
+def versions() -> list[str]:
+    """Of what the size depends on beside the package."""
+    return [sys.version, *map(metadata.version, ("python-minifier", "brotli"))]
+
+
+def largest(config: RunConfig) -> RunConfig:
+    """`config` with the longest values of what a run chooses only when it starts, so that no run of it has a larger
+    program."""
+    runtime, schedule = config.runtime, config.schedule
+    runtime = replace(
+        runtime,
+        graph="step" if runtime.graph == "auto" else runtime.graph,
+        attention="flash3" if runtime.attention == "auto" else runtime.attention,
+        compile="on" if runtime.compile == "auto" else runtime.compile,
+    )
+    if config.quant.method == "gptq" and schedule.max_seconds is not None and schedule.reserve_seconds is None:
+        schedule = replace(schedule, reserve_seconds=min(99.999, 0.999 * schedule.max_seconds))
+    data = replace(config.data, path="data/" + "x" * 32)
+    return replace(config, seed=2**32, data=data, budget=replace(config.budget, code_bytes=0), runtime=runtime,
+                   schedule=schedule)  # fmt: skip

@@ -160,15 +160,16 @@ class Values:
 
     def value_Call(self, node: ast.Call) -> Any:
         function = node.func
-        if isinstance(function, ast.Name) and function.id in self.facts.returns:
+        without_effect = all(map(pure, (*node.args, *(keyword.value for keyword in node.keywords))))
+        if isinstance(function, ast.Name) and function.id in self.facts.returns and without_effect:
             return self.facts.returns[function.id]
         if isinstance(function, ast.Name) and function.id in self.facts.objects:
             return self.facts.objects[function.id]
-        if self.value(function) is NOTHING:
+        if self.value(function) is NOTHING and without_effect:
             return None
         if isinstance(function, ast.Attribute):
             method = f"{self.type_of(function.value)}.{function.attr}"
-            if method in self.facts.returns:
+            if method in self.facts.returns and without_effect:
                 return self.facts.returns[method]
         if isinstance(function, ast.Name) and function.id == "isinstance":
             asked, value = node.args[1], self.value(node.args[0])
@@ -255,3 +256,55 @@ VALUES = {
 
 def is_plain(value: Any) -> bool:
     return type(value) in (str, tuple, list, dict, frozenset, set, range, int, float, bool)
+
+
+def pure(node: ast.AST) -> bool:
+    """Whether evaluating the expression has no effect."""
+    for n in ast.walk(node):
+        if isinstance(n, ast.NamedExpr | ast.Await | ast.Yield | ast.YieldFrom):
+            return False
+        if isinstance(n, ast.Call):
+            name = n.func.id if isinstance(n.func, ast.Name) else getattr(n.func, "attr", "")
+            if name not in (
+                WITHOUT_EFFECT if isinstance(n.func, ast.Attribute) else BUILTINS | {"isinstance", "zip", "enumerate"}
+            ):
+                return False
+    return True
+
+
+WITHOUT_EFFECT = {
+    "values",
+    "items",
+    "keys",
+    "get",
+    "size",
+    "numel",
+    "perf_counter",
+    "startswith",
+    "is_contiguous",
+    "new_empty",
+}
+
+
+ASKING = WITHOUT_EFFECT | {
+    "abs", "all", "any", "aminmax", "argmax", "count", "device_count", "endswith", "exists", "float",
+    "frame_content_size", "is_available", "is_bf16_supported", "is_dir", "is_file", "is_floating_point", "is_nan",
+    "isfinite", "item", "max", "min", "ndim", "reshape", "stat", "stride", "sum", "tolist",
+}  # fmt: skip
+"""Methods that tests of the input call, without an effect on what they ask."""
+FUNCTIONS = BUILTINS | {"isinstance", "zip", "set", "_prefix", "cannot_run", "payload_bytes"}
+"""Functions that they call, likewise."""
+
+
+def asks(node: ast.AST) -> bool:
+    """Whether evaluating a test has no effect: beside what is `pure` it may call ASKING and FUNCTIONS, and name
+    results."""
+    for n in ast.walk(node):
+        if isinstance(n, ast.Await | ast.Yield | ast.YieldFrom):
+            return False
+        if isinstance(n, ast.Call):
+            is_name = isinstance(n.func, ast.Name)
+            name = n.func.id.rpartition(":")[2] if is_name else getattr(n.func, "attr", "")
+            if name not in (FUNCTIONS if is_name else ASKING):
+                return False
+    return True

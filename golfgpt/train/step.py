@@ -135,8 +135,8 @@ class TrainStep:
         named, quant = dict(self.model.named_parameters()), config.quant
         scheduled = quant.qat_start > 0 or quant.qat_below_lr < 1
         self._enabled = torch.zeros((), dtype=torch.bool, device=ranks.device) if scheduled else None
-        fake_quant = Quantizer(config.model, quant).fake_quant()
-        self.compute_copies = ComputeCopies(self.model, fake_quant or None, self.dtype, self._enabled)
+        quantizer = Quantizer(config.model, quant)
+        self.compute_copies = ComputeCopies(self.model, quantizer.fake_quant() or None, self.dtype, self._enabled)
         self.optimizers = Optimizers(self.model, config.optim, self.flat, self.compute_copies, self.dtype)
         self.average = Average(named, config.average, self.optimizers.bf16_params)
         assigned = spans_of_rank(ranks.rank, ranks.world, config.data.spans)
@@ -177,8 +177,8 @@ class TrainStep:
         """Mean loss in nats of targets (B, T) given ids (B, T), computed with the compute copies of the weights.
         `segments` as in GPT.forward; `looping`: with all passes of model.loop."""
         stand_ins = self.compute_copies.stand_ins()
-        segments = segments if self.config.data.order == "packed" else None
-        return self.model.loss(ids, targets, dtype=self.dtype, stand_ins=stand_ins, segments=segments, looping=looping)
+        packed = segments if self.config.data.order == "packed" else None
+        return self.model.loss(ids, targets, dtype=self.dtype, stand_ins=stand_ins, segments=packed, looping=looping)
 
     def exported(self) -> dict[str, Tensor]:
         """The weights to export, on the CPU: the average if there is one, else the parameters."""
