@@ -208,6 +208,13 @@ def test_cheats_that_execute_another_text(cheat, tmp_path):
     assert read_code(tmp_path).unread
 
 
+def test_variables_may_be_called_like_modules(tmp_path):
+    text = "code = trace = requests = []\nrequests.append(code)\ndef f(types, profile): return [types, profile.x]\n"
+    (tmp_path / PROGRAM).write_text(text)
+    code = read_code(tmp_path)
+    assert not code.unread and not code.network
+
+
 def test_a_decoder_of_the_folder(tmp_path):
     (tmp_path / "base64.py").write_text("b64decode = lambda s: b'import socket'")
     (tmp_path / PROGRAM).write_text("import base64\nexec(base64.b64decode(b'cGFzcw=='))")
@@ -222,6 +229,7 @@ NETWORK = {
     "posix_spawn": "import shutil\nshutil.os.posix_spawn('curl', [], {})",
     "asyncio": "import asyncio\nasyncio.run(asyncio.open_connection('x', 80))",
     "streams": "from asyncio import streams\nstreams.StreamReader",
+    "import of the text around": "import os as o\nexec('o.system(1)')",
     "import_module": "from importlib import import_module as im\nim('socket')",
     **{name: f"import {name}" for name in ("subprocess", "pty", "ssl", "ctypes", "multiprocessing")},
 }

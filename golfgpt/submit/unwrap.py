@@ -49,6 +49,8 @@ class Code:
     """Imports of a computed name."""
     imported: set[str] = field(default_factory=set)
     """Modules that calls import by a constant name, whatever the function is called."""
+    aliases: dict[str, list[str]] = field(default_factory=dict)
+    """What imports of the texts so far bind to a name: a text that they execute has these names too."""
     network: list[str] = field(default_factory=list)
     """Calls that reach the network or start a program."""
     reads: list[str] = field(default_factory=list)
@@ -384,6 +386,8 @@ class Reader:
                 for name, full in _bound_names(n):
                     self.imports.setdefault(name, []).append(full)
                     self.modules |= {full} - {full if isinstance(n, ast.Assign) else ""}
+        for name, full in self.imports.items():
+            code.aliases.setdefault(name, []).extend(full)
         self.run(tree.body)
 
     def run(self, body: list[ast.stmt]) -> None:
@@ -416,8 +420,12 @@ class Reader:
         """All that a function or module may be called in full, for finding what is not wanted."""
         if isinstance(node, ast.Name):
             if id(node) in self.local:
-                return self.local[id(node)]
-            return set(self.imports.get(node.id, [node.id]))
+                return {name for name in self.local[id(node)] if name != node.id or node.id in self.imports}
+            if node.id in self.imports:
+                return set(self.imports[node.id])
+            if self.bound[node.id] and not hasattr(builtins, node.id):
+                return set()  # a variable, although a module may be called so
+            return set(self.code.aliases.get(node.id, [node.id]))
         if isinstance(node, ast.Attribute):
             return {_inner(f"{owner}.{node.attr}") for owner in self.spellings(node.value)}
         if self.constant_getattr(node):
