@@ -158,6 +158,130 @@ def test_what_reading_cannot_tell_is_reported(hostile, tmp_path):
     assert read_code(tmp_path).unread
 
 
+B64 = "import base64\nx = base64.b64decode(b'aW1wb3J0IHNvY2tldA==')\n"
+CHEATS = {
+    "bound again": B64 + "exec(x)\nx = 'pass'",
+    "dead branch": "x = 'import soc'\nx += 'ket'\nif 0:\n    x = 'pass'\nexec(x)",
+    "parameter": "x = 'pass'\ndef f(x):\n    exec(x)\nf('import soc' + 'ket')",
+    "try": "x = y = 'import soc' + 'ket'\ntry:\n    1/0; x = 'pass'\nexcept: pass\nexec(x)",
+    "except": "try: 1/0; x = 'pass'\nexcept: pass\nexec(x)",
+    "walrus": "x = '1'\n(x := '__import__(\"socket\")')\neval(x)",
+    "loop": "x = 'pass'\nfor x in ['import socket']: pass\nexec(x)",
+    "del": "x = 'pass'\ndel x\nexec(x)",
+    "global": "x = 'pass'\ndef f():\n    global x\n    x = 'import socket'\nf()\nexec(x)",
+    "attribute of itself": "import __main__\nx = 'pass'\n__main__.x = 'import socket'\nexec(x)",
+    "item of a list": "x = ['pass']\nx[0] = 'import socket'\nexec(x[0])",
+    "globals": "x = 'pass'\nglobals()['x'] = 'import socket'\nexec(x)",
+    "names as a dict": "import base64\nvars(base64)['b64decode'] = f",
+    "names of the text": "exec('exec(bytes(b\"pass\"))', {'bytes': f})",
+    "by what runs before": "x = 'pass'\nexec('x = 1')\nexec(x)",
+    "by the text around": "def f():\n    global x\n    x = 'import socket'\nexec('x = \"pass\"\\nf()\\nexec(x)')",
+    "digits twice": "n = 0\nfor c in b'abc':\n    n = n * 95 + c - 32\n    n = 5\nexec(n.to_bytes(3, 'big'))",
+    "another decoder": "import base64\nbase64.b64decode = f\nexec(base64.b64decode(b'cGFzcw=='))",
+    "decoder set by name": "import base64\nsetattr(base64, 'b64decode', f)\nexec(base64.b64decode(b'cGFzcw=='))",
+    "another decoder around": "import base64\nbase64.b64decode = f\n"
+    "exec('import base64\\nexec(base64.b64decode(b\"cGFzcw==\"))')",
+    "another bytes": "def bytes(x): return b'import socket'\nexec(bytes(b'pass'))",
+    "another exec": "def exec(x): pass\nexec('pass')",
+    "alias": "e = exec\ne('import socket')",
+    "map": "list(map(exec, ['import socket']))",
+    "decorator": "@exec\n@(lambda f: 'import socket')\ndef f(): pass",
+    "builtins": "__builtins__.exec('import ' + f())",
+    "getattr": "import builtins\ngetattr(builtins, 'ex' + 'ec')('import socket')",
+    "getattr by another name": "import torch\ng = getattr\ng(torch, 'lo' + 'ad')",
+    "import alias": "from builtins import exec as e\nlist(map(e, ['import socket']))",
+    "globals of a function": "(lambda: 0).__globals__['__builtins__']",
+    "code of a function": "def f(): pass\nf.__code__ = f.__code__.replace(co_code=b'')",
+    "FunctionType": "import types\ntypes.FunctionType(compile('import socket', '', 'exec'), {})()",
+    "Unpickler": "import pickle, io\npickle.Unpickler(io.BytesIO(b'')).load()",
+    "torch.load": "import torch\ntorch.load('model.golf', weights_only=False)",
+    "numpy.load": "import numpy as np\nnp.load('model.golf', allow_pickle=True)",
+    "ctypes": "import ctypes\nctypes.CDLL(None).system(b'curl')",
+    "all names": "from os import *",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cheat", CHEATS.values(), ids=CHEATS.keys())
+def test_cheats_that_execute_another_text(cheat, tmp_path):
+    """Than the one that reading would find."""
+    (tmp_path / PROGRAM).write_text(cheat)
+    assert read_code(tmp_path).unread
+
+
+def test_variables_may_be_called_like_modules(tmp_path):
+    text = "code = trace = requests = []\nrequests.append(code)\ndef f(types, profile): return [types, profile.x]\n"
+    (tmp_path / PROGRAM).write_text(text)
+    code = read_code(tmp_path)
+    assert not code.unread and not code.network
+
+
+def test_a_decoder_of_the_folder(tmp_path):
+    (tmp_path / "base64.py").write_text("b64decode = lambda s: b'import socket'")
+    (tmp_path / PROGRAM).write_text("import base64\nexec(base64.b64decode(b'cGFzcw=='))")
+    assert read_code(tmp_path).unread
+
+
+NETWORK = {
+    "system": "import os\nos.system('curl')",
+    "popen": "from os import popen as p\np('curl')",
+    "execv": "import os\nf = os.execv",
+    "spawn": "import os\ngetattr(os, 'spawnv')(0, 'curl', [])",
+    "posix_spawn": "import shutil\nshutil.os.posix_spawn('curl', [], {})",
+    "asyncio": "import asyncio\nasyncio.run(asyncio.open_connection('x', 80))",
+    "streams": "from asyncio import streams\nstreams.StreamReader",
+    "import of the text around": "import os as o\nexec('o.system(1)')",
+    "import_module": "from importlib import import_module as im\nim('socket')",
+    **{name: f"import {name}" for name in ("subprocess", "pty", "ssl", "ctypes", "multiprocessing")},
+}
+
+
+@pytest.mark.parametrize("program", NETWORK.values(), ids=NETWORK.keys())
+def test_network_and_other_programs(program, sub):
+    write(PROGRAM, program)(sub)
+    assert "no network and no other programs" in failed(check(sub)).get("imports", "nothing")
+
+
+READS = (
+    "open('model' + '.golf', 'rb')", "k = 'model'; open(f'{k}.golf')", "from pathlib import Path; Path('.').glob('*')",
+    "import glob; glob.glob('*.log')", "import os; os.listdir('.')", "from pathlib import Path; Path().iterdir()",
+    "import torch; torch.load('model' + '.golf')", "import numpy as np; np.load(f())", "open('../other')",
+    "import os; open(os.path.join(os.path.dirname(__file__), 'README.md'))", "o = open; o(f())",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("program", READS)
+def test_reads_of_computed_names(program, sub):
+    write(PROGRAM, f"\n{program}")(sub)
+    found = {finding.check: finding for finding in check(sub)}["files read"]
+    assert found.result == "not checked" and "line 2: " in found.detail
+
+
+def test_reads_of_given_names(tmp_path):
+    text = "import os, sys\nfrom pathlib import Path\nopen('model.golf')\nopen(sys.argv[1])\n"
+    text += "Path(os.environ['DATA_PATH']).glob('*.bin')\n(Path(os.environ.get('DATA_PATH', 'x')) / f()).read_bytes()"
+    (tmp_path / PROGRAM).write_text(text)
+    assert not read_code(tmp_path).reads
+
+
+def test_readable_source_is_all_that_runs(sub):
+    """The readable text must be what the wrapper executes, and the wrapper nothing more."""
+    text, whole = minified(SOURCE), (sub / PROGRAM).read_text()
+    for cheat in (f"print('else')\nif 0:\n    exec({text!r})", f"{whole}print('else')", f"print('else')\n{whole}"):
+        write(PROGRAM, cheat)(sub)
+        assert "readable source" in failed(check(sub)), cheat
+    write(PROGRAM, text)(sub)
+    assert "readable source" not in failed(check(sub))
+
+
+def test_a_file_is_no_module(sub):
+    """That a file has the name of a package does not make the package one of the folder."""
+    write("requests.txt", "")(sub)
+    write(PROGRAM, "import golfgpt\nopen('golfgpt.md')")(sub)
+    write("golfgpt.md", "")(sub)
+    found = failed(check(sub))
+    assert "golfgpt" in found["imports"] and "requests.txt" in found["files"]
+
+
 def test_damage_and_nesting(tmp_path):
     for text, words in (
         ("import zlib\nexec(zlib.decompress(b'nothing'))", "zlib.decompress refuses"),
@@ -318,6 +442,7 @@ def set_seed(name, value, seed="1337"):
 BAD = {
     "no README": (lambda sub: (sub / "README.md").unlink(), "files", "there is no README.md"),
     "a link": (lambda sub: (sub / "more").symlink_to("/etc/passwd"), "files", "links: more"),
+    "weights": (write("weights.bin", "x"), "files", "weights.bin: not of a submission"),
     "no JSON": (write("submission.json", "{"), "submission.json", "submission.json: Expecting"),
     "no author": (edit_json(lambda s: s.pop("author")), "submission.json", "'author' is a required property"),
     "no github_id": (edit_json(lambda s: s.update(github_id="a b")), "submission.json", "github_id: 'a b'"),

@@ -8,6 +8,7 @@ against logs), 1017 (conditions of a score). What reading cannot decide is "not 
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import re
@@ -23,15 +24,14 @@ from golfgpt.errors import GolfError, InputError
 from golfgpt.files import sha256_file
 from golfgpt.submit.folder import ARTIFACT, PACKAGES, PROGRAM, READABLE, SCHEMA
 from golfgpt.submit.pack import imports, minified
-from golfgpt.submit.unwrap import Code, read_code
+from golfgpt.submit.unwrap import NETWORK, Code, read_code
 
 SEEDS = 3
+LOGS = re.compile(r"[^/]*\.log|[^/]*train[^/]*\.txt|result_seed\d+\.json")
+"""Names of logs and results of the seeds."""
 SECONDS = 600.0
 """Of training, and of evaluation."""
 MAX_TEXT = 64 * 2**20
-NETWORK = {"aiohttp", "ftplib", "http", "httpx", "huggingface_hub", "requests", "smtplib", "socket", "socketserver"}
-NETWORK |= {"subprocess", "telnetlib", "urllib", "urllib3", "xmlrpc"}
-"""Modules that reach the network, or start a program that may."""
 
 
 class Finding(NamedTuple):
@@ -202,6 +202,10 @@ def files(folder: Folder) -> str:
     links = [file.name for file in folder.path.rglob("*") if file.is_symlink()]
     if links:
         raise Failed(f"links: {', '.join(links)}; expected files")
+    found = {str(file.relative_to(folder.path)) for file in folder.path.rglob("*") if file.is_file()}
+    known = {"README.md", "submission.json", "requirements.txt", PROGRAM, READABLE, ARTIFACT, *folder.code.files}
+    if further := sorted(name for name in found - known if not LOGS.fullmatch(name)):
+        raise Failed(f"{', '.join(further[:8])}: not of a submission, and not counted as code")
     sizes = [file.stat().st_size for file in folder.path.rglob("*") if file.is_file()]
     return f"{len(sizes)} files, {sum(sizes):,} bytes; a log for each of {len(folder.logs)} seeds"
 
@@ -218,6 +222,12 @@ def program(folder: Folder) -> str:
     return f"parses; {' -> '.join(f'{len(text.encode()):,}' for text in code.texts)} bytes{how}"
 
 
+def reads(folder: Folder) -> str:
+    if found := folder.code.reads:
+        raise NotChecked(f"reads files of a name that reading cannot tell: {'; '.join(found[:4])}")
+    return "names the files that it reads"
+
+
 def code_size(folder: Folder) -> str:
     sizes = folder.code_bytes
     total, words = sum(sizes.values()), " + ".join(f"{name} {size:,}" for name, size in sizes.items())
@@ -227,10 +237,13 @@ def code_size(folder: Folder) -> str:
 
 
 def modules(folder: Folder) -> str:
-    found = set().union(*map(imports, folder.code.texts))
+    found = set().union(folder.code.imported, *map(imports, folder.code.texts))
     if network := sorted(found & NETWORK):
         raise Failed(f"imports {', '.join(network)}: no network and no other programs")
-    own = {Path(name).stem for name in folder.code.files} | {Path(name).parts[0] for name in folder.code.files}
+    if calls := folder.code.network:
+        raise Failed(f"{'; '.join(calls[:4])}: no network and no other programs")
+    files = [Path(name) for name in folder.code.files]
+    own = {file.stem for file in files if file.suffix == ".py"} | {file.parts[0] for file in files if file.parts[1:]}
     others = found - sys.stdlib_module_names - own
     if further := sorted(others - PACKAGES):
         raise Failed(f"imports {', '.join(further)}; expected only {', '.join(sorted(PACKAGES))}")
@@ -243,11 +256,28 @@ def readable(folder: Folder) -> str:
     if not (folder.path / READABLE).is_file():
         raise NotChecked(f"there is no {READABLE}")
     try:
-        if minified(folder.text(READABLE)) in folder.code.texts:
+        text, texts = minified(folder.text(READABLE)), folder.code.texts
+        if text == texts[0] or (texts[1:] == [text] and is_wrapper(texts[0]) and not folder.code.unread):
             return f"{PROGRAM} is {READABLE}, minified"
     except SyntaxError as error:
         raise Failed(f"{READABLE} is no Python: {error}") from None
     raise Failed(f"{PROGRAM} is not what {READABLE} becomes with the python-minifier that is installed")
+
+
+def is_wrapper(text: str) -> bool:
+    """Whether a text is what golfgpt.submit.pack writes around a program, and nothing else."""
+    match ast.parse(text).body:
+        case [
+            ast.Import(names=[ast.alias(name="lzma" | "zlib" | "brotli" as module, asname=None)]),
+            ast.Assign(targets=[ast.Name(id="n")], value=ast.Constant(value=0)),
+            ast.For() as loop,
+            ast.Expr(value=ast.Call(func=ast.Name(id="exec"), args=[call], keywords=[])),
+        ] if ast.unparse(loop).startswith("for c in b") and len(loop.body) == 1 and not loop.orelse:
+            size = r"n\.to_bytes\(\d+, 'big'\)"
+            options = r"(, 3, None, \[\{'id': 33\}\])?"
+            line = ast.unparse(loop.body[0]) == "n = n * 95 + c - 32" and isinstance(loop.iter, ast.Constant)
+            return line and bool(re.fullmatch(rf"{module}\.decompress\({size}{options}\)", ast.unparse(call)))
+    return False
 
 
 def artifact(folder: Folder) -> str:
@@ -462,6 +492,7 @@ CHECKS: dict[str, Callable[[Folder], str]] = {
     "submission.json": fields,
     "program": program,
     "imports": modules,
+    "files read": reads,
     "readable source": readable,
     "code bytes": code_size,
     "artifact": artifact,
