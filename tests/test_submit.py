@@ -25,7 +25,7 @@ from golfgpt.config import BudgetConfig, QuantConfig
 from golfgpt.errors import BudgetError, InputError, VerificationError, missing_package
 from golfgpt.quant import artifact
 from golfgpt.runs import write_config
-from golfgpt.submit import bundle, isolated
+from golfgpt.submit import bundle, fold, isolated
 from golfgpt.submit.check import Finding, check
 from golfgpt.submit.folder import PROGRAM, About, pack
 from golfgpt.submit.pack import from_digits, imports, minified, packed, to_digits
@@ -66,7 +66,7 @@ def test_packed_file_runs(tmp_path):
 
 def test_large_programs_are_packed_by_lzma(tmp_path):
     """Other than the small ones, which zlib makes smaller."""
-    source = Path(bundle.__file__).read_text()
+    source = Path(fold.__file__).read_text()
     (tmp_path / PROGRAM).write_bytes(packed(source))
     code = read_code(tmp_path)
     assert code.texts[1] == minified(source) and code.how == ["base 95", "lzma.decompress"]
