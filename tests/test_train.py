@@ -331,10 +331,10 @@ def test_a_cap_too_short_for_one_step(tiny, tmp_path):
 
 def test_over_budget_is_scored_kept_and_refused(tiny, tmp_path):
     size = train(tiny, tmp_path / "fits")["total_bytes"]
-    exact = replace(tiny, budget=BudgetConfig(artifact_bytes=size))
+    exact = replace(tiny, budget=BudgetConfig(artifact_bytes=size, code_bytes=60_000))
     assert train(exact, tmp_path / "exact")["margin_bytes"] == 0
     with pytest.raises(BudgetError, match="over budget by 1 bytes"):
-        train(replace(tiny, budget=BudgetConfig(artifact_bytes=size - 1)), tmp_path / "over")
+        train(replace(tiny, budget=BudgetConfig(artifact_bytes=size - 1, code_bytes=60_000)), tmp_path / "over")
     assert artifact.read(tmp_path / "over" / "model.golf").state
     assert json.loads((tmp_path / "over" / "result.json").read_text())["margin_bytes"] == -1
 
