@@ -69,8 +69,8 @@ LAYERS = (
     {"optim", "score"},
     {"tables"},
     {"train"},
-    {"importer", "doctor", "compare", "sweep", "hf"},
-    {"report", "watch", "submit"},
+    {"importer", "doctor", "compare", "sweep"},
+    {"report", "watch", "submit", "hf"},
     {"cli", "__main__"},
 )
 """What stands in one of golfgpt's layers imports from its own and from those above it in this list. Every file named

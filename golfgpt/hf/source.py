@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-PACKAGES = ("golfgpt", "golfgpt_kernels")
+from golfgpt.submit.source import PACKAGES, binds
 
 
 class Definition(NamedTuple):
@@ -122,18 +122,10 @@ def read_module(name: str) -> Module:
         elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):  # the docstring of a constant
             module.defined.update({name: f"{module.defined[name]}\n{text}" for name in names})
         else:
-            names = _names(node)
+            names = binds(node)
             module.defined.update(dict.fromkeys(names, text))
             module.used.update({name: set(_used(node)) for name in names})
     return module
-
-
-def _names(node: ast.stmt) -> list[str]:
-    """What a statement defines at the top level."""
-    if isinstance(node, ast.FunctionDef | ast.ClassDef):
-        return [node.name]
-    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-    return [n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)]
 
 
 def _used(node: ast.stmt) -> Iterator[str]:

@@ -94,7 +94,7 @@ class Package:
             if needed.split(".")[0] in PACKAGES:
                 self.module(needed)
         for node in _statements(tree):
-            names = _binds(node)
+            names = binds(node)
             if names == ["_"] or (not names and isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)):
                 module.unnamed.append(node)
                 continue
@@ -168,7 +168,8 @@ def imported(node: ast.AST, package: str) -> Iterator[tuple[str, str]]:
             yield alias.asname or alias.name, id if module.split(".")[0] in PACKAGES else f"import:{id}"
 
 
-def _binds(node: ast.stmt) -> list[str]:
+def binds(node: ast.stmt) -> list[str]:
+    """What a statement defines at the top level of a module."""
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
         return [node.name]
     targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
@@ -274,7 +275,7 @@ class _Qualify(ast.NodeTransformer):
             self.locals.append(here if not isinstance(part, ast.FunctionDef) else set())
             node.body[i] = self.visit(part)
             self.locals.pop()
-            here |= set(_binds(part))
+            here |= set(binds(part))
         return node
 
 
