@@ -465,3 +465,8 @@ def test_the_budget_is_exact_to_the_byte():
         check_budget(15_940_001, budget)
     assert caught.value.exit_code == 4
     assert budget_report(15_940_001, budget).margin_bytes == -1
+
+
+def test_code_that_nobody_counted_is_said():
+    report = budget_report(1_000, BudgetConfig(artifact_bytes=1_500))
+    assert (report.total_bytes, report.margin_bytes) == (1_000, 500) and "code not counted" in str(report)

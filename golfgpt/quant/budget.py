@@ -95,13 +95,14 @@ class BudgetReport:
     """The artifact against its budget, in decimal bytes."""
 
     file_bytes: int
-    code_bytes: int
+    code_bytes: int | None
+    """None: not counted."""
     artifact_bytes: int
     """The limit."""
 
     @property
     def total_bytes(self) -> int:
-        return self.file_bytes + self.code_bytes
+        return self.file_bytes + (self.code_bytes or 0)
 
     @property
     def margin_bytes(self) -> int:
@@ -109,14 +110,15 @@ class BudgetReport:
         return self.artifact_bytes - self.total_bytes
 
     def __str__(self) -> str:
+        code = "not counted" if self.code_bytes is None else f"{self.code_bytes:,}"
         return (
-            f"{self.total_bytes:,} bytes = model {self.file_bytes:,} + code {self.code_bytes:,}; "
+            f"{self.total_bytes:,} bytes = model {self.file_bytes:,} + code {code}; "
             f"limit {self.artifact_bytes:,}, margin {self.margin_bytes:,}"
         )
 
 
 def budget_report(file_bytes: int, budget: BudgetConfig) -> BudgetReport:
-    return BudgetReport(file_bytes, budget.code_bytes or 0, budget.artifact_bytes)
+    return BudgetReport(file_bytes, budget.code_bytes, budget.artifact_bytes)
 
 
 def check_budget(file_bytes: int, budget: BudgetConfig) -> BudgetReport:

@@ -266,7 +266,7 @@ def _ledger(views: Sequence[View]) -> Table | None:
 def _budget(view: View) -> dict[str, Any]:
     """Shares of the limit, in percent, and the sentence below the bar."""
     r, limit = view.result, view.run.config.budget.artifact_bytes
-    code = r.get("code_bytes", r.get("code_bytes_allowance"))  # earlier runs had an allowance
+    code = r.get("code_bytes", r.get("code_bytes_allowance")) or 0  # earlier runs had an allowance
     shares = {"model.golf": r["artifact_bytes"], "code": code}
     most = max(limit, r["total_bytes"])
     margin = f"{r['margin_bytes']:,} left" if r["margin_bytes"] >= 0 else f"over by {-r['margin_bytes']:,}"

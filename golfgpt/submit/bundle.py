@@ -16,7 +16,7 @@ from typing import Any
 
 from golfgpt.config import RunConfig
 from golfgpt.errors import InputError
-from golfgpt.score.ttt.evaluate import PUBLISHED
+from golfgpt.score.ttt.evaluate import with_published
 from golfgpt.submit.facts import SEED, UNKNOWN, Facts, is_literal
 from golfgpt.submit.program import Program
 from golfgpt.submit.source import Package
@@ -50,8 +50,6 @@ def source(config: RunConfig) -> str:
 
 def resolved(config: RunConfig) -> RunConfig:
     """`config` with what a run decides at its start."""
-    ttt = config.eval.ttt
-    sgd = {name: value for name, value in PUBLISHED.get(ttt.kind, {}).items() if getattr(ttt.sgd, name) is None}
     runtime = config.runtime
     runtime = replace(
         runtime,
@@ -60,8 +58,7 @@ def resolved(config: RunConfig) -> RunConfig:
         graph="off" if runtime.graph == "auto" else runtime.graph,
         dtype="bfloat16" if runtime.dtype == "auto" else runtime.dtype,
     )
-    adapted = replace(ttt, sgd=replace(ttt.sgd, **sgd))
-    return replace(config, eval=replace(config.eval, ttt=adapted), runtime=runtime)
+    return replace(config, eval=replace(config.eval, ttt=with_published(config.eval.ttt)), runtime=runtime)
 
 
 def facts_of(config: RunConfig) -> Facts:

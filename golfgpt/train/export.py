@@ -103,7 +103,7 @@ class Exporter:
         say(tensor_table(reports))
         self.reporter.metric("tensors", tensors=[report._asdict() for report in reports])
         say(f"Serialized model: {raw} bytes")
-        say(f"Code size: {c.budget.code_bytes or 0} bytes")
+        say(f"Code size: {'not counted' if c.budget.code_bytes is None else f'{c.budget.code_bytes} bytes'}")
         say(
             f"Serialized model {label}: {info.file_bytes} bytes (payload:{info.payload_bytes} "
             f"payload_ratio:{raw / info.payload_bytes:.2f}x)"

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from golfgpt.bpb import bits_per_byte
-from golfgpt.config import RunConfig
+from golfgpt.config import RunConfig, TTTConfig
 from golfgpt.data.shards import Dataset
 from golfgpt.distributed import Ranks
 from golfgpt.errors import GolfError, InputError, Interrupted, NonFiniteError, PeerError, VerificationError
@@ -141,8 +141,7 @@ def evaluate_adapted(
     after a signal. A number that is not finite ends it with a score of what was scored before (`diverged`).
     """
     began, ttt = time.perf_counter(), config.eval.ttt
-    sgd = {name: value for name, value in PUBLISHED.get(ttt.kind, {}).items() if getattr(ttt.sgd, name) is None}
-    ttt = replace(ttt, sgd=replace(ttt.sgd, **sgd))
+    ttt = with_published(ttt)
     config = replace(config, eval=replace(config.eval, ttt=ttt))
     windows, bos = plan_windows(dataset, config), dataset.need_tokenizer().bos_id
     aware, compiled, by_windows = config.eval.document_aware, compiles(config, ranks), ttt.kind == "sgd"
@@ -249,6 +248,12 @@ def evaluate_adapted(
             code_length=words,
         ),
     )
+
+
+def with_published(ttt: TTTConfig) -> TTTConfig:
+    """`ttt` with the PUBLISHED settings of SGD where it gives none."""
+    sgd = {name: value for name, value in PUBLISHED.get(ttt.kind, {}).items() if getattr(ttt.sgd, name) is None}
+    return replace(ttt, sgd=replace(ttt.sgd, **sgd))
 
 
 def check_adapted(adapted: AdaptedScore | None) -> None:
