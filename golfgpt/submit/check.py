@@ -24,7 +24,8 @@ from golfgpt.errors import GolfError, InputError
 from golfgpt.files import sha256_file
 from golfgpt.submit.folder import ARTIFACT, PACKAGES, PROGRAM, READABLE, SCHEMA
 from golfgpt.submit.pack import imports, minified
-from golfgpt.submit.unwrap import NETWORK, Code, read_code
+from golfgpt.submit.reader import Code
+from golfgpt.submit.unwrap import NETWORK, read_code
 
 SEEDS = 3
 LOGS = re.compile(r"[^/]*\.log|[^/]*train[^/]*\.txt|result_seed\d+\.json")
