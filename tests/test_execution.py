@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from golfgpt_kernels import set_implementation
 from models import latest_record
 
 from golfgpt.config import RuntimeConfig
@@ -30,8 +31,11 @@ PLAIN = RuntimeConfig(kernels="eager", attention="flash", graph="off", threads=1
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
+def fresh(tmp_path, monkeypatch):
+    """An empty cache, and no kernels left from the test before."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with set_implementation("eager"):
+        yield
 
 
 @pytest.fixture
