@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -181,6 +182,8 @@ def test_recipes(capsys):
     ("argv", "code", "message"),
     [
         (["trian"], 2, "did you mean train?"),
+        (["sample"], 2, "expected PATH, got none"),
+        (["data", "prepare"], 2, "expected --out PATH, got none"),
         (["train", "--recipe", "demmo"], 3, "did you mean demo?"),
         (["train", "--data.path", "."], 3, "--recipe baseline on GPUs, --recipe small on a CPU"),
         (["train", "--resume", "runs/first", "--recipe", "golf"], 3, "runs/first or --recipe golf, not both"),
@@ -208,19 +211,34 @@ def test_mistakes_are_named(here, capsys, argv, code, message):
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("flags", "code", "message"),
     [
-        (["--model.num-layer", "3"], "--model.num-layers"),
-        (["--model.num-layers", "many"], "invalid"),
-        (["--model.model-dim", "100", "--model.num-heads", "7"], "not a multiple of model.num_heads 7"),
-        (["--eval.stride", "0"], "eval.stride is 0; expected >= 1"),
+        (["--model.num-layer", "3"], 2, "unknown option --model.num-layer; did you mean --model.num-layers?"),
+        (["--seed"], 2, "--seed has no value"),
+        (["more"], 2, "unexpected argument more"),
+        (["--schedule.max-seconds", "1m"], 3, "--schedule.max-seconds got 1m; expected a number or None"),
+        (["--model.xsa-layers", "1", "x"], 3, "--model.xsa-layers got 1, x; expected a whole number"),
+        (["--data.order=up"], 3, "--data.order got up; expected one of sequential, shuffled, coprime, packed"),
+        (["--model.model-dim", "100", "--model.num-heads", "7"], 3, "model.model_dim 100 is not a multiple of"),
+        (["--eval.stride", "0"], 3, "eval.stride is 0; expected >= 1"),
     ],
 )
-def test_misspelt_and_invalid_flags(here, capsys, flags, message):
+def test_a_bad_option_is_named_last(capsys, flags, code, message):
+    assert main(["train", *flags]) == code
+    *about, error = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"golfgpt: {message}") and 1 <= len(about) <= 2
+    assert about[0] == "golfgpt train --help lists all options"
+
+
+def test_help_names_what_is_used_most_in_unbroken_paragraphs(capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["train", *flags])
-    assert stop.value.code == 2
-    assert message in " ".join(capsys.readouterr().err.split())
+        main(["train", "--help"])
+    assert not stop.value.code
+    most, options = capsys.readouterr().out.split("Most used:\n")[1].split("\n\n", 1)
+    rows = [row.strip("│ ") for row in options.splitlines()]
+    assert all(any(row.startswith(f"{flag} ") for row in rows) for flag in re.findall("^--[^ ]+", most, re.MULTILINE))
+    at = next(i for i, row in enumerate(rows) if row.startswith("--model.smear-gate"))
+    assert all(len(row) > 55 for row in rows[at + 1 : at + 4])  # of 70: no line ends where the source's does
 
 
 def test_damaged_artifacts_are_refused(trained, capsys):

@@ -20,7 +20,16 @@ from golfgpt.errors import BudgetError, InputError, Interrupted
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """Train a model, write model.golf, reload it from disk and score it. For several GPUs, run it under torchrun."""
+    """Train a model, write model.golf, reload it from disk and score it. For several GPUs, run it under torchrun.
+
+    Most used:
+    --recipe NAME - small on a CPU, baseline on GPUs
+    --data.path DIR - the text, from golfgpt data prepare
+    --name NAME - of the run folder
+    --schedule.max-seconds S - how long to train
+    --model.vocab-size N - if the tokenizer has not 1,024 pieces
+    --resume RUN - go on after a stop
+    """
 
     config: Config
     recipe: str | None = None
