@@ -15,6 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 from golfgpt.cli import main
+from golfgpt.data.tokenizer import Tokenizer
 from golfgpt.errors import missing_package
 from golfgpt.model.gpt import GPT
 from golfgpt.score import evaluate as evaluation
@@ -69,9 +70,6 @@ def test_train_eval_sample_budget_inspect_export(trained, corpus, capsys):
     assert again["score"]["val_bpb"] == result["score"]["val_bpb"]
     sliding = run_json(capsys, "eval", trained, "--eval.stride", "16", "--eval.max-tokens", "3000")["score"]
     assert (sliding["stride"], sliding["tokens"]) == (16, 3000)
-    sample = run_json(capsys, "sample", trained, "--prompt", "def main", "--tokens", "12")
-    assert sample["prompt"] == "def main" and 0 < sample["tokens"] <= 12
-    assert sample == run_json(capsys, "sample", trained, "--prompt", "def main", "--tokens", "12")
     info = run_json(capsys, "inspect", trained)
     assert info["bytes"] == result["artifact_bytes"] and info["sha256"] == result["artifact_sha256"]
     plain = {"input_scale": 1.0, "xsa": False, "residual": "sequential"}
@@ -80,6 +78,37 @@ def test_train_eval_sample_budget_inspect_export(trained, corpus, capsys):
     assert run_json(capsys, "export", trained, "--to", "safetensors")["tensors"] == 22
     tensors = load_file(trained / "model.safetensors")
     assert tensors["blocks.1.attn.c_k.weight"].shape == (16, 32)
+
+
+def test_samples(trained, capsys):
+    asked = ["sample", trained, "--prompt", "def main", "--tokens", "12", "--top-k", "0"]
+    several = run_json(capsys, *asked, "--samples", "2")
+    assert several["prompt"] == "def main"
+    first, second = several["samples"]
+    assert first["text"] != second["text"] and 0 < first["tokens"] <= 12
+    assert run_json(capsys, *asked, "--seed", "1")["samples"] == [second]
+    file = trained / "prompt.txt"
+    file.write_text("def main")
+    assert run_json(capsys, *asked[:2], "--prompt-file", file, *asked[4:])["samples"] == [first]
+    assert main(["sample", str(trained), "--prompt-file", str(file), "--prompt", "x"]) == 3
+    file.write_bytes(b"caf\xe9")
+    assert main(["sample", str(trained), "--prompt-file", str(file)]) == 3
+    assert "byte 3 is not UTF-8" in capsys.readouterr().err
+
+
+def test_a_document_that_ends_early_is_said_or_passed(trained, capsys, monkeypatch):
+    tokenizer = Tokenizer.from_file(trained / "tokenizer.model")
+    spoken = [*tokenizer.encode("one"), tokenizer.bos_id, *tokenizer.encode("two")]
+
+    def generate(model, ids, count, *, stop_id, **options):
+        return spoken[: spoken.index(stop_id) if stop_id else count]
+
+    monkeypatch.setattr(GPT, "generate", generate)
+    assert main(["sample", str(trained), "--tokens", str(len(spoken))]) == 0
+    said = capsys.readouterr()
+    assert said.out == "one\n" and f"after {spoken.index(tokenizer.bos_id)} of {len(spoken)} tokens" in said.err
+    assert main(["sample", str(trained), "--tokens", str(len(spoken)), "--past-end"]) == 0
+    assert tuple(capsys.readouterr()) == ("one\n\ntwo\n", "")
 
 
 def test_a_score_shows_what_was_checked(trained, capsys):

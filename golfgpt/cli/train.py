@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -257,22 +258,30 @@ def evaluate(args: Eval) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """Generate text from a run's model.golf."""
+    """Generate text from a run's model.golf. Notes, such as that the model ended the document, go to standard error."""
 
     run: Positional[Path]
     """Run folder, or a .golf file with tokenizer.model in the same folder."""
     prompt: str = ""
     """Text to continue; empty: start a new document."""
+    prompt_file: Path | None = None
+    """File with the text to continue, as it stands; - is standard input."""
+    samples: int = 1
+    """Samples to generate: the first with --seed, the next ones with the seeds after it."""
     tokens: int = 200
-    """Maximum number of tokens; generation also stops when the model ends the document."""
+    """Maximum number of tokens; generation also stops when the model ends the document, unless --past-end."""
+    past_end: bool = False
+    """Go on with a new document, after a blank line, when the model ends one."""
     temperature: float = 0.8
     """Softmax temperature; 0 always picks the most likely token."""
-    top_k: int | None = 50
-    """Sample from this many most likely tokens; None: all."""
+    top_k: int = 50
+    """Sample from this many most likely tokens; 0: from all."""
+    top_p: float = 1.0
+    """Of these, sample from the fewest whose probabilities sum to this; 1: from all."""
     seed: int = 0
     """Seed of the sampling."""
     json: bool = False
-    """Print prompt, text and number of tokens as JSON."""
+    """Print the prompt, and of each sample seed, text, number of tokens and whether the model ended it, as JSON."""
 
 
 def sample(args: Sample) -> int:
@@ -283,28 +292,65 @@ def sample(args: Sample) -> int:
     from golfgpt.train.run_folder import load
 
     for name, value, low, high in (
+        ("samples", args.samples, 1, 10**6),
         ("tokens", args.tokens, 1, 10**6),
-        ("top-k", args.top_k or 1, 1, 65_536),
+        ("top-k", args.top_k, 0, 65_536),
+        ("top-p", args.top_p, 1e-9, 1),
         ("temperature", args.temperature, 0, 100),
-        ("seed", args.seed, 0, 2**63 - 1),
+        ("seed", args.seed, 0, 2**63 - args.samples),
     ):
         if not low <= value <= high:
             raise InputError(f"--{name} is {value}; expected {low} to {high}")
+    prompt = _prompt(args)
     model, tokenizer = load(args.run)
-    ids = torch.tensor([tokenizer.bos_id, *tokenizer.encode(args.prompt)])
-    new = model.generate(
-        ids,
-        args.tokens,
-        window=artifact.inspect(artifact_file(args.run)).seq_len,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        stop_id=tokenizer.bos_id,
-        generator=torch.Generator().manual_seed(args.seed),
-    )
-    prompt = ids.tolist()  # what the prompt ends with, such as half a word, decides how the first new ids decode
-    text = tokenizer.decode([*prompt, *new])[len(tokenizer.decode(prompt)) :]
+    window, bos = artifact.inspect(artifact_file(args.run)).seq_len, tokenizer.bos_id
+    ids = [bos, *tokenizer.encode(prompt)]
+    if len(ids) > window:
+        print(f"the prompt has {len(ids):,} tokens, of which the model reads the last {window:,}", file=sys.stderr)
+    found = []
+    for seed in range(args.seed, args.seed + args.samples):
+        new = model.generate(
+            torch.tensor(ids),
+            args.tokens,
+            window=window,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            stop_id=None if args.past_end else bos,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        # What the prompt ends with, such as half a word, decides how the first new ids decode.
+        first, *more = _documents([*ids, *new], bos)
+        text = "\n\n".join([tokenizer.decode(first)[len(tokenizer.decode(ids)) :], *map(tokenizer.decode, more)])
+        found.append({"seed": seed, "text": text, "tokens": len(new), "ended": len(new) < args.tokens})
+        if args.json:
+            continue
+        if args.samples > 1:
+            print(f"--- seed {seed}", flush=True)
+        print(prompt + text, flush=True)
+        if len(new) < args.tokens:
+            print(
+                f"(the model ended the document after {len(new)} of {args.tokens} tokens; --past-end goes on)",
+                file=sys.stderr,
+            )
     if args.json:
-        print_json({"prompt": args.prompt, "text": text, "tokens": len(new)})
-    else:
-        print(args.prompt + text)
+        print_json({"prompt": prompt, "samples": found})
     return 0
+
+
+def _prompt(args: Sample) -> str:
+    if args.prompt_file is None:
+        return args.prompt
+    if args.prompt:
+        raise InputError(f"expected --prompt or --prompt-file, got both; drop one (the file is {args.prompt_file})")
+    data = sys.stdin.buffer.read() if str(args.prompt_file) == "-" else args.prompt_file.read_bytes()
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"--prompt-file {args.prompt_file}: byte {error.start} is not UTF-8; convert it") from None
+
+
+def _documents(ids: list[int], bos: int) -> list[list[int]]:
+    """The ids of each document, with the BOS that it starts with."""
+    starts = [i for i, token in enumerate(ids) if token == bos]
+    return [ids[start:end] for start, end in itertools.pairwise([*starts, len(ids)])]
