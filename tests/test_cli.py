@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from golfgpt.cli import main
 from golfgpt.data.tokenizer import Tokenizer
 from golfgpt.errors import missing_package
 from golfgpt.model.gpt import GPT
+from golfgpt.runs import read_config, write_config
 from golfgpt.score import evaluate as evaluation
 
 TINY = [
@@ -179,6 +181,41 @@ def test_eval_continues_after_sigterm(trained, capsys, monkeypatch):
 def test_only_a_missing_or_old_package_is_worth_advice(error, advice):
     """Any other ImportError is a bug and keeps its traceback."""
     assert missing_package(error) == advice
+
+
+def test_evals_are_kept_and_say_what_they_leave_out(trained, corpus, capsys):
+    config = read_config(trained)
+    write_config(trained, replace(config, eval=replace(config.eval, max_tokens=900)))
+    assert main(["eval", str(trained)]) == 0
+    said = capsys.readouterr().out
+    assert "eval.max_tokens 900 is kept from training; --eval.max-tokens None scores all" in said
+    assert "no gzip, xz, zstd and bigram beside it" in said
+    sgd = ["--eval.max-tokens", "1300", "--eval.stride", "32", "--eval.ttt.kind", "sgd", "--eval.ttt.sgd.epochs", "1"]
+    assert main(["eval", str(trained), *sgd, "--eval.ttt.sgd.chunk-tokens", "640"]) == 0
+    assert "kept from training" not in capsys.readouterr().out
+    first, second = run_json(capsys, "runs", "show", trained)["evals"]
+    assert (first["tokens"], first["stride"], first["artifact"], first["data"]) == (900, 64, "model.golf", str(corpus))
+    assert (second["tokens"], second["stride"], second["adapted"]["kind"]) == (1300, 32, "sgd")
+    assert main(["runs", "show", str(trained)]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("20") and "model.golf" in line]
+    assert [re.search(r"val_bpb.*", row)[0] for row in rows] == [
+        first["label"], second["label"], second["adapted"]["label"]
+    ]  # fmt: skip
+
+
+def test_text_of_another_tokenizer_is_to_be_prepared_with_the_runs(trained, corpus, capsys):
+    """Of another size, of the same, and text that nobody prepared: one piece of advice, which works."""
+    model = trained / "tokenizer.model"
+    text = trained / "text.jsonl"
+    text.write_text("".join((corpus.parent / "text.jsonl").read_text().splitlines(keepends=True)[:20]))
+    for size in ("400", "384"):
+        assert main(["data", "prepare", str(text), "--out", f"other{size}", "--vocab-size", size]) == 0
+        assert main(["eval", str(trained), "--data.path", f"other{size}"]) == 3
+        assert f"golfgpt data prepare FILES --tokenizer {model} --out DIR" in capsys.readouterr().err
+    assert main(["eval", str(trained), "--data.path", str(text)]) == 3
+    assert f"golfgpt data prepare {text} --tokenizer {model} --out DIR" in capsys.readouterr().err
+    assert main(["train", "--recipe", "demo", "--data.path", str(text)]) == 3
+    assert f"golfgpt data prepare {text} --out data/text, then use data/text" in capsys.readouterr().err
 
 
 def test_the_r4_variant_is_labelled(trained, capsys):

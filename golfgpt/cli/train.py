@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -13,7 +14,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from golfgpt.cli.common import RUNS, Config, print_json, run_name, stored_config
+from golfgpt.cli.common import RUNS, Config, check_tokenizer, print_json, run_name, stored_config
 from golfgpt.cli.data import DataPrepare, prepare_folder
 from golfgpt.config import EvalConfig, RunConfig
 from golfgpt.errors import BudgetError, InputError, Interrupted
@@ -163,7 +164,7 @@ def evaluate(args: Eval) -> int:
 
     from golfgpt import distributed
     from golfgpt.files import sha256_file, write_json
-    from golfgpt.runs import artifact_file
+    from golfgpt.runs import add_metric, artifact_file
     from golfgpt.score.compressors import compressors_bpb
     from golfgpt.score.evaluate import evaluate, open_dataset, scored_shape
     from golfgpt.score.sums import PartialSums
@@ -197,12 +198,8 @@ def evaluate(args: Eval) -> int:
         folder = args.run.parent if args.run.is_file() else args.run
         keep = PartialSums(folder, ranks.rank, sha256_file(artifact_file(args.run)), reporter.line)
         model, tokenizer = load(args.run)
+        check_tokenizer(args.run, tokenizer.digest, config.data.path)
         dataset = open_dataset(config, ranks)
-        if dataset.need_tokenizer().digest != tokenizer.digest:
-            raise InputError(
-                f"{config.data.path} has another tokenizer than {args.run}; choose a folder that was prepared with "
-                f"--tokenizer {folder / 'tokenizer.model'}"
-            )
         # A trained run stores its dtype. An imported run does not, and its score must not depend on a timing.
         wanted = "float32" if config.runtime.dtype == "auto" and ranks.device.type == "cpu" else config.runtime.dtype
         choice = select_dtype(wanted, model, config.data, ranks)
@@ -216,6 +213,10 @@ def evaluate(args: Eval) -> int:
             reporter.line(f"{error}: numbers may differ from the run's by rounding")
             attention = select_backend("auto", config.model, shapes, ranks, dtype, backward=adapts)
         reporter.line(f"device:{ranks.device} dtype:{choice} attention:{attention} data:{config.data.path}")
+        if config.eval.max_tokens and config.eval.max_tokens == started.eval.max_tokens:
+            reporter.line(
+                f"eval.max_tokens {config.eval.max_tokens} is kept from training; --eval.max-tokens None scores all"
+            )
         with Signals(folder) as signals, choose_kernels(config, ranks):
             model = model.to(ranks.device)
             score = evaluate(model, dataset, config, ranks, dtype=dtype, progress=reporter.status, keep=keep)
@@ -240,8 +241,12 @@ def evaluate(args: Eval) -> int:
         reporter.close()
         ranks.close()
     if ranks.is_main:
+        file = artifact_file(args.run).name
+        facts = {"artifact": file, "data": config.data.path, "dataset": dataset.digest}
+        with contextlib.suppress(OSError):  # a folder that only its owner may write to is scored all the same
+            add_metric(folder, "eval", **facts, **asdict(score), adapted=adapted and asdict(adapted))
         kept = folder / "result.json"
-        if adapted and artifact_file(args.run).name == "model.golf" and kept.is_file():
+        if adapted and file == "model.golf" and kept.is_file():
             result = json.loads(kept.read_text(encoding="utf-8"))
             whole = (result.get("adapted") or {}).get("partial") is False
             if result["dataset"] == adapted.dataset and not (whole and adapted.partial):
