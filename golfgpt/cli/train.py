@@ -31,6 +31,8 @@ class Train:
     --schedule.max-seconds S - how long to train
     --model.vocab-size N - if the tokenizer has not 1,024 pieces
     --resume RUN - go on after a stop
+
+    Dates and PR numbers below are those of records of github.com/openai/parameter-golf.
     """
 
     config: Config
