@@ -82,7 +82,7 @@ def _reject(name: str, box: str) -> NoReturn:
         message += f"; did you mean {flag}?" if flag else ""
     elif message.startswith("Missing from"):
         error, message = UsageError, f"expected {about[0]}, got none"
-    elif found := re.match(r"Missing value for argument '(.*)'", message):
+    elif found := re.match(r"Missing value for argument [('\"]+(.+?)['\",)]", message):
         error, message = UsageError, f"{found[1]} has no value"
     elif found := re.match(r"invalid choice '(.*)' for argument '(.*)'. Expected one of \((.*?),?\)", message):
         message = f"{found[2]} got {found[1]}; expected one of {found[3]}".replace("'", "")
