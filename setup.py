@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 
 train = [
     "brotli>=1.1",
+    "docstring_parser>=0.15",  # what tyro reads help texts with
     "filelock>=3.13",
     "huggingface_hub>=1.0",
     "numpy>=1.26",

@@ -2,8 +2,8 @@
 
     0 success                       5 training diverged (non-finite loss or gradient)
     1 unexpected failure (a bug)    6 a score or a data set could not be proved
-    2 command line misuse           7 the run folder is in use by another process
-    3 bad input, config or file     128+N stopped by signal N, resumable
+    2 unknown or missing option     7 the run folder is in use by another process
+    3 bad value, config or file     128+N stopped by signal N, resumable
     4 artifact over its byte budget
 
 Every message names what was received and what to do about it.
@@ -37,6 +37,12 @@ class GolfError(Exception):
     """Base of all expected failures; the command line prints the message without a traceback."""
 
     exit_code = 1
+
+
+class UsageError(GolfError):
+    """A command or an option is unknown, or a required one is missing."""
+
+    exit_code = 2
 
 
 class InputError(GolfError, ValueError):

@@ -9,6 +9,7 @@ import json
 import operator
 import os
 import re
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +97,13 @@ def metric(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return value if isinstance(value, dict) and "kind" in value else None
+
+
+def add_metric(path: Path, kind: str, **values: Any) -> None:
+    """Append one object to metrics.jsonl of the run in `path`, which no process needs to hold: a line is one write."""
+    line = json.dumps({"kind": kind, "time": round(time.time(), 3), **values})
+    with open(path / "metrics.jsonl", "ab", buffering=0) as file:
+        file.write(f"{line}\n".encode())
 
 
 def write_config(path: Path, config: RunConfig) -> None:

@@ -51,7 +51,7 @@ COMPRESSORS = {"gzip": "gzip -9", "xz": "xz", "zstd": "zstd -22", "bigram": "tok
 
 
 def score_lines(score: Score, compressors: dict[str, float] | None) -> str:
-    """A score and its checks; below them the reference compressors, if all of the text was scored."""
+    """A score and its checks; below them the reference compressors, or why there are none."""
     line = (
         f"{score.label} {score.val_bpb:.4f}   val_loss {score.val_loss:.4f}   window {score.window} stride "
         f"{score.stride}   {score.dtype}   {score.tokens:,} tokens, {score.bytes:,} bytes, {score.seconds:.1f} s\n"
@@ -59,6 +59,8 @@ def score_lines(score: Score, compressors: dict[str, float] | None) -> str:
     )
     if score.published_bpb is not None:
         line += f"\nval_bpb (published bytes) {score.published_bpb:.4f}   {score.published_bytes:,} bytes"
+    if score.partial:
+        return f"{line}\nno gzip, xz, zstd and bigram beside it: they take all of the text, of which a part was scored"
     if not compressors:
         return line
     rows = [("this model", f"{score.val_bpb:.4f}")]

@@ -178,10 +178,7 @@ def run_cases(out: Path, only: str) -> None:
             continue
         begun, said = time.perf_counter(), io.StringIO()
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            try:
-                code = main([*arguments(case, folder / "data", compiled), "--name", key.replace(" ", "_")])
-            except SystemExit as error:  # tyro's, for a flag it does not know
-                code = error.code
+            code = main([*arguments(case, folder / "data", compiled), "--name", key.replace(" ", "_")])
         if code:
             raise SystemExit(f"{key}: exit code {code}\n{said.getvalue()[-2000:]}")
         if rank == 0:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from golfgpt.cli import main
+from golfgpt.data.tokenizer import Tokenizer
 from golfgpt.errors import missing_package
 from golfgpt.model.gpt import GPT
+from golfgpt.runs import read_config, write_config
 from golfgpt.score import evaluate as evaluation
 
 TINY = [
@@ -68,9 +72,6 @@ def test_train_eval_sample_budget_inspect_export(trained, corpus, capsys):
     assert again["score"]["val_bpb"] == result["score"]["val_bpb"]
     sliding = run_json(capsys, "eval", trained, "--eval.stride", "16", "--eval.max-tokens", "3000")["score"]
     assert (sliding["stride"], sliding["tokens"]) == (16, 3000)
-    sample = run_json(capsys, "sample", trained, "--prompt", "def main", "--tokens", "12")
-    assert sample["prompt"] == "def main" and 0 < sample["tokens"] <= 12
-    assert sample == run_json(capsys, "sample", trained, "--prompt", "def main", "--tokens", "12")
     info = run_json(capsys, "inspect", trained)
     assert info["bytes"] == result["artifact_bytes"] and info["sha256"] == result["artifact_sha256"]
     plain = {"input_scale": 1.0, "xsa": False, "residual": "sequential"}
@@ -79,6 +80,37 @@ def test_train_eval_sample_budget_inspect_export(trained, corpus, capsys):
     assert run_json(capsys, "export", trained, "--to", "safetensors")["tensors"] == 22
     tensors = load_file(trained / "model.safetensors")
     assert tensors["blocks.1.attn.c_k.weight"].shape == (16, 32)
+
+
+def test_samples(trained, capsys):
+    asked = ["sample", trained, "--prompt", "def main", "--tokens", "12", "--top-k", "0"]
+    several = run_json(capsys, *asked, "--samples", "2")
+    assert several["prompt"] == "def main"
+    first, second = several["samples"]
+    assert first["text"] != second["text"] and 0 < first["tokens"] <= 12
+    assert run_json(capsys, *asked, "--seed", "1")["samples"] == [second]
+    file = trained / "prompt.txt"
+    file.write_text("def main")
+    assert run_json(capsys, *asked[:2], "--prompt-file", file, *asked[4:])["samples"] == [first]
+    assert main(["sample", str(trained), "--prompt-file", str(file), "--prompt", "x"]) == 3
+    file.write_bytes(b"caf\xe9")
+    assert main(["sample", str(trained), "--prompt-file", str(file)]) == 3
+    assert "byte 3 is not UTF-8" in capsys.readouterr().err
+
+
+def test_a_document_that_ends_early_is_said_or_passed(trained, capsys, monkeypatch):
+    tokenizer = Tokenizer.from_file(trained / "tokenizer.model")
+    spoken = [*tokenizer.encode("one"), tokenizer.bos_id, *tokenizer.encode("two")]
+
+    def generate(model, ids, count, *, stop_id, **options):
+        return spoken[: spoken.index(stop_id) if stop_id else count]
+
+    monkeypatch.setattr(GPT, "generate", generate)
+    assert main(["sample", str(trained), "--tokens", str(len(spoken))]) == 0
+    said = capsys.readouterr()
+    assert said.out == "one\n" and f"after {spoken.index(tokenizer.bos_id)} of {len(spoken)} tokens" in said.err
+    assert main(["sample", str(trained), "--tokens", str(len(spoken)), "--past-end"]) == 0
+    assert tuple(capsys.readouterr()) == ("one\n\ntwo\n", "")
 
 
 def test_a_score_shows_what_was_checked(trained, capsys):
@@ -151,6 +183,41 @@ def test_only_a_missing_or_old_package_is_worth_advice(error, advice):
     assert missing_package(error) == advice
 
 
+def test_evals_are_kept_and_say_what_they_leave_out(trained, corpus, capsys):
+    config = read_config(trained)
+    write_config(trained, replace(config, eval=replace(config.eval, max_tokens=900)))
+    assert main(["eval", str(trained)]) == 0
+    said = capsys.readouterr().out
+    assert "eval.max_tokens 900 is kept from training; --eval.max-tokens None scores all" in said
+    assert "no gzip, xz, zstd and bigram beside it" in said
+    sgd = ["--eval.max-tokens", "1300", "--eval.stride", "32", "--eval.ttt.kind", "sgd", "--eval.ttt.sgd.epochs", "1"]
+    assert main(["eval", str(trained), *sgd, "--eval.ttt.sgd.chunk-tokens", "640"]) == 0
+    assert "kept from training" not in capsys.readouterr().out
+    first, second = run_json(capsys, "runs", "show", trained)["evals"]
+    assert (first["tokens"], first["stride"], first["artifact"], first["data"]) == (900, 64, "model.golf", str(corpus))
+    assert (second["tokens"], second["stride"], second["adapted"]["kind"]) == (1300, 32, "sgd")
+    assert main(["runs", "show", str(trained)]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("20") and "model.golf" in line]
+    assert [re.search(r"val_bpb.*", row)[0] for row in rows] == [
+        first["label"], second["label"], second["adapted"]["label"]
+    ]  # fmt: skip
+
+
+def test_text_of_another_tokenizer_is_to_be_prepared_with_the_runs(trained, corpus, capsys):
+    """Of another size, of the same, and text that nobody prepared: one piece of advice, which works."""
+    model = trained / "tokenizer.model"
+    text = trained / "text.jsonl"
+    text.write_text("".join((corpus.parent / "text.jsonl").read_text().splitlines(keepends=True)[:20]))
+    for size in ("400", "384"):
+        assert main(["data", "prepare", str(text), "--out", f"other{size}", "--vocab-size", size]) == 0
+        assert main(["eval", str(trained), "--data.path", f"other{size}"]) == 3
+        assert f"golfgpt data prepare FILES --tokenizer {model} --out DIR" in capsys.readouterr().err
+    assert main(["eval", str(trained), "--data.path", str(text)]) == 3
+    assert f"golfgpt data prepare {text} --tokenizer {model} --out DIR" in capsys.readouterr().err
+    assert main(["train", "--recipe", "demo", "--data.path", str(text)]) == 3
+    assert f"golfgpt data prepare {text} --out data/text, then use data/text" in capsys.readouterr().err
+
+
 def test_the_r4_variant_is_labelled(trained, capsys):
     shown = run_json(capsys, "eval", trained, "--eval.stride", "16", "--eval.rule", "r4", "--eval.max-tokens", "1008")
     assert shown["score"]["label"] == "val_bpb (first 1,008 tokens) (R4: first 48 tokens not scored)"
@@ -181,6 +248,8 @@ def test_recipes(capsys):
     ("argv", "code", "message"),
     [
         (["trian"], 2, "did you mean train?"),
+        (["sample"], 2, "expected PATH, got none"),
+        (["data", "prepare"], 2, "expected --out PATH, got none"),
         (["train", "--recipe", "demmo"], 3, "did you mean demo?"),
         (["train", "--data.path", "."], 3, "--recipe baseline on GPUs, --recipe small on a CPU"),
         (["train", "--resume", "runs/first", "--recipe", "golf"], 3, "runs/first or --recipe golf, not both"),
@@ -208,19 +277,34 @@ def test_mistakes_are_named(here, capsys, argv, code, message):
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("flags", "code", "message"),
     [
-        (["--model.num-layer", "3"], "--model.num-layers"),
-        (["--model.num-layers", "many"], "invalid"),
-        (["--model.model-dim", "100", "--model.num-heads", "7"], "not a multiple of model.num_heads 7"),
-        (["--eval.stride", "0"], "eval.stride is 0; expected >= 1"),
+        (["--model.num-layer", "3"], 2, "unknown option --model.num-layer; did you mean --model.num-layers?"),
+        (["--seed"], 2, "--seed has no value"),
+        (["more"], 2, "unexpected argument more"),
+        (["--schedule.max-seconds", "1m"], 3, "--schedule.max-seconds got 1m; expected a number or None"),
+        (["--model.xsa-layers", "1", "x"], 3, "--model.xsa-layers got 1, x; expected a whole number"),
+        (["--data.order=up"], 3, "--data.order got up; expected one of sequential, shuffled, coprime, packed"),
+        (["--model.model-dim", "100", "--model.num-heads", "7"], 3, "model.model_dim 100 is not a multiple of"),
+        (["--eval.stride", "0"], 3, "eval.stride is 0; expected >= 1"),
     ],
 )
-def test_misspelt_and_invalid_flags(here, capsys, flags, message):
+def test_a_bad_option_is_named_last(capsys, flags, code, message):
+    assert main(["train", *flags]) == code
+    *about, error = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"golfgpt: {message}") and 1 <= len(about) <= 2
+    assert about[0] == "golfgpt train --help lists all options"
+
+
+def test_help_names_what_is_used_most_in_unbroken_paragraphs(capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["train", *flags])
-    assert stop.value.code == 2
-    assert message in " ".join(capsys.readouterr().err.split())
+        main(["train", "--help"])
+    assert not stop.value.code
+    most, options = capsys.readouterr().out.split("Most used:\n")[1].split("\n\n", 1)
+    rows = [row.strip("│ ") for row in options.splitlines()]
+    assert all(any(row.startswith(f"{flag} ") for row in rows) for flag in re.findall("^--[^ ]+", most, re.MULTILINE))
+    at = next(i for i, row in enumerate(rows) if row.startswith("--model.smear-gate"))
+    assert all(len(row) > 55 for row in rows[at + 1 : at + 4])  # of 70: no line ends where the source's does
 
 
 def test_damaged_artifacts_are_refused(trained, capsys):

@@ -20,6 +20,7 @@ from golfgpt.errors import InputError
 from golfgpt.model.gpt import GPT
 from golfgpt.train.attention_backend import Selection
 from golfgpt.train.compute_dtype import DtypeChoice
+from golfgpt.train.forecast import Forecast
 
 H100 = Gpu("NVIDIA H100 80GB HBM3", 700, 3000, 1410, 1980, 700, 700, 0x4, 18, 26.5)
 
@@ -249,6 +250,11 @@ def choices(refused: str = "", bf16: bool = True) -> dict:
     return {f"{PROBE}.choose_attention": selection, f"{PROBE}.choose_dtype": dtype}
 
 
+def forecast(seconds: float, load: float = 0.0) -> dict:
+    answers = {f"{PROBE}.small_step": Forecast(seconds, 4096, 2048, "float32")}
+    return answers | {"os.getloadavg": (load, 0.0, 0.0), "os.sched_getaffinity": {0, 1}}
+
+
 @pytest.mark.parametrize(
     "check, gpus, answers, verdict, word",
     [
@@ -275,6 +281,9 @@ def choices(refused: str = "", bf16: bool = True) -> dict:
         ("dtype", 1, choices(), "ok", ""),
         ("dtype", 1, choices(bf16=False), "slow", "--runtime.dtype float32"),
         ("dtype", 0, choices(bf16=False), "ok", ""),
+        ("small step", 0, forecast(0.75, load=0.5), "ok", ""),
+        ("small step", 0, forecast(0.75, load=64.0), "slow", "a load of 64.0 on 2 CPUs"),
+        ("small step", 0, forecast(4.0, load=0.5), "slow", "--recipe demo"),
         ("attention", 1, choices("cudnn"), "ok", ""),
         ("attention", 1, choices("cudnn flash"), "slow", "sm_80"),
         ("attention", 0, choices("cudnn flash"), "ok", ""),
@@ -307,6 +316,14 @@ def test_judgements(monkeypatch, tmp_path, check, gpus, answers, verdict, word):
 def test_without_a_gpu_nothing_is_said_of_it():
     for check in ("GPU speed", "GPU state", "all-reduce", "baseline step", "tuning"):
         assert not judged(check)
+    for check in ("CPU speed", "small step"):
+        assert not judged(check, given(devices=1))
+
+
+def test_what_decides_the_dtype_of_a_cpu_is_named():
+    choice = DtypeChoice(torch.bfloat16, "bfloat16 5.0 us, float32 9.0 us a token, measured now")
+    value = only("dtype", given(dtype=choice)).value
+    assert value == f"bfloat16, which a run decides by timing both, here in recipe small: {choice.why}"
 
 
 def test_the_tightest_cgroup_counts(tmp_path):
@@ -368,6 +385,7 @@ def no_gpu(tmp_path, smi, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr(probe, "usable_gpus", lambda: ([], None))
+    monkeypatch.setattr(probe, "small_step", lambda: Forecast(0.75, 4096, 2048, "float32"))
     return tmp_path / "here"
 
 
@@ -387,7 +405,9 @@ def test_json_and_exit_code(no_gpu, monkeypatch, capsys, arguments, folder, brok
     result = json.loads(capsys.readouterr().out)
     assert result["exit_code"] == code == (3 if broken else 0)
     rows = {row["name"]: row for row in result["rows"]}
-    expected = "torch's GPUs, disk, CPUs, memory, /dev/shm, versions, triton, dtype, attention, kernels"
+    expected = (
+        "torch's GPUs, disk, CPUs, CPU speed, memory, /dev/shm, versions, triton, dtype, small step, attention, kernels"
+    )
     assert list(rows) == expected.split(", "), "nothing of GPUs that are not there"
     assert [name for name, row in rows.items() if row["broken"]] == broken
     assert all(bool(row["advice"]) == (row["verdict"] != "ok") for row in rows.values())

@@ -16,6 +16,7 @@ import yaml
 
 from golfgpt import cli
 from golfgpt.config import RunConfig
+from golfgpt.errors import UsageError
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -39,7 +40,7 @@ def parses(argv: list[str]) -> bool:
     command = cli.COMMANDS[name]
     try:
         cli._parse(command.args, name, argv[len(name.split()) :], RunConfig() if command.start else None)
-    except SystemExit:
+    except UsageError:
         return False
     return True
 

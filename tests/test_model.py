@@ -23,7 +23,7 @@ from golfgpt.config import (
     ParallelConfig,
     ValueEmbeddingConfig,
 )
-from golfgpt.model import segments
+from golfgpt.model import generate, segments
 from golfgpt.model.gpt import GPT
 from golfgpt.model.kv_cache import KVCache
 from golfgpt.model.linear import LoRA, Observed, rms_norm, scaled
@@ -539,14 +539,26 @@ def test_generation_goes_on_past_the_window_and_is_repeatable():
     model = lively()
     ids = torch.arange(10)
 
-    def generate(**options):
+    def continued(**options):
         return model.generate(ids, 40, window=16, generator=torch.Generator().manual_seed(3), **options)
 
-    assert generate() == generate()
-    assert len(generate()) == 40
+    assert continued() == continued()
+    assert len(continued()) == 40
     greedy = model.generate(ids, 5, window=16, temperature=0)
     assert greedy[0] == model.logits(model(ids[None]))[0, -1].argmax()
     assert model.generate(ids, 5, window=16, temperature=0, stop_id=greedy[2]) == greedy[: greedy.index(greedy[2])]
+
+
+def test_only_the_most_likely_tokens_are_drawn():
+    chances = torch.tensor([0.1, 0.4, 0.2, 0.3])
+    drawn = {
+        (top_k, top_p): {generate._draw(chances.log(), top_k, top_p, None) for _ in range(200)}
+        for top_k, top_p in ((0, 1.0), (2, 1.0), (9, 1.0), (0, 0.71), (0, 0.69), (0, 1e-9), (2, 0.6))
+    }
+    everything, two = {0, 1, 2, 3}, {1, 3}
+    assert drawn[0, 1.0] == drawn[9, 1.0] == everything and drawn[2, 1.0] == drawn[0, 0.69] == two
+    assert drawn[0, 0.71] == {1, 2, 3} and drawn[0, 1e-9] == {1}
+    assert drawn[2, 0.6] == two  # of these two the first has 4/7
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

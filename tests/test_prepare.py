@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from golfgpt.data.demo_text import demo_text
 from golfgpt.data.documents import LEAST_DOCUMENT_BYTES, document_hash, find_inputs, read_documents, split_text
 from golfgpt.data.manifest import Manifest
-from golfgpt.data.prepare import mix, prepare
+from golfgpt.data.prepare import mix, prepare, val_limit
 from golfgpt.data.shards import Dataset, verify
 from golfgpt.data.tokenizer import train_tokenizer
 from golfgpt.errors import InputError, VerificationError
@@ -224,8 +224,6 @@ def test_round_trip_check_has_teeth(tmp_path, source, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"val_fraction": 1e-9}, "the val split is empty: a val fraction of 1e-09 gave it none of 100 documents"),
-        ({"val_fraction": 1 - 1e-9}, "the train split is empty"),
         ({"val_fraction": 0.0}, "val fraction 0.0, expected a number between 0 and 1"),
         ({"val": ["x"], "val_fraction": 0.1}, "exclude each other"),
         ({"vocab_size": 100}, "100 is too small for this text: choose at least"),
@@ -239,6 +237,31 @@ def test_refusals_leave_nothing(tmp_path, source, options, message):
     with pytest.raises(InputError, match=message):
         prepare([source], tmp_path / "out", **({"vocab_size": 320, "workers": 1} | options))
     assert {path.name for path in tmp_path.iterdir()} == {"docs.jsonl"}
+
+
+@pytest.mark.parametrize(("fraction", "documents"), [(1e-9, (99, 1)), (1 - 1e-9, (1, 99)), (0.3, None)])
+def test_each_split_has_a_document(source, fraction, documents):
+    texts = list(read_documents([source]))
+    limit = val_limit(texts, fraction)
+    in_val = sum(document_hash(text.encode()) < limit for text in texts)
+    assert (len(texts) - in_val, in_val) == (documents or (len(texts) - in_val, in_val))
+    assert documents or limit == round(0.3 * 2**64).to_bytes(8, "big")
+
+
+def test_what_cannot_work_is_refused_before_a_tokenizer_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr("golfgpt.data.prepare.train_tokenizer", None)
+    (tmp_path / "a.txt").write_text("A line.\n\n" * 300)
+    with pytest.raises(InputError, match="all of the text is one document"):
+        prepare([tmp_path / "a.txt"], tmp_path / "out")
+    with pytest.raises(InputError, match=r"a\.txt is named for training and for val"):
+        prepare([tmp_path], tmp_path / "out", val=[tmp_path / "a.txt"])
+
+
+def test_a_file_that_is_named_again_is_said(tmp_path):
+    file, said = tmp_path / "a.txt", []
+    file.write_text("a")
+    assert find_inputs([file, tmp_path, str(tmp_path / "*")], said.append) == [file]
+    assert said == [f"2 of 3 inputs are files that others name already; each is read once: {file}, {file}"]
 
 
 def test_full_disk_leaves_the_old_folder(tmp_path, source, monkeypatch):
@@ -264,7 +287,7 @@ def test_existing_folders(tmp_path, source):
     assert Dataset.open(tmp_path / "out").manifest == manifest
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.tex").write_text("years of work")
-    with pytest.raises(InputError, match="not made by golfgpt, so not overwritten"):
+    with pytest.raises(InputError, match=r"no manifest\.json, so it is not replaced"):
         prepare([source], tmp_path / "mine", **options, overwrite=True)
     with pytest.raises(InputError, match="is a file"):
         prepare([source], source, **options)

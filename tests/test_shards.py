@@ -195,7 +195,7 @@ def two_models(folder):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (shutil.rmtree, InputError, "is not a folder; make one with `golfgpt data prepare"),
+        (shutil.rmtree, InputError, "is not a folder, expected a prepared one: golfgpt data prepare"),
         (remove("*"), InputError, r"holds no \*_train_\*\.bin"),
         (edit_manifest(lambda m: m.update(extra=1)), InputError, "unknown key extra"),
         (edit_manifest(lambda m: m.pop("val_below")), InputError, "missing key val_below"),

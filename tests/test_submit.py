@@ -607,8 +607,7 @@ def test_notes(runs, short, capsys):
 
 
 def test_an_author_is_asked_for(runs, capsys):
-    with pytest.raises(SystemExit):
-        main(["submit", "pack", str(runs[0]), "--out", "sub", "--github-id", "ada", "--name", "Title"])
+    assert main(["submit", "pack", str(runs[0]), "--out", "sub", "--github-id", "ada", "--name", "Title"]) == 2
     assert "--author" in capsys.readouterr().err
 
 

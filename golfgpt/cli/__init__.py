@@ -24,8 +24,9 @@ import tyro
 from golfgpt import recipes
 from golfgpt.cli import compare, data, info, models, report, runs, submit, sweep, train
 from golfgpt.cli.common import RUNS, stored_config
+from golfgpt.cli.parse import option, parse
 from golfgpt.config import RunConfig
-from golfgpt.errors import GolfError, InputError, Interrupted, PeerError
+from golfgpt.errors import GolfError, InputError, Interrupted, PeerError, UsageError
 from golfgpt.sweep.attempt import read_loop
 from golfgpt.sweep.space import read_spec, with_values
 
@@ -40,11 +41,11 @@ class Command:
 
 
 def _recipe_config(argv: list[str]) -> RunConfig:
-    return recipes.get(_option(argv, "--recipe") or "baseline").config
+    return recipes.get(option(argv, "--recipe") or "baseline").config
 
 
 def _train_config(argv: list[str]) -> RunConfig:
-    resume = _option(argv, "--resume")
+    resume = option(argv, "--resume")
     return stored_config(_alone(Path(resume), argv)) if resume else _recipe_config(argv)
 
 
@@ -72,14 +73,14 @@ def _sweep_config(argv: list[str]) -> RunConfig:
     if not argv or argv[0].startswith("-"):
         return _recipe_config(argv)
     spec = read_spec(Path(argv[0]))
-    recipe = _option(argv, "--recipe") or str(spec.values.get("recipe", "baseline"))
+    recipe = option(argv, "--recipe") or str(spec.values.get("recipe", "baseline"))
     return with_values(recipes.get(recipe).config, spec.fixed)
 
 
 def _try_config(argv: list[str]) -> RunConfig:
     """The config of the incumbent; for the first try under a name, that of the run or recipe that becomes it."""
     argv = argv[: argv.index("--")] if "--" in argv else argv
-    loop = read_loop(RUNS / (_option(argv, "--name") or "try"))
+    loop = read_loop(RUNS / (option(argv, "--name") or "try"))
     if loop:
         return loop.config
     if argv and not argv[0].startswith("-"):
@@ -88,7 +89,7 @@ def _try_config(argv: list[str]) -> RunConfig:
 
 
 def _alone(run: Path, argv: list[str]) -> Path:
-    if recipe := _option(argv, "--recipe"):
+    if recipe := option(argv, "--recipe"):
         raise InputError(
             f"{run} has its own configuration; expected {run} or --recipe {recipe}, not both: drop one of them"
         )
@@ -122,17 +123,6 @@ COMMANDS = {
 }
 
 
-def _option(argv: list[str], flag: str) -> str | None:
-    """The last value of `flag` in argv. It is needed before tyro parses argv, because it sets the defaults that tyro
-    shows."""
-    for i in reversed(range(len(argv))):
-        if argv[i].startswith(flag + "="):
-            return argv[i].removeprefix(flag + "=")
-        if argv[i] == flag and i + 1 < len(argv):
-            return argv[i + 1]
-    return None
-
-
 def main(argv: list[str]) -> int:
     """Run one command and return the exit code of the process."""
     name = " ".join(argv[:2])
@@ -151,8 +141,8 @@ def main(argv: list[str]) -> int:
             return 0
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        print(f"golfgpt: unknown command {name!r}{hint}\n\n{_overview()}", file=sys.stderr)
-        return 2
+        print("golfgpt --help lists all commands", file=sys.stderr)
+        raise UsageError(f"unknown command {name!r}{hint}")
     except PeerError as error:
         return error.exit_code
     except Interrupted as error:
@@ -204,10 +194,7 @@ def _parse(cls: type, name: str, argv: list[str], config: RunConfig | None) -> A
         default = cls(run=tyro.MISSING, data=path, eval=config.eval, runtime=train.EvalRuntime(**read))
     else:
         default = cls(config=config)
-    try:
-        return tyro.cli(cls, prog=f"golfgpt {name}", args=argv, default=default)
-    except ValueError as error:  # fields that are valid alone but not together
-        raise InputError(str(error)) from error
+    return parse(cls, name, argv, default)
 
 
 def _overview() -> str:

@@ -23,6 +23,20 @@ def stored_config(path: Path) -> RunConfig:
     return read_config(path.parent if path.is_file() else path)
 
 
+def check_tokenizer(run: Path, sha256: str, data: str | None) -> None:
+    """Raise InputError if `data` is text, or a folder that was prepared with another tokenizer than that of `run`,
+    whose digest is `sha256`."""
+    from golfgpt.data.shards import Dataset
+
+    if data and (Path(data).is_file() or Dataset.open(data).need_tokenizer().digest != sha256):
+        source = data if Path(data).is_file() else "FILES"
+        model = (run.parent if run.is_file() else run) / "tokenizer.model"
+        raise InputError(
+            f"{data} was not prepared with the tokenizer of {run}: golfgpt data prepare {source} --tokenizer {model} "
+            "--out DIR, then use DIR"
+        )
+
+
 def run_name(name: str | None, recipe: str) -> str:
     """The name of a folder under runs/, perhaps FOLDER/NAME. Raises InputError if it points outside runs/."""
     name = name or f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -31,7 +31,7 @@ class DataPrepare:
     val: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Separate input for validation; repeat the flag for each input."""
     val_fraction: float | None = None
-    """Fraction of the documents used for validation if --val is not given; default: 0.05."""
+    """Fraction of the documents used for validation if --val is not given, at least one; default: 0.05."""
     document_separator: str | None = None
     """Text between documents in .txt files; default: blank lines, packed to at least 2 kB per document."""
     shard_tokens: int | None = None
@@ -88,6 +88,7 @@ def prepare_folder(args: DataPrepare) -> Any:
             workers=args.workers,
             overwrite=args.overwrite,
             progress=progress,
+            say=lambda line: print(line, file=say),
         )
     splits = (("train", manifest.train), ("val", manifest.val))
     rows = [(name, s.documents, s.raw_bytes, s.tokens, round(s.decoded_bytes / s.tokens, 3)) for name, s in splits]

@@ -16,6 +16,8 @@ from golfgpt.cli.common import print_json
 from golfgpt.config import to_dict
 from golfgpt.errors import InputError
 
+SOURCE = "PR #N is a pull request of github.com/openai/parameter-golf; a date is that of a record there."
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipes:
@@ -45,7 +47,7 @@ def show_recipes(args: Recipes) -> int:
             print(fill(f"{recipe.name}: {recipe.summary}"))
             for note in recipe.notes:
                 print(fill(note, initial_indent="- ", subsequent_indent="  "))
-            print(f"\n{json.dumps(to_dict(recipe.config), indent=2)}")
+            print(f"\n{SOURCE}\n\n{json.dumps(to_dict(recipe.config), indent=2)}")
     elif args.json:
         print_json({name: recipe.summary for name, recipe in recipes.RECIPES.items()})
     else:
@@ -53,7 +55,9 @@ def show_recipes(args: Recipes) -> int:
             print(
                 textwrap.fill(f"{name:<18} {recipe.summary}", 110, subsequent_indent=" " * 19, break_on_hyphens=False)
             )
-        print("\ngolfgpt recipes show NAME explains one; golfgpt train --recipe NAME --data.path DIR trains it")
+        print(
+            f"\n{SOURCE}\ngolfgpt recipes show NAME explains one; golfgpt train --recipe NAME --data.path DIR trains it"
+        )
     return 0
 
 

@@ -8,14 +8,17 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
-from golfgpt.cli.common import RUNS, Config, print_json, run_name, stored_config
-from golfgpt.config import ModelConfig, QuantConfig, RunConfig, differences, to_dict
+from golfgpt.cli.common import RUNS, Config, check_tokenizer, print_json, run_name, stored_config
+from golfgpt.config import QuantConfig, RunConfig, differences, to_dict
 from golfgpt.errors import InputError
 from golfgpt.runs import flatten
+
+if TYPE_CHECKING:
+    from golfgpt.quant.artifact import ArtifactInfo
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +210,7 @@ def export(args: Export) -> int:
         raise InputError(f"--out {out} is in the checkpoints folder of a run; choose another folder")
     if args.to == "golf":
         options = {"tokenizer_sha256": info.tokenizer_sha256, "seq_len": info.seq_len}
-        found = _hessians(args, info.model, state) if args.quant.method == "gptq" else None
+        found = _hessians(args, info, state) if args.quant.method == "gptq" else None
         print(f"compressing ({args.quant.compressor})", file=sys.stderr)
         encoded = Quantizer(info.model, args.quant).encode(state, found)
         written = artifact.write(out, encoded, model=info.model, quant=args.quant, **options)
@@ -260,20 +263,21 @@ def _export_hf(args: Export, file: Path, window: int) -> int:
     return 0
 
 
-def _hessians(args: Export, model: ModelConfig, state: dict[str, Any]) -> dict[str, Any]:
-    """What GPTQ needs to know of the training data, for weights `state` that are not quantized."""
+def _hessians(args: Export, info: ArtifactInfo, state: dict[str, Any]) -> dict[str, Any]:
+    """What GPTQ needs to know of the training data, for weights `state` of `info`'s model that are not quantized."""
     from golfgpt import distributed
     from golfgpt.model.gpt import GPT
     from golfgpt.quant import calibration
     from golfgpt.score.evaluate import open_dataset
     from golfgpt.train.compute_dtype import select_dtype
 
-    config = replace(stored_config(args.run), quant=args.quant, model=model)
+    config = replace(stored_config(args.run), quant=args.quant, model=info.model)
     if args.data:
         config = replace(config, data=replace(config.data, path=str(args.data)))
+    check_tokenizer(args.run, info.tokenizer_sha256, config.data.path)
     ranks = distributed.start(config.runtime.device)
     try:
-        dataset, gpt = open_dataset(config, ranks), GPT(model)
+        dataset, gpt = open_dataset(config, ranks), GPT(info.model)
         gpt.load_state_dict(state)
         gpt = gpt.to(ranks.device)
         dtype = select_dtype(config.runtime.dtype, gpt, config.data, ranks).dtype

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tyro.conf import Positional
 
@@ -89,29 +91,43 @@ def _cell(run: ListedRun, name: str) -> object:
 
 @dataclass(frozen=True, kw_only=True)
 class ShowRun:
-    """Show a run: its score, its sizes, and what it changed in its recipe."""
+    """Show a run: its score, its sizes, every golfgpt eval of it, and what it changed in its recipe."""
 
     run: Positional[Path]
     """Run folder."""
     json: bool = False
-    """Print config, environment and result as JSON."""
+    """Print config, environment, result and evals as JSON."""
 
 
 def show(args: ShowRun) -> int:
     run, status = read_run(args.run), listed_run(args.run).status
+    evals = run.metrics("eval")
     if args.json:
         facts = {"run": str(args.run), "status": status, "recipe": recipe_name(run.env)}
-        print_json(facts | {"config": to_dict(run.config), "env": run.env, "result": run.result})
+        print_json(facts | {"config": to_dict(run.config), "env": run.env, "result": run.result, "evals": evals})
         return 0
     values = flatten(run.result or {}) | flatten(run.env)
     values["command"] = " ".join(run.env.get("command", ()))
     print(f"{args.run}: {status}, seed {run.config.seed}\n")
     print(table(("field", "value"), [(name, str(value)) for name, value in values.items() if value is not None]))
+    if evals:
+        print(f"\n{_eval_table(evals)}")
     recipe = recipe_name(run.env)
     started = recipes.RECIPES[recipe].config if recipe in recipes.RECIPES else RunConfig()
     print(f"\nchanged from {f'recipe {recipe}' if recipe in recipes.RECIPES else 'the defaults'}:")
     print("\n".join(f"  {line}" for line in differences(started, run.config)) or "  nothing")
     return 0
+
+
+def _eval_table(evals: list[dict[str, Any]]) -> str:
+    """A row for each score of golfgpt eval, the oldest first; one with test-time training has two."""
+    rows = []
+    for line in evals:
+        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(line["time"]))
+        for score in filter(None, (line, line["adapted"])):
+            shown = score["window"], score["stride"], f"{score['val_bpb']:.4f}", score["label"]
+            rows.append((when, line["artifact"], str(line["data"]), *shown))
+    return table(("eval", "of", "data", "window", "stride", "score", "label"), rows)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import signal
@@ -12,7 +14,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from golfgpt.cli.common import RUNS, Config, print_json, run_name, stored_config
+from golfgpt.cli.common import RUNS, Config, check_tokenizer, print_json, run_name, stored_config
 from golfgpt.cli.data import DataPrepare, prepare_folder
 from golfgpt.config import EvalConfig, RunConfig
 from golfgpt.errors import BudgetError, InputError, Interrupted
@@ -20,7 +22,18 @@ from golfgpt.errors import BudgetError, InputError, Interrupted
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """Train a model, write model.golf, reload it from disk and score it. For several GPUs, run it under torchrun."""
+    """Train a model, write model.golf, reload it from disk and score it. For several GPUs, run it under torchrun.
+
+    Most used:
+    --recipe NAME - small on a CPU, baseline on GPUs
+    --data.path DIR - the text, from golfgpt data prepare
+    --name NAME - of the run folder
+    --schedule.max-seconds S - how long to train
+    --model.vocab-size N - if the tokenizer has not 1,024 pieces
+    --resume RUN - go on after a stop
+
+    Dates and PR numbers below are those of records of github.com/openai/parameter-golf.
+    """
 
     config: Config
     recipe: str | None = None
@@ -153,7 +166,7 @@ def evaluate(args: Eval) -> int:
 
     from golfgpt import distributed
     from golfgpt.files import sha256_file, write_json
-    from golfgpt.runs import artifact_file
+    from golfgpt.runs import add_metric, artifact_file
     from golfgpt.score.compressors import compressors_bpb
     from golfgpt.score.evaluate import evaluate, open_dataset, scored_shape
     from golfgpt.score.sums import PartialSums
@@ -187,12 +200,8 @@ def evaluate(args: Eval) -> int:
         folder = args.run.parent if args.run.is_file() else args.run
         keep = PartialSums(folder, ranks.rank, sha256_file(artifact_file(args.run)), reporter.line)
         model, tokenizer = load(args.run)
+        check_tokenizer(args.run, tokenizer.digest, config.data.path)
         dataset = open_dataset(config, ranks)
-        if dataset.need_tokenizer().digest != tokenizer.digest:
-            raise InputError(
-                f"{config.data.path} has another tokenizer than {args.run}; choose a folder that was prepared with "
-                f"--tokenizer {folder / 'tokenizer.model'}"
-            )
         # A trained run stores its dtype. An imported run does not, and its score must not depend on a timing.
         wanted = "float32" if config.runtime.dtype == "auto" and ranks.device.type == "cpu" else config.runtime.dtype
         choice = select_dtype(wanted, model, config.data, ranks)
@@ -206,6 +215,10 @@ def evaluate(args: Eval) -> int:
             reporter.line(f"{error}: numbers may differ from the run's by rounding")
             attention = select_backend("auto", config.model, shapes, ranks, dtype, backward=adapts)
         reporter.line(f"device:{ranks.device} dtype:{choice} attention:{attention} data:{config.data.path}")
+        if config.eval.max_tokens and config.eval.max_tokens == started.eval.max_tokens:
+            reporter.line(
+                f"eval.max_tokens {config.eval.max_tokens} is kept from training; --eval.max-tokens None scores all"
+            )
         with Signals(folder) as signals, choose_kernels(config, ranks):
             model = model.to(ranks.device)
             score = evaluate(model, dataset, config, ranks, dtype=dtype, progress=reporter.status, keep=keep)
@@ -230,8 +243,12 @@ def evaluate(args: Eval) -> int:
         reporter.close()
         ranks.close()
     if ranks.is_main:
+        file = artifact_file(args.run).name
+        facts = {"artifact": file, "data": config.data.path, "dataset": dataset.digest}
+        with contextlib.suppress(OSError):  # a folder that only its owner may write to is scored all the same
+            add_metric(folder, "eval", **facts, **asdict(score), adapted=adapted and asdict(adapted))
         kept = folder / "result.json"
-        if adapted and artifact_file(args.run).name == "model.golf" and kept.is_file():
+        if adapted and file == "model.golf" and kept.is_file():
             result = json.loads(kept.read_text(encoding="utf-8"))
             whole = (result.get("adapted") or {}).get("partial") is False
             if result["dataset"] == adapted.dataset and not (whole and adapted.partial):
@@ -248,22 +265,30 @@ def evaluate(args: Eval) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """Generate text from a run's model.golf."""
+    """Generate text from a run's model.golf. Notes, such as that the model ended the document, go to standard error."""
 
     run: Positional[Path]
     """Run folder, or a .golf file with tokenizer.model in the same folder."""
     prompt: str = ""
     """Text to continue; empty: start a new document."""
+    prompt_file: Path | None = None
+    """File with the text to continue, as it stands; - is standard input."""
+    samples: int = 1
+    """Samples to generate: the first with --seed, the next ones with the seeds after it."""
     tokens: int = 200
-    """Maximum number of tokens; generation also stops when the model ends the document."""
+    """Maximum number of tokens; generation also stops when the model ends the document, unless --past-end."""
+    past_end: bool = False
+    """Go on with a new document, after a blank line, when the model ends one."""
     temperature: float = 0.8
     """Softmax temperature; 0 always picks the most likely token."""
-    top_k: int | None = 50
-    """Sample from this many most likely tokens; None: all."""
+    top_k: int = 50
+    """Sample from this many most likely tokens; 0: from all."""
+    top_p: float = 1.0
+    """Of these, sample from the fewest whose probabilities sum to this; 1: from all."""
     seed: int = 0
     """Seed of the sampling."""
     json: bool = False
-    """Print prompt, text and number of tokens as JSON."""
+    """Print the prompt, and of each sample seed, text, number of tokens and whether the model ended it, as JSON."""
 
 
 def sample(args: Sample) -> int:
@@ -274,28 +299,65 @@ def sample(args: Sample) -> int:
     from golfgpt.train.run_folder import load
 
     for name, value, low, high in (
+        ("samples", args.samples, 1, 10**6),
         ("tokens", args.tokens, 1, 10**6),
-        ("top-k", args.top_k or 1, 1, 65_536),
+        ("top-k", args.top_k, 0, 65_536),
+        ("top-p", args.top_p, 1e-9, 1),
         ("temperature", args.temperature, 0, 100),
-        ("seed", args.seed, 0, 2**63 - 1),
+        ("seed", args.seed, 0, 2**63 - args.samples),
     ):
         if not low <= value <= high:
             raise InputError(f"--{name} is {value}; expected {low} to {high}")
+    prompt = _prompt(args)
     model, tokenizer = load(args.run)
-    ids = torch.tensor([tokenizer.bos_id, *tokenizer.encode(args.prompt)])
-    new = model.generate(
-        ids,
-        args.tokens,
-        window=artifact.inspect(artifact_file(args.run)).seq_len,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        stop_id=tokenizer.bos_id,
-        generator=torch.Generator().manual_seed(args.seed),
-    )
-    prompt = ids.tolist()  # what the prompt ends with, such as half a word, decides how the first new ids decode
-    text = tokenizer.decode([*prompt, *new])[len(tokenizer.decode(prompt)) :]
+    window, bos = artifact.inspect(artifact_file(args.run)).seq_len, tokenizer.bos_id
+    ids = [bos, *tokenizer.encode(prompt)]
+    if len(ids) > window:
+        print(f"the prompt has {len(ids):,} tokens, of which the model reads the last {window:,}", file=sys.stderr)
+    found = []
+    for seed in range(args.seed, args.seed + args.samples):
+        new = model.generate(
+            torch.tensor(ids),
+            args.tokens,
+            window=window,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            stop_id=None if args.past_end else bos,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        # What the prompt ends with, such as half a word, decides how the first new ids decode.
+        first, *more = _documents([*ids, *new], bos)
+        text = "\n\n".join([tokenizer.decode(first)[len(tokenizer.decode(ids)) :], *map(tokenizer.decode, more)])
+        found.append({"seed": seed, "text": text, "tokens": len(new), "ended": len(new) < args.tokens})
+        if args.json:
+            continue
+        if args.samples > 1:
+            print(f"--- seed {seed}", flush=True)
+        print(prompt + text, flush=True)
+        if len(new) < args.tokens:
+            print(
+                f"(the model ended the document after {len(new)} of {args.tokens} tokens; --past-end goes on)",
+                file=sys.stderr,
+            )
     if args.json:
-        print_json({"prompt": args.prompt, "text": text, "tokens": len(new)})
-    else:
-        print(args.prompt + text)
+        print_json({"prompt": prompt, "samples": found})
     return 0
+
+
+def _prompt(args: Sample) -> str:
+    if args.prompt_file is None:
+        return args.prompt
+    if args.prompt:
+        raise InputError(f"expected --prompt or --prompt-file, got both; drop one (the file is {args.prompt_file})")
+    data = sys.stdin.buffer.read() if str(args.prompt_file) == "-" else args.prompt_file.read_bytes()
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"--prompt-file {args.prompt_file}: byte {error.start} is not UTF-8; convert it") from None
+
+
+def _documents(ids: list[int], bos: int) -> list[list[int]]:
+    """The ids of each document, with the BOS that it starts with."""
+    starts = [i for i, token in enumerate(ids) if token == bos]
+    return [ids[start:end] for start, end in itertools.pairwise([*starts, len(ids)])]

@@ -27,8 +27,9 @@ class DataConfig(Section):
     many tokens."""
     order: Literal["sequential", "shuffled", "coprime", "packed"] = "sequential"
     """Which tokens a step reads (golfgpt.data.orders has the rules). sequential: the next ones. shuffled: sequences at
-    random, from shards of the span's own (2026-04-05). coprime: sequences of many shards, by strides (PR #726). packed:
-    the next ones, in rows of whole microbatches; tokens attend only within their document (2026-04-10)."""
+    random, from shards of the span's own (2026-04-05). coprime: sequences of many shards, by strides (parameter-golf PR
+    #726). packed: the next ones, in rows of whole microbatches; tokens attend only within their document
+    (2026-04-10)."""
     document_start: CountOrZero | None = None
     """Token id that starts a document (BOS, 1 in published and prepared data), for order "packed"."""
 

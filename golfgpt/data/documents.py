@@ -25,8 +25,9 @@ LEAST_DOCUMENT_BYTES = 2000
 _ZSTD_WINDOW = 1 << 27  # `zstd --long` up to 27, 128 MiB
 
 
-def find_inputs(inputs: Sequence[PathLike]) -> list[Path]:
-    """Files named by `inputs`: files, folders (searched below, sorted) and globs; each file once.
+def find_inputs(inputs: Sequence[PathLike], say: Callable[[str], None] = lambda line: None) -> list[Path]:
+    """Files named by `inputs`: files, folders (searched below, sorted) and globs; each file once. `say` gets a line
+    about those that are named again.
 
     Raises InputError for what is missing, of another kind, or names no file.
     """
@@ -48,7 +49,12 @@ def find_inputs(inputs: Sequence[PathLike]) -> list[Path]:
     for file in found:
         if not file.name.endswith(SUFFIXES):
             raise InputError(f"{file}: cannot read this kind of file; expected {', '.join(SUFFIXES)}")
-    return list({file.resolve(): file for file in found}.values())
+    once: dict[Path, Path] = {}
+    again = [file for file in found if once.setdefault(file.resolve(), file) is not file]
+    if again:
+        names = ", ".join(map(str, again[:3])) + (", …" if len(again) > 3 else "")
+        say(f"{len(again)} of {len(found)} inputs are files that others name already; each is read once: {names}")
+    return list(once.values())
 
 
 def read_documents(

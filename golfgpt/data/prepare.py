@@ -20,7 +20,7 @@ import os
 import shutil
 from array import array
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -32,7 +32,15 @@ from golfgpt import __version__
 from golfgpt.bpb import ByteCounts
 from golfgpt.data import caseops
 from golfgpt.data.demo_text import demo_text
-from golfgpt.data.documents import Advance, PathLike, document_hash, find_inputs, read_documents, split_text
+from golfgpt.data.documents import (
+    LEAST_DOCUMENT_BYTES,
+    Advance,
+    PathLike,
+    document_hash,
+    find_inputs,
+    read_documents,
+    split_text,
+)
 from golfgpt.data.manifest import MANIFEST, Manifest, ShardFile, Split
 from golfgpt.data.shards import TOKENIZER, Progress, write_shard
 from golfgpt.data.tokenizer import Tokenizer, train_tokenizer
@@ -47,6 +55,27 @@ _BYTES_PER_WORKER = 2_000_000  # of input; starting a process costs as much as e
 
 
 # 1 Order and batches
+
+
+def val_limit(documents: Iterable[str], fraction: float) -> bytes:
+    """The hash below which a document goes to val: that of `fraction`, unless no document of a short text, or all of
+    them, are below it. Then val has the one with the least hash, or train the one with the largest. Reads until both
+    have one. Raises InputError for a single document.
+    """
+    limit = min(round(fraction * 2**64), 2**64 - 1).to_bytes(8, "big")
+    least, largest = b"\xff" * 9, b""
+    for text in documents:
+        digest = document_hash(text.encode())
+        least, largest = min(least, digest), max(largest, digest)
+        if least < limit <= largest:
+            return limit
+    if least == largest:
+        raise InputError(
+            "all of the text is one document, and validation needs another one: give more text (a .txt is cut at blank "
+            f"lines, or at --document-separator, into documents of at least {LEAST_DOCUMENT_BYTES:,} bytes), or name "
+            "text for it with --val"
+        )
+    return largest if largest < limit else (int.from_bytes(least, "big") + 1).to_bytes(8, "big")
 
 
 def mix(documents: Iterable[str], val_below: bytes | None, chars: int = _MIX_CHARS) -> Iterator[str]:
@@ -258,10 +287,10 @@ def _staging(out: Path, overwrite: bool) -> Iterator[Path]:
     old = out.is_dir() and any(out.iterdir())
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file, expected a folder to write to")
+    if old and not (out / MANIFEST).exists():
+        raise InputError(f"{out} holds files, but no {MANIFEST}, so it is not replaced; name another folder")
     if old and not overwrite:
         raise InputError(f"{out} is not empty; name another folder, remove it, or replace it with --overwrite")
-    if old and not (out / MANIFEST).exists():
-        raise InputError(f"{out} holds files, but no {MANIFEST}: not made by golfgpt, so not overwritten; remove it")
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = out.with_name(f".{out.name}.{os.getpid()}")
     shutil.rmtree(folder, ignore_errors=True)
@@ -296,16 +325,17 @@ def prepare(
     workers: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Manifest:
     """Make the data folder `out` from `inputs` (see `read_documents`); None: the embedded corpus (`demo`).
 
     A tokenizer of `vocab_size` pieces is trained on the train inputs, unless `tokenizer` is given, which may
     be lossy. `case_ops` trains it on CaseOps text (`golfgpt.data.caseops`); a given one must then have the pieces of
     CaseOps, and one that has them is used so in any case. Val is `val`, inputs of its own, or `val_fraction` of the
-    documents (default 0.05), chosen by document hash, so that identical documents fall on the same side.
-    `progress(stage, done, total)` counts bytes of input files.
+    documents (default 0.05; at least one), chosen by document hash, so that identical documents fall on the same side.
+    `progress(stage, done, total)` counts bytes of input files; `say` gets a line about inputs that name a file again.
 
-    Raises InputError for bad input, an empty split, or documents that are in both `inputs` and `val`;
+    Raises InputError for bad input, a single document without `val`, or documents that are in both `inputs` and `val`;
     VerificationError if a document does not survive a tokenizer that was trained here.
     """
     progress = progress or (lambda stage, done, total: None)
@@ -318,11 +348,14 @@ def prepare(
         raise InputError(f"shard_tokens {shard_tokens}, expected 1..2^31-1")
     if workers is not None and workers < 1:
         raise InputError(f"workers {workers}, expected at least 1")
-    train_source, val_source = _Source(inputs, separator), _Source(val, separator) if val is not None else None
+    train_source = _Source(inputs, separator, say)
+    val_source = None if val is None else _Source(val, separator, say)
+    if val_source and (both := train_source.files & val_source.files):
+        raise InputError(f"{min(both)} is named for training and for val; leave it out of one of them")
     total = train_source.bytes + (val_source.bytes if val_source else 0)
     workers = workers or max(1, min(_cpus(), total // _BYTES_PER_WORKER))
     with _staging(Path(out).resolve(), overwrite) as folder:
-        below = None if val_source else min(round(fraction * 2**64), 2**64 - 1).to_bytes(8, "big")
+        below = None if val_source else val_limit(train_source.documents(lambda count: None), fraction)
         must_round_trip = tokenizer is None
         if tokenizer is None:
             texts = train_source.documents(_meter(progress, "training the tokenizer", train_source.bytes))
@@ -357,11 +390,6 @@ def prepare(
                 f"{shared} of {documents['train']} train documents are also among the {documents['val']} val "
                 "documents; remove them from one of the inputs, or leave --val out"
             )
-        if empty := [name for name, count in documents.items() if not count]:
-            raise InputError(
-                f"the {empty[0]} split is empty: a val fraction of {fraction:g} gave it none of "
-                f"{sum(documents.values())} documents; change the fraction, give more documents, or name val inputs"
-            )
         val_split = writers["val"].finish((val_source or train_source).names)
         train_split = writers["train"].finish(train_source.names)
         lossless = not (train_split.changed_documents or val_split.changed_documents)
@@ -390,14 +418,15 @@ def prepare(
 class _Source:
     """Documents that can be read more than once, from files or from the embedded corpus, which is cut like a .txt."""
 
-    def __init__(self, inputs: Sequence[PathLike] | None, separator: str | None):
-        self._separator = separator
+    def __init__(self, inputs: Sequence[PathLike] | None, separator: str | None, say: Callable[[str], None]):
+        self._separator, self.files = separator, set[Path]()
         self._demo = demo_text() if inputs is None else None
         if self._demo:
             self.names = [self._demo.name]
             self.bytes = sum(map(len, self._demo.documents))
         else:
-            self._files = find_inputs(inputs)
+            self._files = find_inputs(inputs, say)
+            self.files = {file.resolve() for file in self._files}
             self.names = [file.name for file in self._files]
             self.bytes = sum(file.stat().st_size for file in self._files)
 

@@ -129,7 +129,12 @@ class Dataset:
         self = cls()
         self.path = Path(path)
         if not self.path.is_dir():
-            raise InputError(f"{path} is not a folder; make one with `golfgpt data prepare INPUT --out {path}`")
+            text = self.path.is_file() and self.path.suffix in (".txt", ".jsonl", ".zst")
+            source, out = (path, f"data/{self.path.name.split('.')[0]}") if text else ("FILES", "DIR")
+            raise InputError(
+                f"{path} is not a folder, expected a prepared one: golfgpt data prepare {source} --out {out}, then use "
+                f"{out}"
+            )
         manifest = self.path / MANIFEST
         self.manifest = Manifest.load(manifest) if manifest.exists() else None
         self.train_files = sorted(self.path.glob("*_train_*.bin"))
@@ -137,7 +142,10 @@ class Dataset:
         self.val_files = sorted({*self.path.glob("*_val_*.bin")} - {*self.published_files})
         for name, files in (("train", self.train_files), ("val", self.val_files)):
             if not files:
-                raise InputError(f"{path} holds no *_{name}_*.bin; prepare or download the data again")
+                raise InputError(
+                    f"{path} holds no *_{name}_*.bin, expected a prepared folder: golfgpt data prepare FILES --out DIR "
+                    "(or data download), then use DIR"
+                )
         self.train, self.val = [*map(open_shard, self.train_files)], [*map(open_shard, self.val_files)]
         self.published = [*map(open_shard, self.published_files)]
         lengths = [*map(len, self.val)], [*map(len, self.published)]

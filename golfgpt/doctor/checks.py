@@ -294,6 +294,17 @@ def cpus(machine: Machine) -> Iterator[Answer]:
     )
 
 
+@check("CPU speed")
+def cpu_speed(machine: Machine) -> Iterator[Answer]:
+    if machine.devices:
+        return
+    cpu, threads = probe.measure_cpu(), torch.get_num_threads()
+    yield (
+        f"product {cpu.gflops:,.0f} GFLOP/s in float32, {cpu.bf16_gflops:,.0f} in bfloat16, copy {cpu.copy_gbps:.1f} "
+        f"GB/s; {threads} thread{'s' * (threads > 1)}, {torch.backends.cpu.get_cpu_capability()}",
+    )
+
+
 @check("memory")
 def memory(machine: Machine) -> Iterator[Answer]:
     kilobytes = dict(re.findall(r"^(\w+): +(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE))
@@ -348,8 +359,24 @@ def triton(machine: Machine) -> Iterator[Answer]:
 
 @check("dtype")
 def dtype(machine: Machine) -> Iterator[Answer]:
-    old = machine.best.type == "cuda" and machine.dtype.dtype == torch.float32
-    yield str(machine.dtype), (old, "slow", "this GPU has no bfloat16: runs need --runtime.dtype float32")
+    choice = machine.dtype
+    why = f", which a run decides by timing both, here in recipe small: {choice.why}" if choice.why else ""
+    old = machine.best.type == "cuda" and choice.dtype == torch.float32
+    yield choice.name + why, (old, "slow", "this GPU has no bfloat16: runs need --runtime.dtype float32")
+
+
+@check("small step")
+def small_step(machine: Machine) -> Iterator[Answer]:
+    """What the first run on a CPU will take."""
+    if machine.devices:
+        return
+    load, cpus = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    step, most = probe.small_step(), probe.SMALL.schedule.max_seconds
+    yield (
+        f"{step}: {most / step.seconds:,.0f} steps in the {most:.0f} s of recipe small",
+        (load > 2 * cpus, "slow", f"others use this machine: a load of {load:.1f} on {cpus} CPUs; end them or wait"),
+        (most / step.seconds < 200, "slow", "too few to learn much: --recipe demo, or a larger --schedule.max-seconds"),
+    )
 
 
 @check("attention")

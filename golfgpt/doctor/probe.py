@@ -23,6 +23,7 @@ from golfgpt.distributed import Ranks
 from golfgpt.model.gpt import GPT
 from golfgpt.train import attention_backend
 from golfgpt.train.compute_dtype import DtypeChoice, select_dtype
+from golfgpt.train.forecast import Forecast, forecast_recipe
 
 
 class CommandFailed(Exception):
@@ -101,6 +102,27 @@ def measure_gpu(device: torch.device, size: int = 8192, products: int = 200) -> 
     return Gpu(torch.cuda.get_device_name(device), tflops, gbps, **state)
 
 
+class Cpu(NamedTuple):
+    """Speeds with the threads that torch has."""
+
+    gflops: float
+    bf16_gflops: float
+    copy_gbps: float
+
+
+def measure_cpu(size: int = 512, count: int = 2**24) -> Cpu:
+    """A product of square matrices in float32 and in bfloat16, and a copy of `count` float32 numbers, bytes read plus
+    bytes written; the fastest of five each. A CPU without instructions for bfloat16 multiplies at 1 GFLOP/s."""
+
+    def fastest(work: Callable[[], object]) -> float:
+        return min(seconds(work, torch.device("cpu")) for _ in range(5))
+
+    a, x, y = torch.randn(size, size), torch.zeros(count), torch.zeros(count)
+    b = a.bfloat16()
+    speeds = (2 * size**3 / fastest(partial(torch.mm, m, m)) / 1e9 for m in (a, b))
+    return Cpu(*speeds, 2 * 4 * count / fastest(partial(x.copy_, y)) / 1e9)
+
+
 def read_nvml(device: torch.device) -> dict[str, float]:
     """Those fields of Gpu that this GPU reports; none without nvidia-ml-py."""
     try:
@@ -151,12 +173,18 @@ def expected_step(gpu: str, file: Path = STEPS) -> dict[str, Any] | None:
     return max(found, key=lambda step: step["date"], default=None)
 
 
-BASELINE = recipes.get("baseline").config
+BASELINE, SMALL = (recipes.get(name).config for name in ("baseline", "small"))
 
 
 def choose_dtype(device: torch.device) -> DtypeChoice:
+    """Of the baseline on a GPU, of small on a CPU."""
     choice = "auto" if device.type == "cpu" or torch.cuda.is_bf16_supported() else "float32"
-    return select_dtype(choice, GPT(BASELINE.model), BASELINE.data, Ranks(0, 1, device))
+    config = SMALL if device.type == "cpu" else BASELINE
+    return select_dtype(choice, GPT(config.model), config.data, Ranks(0, 1, device))
+
+
+def small_step() -> Forecast:
+    return forecast_recipe(SMALL)
 
 
 def choose_attention(device: torch.device, dtype: torch.dtype) -> attention_backend.Selection:

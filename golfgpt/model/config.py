@@ -15,11 +15,13 @@ class BigramConfig(Section):
     SECTION = "model.bigram"
 
     rows: CountOrZero = 0
-    """Rows of the pair table; 0: no BigramHash. R5 has 10240, the last for tokens without a predecessor."""
+    """Rows of the pair table; 0: no BigramHash. Recipe int5-int6-swa has 10240, the last for tokens without a
+    predecessor."""
     dim: CountOrZero = 0
-    """Columns of the pair table, which are projected to model_dim. R5 has 128."""
+    """Columns of the pair table, which are projected to model_dim. Recipe int5-int6-swa has 128."""
     hash: Literal["xor", "linear"] = "xor"
-    """xor: as in R5, with a learned scale; linear: as in PR #65, without one."""
+    """xor: as in recipe int5-int6-swa, with a learned scale; linear: as in parameter-golf PR #65, without
+    one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,8 +64,8 @@ class ParallelConfig(Section):
 
     kind: Literal["off", "one_lane", "merged", "routed"] = "off"
     """one_lane: both read the stream and add to it (2026-04-09). merged: attention has a lane of its own, the MLP
-    another, and a learned scalar merges them at the end (PR #1477). routed: two lanes, and learned weights route both
-    results into both (2026-04-10)."""
+    another, and a learned scalar merges them at the end (parameter-golf PR #1477). routed: two lanes, and learned
+    weights route both results into both (2026-04-10)."""
     first: CountOrZero = 0
     """The first such layer; all later ones are, too."""
     final: Literal["mean", "mlp", "attention"] = "mean"
@@ -92,8 +94,8 @@ class ValueEmbeddingConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Section):
-    """A GPT with grouped-query attention, relu^2 MLP, U-Net skips and a softcapped head. The defaults are those
-    of recipe R0. SmearGate and BigramHash mix the previous token into each embedding; golfgpt.model.smear_gate and
+    """A GPT with grouped-query attention, relu^2 MLP, U-Net skips and a softcapped head. The defaults are those of
+    recipe baseline. SmearGate and BigramHash mix the previous token into each embedding; golfgpt.model.smear_gate and
     golfgpt.model.bigram_hash have the equations."""
 
     vocab_size: Annotated[Count, Limit("<=", 65_536)] = 1024
@@ -121,16 +123,16 @@ class ModelConfig(Section):
     rope_reference_len: Count | None = None
     """Sequences longer than this many tokens use a larger rotary base (NTK-aware scaling); None: never."""
     matrix_init: Literal["uniform", "orthogonal"] = "uniform"
-    """Initial c_q, c_k, c_v and mlp_fc: U(±1/sqrt(fan_in)), or orthogonal if both dimensions are at least 64 (R5)."""
+    """Initial c_q, c_k, c_v and mlp_fc: U(±1/sqrt(fan_in)), or orthogonal if both dimensions are at least 64."""
     projection_init: Literal["by_depth", "unscaled"] = "by_depth"
     """Whether the initial projections of pair table and value embedding are multiplied by 1/sqrt(2 num_layers), which
     2026-03-25 does not."""
     resid_mix_init: Literal["identity", "phase"] = "identity"
     """Initial (x, x0) weights of each block. identity: (1, 0); phase: (p, 1 - p), with p rising from 0.18 to 0.82 over
-    depth (R5)."""
+    depth (recipe int5-int6-swa)."""
     smear_gate: Literal["none", "after_norm", "before_norm", "input"] = "none"
-    """Mix each embedding with the previous one. after_norm: after the norm of the embedding (R5); before_norm: before
-    it (PR #65); input: before it, with a gate that is computed from the embedding (2026-04-27)."""
+    """Mix each embedding with the previous one. after_norm: after the norm of the embedding; before_norm: before it
+    (parameter-golf PR #65); input: before it, with a gate that is computed from the embedding (2026-04-27)."""
     bigram: BigramConfig = BigramConfig()
     mlp_slope: NotNegative = 0.0
     """The activation is leaky_relu(x, mlp_slope)^2. 0: relu^2; records from 2026-03-25 on have 0.5."""

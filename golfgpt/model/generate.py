@@ -21,29 +21,36 @@ def generate(
     *,
     window: int,
     temperature: float = 0.8,
-    top_k: int | None = 50,
+    top_k: int = 50,
+    top_p: float = 1.0,
     stop_id: int | None = None,
     generator: torch.Generator | None = None,
 ) -> list[int]:
     """Sample a continuation of ids (T,). Each new token attends to the last `window` tokens.
 
-    With temperature 0, the most likely token is chosen. Generation stops early at `stop_id`. Returns only the new ids.
+    With temperature 0, the most likely token is chosen. Otherwise it is drawn from the `top_k` most likely ones (0:
+    from all), and of these from the fewest whose probabilities sum to `top_p`. Generation stops early at `stop_id`.
+    Returns only the new ids.
     """
     cache, out = KVCache(window), []
     hidden = model(ids[None, -window:], cache=cache)
     for _ in range(max_new_tokens):
         logits = model.logits(hidden[0, -1])
-        if temperature == 0:
-            token = int(logits.argmax())
-        else:
-            if top_k is not None and top_k < logits.numel():
-                logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
-            token = int(torch.multinomial(((logits - logits.max()) / temperature).softmax(0), 1, generator=generator))
+        token = _draw(logits / temperature, top_k, top_p, generator) if temperature else int(logits.argmax())
         if token == stop_id:
             break
         out.append(token)
         hidden = model(torch.tensor([[token]], device=ids.device), cache=cache)
     return out
+
+
+def _draw(logits: Tensor, top_k: int, top_p: float, generator: torch.Generator | None) -> int:
+    """One of the most likely tokens, as their `logits` (V,) have it."""
+    values, tokens = logits.topk(min(top_k or len(logits), len(logits)))  # the most likely first
+    chances = (values - values[0]).softmax(0)
+    if top_p < 1:
+        chances[chances.cumsum(0) - chances >= top_p] = 0  # what comes before them has top_p already
+    return int(tokens[torch.multinomial(chances, 1, generator=generator)])
 
 
 @torch.inference_mode()

@@ -101,8 +101,8 @@ class ScheduleConfig(Section):
     min_lr: Fraction = 0.0
     """Lowest learning-rate multiplier. With more than 0, weights are good only as a moving average (average.kind)."""
     warmdown_max_frac: FractionAboveZero | None = None
-    """Maximum length of the decay as a fraction of max_seconds, for kind=warmdown_steps; None: no limit. R5 has 0.5,
-    which changes its schedule on machines with slow steps."""
+    """Maximum length of the decay as a fraction of max_seconds, for kind=warmdown_steps; None: no limit. Recipe
+    int5-int6-swa has 0.5, which changes its schedule on machines with slow steps."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -72,30 +72,32 @@ class QuantConfig(Section):
     deviations: NotNegative = 0.0
     """That number, for clip "deviation". More is a coarser grid: int6 with 12.85 takes about 3.3 bits a weight."""
     hessian_clip: Fraction = 0.0
-    """Weight of a row's inputs in its clip by deviation, with gptq (published in PR #1412: 0.175; worth nothing)."""
+    """Weight of a row's inputs in its clip by deviation, with gptq (published in parameter-golf PR #1412: 0.175; worth
+    nothing)."""
     wide_columns: CountOrZero = 0
-    """With gptq: neighbouring columns to store in int8, those of the model that matter most (published as AWQ-lite, PR
-    #1908, with 64: worth 0.0003). 0: none."""
+    """With gptq: neighbouring columns to store in int8, those of the model that matter most (published as AWQ-lite,
+    parameter-golf PR #1908, with 64: worth 0.0003). 0: none."""
     low_rank: Annotated[CountOrZero, Limit("<=", 64)] = 0
-    """Rank of corrections to the matrices with the largest errors (published as LQER, PR #1797, with 4: worth 0.0003).
-    0: none."""
+    """Rank of corrections to the matrices with the largest errors (published as LQER, parameter-golf PR #1797, with 4:
+    worth 0.0003). 0: none."""
     low_rank_tensors: Count = 3
     """Number of these matrices."""
     low_rank_group: CountOrZero = 64
     """Codes of a correction's right factor that share a scale, 4 bits each; the left one has 2 bits and one scale. 0,
     or where it does not divide the factor: 4 bits and a scale for each row of both."""
     clip_floor: Floor = 0.0
-    """Smallest clip of a row. Published R0 to R4b use 1, which wastes levels on rows with a maximum below 1."""
+    """Smallest clip of a row. Recipes baseline to int6-qat-4096 have 1, which wastes levels on rows with a maximum
+    below 1."""
     scale_floor: Floor = 0.0
-    """Smallest scale of a row. Published R5 uses 2^-14, the smallest normal float16."""
+    """Smallest scale of a row. Recipe int5-int6-swa has 2^-14, the smallest normal float16."""
     code_range: Literal["symmetric", "full"] = "symmetric"
-    """Range of the codes, with m = 2^(bits-1) - 1. symmetric: -m..m; full: -m-1..m, as in published R4b and R5,
-    although rounding a row never gives -m-1."""
+    """Range of the codes, with m = 2^(bits-1) - 1. symmetric: -m..m; full: -m-1..m, as in recipes int6-qat-4096 and
+    int5-int6-swa, although rounding a row never gives -m-1."""
     scale_dtype: Literal["float16", "float32"] = "float16"
     """Dtype in which row scales are stored."""
     codes_from: Literal["stored_scale", "float32_scale"] = "stored_scale"
-    """Scale from which the codes are computed: the stored scale (correct), or the scale before rounding (published
-    R0)."""
+    """Scale from which the codes are computed: the stored scale (correct), or the scale before rounding (recipe
+    baseline)."""
     method: Literal["rtn", "gptq"] = "rtn"
     """How codes are chosen. rtn: each weight is rounded to the nearest; gptq: so that the products with the inputs of
     training text err least (golfgpt.quant.gptq). What was trained through fake quantization ships unchanged with rtn
@@ -116,8 +118,8 @@ class QuantConfig(Section):
     control_dtype: Literal["float32", "float16"] = "float32"
     """Dtype in which gains, scales, mixes and gates are stored."""
     prune: FractionBelowOne = 0.0
-    """Fraction of each large matrix to set to zero before quantization, smallest magnitudes first (published R5:
-    0.05)."""
+    """Fraction of each large matrix to set to zero before quantization, smallest magnitudes first (recipe
+    int5-int6-swa: 0.05)."""
     qat: Literal["off", "export", "r4", "r5"] = "off"
     """Fake quantization in training. export: every tensor as the artifact will hold it. r4, r5: as published, linear
     layers only, with scales that are not rounded and have no floor; r4 with the quantile clip, r5 with codes down to

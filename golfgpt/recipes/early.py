@@ -136,7 +136,7 @@ _CODE = "The published score counts 47,642 to 57,201 bytes of code; here it is t
 EARLY = (
     Recipe(
         "baseline",
-        "R0, the published naive baseline: 9 layers of width 512, a vocabulary of 1024 tokens with tied "
+        "The published naive baseline: 9 layers of width 512, a vocabulary of 1024 tokens with tied "
         "embedding, Muon and Adam, int8 with one scale per row and the published scale floor, zlib. 600 s on 8 "
         "GPUs.",
         BASELINE,
@@ -149,12 +149,12 @@ EARLY = (
     ),
     Recipe(
         "warmdown-int8",
-        "R1 (PR #61): learning rate that decays from the first step on, float16 embedding, MLP width 992, scored "
+        "PR #61: learning rate that decays from the first step on, float16 embedding, MLP width 992, scored "
         "in chunks of 1408 tokens with NTK-aware RoPE.",
         _warmdown_int8,
         (
-            "Published: 12,756 steps, val_bpb 1.2154. The gain over R0 comes from the longer evaluation window and "
-            "the embedding, not from the schedule: before quantization R1 has 1.2226, and PR #42, with a warmdown "
+            "Published: 12,756 steps, val_bpb 1.2154. The gain over baseline comes from the longer evaluation window "
+            "and the embedding, not from the schedule: before quantization it has 1.2226, and PR #42, with a warmdown "
             "of 3,600 steps at the same rates and width, has 1.2192",
             "schedule.warmdown_steps is larger than the number of steps of a run, so slow first steps lower the "
             "learning rate",
@@ -164,14 +164,14 @@ EARLY = (
     ),
     Recipe(
         "long-context",
-        "R2 (PR #96): sequences of 2048 tokens, 786,432 tokens per step, lower learning rates, gradients clipped "
+        "PR #96: sequences of 2048 tokens, 786,432 tokens per step, lower learning rates, gradients clipped "
         "at 0.3, scored with windows of 2048 tokens at stride 512.",
         _long_context,
         ("Published: 7,751 steps, val_bpb 1.1764", _ROPE, FLOOR, EMBED),
     ),
     Recipe(
         "int6-mlp3x",
-        "R3 (PR #114): long-context with int6, an MLP of three times the model width, float16 for the embedding "
+        "PR #114: long-context with int6, an MLP of three times the model width, float16 for the embedding "
         "and the key matrices of the last two layers, stride 256.",
         _int6_mlp3x,
         (
@@ -183,7 +183,7 @@ EARLY = (
     ),
     Recipe(
         "mixed-qat",
-        "R4 (PR #65): the baseline with int6 fake quantization of every linear layer from step 0, int8 embedding, "
+        "PR #65: the baseline with int6 fake quantization of every linear layer from step 0, int8 embedding, "
         "MLP width 1536, stride 64.",
         _mixed_qat,
         (
@@ -196,7 +196,7 @@ EARLY = (
     ),
     Recipe(
         "int6-qat-4096",
-        "R4b (PR #66): mixed-qat with sequences of 4096 tokens, float16 embedding, int6 clipped at the maximum of "
+        "PR #66: mixed-qat with sequences of 4096 tokens, float16 embedding, int6 clipped at the maximum of "
         "each row, zstd 22, stride 64.",
         _int6_qat_4096,
         (
@@ -209,7 +209,7 @@ EARLY = (
     ),
     Recipe(
         "int6-ptq-4096",
-        "R4b without fake quantization (PR #66 before its last change).",
+        "int6-qat-4096 without fake quantization (PR #66 before its last change).",
         _int6_ptq_4096,
         ("Published: three seeds, mean val_bpb 1.1652", "eval.rule r4b as in int6-qat-4096", FLOOR, EMBED),
     ),
@@ -227,7 +227,7 @@ EARLY = (
     ),
     Recipe(
         "int5-int6-swa",
-        "R5 (PR #326): int5-int6-swa-base with int5/int6 fake quantization from step 0, phase-transition residual "
+        "PR #326: int5-int6-swa-base with int5/int6 fake quantization from step 0, phase-transition residual "
         "mix, cosine warmdown, 5 % pruning, lzma, scored at length 4096 with NTK-aware RoPE.",
         _int5_int6_swa,
         (

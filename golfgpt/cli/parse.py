@@ -1,0 +1,98 @@
+"""From words to the arguments of a command. tyro parses; here its help becomes paragraphs, and its errors one sentence
+that comes last."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import itertools
+import re
+import sys
+import textwrap
+import typing
+from dataclasses import fields, is_dataclass
+from types import MappingProxyType
+from typing import Any, NoReturn
+
+import docstring_parser
+import tyro
+
+from golfgpt.errors import InputError, UsageError
+
+
+def option(argv: list[str], flag: str) -> str | None:
+    """The last value of `flag` in argv. The defaults that tyro shows depend on some, before it parses."""
+    for i in reversed(range(len(argv))):
+        if argv[i].startswith(flag + "="):
+            return argv[i].removeprefix(flag + "=")
+        if argv[i] == flag and i + 1 < len(argv):
+            return argv[i + 1]
+    return None
+
+
+def parse(cls: type, name: str, argv: list[str], default: Any) -> Any:
+    """The arguments `cls` of `golfgpt name argv`; what argv lacks comes from `default`. Exits with 0 after --help.
+
+    Raises UsageError for an option that is unknown or missing, InputError for a value that does not fit. Both follow
+    two lines about the option on standard error.
+    """
+    _describe(cls)
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(cls, prog=f"golfgpt {name}", args=argv, default=default)
+    except ValueError as error:  # fields that are valid alone but not together
+        raise InputError(str(error)) from error
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        _reject(name, box.getvalue())
+
+
+@functools.cache
+def _describe(cls: type) -> None:
+    """Give tyro the docstrings of all fields as paragraphs: it would keep the line breaks of the source."""
+    texts = {param.arg_name: param.description for param in docstring_parser.parse_from_object(cls).params}
+    hints = typing.get_type_hints(cls)
+    for field in fields(cls):
+        if text := texts.get(field.name):
+            field.metadata = MappingProxyType({**field.metadata, "help": " ".join(text.split())})
+        if is_dataclass(hints[field.name]):
+            _describe(hints[field.name])
+
+
+_KINDS = {"INT": "a whole number", "FLOAT": "a number", "{None}": "None"}
+
+
+def _reject(name: str, box: str) -> NoReturn:
+    """Raise what tyro says in its `box`: an error, a rule, and below it the option that it is about."""
+    rows = [line.strip("│╰╯ ") for line in re.sub(r"\x1b\[[\d;]*m", "", box).splitlines()[1:]]  # without the title
+    parts = [
+        [*part] for rule, part in itertools.groupby(filter(None, rows), lambda row: not row.strip("─-")) if not rule
+    ]
+    message, about = " ".join(parts[0]) if parts else box, parts[1][1:] if len(parts) > 2 else []
+    if message.startswith("Missing from"):
+        about = parts[0][1:]
+    flag, _, kinds = about[0].partition(" ") if about else ("", "", "")
+    error: type[InputError | UsageError] = InputError
+    if found := re.match(r"Unrecognized options: (-?)([^,]+)", message):
+        error = UsageError
+        message = f"unknown option -{found[2]}" if found[1] else f"unexpected argument {found[2]}"
+        message += f"; did you mean {flag}?" if flag else ""
+    elif message.startswith("Missing from"):
+        error, message = UsageError, f"expected {about[0]}, got none"
+    elif found := re.match(r"Missing value for argument [('\"]+(.+?)['\",)]", message):
+        error, message = UsageError, f"{found[1]} has no value"
+    elif found := re.match(r"invalid choice '(.*)' for argument '(.*)'. Expected one of \((.*?),?\)", message):
+        message = f"{found[2]} got {found[1]}; expected one of {found[3]}".replace("'", "")
+    elif flag and (found := re.search(r"(?<=\[)'.*?'(?=\])|'.*?'", message)):
+        words = [_KINDS.get(kind, kind) for kind in reversed(re.findall(r"[^\[\]. |]+", kinds))]
+        message = f"{flag} got {found[0]}; expected {' or '.join(dict.fromkeys(words))}".replace("'", "")
+    else:
+        message = re.sub(r"^Error parsing \S+: ", "", message)
+    end = next((i for i, row in enumerate(about) if i and row.startswith("-")), len(about))
+    shown = [f"{about[0]}: {' '.join(about[1:end])}"] if about else []
+    for line in (f"golfgpt {name} --help lists all options", *shown):
+        print(textwrap.shorten(line, 160, placeholder=" …"), file=sys.stderr)
+    raise error(message)
