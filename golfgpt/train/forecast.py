@@ -3,8 +3,8 @@
     forecast(step: TrainStep) -> Forecast           of a run that is set up; all ranks together
     forecast_recipe(config: RunConfig) -> Forecast  of a config without data, by one process: forecast_recipe(small)
 
-str(Forecast) is "about 0.75 s a step of 4,096 tokens in float32". A step of the baseline, 524,288 tokens, takes a quarter
-of an hour on two cores, and its first microbatch two minutes; the trials take seconds. On a GPU there is no forecast,
+str(Forecast) is "about 0.75 s a step of 4,096 tokens in float32". A step of the baseline, 524,288 tokens, takes 15
+minutes on two cores, and its first microbatch two; the trials take seconds. On a GPU there is no forecast,
 because a compiled step takes another time than what is tried here.
 """
 
