@@ -24,7 +24,7 @@ RUNS = Path("runs")
 FORMAT = 4
 """Of config.json; runs without one count as 1. A release with new or changed fields of RunConfig raises it."""
 
-_ADDED = {"runtime": {"tracker": "none"}}
+_ADDED = {"runtime": {"tracker": "none", "val_tokens": None}}
 """Fields that a config of this format may lack, since they are newer than it, with the value that runs had then."""
 
 
@@ -104,6 +104,12 @@ def add_metric(path: Path, kind: str, **values: Any) -> None:
     line = json.dumps({"kind": kind, "time": round(time.time(), 3), **values})
     with open(path / "metrics.jsonl", "ab", buffering=0) as file:
         file.write(f"{line}\n".encode())
+
+
+def resume_hint(path: Path) -> str:
+    """The sentence that follows the reason why a run ended early; empty if it has saved nothing."""
+    saved = any((path / "checkpoints").glob("step_*.safetensors"))
+    return f" Resume with: golfgpt train --resume {path}" if saved else ""
 
 
 def write_config(path: Path, config: RunConfig) -> None:

@@ -51,21 +51,21 @@ COMPRESSORS = {"gzip": "gzip -9", "xz": "xz", "zstd": "zstd -22", "bigram": "tok
 
 
 def score_lines(score: Score, compressors: dict[str, float] | None) -> str:
-    """A score and its checks; below them the reference compressors, or why there are none."""
-    line = (
-        f"{score.label} {score.val_bpb:.4f}   val_loss {score.val_loss:.4f}   window {score.window} stride "
-        f"{score.stride}   {score.dtype}   {score.tokens:,} tokens, {score.bytes:,} bytes, {score.seconds:.1f} s\n"
-        f"{score.checks}"
-    )
-    if score.published_bpb is not None:
-        line += f"\nval_bpb (published bytes) {score.published_bpb:.4f}   {score.published_bytes:,} bytes"
+    """The checks of a score, the reference compressors or why there are none, and last the score."""
+    lines = [str(score.checks)]
     if score.partial:
-        return f"{line}\nno gzip, xz, zstd and bigram beside it: they take all of the text, of which a part was scored"
-    if not compressors:
-        return line
-    rows = [("this model", f"{score.val_bpb:.4f}")]
-    rows += [(COMPRESSORS[name], f"{value:.4f}") for name, value in compressors.items()]
-    return line + "\n" + table(("bits per byte of the same text", score.label), rows)
+        lines.append("no gzip, xz, zstd and bigram beside it: they take all of the text, of which a part was scored")
+    elif compressors:
+        rows = [("this model", f"{score.val_bpb:.4f}")]
+        rows += [(COMPRESSORS[name], f"{value:.4f}") for name, value in compressors.items()]
+        lines.append(table(("bits per byte of the same text", score.label), rows))
+    if score.published_bpb is not None:
+        lines.append(f"val_bpb (published bytes) {score.published_bpb:.4f}   {score.published_bytes:,} bytes")
+    lines.append(
+        f"{score.label} {score.val_bpb:.4f}   val_loss {score.val_loss:.4f}   window {score.window} stride "
+        f"{score.stride}   {score.dtype}   {score.tokens:,} tokens, {score.bytes:,} bytes, {score.seconds:.1f} s"
+    )
+    return "\n".join(lines)
 
 
 def adapted_lines(score: Score, adapted: AdaptedScore) -> str:

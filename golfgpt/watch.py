@@ -64,6 +64,8 @@ class State:
             "loss": last.get("loss"),
             "loss_ema": last.get("loss_ema"),
             "bpb_ema": last.get("bpb_ema"),
+            "lr_multiplier": last.get("lr_multiplier"),
+            "grad_norm": last.get("grad_norm"),
             "train_seconds": last.get("train_seconds"),
             "step_ms": mean and 1000 * mean,
             "tokens_per_second": mean and config.data.batch_tokens / mean,
@@ -83,11 +85,11 @@ class State:
         else:
             row = self.train
             words = [
-                status(config, row["step"], row["loss_ema"], row["bpb_ema"], row["train_seconds"], self.mean),
+                status(config, row, self.mean),
                 f"last loss {row['loss']:.4f}",
             ]
         if self.checkpoint and self.checkpoint["projected_artifact_bytes"]:
-            words.append(f"about {self.checkpoint['projected_artifact_bytes']:,} bytes")
+            words.append(f"model.golf about {self.checkpoint['projected_artifact_bytes']:,} bytes")
         if self.val:
             words.append(f"val_bpb {self.val['val_bpb']:.4f} at step {self.val['step']}")
         if self.result:
@@ -172,6 +174,7 @@ def _table(run: Path, facts: dict[str, Any]) -> Any:
         "step": f"{show('step', ',')} of at most {show('max_steps', ',')}",
         "loss": f"{show('loss', '.4f')}, mean {show('loss_ema', '.4f')}",
         "bits per byte": show("bpb_ema", ".4f"),
+        "learning rate": f"{show('lr_multiplier', '.3f')} of its base, gradient norm {show('grad_norm', '.2f')}",
         "step time": f"{show('step_ms', ',.1f', ' ms')}, {show('tokens_per_second', ',.0f')} tokens/s",
         "clock": f"{show('train_seconds', ',.0f', ' s')}, {show('seconds_left', ',.0f', ' s')} left",
         "forecast": show("forecast_bytes", ",", " bytes"),

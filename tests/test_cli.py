@@ -347,5 +347,6 @@ def test_torchrun_and_a_terminal(here, corpus):
             break
         output += chunk
     assert process.wait(timeout=200) == 0, output.decode()
-    assert b"world_size:2" in output and b"ms/step" in output
+    assert b"run runs/two, recipe demo" in output and b"ms/step" in output
+    assert "world_size:2" in (here / "runs" / "two" / "train.log").read_text()
     assert (here / "runs" / "two" / "result.json").exists()

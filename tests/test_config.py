@@ -209,6 +209,23 @@ def test_the_cap_is_never_crossed(durations, cap):
     assert clock <= cap + 1e-9 or len(recent) == 1
 
 
+@given(st.lists(st.floats(0.5, 1.0), min_size=130, max_size=130), st.floats(30.0, 50.0), st.integers(0, 1))
+def test_a_stall_ends_no_training_early(durations, stalled, ahead):
+    """A step takes up to twice the median, but for one of 4.1 s: neither is the cap crossed nor much of it left."""
+    pace, clock, done, stop = Pace(ScheduleConfig(max_seconds=60.0), ahead), 0.0, 0, None
+    pace.start(0.0)
+    while stop is None or done <= stop + ahead:
+        if stop is None and done > 2 and pace.crosses_cap(clock):
+            stop = done
+        stall, duration = clock < stalled, durations[done]
+        clock += duration
+        if stall and clock >= stalled:
+            clock += 4.1 - duration
+        pace.step_over(clock)
+        done += 1
+    assert 60 - 2.1 * 2 * (1 + ahead) < clock <= 60
+
+
 @given(st.integers(3, 60), st.floats(0.95, 1.05), st.integers(0, 1))
 def test_the_cap_is_never_crossed_when_a_loop_begins(begins, noise, ahead):
     """Steps take as long as their layers; the steps that vote know the layers of the step that comes after them."""

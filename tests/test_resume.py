@@ -22,6 +22,7 @@ from golfgpt.model.gpt import GPT
 from golfgpt.runs import read_config
 from golfgpt.train import checkpoint
 from golfgpt.train.run_folder import RunFolder
+from golfgpt.train.signals import Signals
 from golfgpt.train.step import TrainStep
 from golfgpt.train.train import train
 
@@ -84,8 +85,10 @@ def test_killed_outright_and_resumed(tiny, tmp_path, monkeypatch):
     found, _ = checkpoint.latest(path / "checkpoints")
     assert 0 < found.step < 400
     short = replace(config, schedule=ScheduleConfig(max_steps=found.step + 2, max_seconds=None))
-    with pytest.raises(InputError, match=r"another config \(schedule\.max_steps: 400 -> "):
+    refused = r"another config \(schedule\.max_steps: 400 -> .*follows that schedule.*start a new run with it: the"
+    with pytest.raises(InputError, match=refused):
         train(short, path, resume=True)
+    assert not metrics(path, "end"), "what is refused is no end of the run"
     update, killed = TrainStep.update, []
 
     def interrupt_once(self, pending):
@@ -160,6 +163,18 @@ def test_run_config_is_what_the_folder_holds(tiny, tmp_path):
             read_config(tmp_path / "run")
 
 
+def test_a_signal_is_told_in_place_of_the_live_line(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(os, "write", lambda file, data: told.append(data))
+    with Signals(tmp_path) as signals:
+        signals.deferred = True
+        for terminal in (False, True):
+            monkeypatch.setattr(os, "isatty", lambda file, terminal=terminal: terminal)
+            signals.caught.clear()
+            os.kill(os.getpid(), signal.SIGINT)
+    assert told[0].startswith(b"SIGINT: the run is saved") and told[1] == b"\r\x1b[2K" + told[0]
+
+
 def test_a_stop_during_validation_loses_nothing(tiny, tmp_path, monkeypatch):
     def stopped(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -203,9 +218,9 @@ def test_without_a_checkpoint_the_stored_config_still_rules(tiny, tmp_path):
 
 
 def test_a_run_without_the_newest_fields_resumes(tiny, tmp_path, monkeypatch):
-    """Its config.json and checkpoint lack runtime.tracker."""
+    """Its config.json and checkpoint lack runtime.tracker and val_tokens."""
     path, old = tmp_path / "run", to_dict(tiny)
-    del old["runtime"]["tracker"]
+    del old["runtime"]["tracker"], old["runtime"]["val_tokens"]
     monkeypatch.setattr("golfgpt.train.saver.to_dict", lambda config: old)
     monkeypatch.setattr("golfgpt.runs.to_dict", lambda config: old)
     train(tiny, path)

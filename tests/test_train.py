@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,9 +30,10 @@ from golfgpt.quant.quantizer import Quantizer
 from golfgpt.recipes import RECIPES
 from golfgpt.train import checkpoint
 from golfgpt.train.clock import Ledger
+from golfgpt.train.forecast import forecast, forecast_recipe
 from golfgpt.train.kernels import choose_kernels
 from golfgpt.train.memory import activation_bytes
-from golfgpt.train.progress import DECAY
+from golfgpt.train.progress import DECAY, announce_time
 from golfgpt.train.reporter import Reporter
 from golfgpt.train.step import TrainStep
 from golfgpt.train.train import train
@@ -39,9 +41,13 @@ from golfgpt.train.train import train
 CPU = Ranks(0, 1, torch.device("cpu"))
 
 
-def test_end_to_end(tiny, tmp_path):
+def test_end_to_end(tiny, tmp_path, capsys):
     path = tmp_path / "run"
     result = train(tiny, path)
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"run {path}: ") and printed.count("60,000; limit 16,000,000") == 1
+    assert printed.splitlines()[-1].startswith(f"val_bpb (first 4,000 tokens) {result['score']['val_bpb']:.4f}")
+    assert "train_loss:" not in printed and "Serialized" not in printed, "the published format is for train.log"
     assert {p.name for p in path.iterdir()} >= {
         "config.json",
         "env.json",
@@ -224,7 +230,7 @@ def test_no_bits_per_byte_of_shards_without_a_manifest(tiny, tmp_path, corpus, m
 
 def test_steps_enqueued_ahead_train_the_same(tiny, tmp_path, monkeypatch):
     """As on a GPU, where a result is read after the next step is enqueued: with validations, or a stop and a resume."""
-    config = replace(tiny, runtime=replace(tiny.runtime, val_every=3))
+    config = replace(tiny, runtime=replace(tiny.runtime, val_every=3, val_tokens=500))
     train(config, tmp_path / "waiting")
     monkeypatch.setattr(TrainStep, "ahead", 1)
     train(config, tmp_path / "ahead")
@@ -243,6 +249,7 @@ def test_steps_enqueued_ahead_train_the_same(tiny, tmp_path, monkeypatch):
     assert rows["waiting"] == rows["ahead"] == rows["broken"] and len(rows["ahead"]) == 8
     scores = [[row["val_loss"] for row in metrics(tmp_path / name, "val")] for name in ("waiting", "ahead")]
     assert scores[0] == scores[1] and len(scores[0]) == 2
+    assert {row["tokens"] for row in metrics(tmp_path / "waiting", "val")} == {500}
     files = [(tmp_path / name / "model.golf").read_bytes() for name in rows]
     assert files[0] == files[1] == files[2]
 
@@ -322,6 +329,98 @@ def test_a_slow_first_step_is_no_measure_of_the_others(tiny, tmp_path, monkeypat
     for step, (expected, true) in seen.items():
         if step != 1 or not ahead:
             assert expected == pytest.approx(true, abs=0.06), step
+
+
+@pytest.fixture
+def stalls(tiny, monkeypatch):
+    """On a clock that only microbatches advance, by a second each: `stalls[step, microbatch]` is called after one of
+    them, and returns more seconds. "config" is `tiny` without a decay."""
+    clock, stalls, backward = [0.0], {}, TrainStep.backward
+
+    def slow(self, step, *args):
+        for done, of in backward(self, step, *args):
+            yield done, of
+            clock[0] += 1 + stalls.get((step, done), lambda: 0)()
+
+    monkeypatch.setattr(TrainStep, "backward", slow)
+    monkeypatch.setattr("golfgpt.train.train.Ledger", lambda: Ledger(now=lambda: clock[0]))
+    stalls["config"] = replace(tiny, schedule=replace(tiny.schedule, warmdown_frac=0.0))
+    return stalls
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_no_microbatch_begins_after_the_cap(stalls, tmp_path, monkeypatch, ahead):
+    """A step has eight. The fourth step stalls in its third, beyond what any forecast allows: it is not applied."""
+    config = stalls["config"]
+    train(replace(config, schedule=replace(config.schedule, max_steps=3)), tmp_path / "three")
+    monkeypatch.setattr(TrainStep, "ahead", ahead)
+    stalls[3, 2] = lambda: 100
+    path = tmp_path / "run"
+    assert train(replace(config, schedule=replace(config.schedule, max_seconds=120.0)), path)["steps"] == 3
+    a, b = final_weights(path), final_weights(tmp_path / "three")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    log = (path / "train.log").read_text()
+    assert "training ended at 127.00 s of 120, after step 3: step 4 was abandoned after 3 of 8 microbatches, 103" in log
+    assert "warning: training took 127.000 s, more than schedule.max_seconds 120" in log
+    assert "stopping_early: wallclock_cap train_time:127000ms step:3/8\n" in log
+    short = replace(config, schedule=replace(config.schedule, max_seconds=2.5))
+    told = "2.5 is too short for one step: step 1 was abandoned after 3 of 8 microbatches, 3.0 s; train --recipe small,"
+    with pytest.raises(BudgetError, match=re.escape(told)):
+        train(short, tmp_path / "short")
+    assert not (tmp_path / "short" / "config.json").exists(), "the name is free"
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_signal_does_not_wait_for_the_end_of_a_long_step(stalls, tmp_path, step):
+    path, config, seen = tmp_path / "run", stalls["config"], []
+    stalls[step, 1] = lambda: os.kill(os.getpid(), signal.SIGTERM) or 4
+    stalls[step, 2] = lambda: seen.append("computed after the signal") or 0
+    message = r"state saved at step 2\. Resume with" if step else r"nothing was saved yet\.$"
+    with pytest.raises(Interrupted, match=message):
+        train(config, path)
+    assert (path / "config.json").exists() == bool(step) and not seen
+    if step:
+        stalls.pop((step, 1))
+        train(config, path, resume=True)
+        train(config, tmp_path / "unbroken")
+        assert (path / "model.golf").read_bytes() == (tmp_path / "unbroken" / "model.golf").read_bytes()
+
+
+def test_a_decay_that_did_not_complete_is_said(tiny, tmp_path, monkeypatch):
+    """By the steps it does. By the clock it does not, where a step takes a fifth of the time."""
+    clock, step_sum = [0.0], TrainStep.sum
+
+    def slow(self, *args):
+        clock[0] += 2.0
+        return step_sum(self, *args)
+
+    monkeypatch.setattr(TrainStep, "sum", slow)
+    monkeypatch.setattr("golfgpt.train.train.Ledger", lambda: Ledger(now=lambda: clock[0]))
+    train(tiny, tmp_path / "steps")
+    train(replace(tiny, schedule=replace(tiny.schedule, max_seconds=9.9)), tmp_path / "clock")
+    logs = [(tmp_path / name / "train.log").read_text() for name in ("steps", "clock")]
+    warning = "the decay of the learning rate did not complete: it ended at 0.480 of its base"
+    assert [warning in log for log in logs] == [False, True]
+    assert "of 9.9, after step 4: another step could have ended at 6.00 + 2 x 2.100 = 10.20 s" in logs[1]
+
+
+def test_the_forecast_of_a_step(tiny, corpus, monkeypatch):
+    """A step has sixteen rows, of which a microbatch has two; each trial is said to take a quarter of a second."""
+    monkeypatch.setattr("golfgpt.train.forecast._least", lambda work, rounds=None: work() or 0.25)
+    step = TrainStep(tiny, Dataset.open(corpus), CPU)
+    state = {name: value.clone() for name, value in (step.model.state_dict() | step.optimizers.state()).items()}
+    found = forecast(step)
+    assert found.seconds == 0.25 / 2 * 16 + 0.25
+    assert str(found) == "about 2.2 s a step of 1,024 tokens in float32"
+    after = step.model.state_dict() | step.optimizers.state()
+    assert all(torch.equal(value, after[name]) for name, value in state.items())
+    assert forecast_recipe(packed(tiny)).seconds == found.seconds
+    told = []
+    clocked = replace(tiny, schedule=ScheduleConfig(max_seconds=20.0))
+    announce_time(clocked, found, SimpleNamespace(line=told.append))
+    assert told[0].endswith("or 8 in 20 s") and "8 steps train next to nothing: on a CPU, try --recipe small" in told[1]
+    announce_time(replace(tiny, schedule=ScheduleConfig()), found, SimpleNamespace(line=told.append))
+    assert told[2].endswith("or 266 in 600 s") and len(told) == 3
 
 
 def test_a_cap_too_short_for_one_step(tiny, tmp_path):

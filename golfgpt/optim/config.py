@@ -118,6 +118,11 @@ class ScheduleConfig(Section):
             )
 
     @property
+    def decays(self) -> bool:
+        """Whether the learning rate is to decay."""
+        return self.warmdown_frac > 0 if self.kind == "warmdown_frac" else self.warmdown_steps > 0
+
+    @property
     def cap(self) -> float | None:
         """Seconds in which training must end; None: no limit."""
         return None if self.max_seconds is None else self.max_seconds - (self.reserve_seconds or 0.0)

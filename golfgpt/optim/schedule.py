@@ -63,6 +63,6 @@ def weight_decay_factor(used: float, config: OptimConfig) -> float:
 def crosses_cap(begun: float, step_seconds: float, config: ScheduleConfig) -> bool:
     """Whether the step after the one that began at `begun` seconds could end after the cap.
 
-    `step_seconds` is the duration of the slowest recent step. Each of the two steps may take 5 % longer.
+    `step_seconds` is what a step is given (`Pace.allowance`). Each of the two steps may take 5 % longer.
     """
     return config.cap is not None and begun + 2.1 * step_seconds > config.cap

@@ -65,7 +65,7 @@ _small = replace(
     schedule=replace(_demo.schedule, max_seconds=600.0, warmdown_frac=0.6),
     data=DataConfig(batch_tokens=4096, seq_len=512, microbatch_tokens=2048),
     eval=EvalConfig(batch_tokens=8192),
-    runtime=RuntimeConfig(),
+    runtime=RuntimeConfig(val_every=200, val_tokens=32_768),
 )
 
 OURS = (

@@ -57,6 +57,8 @@ class RuntimeConfig(Section):
     step."""
     val_every: CountOrZero = 0
     """Steps between validations of the unquantized weights, which are not counted as training time; 0: none."""
+    val_tokens: Count | None = None
+    """Tokens of the validation text that such a validation scores at most; None: eval.max_tokens."""
     tracker: Tracker = "none"
     """Where the numbers of metrics.jsonl go too: wandb (offline, unless WANDB_MODE says otherwise), trackio or
     tensorboard, each an extra of the package. A tracker that fails is switched off, and the run goes on."""

@@ -81,7 +81,7 @@ class Exporter:
             self.step.ranks.broadcast_(p.data)
 
     def _write(self, steps: int, state: dict[str, Tensor], encoded: dict[str, QuantizedTensor] | None) -> ArtifactInfo:
-        c, say, average = self.config, self.reporter.line, self.step.average
+        c, say, log, average = self.config, self.reporter.line, self.reporter.log, self.step.average
         if c.average.kind != "none" and average.ready:
             say(f"{c.average.kind}:exporting the average of {average.count} steps' weights")
         elif c.average.kind != "none":
@@ -100,14 +100,14 @@ class Exporter:
         label = f"{self.quantizer.label}+{info.compressor}"
         raw = sum(value.numel() * value.element_size() for value in state.values())
         reports = self.quantizer.table(state, encoded)
-        say(tensor_table(reports))
+        log(tensor_table(reports))
         self.reporter.metric("tensors", tensors=[report._asdict() for report in reports])
-        say(f"Serialized model: {raw} bytes")
-        say(f"Code size: {'not counted' if c.budget.code_bytes is None else f'{c.budget.code_bytes} bytes'}")
-        say(
+        log(f"Serialized model: {raw} bytes")
+        log(f"Code size: {'not counted' if c.budget.code_bytes is None else f'{c.budget.code_bytes} bytes'}")
+        log(
             f"Serialized model {label}: {info.file_bytes} bytes (payload:{info.payload_bytes} "
             f"payload_ratio:{raw / info.payload_bytes:.2f}x)"
         )
-        say(f"Total submission size {label}: {info.file_bytes + (c.budget.code_bytes or 0)} bytes")
-        say(budget_lines(info, c.budget))
+        log(f"Total submission size {label}: {info.file_bytes + (c.budget.code_bytes or 0)} bytes")
+        log(budget_lines(info, c.budget))
         return info

@@ -1,5 +1,8 @@
 """The training loop. It ends at max_steps, or when rank 0 votes that another step could cross the cap.
 
+No microbatch begins after the cap. A step that passes it nevertheless is abandoned: no rank applies it. After a signal,
+a step that takes long is abandoned too.
+
 On a GPU, the next step is enqueued before the result of the previous one is read. If a result requires a checkpoint or
 the end of training, the steps that are already enqueued are finished first. All ranks read the same results in the same
 order.
@@ -12,6 +15,7 @@ from collections import deque
 
 from golfgpt.config import RunConfig
 from golfgpt.errors import BudgetError, NonFiniteError
+from golfgpt.optim.schedule import lr_multiplier
 from golfgpt.train import compile_cache
 from golfgpt.train.clock import Ledger
 from golfgpt.train.export import Exporter
@@ -22,6 +26,10 @@ from golfgpt.train.saver import Saver
 from golfgpt.train.score import ModelScorer
 from golfgpt.train.signals import Signals
 from golfgpt.train.step import Pending, StepResult, TrainStep, Votes
+
+UNDECAYED = 0.1
+"""A learning rate that ends at more than this above its lowest multiplier is worth a warning: a model gains most from
+the end of the decay."""
 
 
 class Loop:
@@ -54,6 +62,10 @@ class Loop:
         """Whether the pending steps are the last ones."""
         self._graphs = 0
         """Number of graphs made by torch.compile when it was last checked."""
+        self._abandoned = False
+        """Whether a step was abandoned. What is enqueued after it changes nothing."""
+        self._why = ""
+        """Why training ends before max_steps, by this rank's clock."""
 
     def run(self) -> None:
         """Train. Raises Interrupted after a signal and NonFiniteError after a bad step, with the state saved."""
@@ -84,7 +96,7 @@ class Loop:
                     self.step.check_finite()
                 if self.finished or validate or save:
                     self.saver.save(self.done, self.finished)
-                if validate:
+                if validate and self.done == issued:
                     self.scorer.validate(self.done, self.exporter)
                     self._graphs = compile_cache.graphs()
         self.signals.release()
@@ -93,14 +105,32 @@ class Loop:
 
     def _launch(self) -> None:
         """Enqueue one step."""
-        number, begun = self.done + len(self._pending), self.ledger.elapsed("train")
-        with memory_advice(self.config, self.step.dtype.itemsize, first=self.step.pace.taken == 0):
+        number, begun, pace = self.done + len(self._pending), self.ledger.elapsed("train"), self.step.pace
+        abandoned = False
+        with memory_advice(self.config, self.step.dtype.itemsize, first=pace.taken == 0):
             for microbatch, of in self.step.backward(number):
-                self.progress.within(number, microbatch, of, self.ledger.elapsed("train") - begun)
-            crosses = self.step.pace.crosses_cap(begun, self.step.layers(number + 1 + self.step.ahead))
-            votes = Votes(crosses, self.saver.due(), bool(self.signals.caught))
+                if abandoned := self._abandons(number, microbatch, of, begun):
+                    break
+            layers = self.step.layers(number + 1 + self.step.ahead)
+            crosses = pace.crosses_cap(begun, layers)
+            if crosses and not self._why:
+                steps, each = 2 * (1 + self.step.ahead), 1.05 * pace.allowance(layers)
+                ends = f"{begun:.2f} + {steps} x {each:.3f} = {begun + steps * each:.2f}"
+                self._why = f"another step could have ended at {ends} s, by the start of step {number + 1}"
+            votes = Votes(crosses, self.saver.due(), bool(self.signals.caught), abandoned)
             pending = self.step.sum(number, begun, votes)
             self._pending.append((pending, self.step.update(pending)))
+
+    def _abandons(self, number: int, microbatch: int, of: int, begun: float) -> bool:
+        """Whether to leave step `number`, after so many of its microbatches: training is past the cap, or a signal came
+        and the step takes long."""
+        seconds, cap = self.ledger.elapsed("train"), self.config.schedule.cap
+        if cap is not None and seconds > cap:
+            if microbatch or not self._why:
+                taken = f"{microbatch} of {of} microbatches, {seconds - begun:.1f} s"
+                self._why = f"step {number + 1} was abandoned after {taken}"
+            return True
+        return self.progress.within(number, microbatch, of, seconds - begun) and bool(self.signals.caught)
 
     def _collect(self) -> StepResult:
         """Read the result of the oldest pending step."""
@@ -111,6 +141,13 @@ class Loop:
             self.saver.save(self.done, self.finished)
             self.step.ranks.barrier()
             raise
+        if result.abandoned and not result.signaled:
+            if self.done == 0:
+                raise self._too_short(f"one step: {self._why or 'another rank is past it'}")
+            self._stopping = True
+        self._abandoned = self._abandoned or result.abandoned
+        if self._abandoned:
+            return result
         self.done += 1
         self.loss = result.loss
         self._stopping = self._stopping or result.stop
@@ -129,13 +166,18 @@ class Loop:
         schedule = self.config.schedule
         seconds, per_layer = self.step.ranks.broadcast_object((seconds, per_layer))
         if seconds > schedule.cap and self.done == 1:
-            raise BudgetError(
-                f"{self._cap} is too short for one step, which took {seconds:.1f} s; raise --schedule.max-seconds or "
-                "lower --data.batch-tokens"
-            )
+            raise self._too_short(f"one step, which took {seconds:.1f} s")
         self.step.pace.sync(self.done, seconds)
         duration = per_layer * self.step.layers(self.done)
-        self._stopping = self._stopping or seconds + 1.05 * duration > schedule.cap
+        if seconds + 1.05 * duration > schedule.cap:
+            self._stopping = True
+            self._why = f"another step could have ended at {seconds:.2f} + {1.05 * duration:.3f} s"
+
+    def _too_short(self, what: str) -> BudgetError:
+        small = "train --recipe small, " if self.step.ranks.device.type == "cpu" else ""
+        return BudgetError(
+            f"{self._cap} is too short for {what}; {small}raise --schedule.max-seconds or lower --data.batch-tokens"
+        )
 
     @property
     def _cap(self) -> str:
@@ -155,24 +197,31 @@ class Loop:
         self._graphs = graphs
 
     def _leave(self) -> None:
-        """End the run after a signal, with the state saved."""
-        saved = self.saver.save(self.done, self.finished)
-        self.signals.saved = (
-            f"state saved at step {self.done}" if saved else "the state of the last step could not be saved"
-        )
+        """End the run after a signal, with the state saved, if there is any."""
+        if self.done:
+            saved = self.saver.save(self.done, self.finished)
+            self.signals.saved = (
+                f"state saved at step {self.done}" if saved else "the state of the last step could not be saved"
+            )
         self.step.ranks.barrier()  # torchrun stops the other ranks as soon as one rank exits
         raise self.signals.interrupted()
 
     def _say_how_it_ended(self) -> None:
         c, pace = self.config, self.step.pace
         seconds, cap = self.ledger.seconds["train"], c.schedule.cap
-        if pace.taken == 0:
+        if pace.taken == 0 and not self._why:
             self.reporter.line(f"training was over at step {self.done}: exporting and scoring again")
         elif self.done < c.schedule.max_steps:
+            clock, steps = f"train_time:{seconds * 1000:.0f}ms", f"step:{self.done}/{c.schedule.max_steps}"
+            self.reporter.log(f"stopping_early: wallclock_cap {clock} {steps}")
             self.reporter.line(
-                f"stopping_early: wallclock_cap train_time:{seconds * 1000:.0f}ms "
-                f"step:{self.done}/{c.schedule.max_steps} (a step like the slowest recent one would take "
-                f"{pace.slowest(self.step.layers(self.done)) * 1000:.0f}ms, so another could cross {cap:g} s)"
+                f"training ended at {seconds:.2f} s of {cap:g}, after step {self.done:,}: "
+                f"{self._why or 'another rank is past the cap'}"
+            )
+        rate = lr_multiplier(self.done, seconds, c.schedule)
+        if pace.taken and max(rate - c.schedule.min_lr, 0.0) > UNDECAYED and c.schedule.decays:
+            self.reporter.line(
+                f"warning: the decay of the learning rate did not complete: it ended at {rate:.3f} of its base"
             )
         if self.loss >= 0.99 * math.log(c.model.vocab_size):
             self.reporter.line(

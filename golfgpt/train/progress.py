@@ -9,28 +9,40 @@ from golfgpt.config import RunConfig
 from golfgpt.data.shards import Dataset
 from golfgpt.quant.budget import forecast_bytes
 from golfgpt.quant.quantizer import Quantizer
+from golfgpt.runs import read_run, recipe_name
 from golfgpt.train.attention_backend import Selection
+from golfgpt.train.forecast import Forecast
 from golfgpt.train.reporter import Reporter
 from golfgpt.train.status import status
 from golfgpt.train.step import StepResult, TrainStep
 
+PATIENCE = 5.0
+"""Seconds after which a step takes long: its microbatches are shown, and a signal does not wait for its end."""
+FEW = 10
+"""Steps: a time that has fewer is worth a warning."""
 DECAY = 0.96
 """Decay of the running mean of the losses, per step. It is as noisy as a plain mean over the last 49 steps."""
 
 
 def announce(config: RunConfig, dataset: Dataset, step: TrainStep, attention: Selection, reporter: Reporter) -> None:
-    """Print the settings of the run once."""
-    c, say, ranks = config, reporter.line, step.ranks
+    """Print which run this is, and log its settings."""
+    c, say, ranks = config, reporter.log, step.ranks
+    if reporter.folder:
+        path, tokens = reporter.folder.path, sum(map(len, dataset.train))
+        recipe = recipe_name(read_run(path).env)
+        reporter.show(
+            f"run {path}{f', recipe {recipe}' if recipe else ''}: {tokens:,} tokens of {c.data.path}, and "
+            f"{dataset.val_tokens:,} to score"
+        )
     cap = f"{c.schedule.cap:.3f}" if c.schedule.cap else "none"
     say(f"train_loader:dataset:{c.data.path} train_shards:{len(dataset.train)} digest:{dataset.digest[:16]}")
     say(f"val_loader:tokens:{dataset.val_tokens}")
     reporter.status("forecasting the size of the artifact")
     quantizer = Quantizer(c.model, c.quant)
     fit = f" mlp_hidden:{c.model.mlp_hidden} (fitted)" if c.budget.fit == "mlp_hidden" else ""
-    say(
-        f"model_params:{step.model.num_parameters()} payload_bytes:{quantizer.payload_bytes} "
-        f"forecast_bytes:{forecast_bytes(quantizer)}{fit}"
-    )
+    parameters, forecast = step.model.num_parameters(), forecast_bytes(quantizer)
+    say(f"model_params:{parameters} payload_bytes:{quantizer.payload_bytes} forecast_bytes:{forecast}{fit}")
+    reporter.show(f"{parameters:,} parameters; model.golf will take about {forecast / 1e6:.2f} MB")
     if c.quant.qat != "off":
         when = f"from {c.quant.qat_start:.0%} of the budget" if c.quant.qat_start else "from step 0"
         lr = f", learning rate at most {c.quant.qat_below_lr:g} of its base" if c.quant.qat_below_lr < 1 else ""
@@ -44,6 +56,19 @@ def announce(config: RunConfig, dataset: Dataset, step: TrainStep, attention: Se
     )
 
 
+def announce_time(config: RunConfig, expected: Forecast, reporter: Reporter) -> None:
+    """Print how long training is going to take on a CPU, and warn of a time for hardly any steps."""
+    c, steps, most = config.schedule, config.schedule.max_steps, config.schedule.max_steps * expected.seconds
+    if capped := c.cap is not None and c.cap < most:
+        steps, most = int(c.cap / expected.seconds), c.cap
+    reporter.line(f"forecast: {expected}, or {steps:,} in {most:,.0f} s")
+    if capped and steps < FEW:
+        reporter.line(
+            f"warning: {steps} steps train next to nothing: on a CPU, try --recipe small, a longer "
+            "--schedule.max-seconds or fewer --data.batch-tokens"
+        )
+
+
 class Progress:
     """The live line, the step lines of train.log, and the running mean of the losses of this execution."""
 
@@ -51,10 +76,11 @@ class Progress:
         self.config, self.reporter, self._manifest = config, reporter, dataset.manifest
         self._sum = self._weight = 0.0
 
-    def within(self, step: int, done: int, of: int, waited: float) -> None:
-        """Show progress within a step that takes long."""
-        if waited > 5:
+    def within(self, step: int, done: int, of: int, waited: float) -> bool:
+        """Show progress within a step that takes long. Returns whether it does."""
+        if waited > PATIENCE:
             self.reporter.status(f"step {step + 1}: {done} of {of} microbatches after {waited:.0f} s")
+        return waited > PATIENCE
 
     def step(
         self,
@@ -75,22 +101,22 @@ class Progress:
         smooth, bpb = self._sum / self._weight, None
         if m := self._manifest:
             bpb = bits_per_byte(smooth * m.train.tokens, m.train.decoded_bytes)
-        self.reporter.status(f"{status(c, done, smooth, bpb, seconds, mean)}  {projection}")
-        shown = done <= 10 or done % c.runtime.log_every == 0 or last
-        self.reporter.metric(
-            "train",
-            tracked=shown,
-            step=done,
-            loss=result.loss,
-            loss_ema=smooth,
-            bpb_ema=bpb,
-            grad_norm=result.grad_norm,
-            lr_multiplier=multiplier,
-            train_seconds=round(seconds, 4),
-            step_seconds=round(duration, 6),
-        )
+        row = {
+            "step": done,
+            "loss": result.loss,
+            "loss_ema": smooth,
+            "bpb_ema": bpb,
+            "grad_norm": result.grad_norm,
+            "lr_multiplier": multiplier,
+            "train_seconds": round(seconds, 4),
+            "step_seconds": round(duration, 6),
+        }
+        text, shown = status(c, row, mean), done <= 10 or done % c.runtime.log_every == 0 or last
+        self.reporter.status(f"{text}  {projection}")
+        self.reporter.metric("train", tracked=shown, **row)
         if shown:
-            self.reporter.line(
+            self.reporter.show(text)
+            self.reporter.log(
                 f"step:{done}/{c.schedule.max_steps} train_loss:{result.loss:.4f} train_time:{seconds * 1000:.0f}ms "
                 f"step_avg:{seconds / done * 1000:.2f}ms train_loss_ema:{smooth:.4f}"
             )

@@ -1,9 +1,10 @@
-"""What a run says: lines, a live status, metrics."""
+"""What a run says: lines for people, lines in the published scripts' format, a live status, metrics."""
 
 from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 from typing import Any
 
 from golfgpt.config import RunConfig
@@ -12,8 +13,8 @@ from golfgpt.train.trackers import Tracking
 
 
 class Reporter:
-    """Writes lines to the terminal and train.log, and numbers to metrics.jsonl
-    and a tracker.
+    """Prints what people read (`show`), logs what scripts read (`log`: train.log, in the published scripts' format), or
+    both (`line`); writes numbers to metrics.jsonl and a tracker.
 
     On a terminal, a live status line is shown below the printed lines; otherwise there are only plain lines. With
     `quiet` (--json), lines go to standard error. Ranks other than 0 have `folder=None` and print nothing.
@@ -26,11 +27,24 @@ class Reporter:
         self._status = self._tracking = None
         if speak and self._file.isatty():
             from rich.console import Console
+            from rich.text import Text
 
+            self._one_line = partial(Text, no_wrap=True, overflow="ellipsis")
             self._status = Console(file=self._file, highlight=False).status("", spinner="dots")
             self._status.start()
 
     def line(self, text: str) -> None:
+        """Print a line, also to train.log."""
+        self.show(text)
+        self.log(text)
+
+    def log(self, text: str) -> None:
+        """Write a line to train.log only."""
+        if self.folder:
+            self.folder.log(text)
+
+    def show(self, text: str) -> None:
+        """Print a line."""
         if not self._speak:
             return
         self._told, self._patience = time.monotonic(), 5.0
@@ -38,14 +52,12 @@ class Reporter:
             self._status.console.print(text, markup=False)
         else:
             print(text, file=self._file, flush=True)
-        if self.folder:
-            self.folder.log(text)
 
     def status(self, text: str) -> None:
-        """Update the live line. Without a live line, print the text if nothing was printed for 5 seconds, after that
-        for 30 seconds."""
+        """Update the live line, cut to the width of the terminal. Without a live line, print the text if nothing was
+        printed for 5 seconds, after that for 30 seconds."""
         if self._status:
-            self._status.update(text)
+            self._status.update(self._one_line(text))
         elif self._speak and time.monotonic() - self._told >= self._patience:
             self._told, self._patience = time.monotonic(), 30.0
             print(text, file=self._file, flush=True)

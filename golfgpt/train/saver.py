@@ -85,7 +85,7 @@ class Saver:
             projected = None
             with contextlib.suppress(InputError):  # weights that the format cannot store; the export reports them
                 projected = Quantizer(self.config.model, self.config.quant).projected_bytes(state.model)
-                self.projection = f"about {projected:,} bytes"
+                self.projection = f"model.golf about {projected:,} bytes"
             self.reporter.metric("checkpoint", step=done, projected_artifact_bytes=projected)
             return True
 
@@ -126,9 +126,12 @@ class Saver:
         changed = [d for d in differences(started, self.config) if not d.startswith(RESUMABLE)]
         if changed:
             what = "; ".join(changed)
+            followed = any(d.startswith("schedule.") for d in changed)
             raise InputError(
-                f"the run in {self.path} has another config ({what}); drop the change, or start a new run with another "
-                "--name"
+                f"the run in {self.path} has another config ({what})"
+                f"{': its learning rate follows that schedule from the first step' if followed else ''}; drop the "
+                f"change, or start a new run with it: the command of this one is in {self.path / 'env.json'}, give it "
+                "another --name"
             )
         if saved and not saved.dataset:
             raise InputError(

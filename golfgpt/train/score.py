@@ -59,9 +59,11 @@ class ModelScorer:
         )
 
     def validate(self, done: int, exporter: Exporter) -> None:
-        """Score the unquantized weights after `done` steps in chunks, off the training clock. With runtime.probe, score
-        them also as an export would leave them: averaged, quantized, decoded."""
-        chunks = replace(self.config.eval, stride=None)
+        """Score the unquantized weights after `done` steps in chunks, off the training clock, on at most
+        runtime.val_tokens. With runtime.probe, score them also as an export would leave them: averaged, quantized,
+        decoded."""
+        limits = self.config.eval.max_tokens, self.config.runtime.val_tokens
+        chunks = replace(self.config.eval, stride=None, max_tokens=min(filter(None, limits), default=None))
         probe_bpb = probe_bytes = None
         with self.signals.at_once(), self.ledger.phase("validate"):
             score = self.score("validating", chunks)
@@ -74,7 +76,8 @@ class ModelScorer:
                     self.step.model.load_state_dict(weights)
         seconds = self.ledger.elapsed("train")
         probe = "" if probe_bpb is None else f"probe_bpb:{probe_bpb:.4f} probe_bytes:{probe_bytes} "
-        self.reporter.line(
+        self.reporter.show(f"step {done}  {score.label} {score.val_bpb:.4f}, validation")
+        self.reporter.log(
             f"step:{done}/{self.config.schedule.max_steps} val_loss:{score.val_loss:.4f} "
             f"{score.key}:{score.val_bpb:.4f} {probe}train_time:{seconds * 1000:.0f}ms "
             f"step_avg:{seconds / done * 1000:.2f}ms"

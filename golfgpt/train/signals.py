@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from golfgpt.errors import Interrupted
+from golfgpt.runs import resume_hint
 
 
 class Signals:
@@ -21,7 +22,7 @@ class Signals:
     def __init__(self, path: Path):
         self.caught: list[int] = []
         self.deferred = False
-        self.saved = "nothing was trained yet"
+        self.saved = "nothing was saved yet"
         self.then = "the run is saved and ends after this step"
         self._path = path
 
@@ -41,7 +42,8 @@ class Signals:
             raise self.interrupted()
         if int(os.environ.get("RANK", 0)) == 0:
             name = signal.Signals(signum).name
-            os.write(2, f"{name}: {self.then}; another {name} ends it now\n".encode())
+            clear = "\r\x1b[2K" if os.isatty(2) else ""  # ^C and the live line, which is drawn again below
+            os.write(2, f"{clear}{name}: {self.then}; another {name} ends it now\n".encode())
 
     def release(self) -> None:
         """Stop deferring. Raises Interrupted if a signal came after the votes of the last step."""
@@ -75,6 +77,4 @@ class Signals:
     def interrupted(self) -> Interrupted:
         """The exception that ends the run. Its message tells what is saved and how to continue."""
         signum = self.caught[0] if self.caught else signal.SIGTERM
-        begun = (self._path / "config.json").exists()
-        hint = f" Resume with: golfgpt train --resume {self._path}" if begun else ""
-        return Interrupted(f"stopped by {signal.Signals(signum).name}; {self.saved}.{hint}", signum)
+        return Interrupted(f"stopped by {signal.Signals(signum).name}; {self.saved}.{resume_hint(self._path)}", signum)

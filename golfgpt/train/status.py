@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from golfgpt.config import RunConfig
 
 
@@ -13,10 +15,13 @@ def seconds_left(config: RunConfig, step: int, seconds: float, mean: float) -> f
     return max(left, 0.0)
 
 
-def status(config: RunConfig, step: int, loss: float, bpb: float | None, seconds: float, mean: float) -> str:
-    """After `step` steps, at `seconds` of the training clock. `loss` (nats per token) and `bpb` are running means,
-    `mean` is the mean duration of recent steps in seconds."""
+def status(config: RunConfig, row: dict[str, Any], mean: float) -> str:
+    """After the step of `row`, an object of kind train in metrics.jsonl. Loss (nats per token) and bits per byte are
+    running means, `mean` is the mean duration of recent steps in seconds."""
+    step, bpb = row["step"], row["bpb_ema"]
     return (
-        f"step {step}  loss {loss:.4f}  {f'{bpb:.4f} bits/byte  ' if bpb else ''}{mean * 1000:.1f} ms/step  "
-        f"{config.data.batch_tokens / mean:,.0f} tokens/s  {seconds_left(config, step, seconds, mean):.0f} s left"
+        f"step {step}  loss {row['loss_ema']:.4f}  {f'{bpb:.4f} bits/byte  ' if bpb else ''}"
+        f"rate {row['lr_multiplier']:.3f}  gradient {row['grad_norm']:.2f}  {mean * 1000:.1f} ms/step  "
+        f"{config.data.batch_tokens / mean:,.0f} tokens/s  "
+        f"{seconds_left(config, step, row['train_seconds'], mean):.0f} s left"
     )

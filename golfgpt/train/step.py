@@ -50,7 +50,7 @@ from golfgpt.train.clock import Pace
 from golfgpt.train.compile_cache import compile_loss
 from golfgpt.train.compute_dtype import select_dtype
 
-_CONTROL = 5  # loss, clock, stop, save, signaled
+_CONTROL = 6  # loss, clock, stop, save, signaled, abandoned
 
 
 class Votes(NamedTuple):
@@ -62,6 +62,8 @@ class Votes(NamedTuple):
     """A checkpoint is due."""
     signaled: bool = False
     """This rank received a signal to stop."""
+    abandoned: bool = False
+    """This rank left the step before its last microbatch: no rank applies it, nor any step after it."""
 
 
 NO_VOTES = Votes()
@@ -81,6 +83,8 @@ class StepResult:
     """A checkpoint is due by rank 0's clock."""
     signaled: bool
     """Some rank received a signal to stop."""
+    abandoned: bool
+    """Some rank left the step before its last microbatch, so nothing was updated."""
     grad_norm: float
     """Global gradient norm before clipping; of spans that are clipped one by one, after it."""
 
@@ -108,8 +112,8 @@ class Pending:
         """Wait for the device and return the result."""
         if self.copied is not None:
             self.copied.synchronize()
-        loss, seconds, stop, save, signaled, norm = self.values.tolist()
-        return StepResult(loss, seconds, stop > 0, save > 0, signaled > 0, norm)
+        loss, seconds, stop, save, signaled, abandoned, norm = self.values.tolist()
+        return StepResult(loss, seconds, stop > 0, save > 0, signaled > 0, abandoned > 0, norm)
 
 
 class TrainStep:
@@ -269,7 +273,9 @@ class TrainStep:
         """Sum the gradients of `backward` over ranks, together with the loss, the training clock `seconds` of rank 0
         and the `votes`."""
         clock = (seconds, votes.stop, votes.save) if self.ranks.is_main else (0.0, False, False)
-        control = torch.tensor([0.0, *clock, votes.signaled], pin_memory=self.cuda)
+        control = torch.tensor([0.0, *clock, votes.signaled, votes.abandoned], pin_memory=self.cuda)
+        if votes.abandoned:
+            self._loss_sum.fill_(math.nan)  # for which no rank updates anything
         self.flat.control.copy_(control, non_blocking=True)
         self.flat.control[0] = self._loss_sum
         self.flat.sum_()
@@ -306,7 +312,7 @@ class TrainStep:
         Parameters and optimizer state are then as before that step.
         """
         result = pending.result()
-        if not result.finite:
+        if not (result.finite or result.abandoned):
             if self.ahead:  # a later step has overwritten the gradients: compute them again
                 self.launch(pending.step, looping=pending.looping)
             raise NonFiniteError(f"step {pending.step}: {self._culprit(result)} is not finite; nothing was updated")

@@ -29,12 +29,13 @@ from golfgpt.tables import adapted_lines, score_lines, table
 from golfgpt.train import compile_cache
 from golfgpt.train.attention_backend import Selection, Shape, select_backend
 from golfgpt.train.clock import Ledger
-from golfgpt.train.execution import FIELDS, available, select_execution
+from golfgpt.train.execution import FIELDS, SLOW_STEP, available, select_execution
 from golfgpt.train.export import Exporter
+from golfgpt.train.forecast import forecast
 from golfgpt.train.kernels import choose_kernels
 from golfgpt.train.loop import Loop
 from golfgpt.train.memory import memory_advice
-from golfgpt.train.progress import Progress, announce
+from golfgpt.train.progress import Progress, announce, announce_time
 from golfgpt.train.reporter import Reporter
 from golfgpt.train.run_folder import RunFolder
 from golfgpt.train.saver import Saver
@@ -86,6 +87,7 @@ def train(
                     tokenizer = dataset.need_tokenizer().model_bytes
                     folder = RunFolder.open(path) if resume else RunFolder.create(path, config, tokenizer)
                     stack.callback(folder.close)
+        begun = not resume
         try:
             reporter = Reporter(folder, speak=ranks.is_main, quiet=quiet)
             stack.callback(reporter.close)
@@ -100,7 +102,8 @@ def train(
                 attention = choose_attention(config, step)
                 announce(config, dataset, step, attention, reporter)
             with ledger.phase("compile"), memory_advice(config, step.dtype.itemsize):
-                config = choose_execution(config, step, attention, reporter, resume)
+                trials = not resume and forecast_time(config, step, reporter)
+                config = choose_execution(config, step, attention, reporter, trials)
                 config = reserve_time(config, step, dataset, reporter)
                 if folder and not resume:
                     write_config(path, config)
@@ -111,6 +114,7 @@ def train(
             with ledger.phase("setup"):
                 reporter.track(config)
                 done, finished = saver.restore() if resume else (0, False)
+            begun = True
             if not finished:
                 warm_up(config, step, ledger, reporter)
             loop = Loop(config, step, saver, progress, ledger, reporter, signals, scorer, exporter, done, finished)
@@ -118,9 +122,9 @@ def train(
             return export_and_score(config, path, dataset, exporter, scorer, loop.done)
         except Exception as error:
             stopped = interruption(error)
-            if folder:
+            if folder and begun:  # a resume that is refused leaves the run as it is
                 folder.metric("end", reason=str(stopped or error))
-            if folder and not resume and not stopped:
+            if folder and not resume:
                 folder.discard()
             if stopped and stopped is not error:
                 raise stopped from error
@@ -153,18 +157,30 @@ def choose_attention(config: RunConfig, step: TrainStep) -> Selection:
     return select_backend(config.runtime.attention, config.model, shapes, step.ranks, step.dtype)
 
 
+def forecast_time(config: RunConfig, step: TrainStep, reporter: Reporter) -> bool:
+    """Forecast the time of training, on a CPU. Returns whether whole steps are quick enough to try alternatives on."""
+    if step.cuda:
+        return True
+    reporter.status("timing parts of a training step")
+    expected = forecast(step)
+    announce_time(config, expected, reporter)
+    return expected.seconds <= SLOW_STEP
+
+
 def choose_execution(
-    config: RunConfig, step: TrainStep, attention: Selection, reporter: Reporter, resume: bool
+    config: RunConfig, step: TrainStep, attention: Selection, reporter: Reporter, trials: bool
 ) -> RunConfig:
-    """Choose what runtime leaves to "auto", and return the config with it, as it is stored."""
+    """Choose what runtime leaves to "auto", by `trials` or not, and return the config with it, as it is stored."""
     compile_cache.load(compile_cache.cache_file(config, step.dtype, step.ranks.device))
-    found = select_execution(step, attention, reporter.status, trials=not resume)
+    found = select_execution(step, attention, reporter.status, trials=trials)
     runtime = found.runtime
     shown = replace(runtime, threads=torch.get_num_threads())
     chosen = " ".join(f"{name}:{getattr(shown, name)}" for name in FIELDS)
-    reporter.line(f"execution:{chosen}{' (trials of an earlier run)' if found.kept else ''}")
+    reporter.log(f"execution:{chosen}{' (trials of an earlier run)' if found.kept else ''}")
     for trial in found.trials:
-        reporter.line(f"  {trial}")
+        reporter.log(f"  {trial}")
+    compiled = "compiled" if step.compiled else "not compiled"
+    reporter.show(f"on {step.ranks.device} in {step.dtype_choice.name}, {shown.threads} CPU threads, {compiled}")
     return replace(config, runtime=runtime)
 
 
@@ -196,7 +212,7 @@ def warm_up(config: RunConfig, step: TrainStep, ledger: Ledger, reporter: Report
         step.warm_up(config.runtime.warmup_steps, reporter.status)
         if step.ranks.is_main:
             compile_cache.save(file)
-    reporter.line(f"compile_time:{ledger.seconds['compile']:.1f}s graphs:{compile_cache.graphs()} cache:{cache} {file}")
+    reporter.log(f"compile_time:{ledger.seconds['compile']:.1f}s graphs:{compile_cache.graphs()} cache:{cache} {file}")
 
 
 def export_and_score(
@@ -204,7 +220,8 @@ def export_and_score(
 ) -> dict:
     """Export, reload, score, report. The artifact is on disk before scoring starts, and the score before those of
     the reference compressors are computed."""
-    ranks, ledger, reporter, say = exporter.step.ranks, scorer.ledger, exporter.reporter, exporter.reporter.line
+    ranks, ledger, reporter = exporter.step.ranks, scorer.ledger, exporter.reporter
+    say, log = reporter.line, reporter.log
     hessians = None
     if config.quant.method == "gptq":
         with ledger.phase("export"):
@@ -231,8 +248,8 @@ def export_and_score(
     stage = f"final_{exporter.quantizer.label.replace('/', '_')}_{info.compressor.replace('/', '_')}_roundtrip"
     ms = score.seconds * 1000
     again = config.quant.method == "gptq" and config.quant.qat != "off"
-    say(f"{stage} val_loss:{score.val_loss:.4f} {score.key}:{score.val_bpb:.4f} eval_time:{ms:.0f}ms")
-    say(f"{stage}_exact val_loss:{score.val_loss:.8f} {score.key}:{score.val_bpb:.8f}")
+    log(f"{stage} val_loss:{score.val_loss:.4f} {score.key}:{score.val_bpb:.4f} eval_time:{ms:.0f}ms")
+    log(f"{stage}_exact val_loss:{score.val_loss:.8f} {score.key}:{score.val_bpb:.8f}")
     budget = budget_report(info.file_bytes, config.budget)
     result = {
         "score": asdict(score),
@@ -260,13 +277,15 @@ def export_and_score(
     result["compressors_bpb"] = None if score.partial else compressors_bpb(dataset)
     write_json(path / "result.json", result)
     reporter.metric("result", **result)
+    phases = [(name, round(used, 2), "yes" if counted else "no") for name, used, counted in ledger.report()]
+    log(table(("phase", "seconds", "in the budget"), phases))
+    reporter.show(", ".join(f"{name} {used:,.1f} s" for name, used, _ in phases if used >= 0.05))
+    if again:
+        say("quantized again after QAT: the weights that were trained are not those that were scored")
+    say(str(budget))
     say(score_lines(score, result["compressors_bpb"]))
     if adapted:
         say(adapted_lines(score, adapted))
-    if again:
-        say("quantized again after QAT: the weights that were trained are not those that were scored")
-    phases = [(name, round(used, 2), "yes" if counted else "no") for name, used, counted in ledger.report()]
-    say(table(("phase", "seconds", "in the budget"), phases))
     check_budget(info.file_bytes, config.budget)
     check_adapted(adapted)
     return result
