@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -16,6 +15,7 @@ from golfgpt.cli.common import RUNS, Config, print_json, run_name, stored_config
 from golfgpt.cli.data import DataPrepare, prepare_folder
 from golfgpt.config import EvalConfig, RunConfig
 from golfgpt.errors import BudgetError, InputError, Interrupted
+from golfgpt.runs import read_result, read_stored_result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ def demo(args: Demo) -> int:
     config = replace(args.config, data=replace(args.config.data, path=str(args.data)))
     code = _train(config, path, resume=False, as_json=args.json)
     if not args.json:
-        steps = json.loads((path / "result.json").read_text(encoding="utf-8"))["steps"]
+        steps = read_result(path).result["steps"]
         if steps < 300:
             advice = " On a busy one, use `golfgpt demo --runtime.threads 1`." if config.runtime.threads != 1 else ""
             print(f"\nonly {steps} steps fit into the time, 687 in README.md: this machine is slow or busy.{advice}")
@@ -231,10 +231,10 @@ def evaluate(args: Eval) -> int:
         ranks.close()
     if ranks.is_main:
         kept = folder / "result.json"
-        if adapted and artifact_file(args.run).name == "model.golf" and kept.is_file():
-            result = json.loads(kept.read_text(encoding="utf-8"))
+        result = read_stored_result(folder) if adapted and artifact_file(args.run).name == "model.golf" else None
+        if result:
             whole = (result.get("adapted") or {}).get("partial") is False
-            if result["dataset"] == adapted.dataset and not (whole and adapted.partial):
+            if result.get("dataset") == adapted.dataset and not (whole and adapted.partial):
                 write_json(kept, result | {"adapted": asdict(adapted)})
         if args.json:
             print_json({"score": asdict(score), "compressors_bpb": known, "adapted": adapted and asdict(adapted)})

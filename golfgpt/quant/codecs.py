@@ -24,6 +24,10 @@ from golfgpt.errors import InputError
 MAX_WINDOW_BYTES = 2**28
 """Memory of a decoder beside its output: xz -9 asks for 2^26, zstd -22 for at most 2^27."""
 
+MAX_RATIO, FREE_BYTES = 64, 32 * 2**20
+"""A trained weight takes more than an eighth of a bit. So no file of weights holds more than 64 times its own bytes,
+above a size that does no harm."""
+
 PACKAGES = {"zstd": "zstandard", "brotli": "brotli"}
 """Compressor -> the package that it needs."""
 
@@ -138,6 +142,11 @@ def decompress(compressor: str, compressed: memoryview, size: int) -> bytes:
     if len(payload) != size:
         raise InputError(f"it holds {len(payload)} bytes, its tensors take {size}")
     return payload
+
+
+def most_bytes(compressed: int) -> int:
+    """Bytes that a file of `compressed` bytes may hold; above them it only takes memory."""
+    return max(FREE_BYTES, MAX_RATIO * compressed)
 
 
 def require_compressor(compressor: str) -> None:
