@@ -1,6 +1,6 @@
 """Damaged and hostile files against every reader of golfgpt.
 
-    python -m experiments.fuzz --out experiments/results          # 10,000 inputs for each target; goes on where it ended
+    python -m experiments.fuzz --out experiments/results       # 10,000 inputs for each target; goes on where it ended
     python -m experiments.fuzz --out experiments/results --report
     python -m experiments.fuzz --target artifact --input 1234     # one input again, with its traceback
 
@@ -13,6 +13,7 @@ that are not golfgpt.errors. A child's address space is limited, so that a bomb 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import io
@@ -59,6 +60,8 @@ from golfgpt.published.files import read_export
 from golfgpt.published.names import from_published, infer_config, to_published
 from golfgpt.quant import artifact
 from golfgpt.quant.codecs import CODECS
+from golfgpt.quant.formats import payload_bytes
+from golfgpt.quant.quantizer import Quantizer
 from golfgpt.report import page
 from golfgpt.runs import list_runs
 from golfgpt.score.compressors import compressors_bpb
@@ -67,7 +70,7 @@ from golfgpt.sweep.attempt import Loop, read_loop
 from golfgpt.train import checkpoint
 from golfgpt.train.train import train
 
-INPUTS, BLOCK = 10_000, 250
+INPUTS, BLOCK = 10_000, 1000
 HANG, STUCK = 2.0, 20
 """Seconds of CPU: what counts, and when a child is killed."""
 GROWTH = 300 * 10**6
@@ -77,13 +80,15 @@ ADDRESSES = 3 * 2**30
 # Valid files
 
 
-def make_files(folder: Path) -> None:
-    """A prepared folder, a finished run of a tiny model, its published forms and the small files beside them."""
-    text = [
-        path.read_text(encoding="utf-8")[:8000] for path in sorted(Path(sysconfig.get_path("stdlib")).glob("[a-d]*.py"))
-    ]
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": part}) + "\n" for part in text), encoding="utf-8")
-    prepare([folder / "text.jsonl"], folder / "data", vocab_size=384, val_fraction=0.2, workers=1)
+def make_files(folder: Path, data: Path | None = None) -> None:
+    """A prepared folder (or a copy of `data`), a finished run of a tiny model, its published forms, and small files."""
+    if data:
+        shutil.copytree(data, folder / "data")
+    else:
+        files = sorted(Path(sysconfig.get_path("stdlib")).glob("[a-d]*.py"))
+        lines = [json.dumps({"text": file.read_text(encoding="utf-8")[:8000]}) + "\n" for file in files]
+        (folder / "text.jsonl").write_text("".join(lines), encoding="utf-8")
+        prepare([folder / "text.jsonl"], folder / "data", vocab_size=384, val_fraction=0.2, workers=1)
     shutil.copytree(folder / "data", folder / "bare", ignore=shutil.ignore_patterns("manifest.json"))
     config = RunConfig(
         model=ModelConfig(vocab_size=384, num_layers=2, model_dim=32, num_heads=2, num_kv_heads=1, mlp_hidden=32),
@@ -116,7 +121,7 @@ def _published(state: dict[str, torch.Tensor]) -> dict[str, bytes]:
     dtypes = dict.fromkeys(codes, "float32")
     rows = {"quantized": codes, "scales": scales, "dtypes": dtypes, "passthrough": rest}
     tensors = rest | {f"{n}.q": q for n, q in codes.items()} | {f"{n}.scale": s for n, s in scales.items()}
-    how = dict.fromkeys(rest, "passthrough") | dict.fromkeys(codes, {"type": "int8"})
+    how = dict.fromkeys(rest, "passthrough") | {name: {"type": "int8"} for name in codes}
     return {
         "final_model.pt": _saved(state),
         "rows.ptz": zlib.compress(_saved({"__quant_format__": "int8_clean_per_row_v1", **rows}), 9),
@@ -158,8 +163,8 @@ def change_bytes(rng: Random, data: bytes) -> bytes:
 
 
 HOSTILE = (
-    None, True, -1, 0, 2**31, 2**63, 2**64, 10**30, 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", "x", "\ud800", "\0",
-    "x" * 5000, "../../etc/passwd", [], {}, [[]], {"": {}}, [None] * 1000, {"x": 1},
+    None, True, -1, 0, 2**31, 2**63, 2**64, 10**30, 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", "x",
+    "\ud800", "\0", "x" * 5000, "../../etc/passwd", [], {}, [[]], {"": {}}, [None] * 1000, {"x": 1},
 )  # fmt: skip
 
 
@@ -195,11 +200,7 @@ def change_json(rng: Random, data: bytes) -> bytes:
     text = json.dumps(change_value(rng, json.loads(data)))
     if rng.random() < 0.05:  # deeper than Python's own limit of recursion
         depth = rng.choice((50, 2000, 200_000))
-        text = (
-            text.replace("null", "[" * depth + "]" * depth, 1)
-            if "null" in text
-            else '{"a":' * depth + "1" + "}" * depth
-        )
+        text = '{"a":' * depth + "1" + "}" * depth if rng.random() < 0.5 else "[" * depth
     return text.encode(errors="surrogatepass")
 
 
@@ -226,32 +227,24 @@ def change_artifact(rng: Random, data: bytes) -> bytes:
         name = rng.choice(list(CODECS))
         compressed = CODECS[name].compress(content, 1)
         fields["streams"] = [[name, 1, len(content), len(compressed)]]
-    if way >= 3:
+    if way == 3:
         fields = change_value(rng, fields)
-    if way == 4 and isinstance(fields, dict):  # other shapes, a payload of zeros that fits them
-        return _bomb(rng, fields, data)
+    if way == 4:
+        sizes = (2, 384, 20_000, 65_536), (1, 2, 40, 2000), (4, 64, 512, 4096), (1, 32, 5000)
+        names = "vocab_size", "num_layers", "model_dim", "mlp_hidden"
+        shape = {name: rng.choice(of) for name, of in zip(names, sizes, strict=True)}
+        with contextlib.suppress(GolfError):  # more than an artifact holds
+            return zeros(ModelConfig(num_heads=2, num_kv_heads=1, **shape), rng.choice((0, 10**9)))
     header = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
     return artifact._prefix(header, compressed, version) + header + compressed
 
 
-def _bomb(rng: Random, fields: dict[str, Any], data: bytes) -> bytes:
-    from golfgpt.quant.formats import payload_bytes
-    from golfgpt.quant.quantizer import Quantizer
-
-    model = ModelConfig(
-        vocab_size=rng.choice((2, 384, 20_000, 65_536)), num_layers=rng.choice((1, 2, 40, 2000)), num_heads=2,
-        model_dim=rng.choice((4, 64, 512, 4096)), num_kv_heads=1, mlp_hidden=rng.choice((1, 32, 5000)),
-    )  # fmt: skip
-    quantizer = Quantizer(model, QuantConfig(keep_numel=rng.choice((0, 10**9)), compressor="brotli"))
-    size = min(payload_bytes(quantizer.formats), 2**28)
-    compressed = _zeros(size)
-    streams = (artifact.Stream("brotli", 1, payload_bytes(quantizer.formats), len(compressed)),)
-    fields = json.loads(artifact.sections(data)[0])
-    try:
-        info = artifact.ArtifactInfo(model, quantizer.formats, 64, fields["tokenizer_sha256"], streams, frozenset())
-    except GolfError:
-        return data
-    header = info.header()
+def zeros(model: ModelConfig, keep_numel: int) -> bytes:
+    """An artifact of `model` whose payload is zeros: a small file that takes much memory. From 64 MiB on its stream is none."""
+    formats = Quantizer(model, QuantConfig(keep_numel=keep_numel)).formats
+    compressed = _zeros(payload_bytes(formats)) if payload_bytes(formats) < 2**26 else bytes(1000)
+    stream = artifact.Stream("brotli", 1, payload_bytes(formats), len(compressed))
+    header = artifact.ArtifactInfo(model, formats, 64, "0" * 64, (stream,), frozenset()).header()
     return artifact._prefix(header, compressed) + header + compressed
 
 
@@ -288,7 +281,7 @@ def change_published(rng: Random, data: bytes) -> bytes:
         case 1:
             return pack(change_bytes(rng, content))
         case 2:
-            return rng.choice(_WRAPPERS)(content + bytes(rng.choice((0, 10**6, 2**27))))
+            return rng.choice(_WRAPPERS)(content + bytes(rng.choice((0, 0, 0, 10**6, 2**26))))
         case _:
             return pack(_saved(change_value(rng, torch.load(io.BytesIO(content), weights_only=True))))
 
@@ -333,52 +326,55 @@ def _tokenizer(file: Path) -> Tokenizer:
     return Tokenizer(file.read_bytes())
 
 
-def read_artifact(folder: Path) -> None:
-    file = folder / "run/model.golf"
-    artifact.inspect(file).table()
-    found = artifact.read(file)
+def read_artifact(folder: Path, file: str) -> None:
+    artifact.inspect(folder / file).table()
+    found = artifact.read(folder / file)
     found.load_into(GPT(found.info.model))
 
 
-def read_shards(name: str, folder: Path) -> None:
-    data = Dataset.open(folder / name, _tokenizer(folder / "run/tokenizer.model"))
+def read_shards(folder: Path, file: str) -> None:
+    data = Dataset.open((folder / file).parent, _tokenizer(folder / "run/tokenizer.model"))
     assert len(data.digest) == 64
     data.check_token_ids()
     data.prove_val_bytes(1000)
 
 
-def read_checkpoint(folder: Path) -> None:
-    checkpoint.load(folder / "run/checkpoints/saved.safetensors")
+def read_checkpoint(folder: Path, file: str) -> None:
+    checkpoint.load(folder / file)
 
 
-def read_published(folder: Path) -> None:
-    for name in ("final_model.pt", "rows.ptz", "mixed.ptz"):
-        export = read_export(folder / name)
-        from_published(export.state, infer_config(export.state))
+def read_published(folder: Path, file: str) -> None:
+    export = read_export(folder / file)
+    from_published(export.state, infer_config(export.state))
 
 
-def read_tokenizer(folder: Path) -> None:
-    tokenizer = Tokenizer((folder / "run/tokenizer.model").read_bytes())
+def read_tokenizer(folder: Path, file: str) -> None:
+    tokenizer = Tokenizer((folder / file).read_bytes())
     ids = tokenizer.encode("The 1st \u2581 na\u00efve text")
     tokenizer.decode_batch([ids, list(range(tokenizer.vocab_size))])
     assert len(tokenizer.pieces) == tokenizer.vocab_size and tokenizer.strips_leading_space in (False, True)
 
 
-def read_folder(folder: Path) -> None:
-    """As list, details, report and watch do."""
-    for run in list_runs(folder / "run"):
-        str(run.get("val_bpb"))
+def read_folder(folder: Path, file: str) -> None:
+    """As list, report and watch do."""
     view = page._view(folder / "run", "run", 0)
     page._ledger([view]), page._step_times([view]), page._changed([view])
-    watch.watch(folder / "run", once=True)
+    for run in list_runs(folder / "run"):
+        str(run.get("val_bpb"))
+    if file.endswith("metrics.jsonl"):
+        watch.watch(folder / "run", once=True, out=io.StringIO())
 
 
-def read_small(folder: Path) -> None:
-    device = torch.device("cpu")
-    PartialSums(folder).open({"stride": 16}, Sums.start(0, device))
-    compressors_bpb(_Data(folder / "data"))
-    read_loop(folder)
-    _read_record(folder / "download.json")
+def read_small(folder: Path, file: str) -> None:
+    match file:
+        case "eval_partial_0.json":  # if it is damaged, the evaluation starts over
+            PartialSums(folder).open({"stride": 16}, Sums.start(0, torch.device("cpu")))
+        case "data/baselines.json":
+            compressors_bpb(_Data(folder / "data"))
+        case "incumbent.json":
+            read_loop(folder)
+        case "download.json":
+            _read_record(folder / file)
 
 
 class _Data:
@@ -396,7 +392,8 @@ class Target:
     files: tuple[str, ...]
     """Of which one is changed at a time."""
     change: Callable[[Random, bytes], bytes]
-    read: Callable[[Path], None]
+    read: Callable[[Path, str], None]
+    """read(folder, the changed file)."""
 
 
 TARGETS = {
@@ -404,9 +401,9 @@ TARGETS = {
     "shards": Target(
         ("bare/golf_train_000000.bin", "bare/golf_val_000000.bin", "bare/golf_val_000000.bytes"),
         change_bytes,
-        functools.partial(read_shards, "bare"),
+        read_shards,
     ),
-    "manifest": Target(("data/manifest.json",), change_json, functools.partial(read_shards, "data")),
+    "manifest": Target(("data/manifest.json",), change_json, read_shards),
     "config": Target(("run/config.json",), change_json, read_folder),
     "checkpoint": Target(("run/checkpoints/saved.safetensors",), change_checkpoint, read_checkpoint),
     "published": Target(("final_model.pt", "rows.ptz", "mixed.ptz"), change_published, read_published),
@@ -452,7 +449,7 @@ def read_input(name: str, number: int, folder: Path, originals: dict[str, bytes]
     (folder / file).write_bytes(data)
     began, before = time.process_time(), _resident()
     try:
-        TARGETS[name].read(folder)
+        TARGETS[name].read(folder, file)
         found.read += 1
     except GolfError:
         found.refused += 1
@@ -523,7 +520,8 @@ def _child(
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + ADDRESSES,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    TARGETS[name].read(folder)  # imports, caches
+    for file in originals:
+        TARGETS[name].read(folder, file)  # imports, caches
     found = Found(name, start, stop)
     for number in range(start, stop):
         current[:8] = number.to_bytes(8, "little")
@@ -568,7 +566,7 @@ def main() -> None:
                 path, data = make_input(names[0], args.input, originals)
                 (folder / path).write_bytes(data)
                 print(path, len(data), data[:2000])
-                TARGETS[names[0]].read(folder)
+                TARGETS[names[0]].read(folder, path)
                 return
             for name in names:
                 done = max((row.stop for row in rows if row.target == name), default=0)

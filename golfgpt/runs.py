@@ -127,12 +127,15 @@ def _read(file: Path, hint: Any = dict) -> Any:
 
 
 def metric(line: bytes) -> dict[str, Any] | None:
-    """The object in a line of metrics.jsonl; None for a line that a full disk or a kill cut off."""
+    """The object in a line of metrics.jsonl; None for a line that a full disk or a kill cut off, or no run writes."""
     try:
         value = parse_json(line, dict, allow_nan=True)
     except ValueError:
         return None
-    return value if "kind" in value else None
+    return value if "kind" in value and all(type(value.get(name, 0)) in of for name, of in _NUMBERS.items()) else None
+
+
+_NUMBERS = {"step": (int,)} | dict.fromkeys(("loss", "loss_ema", "train_seconds", "step_seconds"), (int, float))
 
 
 @contextlib.contextmanager

@@ -63,12 +63,15 @@ class Tokenizer:
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=self.model_bytes)
             self.vocab_size: int = self._model.get_piece_size()
+            self._model.decode([[i] for i in range(self.vocab_size)])  # raises for a piece that is not UTF-8
         except Exception as error:
             raise InputError(f"{name} is not a SentencePiece model: {error}") from error
         self.bos_id: int = self._model.bos_id()
         self.pad_id: int = self._model.pad_id()  # -1: there is none
         if not 0 < self.vocab_size <= _MAX_VOCAB:
             raise InputError(f"{name} has {self.vocab_size} pieces; shards hold uint16 tokens: 1 to {_MAX_VOCAB}")
+        if not 0 <= self._model.unk_id() < self.vocab_size:
+            raise InputError(f"{name} has no piece for unknown text, which SentencePiece needs; train another")
         if self.bos_id < 0:
             raise InputError(f"{name} has no BOS piece; every document of a shard starts with one")
 
@@ -78,8 +81,8 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike, sha256: str | None = None) -> Tokenizer:
-        """The tokenizer in a file. SentencePiece parses in C++, so what does not have the known digest `sha256` is tried
-        in another process first. Raises InputError as the constructor, and for a file that is missing or too large."""
+        """The tokenizer in a file. SentencePiece parses in C++, so a file without the known digest `sha256` is tried in
+        another process first. Raises InputError as the constructor, and for a file that is missing or too large."""
         try:
             with open(path, "rb") as file:
                 model_bytes = file.read(MAX_BYTES + 1)
