@@ -59,7 +59,7 @@ from golfgpt.model.gpt import GPT
 from golfgpt.published.files import read_export
 from golfgpt.published.names import from_published, infer_config, to_published
 from golfgpt.quant import artifact
-from golfgpt.quant.codecs import CODECS
+from golfgpt.quant.codecs import CODECS, zstd_frame
 from golfgpt.quant.formats import payload_bytes
 from golfgpt.quant.quantizer import Quantizer
 from golfgpt.report import page
@@ -70,7 +70,7 @@ from golfgpt.sweep.attempt import Loop, read_loop
 from golfgpt.train import checkpoint
 from golfgpt.train.train import train
 
-INPUTS, BLOCK = 10_000, 1000
+INPUTS, BLOCK = 10_000, 250
 HANG, STUCK = 2.0, 20
 """Seconds of CPU: what counts, and when a child is killed."""
 GROWTH = 300 * 10**6
@@ -240,7 +240,8 @@ def change_artifact(rng: Random, data: bytes) -> bytes:
 
 
 def zeros(model: ModelConfig, keep_numel: int) -> bytes:
-    """An artifact of `model` whose payload is zeros: a small file that takes much memory. From 64 MiB on its stream is none."""
+    """An artifact of `model` whose payload is zeros: a small file that would take much memory. Of 64 MiB or more there
+    is no stream."""
     formats = Quantizer(model, QuantConfig(keep_numel=keep_numel)).formats
     compressed = _zeros(payload_bytes(formats)) if payload_bytes(formats) < 2**26 else bytes(1000)
     stream = artifact.Stream("brotli", 1, payload_bytes(formats), len(compressed))
@@ -274,7 +275,7 @@ def change_published(rng: Random, data: bytes) -> bytes:
     if data[:1] == b"x":
         content, pack = zlib.decompress(data), zlib.compress
     elif data[:4] == b"\x28\xb5\x2f\xfd":
-        content, pack = CODECS["zstd"].decompress(memoryview(data), 2**28), lambda raw: CODECS["zstd"].compress(raw, 1)
+        content, pack = zstd_frame(data, 2**28), lambda raw: CODECS["zstd"].compress(raw, 1)
     match rng.randrange(4):
         case 0:
             return change_bytes(rng, data)

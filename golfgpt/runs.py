@@ -199,7 +199,7 @@ def artifact_file(path: Path) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class ListedRun:
-    """A run as a list shows it. The values in its config are not checked, because that takes 7 ms a run."""
+    """A run as a list shows it. The values in its config are not checked."""
 
     path: Path
     status: Literal["finished", "running", "stopped", "broken"]

@@ -6,6 +6,7 @@ import ast
 import contextlib
 import json
 import os
+import re
 import subprocess
 import zlib
 from pathlib import Path
@@ -197,3 +198,10 @@ def test_no_reader_runs_code_of_a_file():
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "np.load", "numpy.load"):
                 loads.append((file.name, {word.arg: ast.unparse(word.value) for word in node.keywords}))
     assert [(name, words["weights_only"]) for name, words in loads] == [("containers.py", "True")]
+
+
+def test_security_md_names_tests_that_exist():
+    root = Path(golfgpt.__file__).parents[1]
+    named = re.findall(r"`(tests/\w+\.py)::(\w+)`", (root / "SECURITY.md").read_text(encoding="utf-8"))
+    assert len(named) > 15
+    assert not [name for file, name in named if f"\ndef {name}(" not in (root / file).read_text(encoding="utf-8")]

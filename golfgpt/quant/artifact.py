@@ -384,16 +384,11 @@ def check_payload_bytes(formats: Mapping[str, TensorFormat]) -> None:
 
 def payload(streams: Sequence[Stream], compressed: memoryview, compressor: str | None = None) -> np.ndarray:
     """What the streams decompress to, uint8; `compressor`: that of all streams, where it is known."""
-    out = np.empty(sum(stream.payload_bytes for stream in streams), np.uint8)
-    start = 0
+    parts = []
     for stream in streams:
         piece, compressed = compressed[: stream.compressed_bytes], compressed[stream.compressed_bytes :]
-        stop = start + stream.payload_bytes
-        out[start:stop] = np.frombuffer(
-            decompress(compressor or stream.compressor, piece, stream.payload_bytes), np.uint8
-        )
-        start = stop
-    return out
+        parts.append(np.frombuffer(decompress(compressor or stream.compressor, piece, stream.payload_bytes), np.uint8))
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _arrays(formats: Mapping[str, TensorFormat]) -> Iterator[tuple[str, str, str, tuple[int, ...]]]:
