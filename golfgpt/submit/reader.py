@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from golfgpt.errors import InputError
-from golfgpt.quant.codecs import CODECS, zstd_frame, whole_stream
+from golfgpt.quant.codecs import CODECS, whole_stream, zstd_frame
 from golfgpt.submit.names import bindings, bound_names, locals_of
 from golfgpt.submit.pack import from_digits
 
