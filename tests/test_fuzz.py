@@ -166,13 +166,16 @@ def test_an_unknown_tokenizer_is_tried_in_another_process_once(corpus, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("trial", "message"),
-    [("import os; os.abort()", "ends a process by SIGABRT"), ("while True: pass", "takes more than 0.5 s to load")],
+    ("trial", "seconds", "message"),
+    [
+        ("import os; os.abort()", 600, "ends a process by SIGABRT"),
+        ("while True: pass", 0.5, "takes more than 0.5 s to load"),
+    ],
 )
-def test_a_tokenizer_that_would_end_the_process_is_refused(corpus, monkeypatch, trial, message):
+def test_a_tokenizer_that_would_end_the_process_is_refused(corpus, monkeypatch, trial, seconds, message):
     monkeypatch.setattr(tokenizers, "_tried", set())
     monkeypatch.setattr(tokenizers, "_TRIAL", trial)
-    monkeypatch.setattr(tokenizers, "TRIAL_SECONDS", 0.5)
+    monkeypatch.setattr(tokenizers, "TRIAL_SECONDS", seconds)
     with pytest.raises(InputError, match=message):
         Tokenizer.from_file(corpus / "tokenizer.model")
 
