@@ -180,6 +180,18 @@ def test_a_tokenizer_that_would_end_the_process_is_refused(corpus, monkeypatch, 
         Tokenizer.from_file(corpus / "tokenizer.model")
 
 
+def test_a_tokenizer_that_would_fail_later_is_refused(corpus):
+    model_bytes = (corpus / "tokenizer.model").read_bytes()
+    unknown = model_bytes.index(b"<unk>")
+    changes = ((unknown + 11, b"\1", "no piece for unknown text"), (model_bytes.index(b"\xe2\x96\x81"), b"\xff", "not UTF-8"))
+    for at, byte, message in changes:
+        (unknown + 11, b"\1", "unk"),
+        (model_bytes.index(b"\xe2\x96\x81"), b"\xff", "UTF-8|utf-8"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Tokenizer(model_bytes[:at] + byte + model_bytes[at + 1 :])
+
+
 def test_a_large_tokenizer_is_not_parsed(tmp_path, monkeypatch):
     (tmp_path / "t.model").write_bytes(bytes(tokenizers.MAX_BYTES + 1))
     monkeypatch.setattr(tokenizers, "check_apart", None)

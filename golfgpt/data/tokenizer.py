@@ -63,17 +63,15 @@ class Tokenizer:
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=self.model_bytes)
             self.vocab_size: int = self._model.get_piece_size()
-            self._model.decode([[i] for i in range(self.vocab_size)])  # raises for a piece that is not UTF-8
         except Exception as error:
             raise InputError(f"{name} is not a SentencePiece model: {error}") from error
         self.bos_id: int = self._model.bos_id()
         self.pad_id: int = self._model.pad_id()  # -1: there is none
         if not 0 < self.vocab_size <= _MAX_VOCAB:
             raise InputError(f"{name} has {self.vocab_size} pieces; shards hold uint16 tokens: 1 to {_MAX_VOCAB}")
-        if not 0 <= self._model.unk_id() < self.vocab_size:
-            raise InputError(f"{name} has no piece for unknown text, which SentencePiece needs; train another")
         if self.bos_id < 0:
             raise InputError(f"{name} has no BOS piece; every document of a shard starts with one")
+        check_pieces(self._model, name)
 
     @classmethod
     def from_bytes(cls, model_bytes: bytes) -> Tokenizer:
@@ -212,6 +210,16 @@ class Tokenizer:
         """The byte pieces E2 96 81 of U+2581; empty where the vocabulary lacks them."""
         ids = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         return ids if all(map(self.is_byte, ids)) else []
+
+
+def check_pieces(model: sentencepiece.SentencePieceProcessor, name: str) -> None:
+    """Raises InputError for pieces with which SentencePiece loads, and fails when it encodes or decodes."""
+    if not 0 <= model.unk_id() < model.get_piece_size():
+        raise InputError(f"{name} has no piece for unknown text, which SentencePiece needs; train another")
+    try:
+        model.decode([[i] for i in range(model.get_piece_size())])
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name} has a piece that is not UTF-8 ({error}); train another") from error
 
 
 def check_apart(model_bytes: bytes, name: str, sha256: str | None = None) -> None:
