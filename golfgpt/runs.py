@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import itertools
-import json
 import operator
 import os
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from golfgpt.config import RunConfig, from_dict, to_dict
-from golfgpt.errors import InputError
-from golfgpt.files import write_json
+from golfgpt.errors import GolfError, InputError
+from golfgpt.files import parse_json, read_json, write_json
 
 RUNS = Path("runs")
 """Where new run folders are made, under the working directory."""
@@ -28,6 +28,41 @@ _ADDED = {"runtime": {"tracker": "none", "val_tokens": None}}
 """Fields that a config of this format may lack, since they are newer than it, with the value that runs had then."""
 
 
+class StoredScore(TypedDict, total=False):
+    """A score in result.json, by the fields that are read from it."""
+
+    val_bpb: float
+    val_loss: float
+    tokens: int
+    bytes: int
+    window: int
+    stride: int
+    label: str
+    dtype: str
+    partial: bool
+    document_aware: bool
+    seconds: float
+
+
+class Result(TypedDict, total=False):
+    """What result.json holds; not all of it until scoring ends."""
+
+    score: StoredScore
+    adapted: StoredScore | None
+    artifact_bytes: int
+    artifact_sha256: str
+    code_bytes: int
+    total_bytes: int
+    margin_bytes: int
+    compressor: str
+    quantized_again: bool
+    parameters: int
+    steps: int
+    seconds: dict[str, float]
+    dataset: str
+    compressors_bpb: dict[str, float] | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """What the files of a run folder say. `result` is None until the run has a score."""
@@ -35,7 +70,7 @@ class Run:
     path: Path
     config: RunConfig
     env: dict[str, Any]
-    result: dict[str, Any] | None
+    result: Result | None
 
     @property
     def name(self) -> str:
@@ -66,7 +101,7 @@ class Run:
 def read_run(path: Path) -> Run:
     """The run in `path`. Raises InputError if there is none, or if a file of it cannot be read."""
     config = read_config(path)
-    return Run(path=path, config=config, env=_read(path / "env.json") or {}, result=_read(path / "result.json"))
+    return Run(path=path, config=config, env=_read(path / "env.json") or {}, result=read_stored_result(path))
 
 
 def read_result(path: Path) -> Run:
@@ -77,26 +112,45 @@ def read_result(path: Path) -> Run:
     return run
 
 
-def _read(file: Path) -> dict[str, Any] | None:
+def read_stored_result(path: Path) -> Result | None:
+    """result.json of the run in `path`; None if there is none. Raises InputError if it is not as golfgpt writes it."""
+    return _read(path / "result.json", Result)
+
+
+def _read(file: Path, hint: Any = dict) -> Any:
     """A file's JSON object, or None if there is no file."""
     try:
-        value = json.loads(file.read_bytes())
+        return read_json(file, hint)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: {error}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{file} holds {type(value).__name__}, expected an object")
-    return value
+    except ValueError as error:
+        raise InputError(f"{file}: {error}; restore the file as golfgpt wrote it") from error
 
 
 def metric(line: bytes) -> dict[str, Any] | None:
-    """The object in a line of metrics.jsonl; None for a line that a full disk or a kill cut off."""
+    """The object in a line of metrics.jsonl; None for a line that a full disk or a kill cut off, or no run writes."""
     try:
-        value = json.loads(line)
+        value = parse_json(line, dict, allow_nan=True)
     except ValueError:
         return None
-    return value if isinstance(value, dict) and "kind" in value else None
+    return value if "kind" in value and all(type(value.get(name, 0)) in of for name, of in _NUMBERS.items()) else None
+
+
+_NUMBERS = {"step": (int,)} | dict.fromkeys(("loss", "loss_ema", "train_seconds", "step_seconds"), (int, float))
+
+
+@contextlib.contextmanager
+def as_written(path: Path) -> Iterator[None]:
+    """Work with values of result.json and metrics.jsonl of the run in `path`. Raises InputError if they do not allow
+    it."""
+    try:
+        yield
+    except GolfError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise InputError(
+            f"result.json or metrics.jsonl of {path} is not as golfgpt writes it ({error!r:.300}); restore the files"
+        ) from error
 
 
 def add_metric(path: Path, kind: str, **values: Any) -> None:
@@ -159,7 +213,7 @@ def artifact_file(path: Path) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class ListedRun:
-    """A run as a list shows it. The values in its config are not checked, because that takes 7 ms a run."""
+    """A run as a list shows it. The values in its config are not checked."""
 
     path: Path
     status: Literal["finished", "running", "stopped", "broken"]
@@ -194,7 +248,7 @@ def list_runs(folder: Path) -> list[ListedRun]:
 def listed_run(path: Path) -> ListedRun:
     """The run in `path`, as `list_runs` has it."""
     try:
-        config, env, result = _read_config(path), _read(path / "env.json") or {}, _read(path / "result.json")
+        config, env, result = _read_config(path), _read(path / "env.json") or {}, read_stored_result(path)
     except (InputError, OSError) as error:
         values = {"run": str(path), "status": "broken"}
         return ListedRun(path=path, status="broken", values=values, problem=str(error))
@@ -273,7 +327,7 @@ class Condition:
         Raises InputError where a number would be ordered with text."""
         have = run.get(self.field)
         try:
-            wanted = json.loads(self.value)
+            wanted = parse_json(self.value)
         except ValueError:
             wanted = {"True": True, "False": False, "None": None}.get(self.value, self.value)
         if isinstance(have, str):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from golfgpt.config import RunConfig
-from golfgpt.runs import listed_run, metric, read_config
+from golfgpt.runs import as_written, listed_run, metric, read_config
 from golfgpt.train.status import seconds_left, status
 
 RECENT = 32
@@ -141,20 +141,24 @@ def watch(
         live.start()
     try:
         while True:
-            for value in lines.new():
-                state.add(value)
-                heard = time.monotonic()
+            with as_written(run):
+                for value in lines.new():
+                    state.add(value)
+                    heard = time.monotonic()
             if not state.over and time.monotonic() - heard >= silence and listed_run(run).status == "stopped":
                 state.end = {"reason": f"no process trains it; golfgpt train --resume {run} continues it"}
             config = read_config(run)  # a run writes what it chose before its first step
             last = once or state.over
+            with as_written(run):
+                facts, text = state.facts(config), state.line(config)
+                table = live and _table(run, facts)
             if live:
-                live.update(_table(run, state.facts(config)), refresh=True)
-            elif (text := state.line(config)) != shown and (last or time.monotonic() - since >= quiet):
+                live.update(table, refresh=True)
+            elif text != shown and (last or time.monotonic() - since >= quiet):
                 print(text, file=out, flush=True)
                 shown, since = text, time.monotonic()
             if last:
-                return state.facts(config)
+                return facts
             time.sleep(every)
     finally:
         if live:

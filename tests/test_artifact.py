@@ -378,7 +378,8 @@ def test_each_field_of_the_header_is_checked(changes, message):
     [
         (json.dumps(HEADER, sort_keys=True).encode(), "canonical form"),
         (json.dumps(HEADER, separators=(",", ":")).encode().replace(b"{", b'{"seq_len":64,', 1), "canonical form"),
-        (b'{"a":NaN}', "bad header: its fields are"),
+        (b'{"a":1}', "bad header: its fields are"),
+        (b'{"a":NaN}', "bad header: it holds NaN"),
         (b"[" * 10**6, "bad header"),
         (b"\xff", "bad header"),
         (b"", "bad header"),

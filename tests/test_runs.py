@@ -123,7 +123,7 @@ def test_broken_runs_are_listed_with_the_reason(folder, capsys):
     for name, file, text, _ in (broken := [
         ("cut", "config.json", '{"format": 4, "model": ', "cut/config.json: Expecting value"),
         ("old", "config.json", '{"format": 3}', "old/config.json: the run has format 3"),
-        ("list", "result.json", "[1]", "list/result.json holds list, expected an object"),
+        ("list", "result.json", "[1]", "list/result.json: root: expected an object, got [1]"),
         ("bytes", "env.json", b"\xff\xfe\xff", "bytes/env.json: "),
         ("place", "result.json", None, "place/result.json"),
     ]):  # fmt: skip

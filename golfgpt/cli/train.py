@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import signal
 import sys
@@ -18,6 +17,7 @@ from golfgpt.cli.common import RUNS, Config, check_tokenizer, print_json, run_na
 from golfgpt.cli.data import DataPrepare, prepare_folder
 from golfgpt.config import EvalConfig, RunConfig
 from golfgpt.errors import BudgetError, InputError, Interrupted
+from golfgpt.runs import read_result, read_stored_result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,7 @@ def demo(args: Demo) -> int:
     config = replace(args.config, data=replace(args.config.data, path=str(args.data)))
     code = _train(config, path, resume=False, as_json=args.json)
     if not args.json:
-        steps = json.loads((path / "result.json").read_text(encoding="utf-8"))["steps"]
+        steps = read_result(path).result["steps"]
         if steps < 300:
             advice = " On a busy one, use `golfgpt demo --runtime.threads 1`." if config.runtime.threads != 1 else ""
             print(f"\nonly {steps} steps fit into the time, 942 in README.md: this machine is slow or busy.{advice}")
@@ -248,10 +248,10 @@ def evaluate(args: Eval) -> int:
         with contextlib.suppress(OSError):  # a folder that only its owner may write to is scored all the same
             add_metric(folder, "eval", **facts, **asdict(score), adapted=adapted and asdict(adapted))
         kept = folder / "result.json"
-        if adapted and file == "model.golf" and kept.is_file():
-            result = json.loads(kept.read_text(encoding="utf-8"))
+        result = read_stored_result(folder) if adapted and file == "model.golf" else None
+        if result:
             whole = (result.get("adapted") or {}).get("partial") is False
-            if result["dataset"] == adapted.dataset and not (whole and adapted.partial):
+            if result.get("dataset") == adapted.dataset and not (whole and adapted.partial):
                 write_json(kept, result | {"adapted": asdict(adapted)})
         if args.json:
             print_json({"score": asdict(score), "compressors_bpb": known, "adapted": adapted and asdict(adapted)})

@@ -20,7 +20,6 @@ import contextlib
 import dataclasses
 import hashlib
 import io
-import json
 import multiprocessing
 import os
 import re
@@ -39,7 +38,7 @@ from golfgpt import __version__
 from golfgpt.data.manifest import MANIFEST
 from golfgpt.data.shards import Dataset, Progress
 from golfgpt.errors import BusyError, InputError, Interrupted
-from golfgpt.files import from_json, sha256_file, write_json
+from golfgpt.files import read_json, sha256_file, write_json
 
 REPO = "willdepueoai/parameter-golf"
 REVISION = "a85b0e6035c3c94bc23685a07c81a8f3bf89db80"
@@ -205,7 +204,7 @@ def _plan(out: Path, variant: str, train_shards: int, revision: str | None, endp
 
 def _read_record(path: Path) -> Record | None:
     try:
-        record = from_json(Record, json.loads(path.read_bytes()))
+        record = read_json(path, Record)
         if record.format != 1 or any(file.variant != record.variant or file.bytes < 1 for file in record.files):
             raise ValueError("another format, or files of another dataset")
     except FileNotFoundError:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from golfgpt.errors import InputError
-from golfgpt.files import from_json
+from golfgpt.files import from_json, read_json
 
 MANIFEST = "manifest.json"
 
@@ -71,9 +69,7 @@ class Manifest:
     def load(cls, path: str | os.PathLike) -> Manifest:
         """Raises InputError naming an unknown or missing key, a wrong type or an unknown format."""
         try:
-            values = json.loads(Path(path).read_bytes())
-            if isinstance(values, dict):  # older ones lack these keys
-                values = {"text_codec": None, "published_bytes": []} | values
+            values = {"text_codec": None, "published_bytes": []} | read_json(path, dict)  # older ones lack these keys
             manifest = from_json(cls, values)
         except (OSError, ValueError) as error:
             raise InputError(f"{path} is not a readable manifest: {error}; prepare the data again") from error

@@ -190,7 +190,8 @@ class Dataset:
         models = [named] if named.exists() else sorted(self.path.glob("*.model"))
         if len(models) > 1:
             raise InputError(f"{self.path} holds {len(models)} *.model files; keep one, or name it {TOKENIZER}")
-        return Tokenizer.from_file(models[0]) if models else None
+        known = self.manifest and self.manifest.tokenizer_sha256
+        return Tokenizer.from_file(models[0], known) if models else None
 
     def _check_manifest(self) -> None:
         if self.manifest is None:

@@ -23,6 +23,9 @@ import hashlib
 import io
 import os
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -34,6 +37,19 @@ from golfgpt.errors import InputError
 SPACE = "\u2581"
 TRAINING_CHARS = 24_000_000
 """Characters that a tokenizer is trained on at most: 4 s for 1,024 pieces on 2 cores, 0.35 GB."""
+MAX_BYTES = 2**24
+"""Largest model file: 65,536 pieces take 1.2 MB."""
+TRIAL_SECONDS = 60
+_TRIAL = r"""
+import sys, sentencepiece
+model = sentencepiece.SentencePieceProcessor(model_proto=sys.stdin.buffer.read())
+pieces = range(model.get_piece_size())
+ids = model.encode("The 1st \u2581 na\u00efve \U0001f600 text", out_type="offset_mapping")["ids"]
+model.decode([ids, *([i] for i in pieces)])
+[model.id_to_piece(i) for i in pieces]
+"""
+"""What fails in Python in the trial fails here as well, with its own error."""
+_tried: set[str] = set()
 _SENTENCE_CHARS = 8192
 _MAX_VOCAB = 65_536
 
@@ -55,18 +71,25 @@ class Tokenizer:
             raise InputError(f"{name} has {self.vocab_size} pieces; shards hold uint16 tokens: 1 to {_MAX_VOCAB}")
         if self.bos_id < 0:
             raise InputError(f"{name} has no BOS piece; every document of a shard starts with one")
+        check_pieces(self._model, name)
 
     @classmethod
     def from_bytes(cls, model_bytes: bytes) -> Tokenizer:
         return cls(model_bytes)
 
     @classmethod
-    def from_file(cls, path: str | os.PathLike) -> Tokenizer:
+    def from_file(cls, path: str | os.PathLike, sha256: str | None = None) -> Tokenizer:
+        """The tokenizer in a file. SentencePiece parses in C++, so a file without the known digest `sha256` is tried in
+        another process first. Raises InputError as the constructor, and for a file that is missing or too large."""
         try:
             with open(path, "rb") as file:
-                return cls(file.read(), str(path))
+                model_bytes = file.read(MAX_BYTES + 1)
         except OSError as error:
             raise InputError(f"cannot read the tokenizer {path}: {error.strerror}") from error
+        if len(model_bytes) > MAX_BYTES:
+            raise InputError(f"{path} has more than {MAX_BYTES} bytes; expected a SentencePiece model")
+        check_apart(model_bytes, str(path), sha256)
+        return cls(model_bytes, str(path))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without BOS. Raises InputError for lone surrogates, which no UTF-8 text holds."""
@@ -187,6 +210,33 @@ class Tokenizer:
         """The byte pieces E2 96 81 of U+2581; empty where the vocabulary lacks them."""
         ids = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         return ids if all(map(self.is_byte, ids)) else []
+
+
+def check_pieces(model: sentencepiece.SentencePieceProcessor, name: str) -> None:
+    """Raises InputError for pieces with which SentencePiece loads, and fails when it encodes or decodes."""
+    if not 0 <= model.unk_id() < model.get_piece_size():
+        raise InputError(f"{name} has no piece for unknown text, which SentencePiece needs; train another")
+    try:
+        model.decode([[i] for i in range(model.get_piece_size())])
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name} has a piece that is not UTF-8 ({error}); train another") from error
+
+
+def check_apart(model_bytes: bytes, name: str, sha256: str | None = None) -> None:
+    """Load, encode and decode in another process, once for each content; nothing if the digest is `sha256`. Raises
+    InputError for bytes that end it, or take it more than TRIAL_SECONDS."""
+    digest = hashlib.sha256(model_bytes).hexdigest()
+    if digest in (sha256, *_tried):
+        return
+    try:
+        command = [sys.executable, "-c", _TRIAL]
+        done = subprocess.run(command, input=model_bytes, capture_output=True, timeout=TRIAL_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise InputError(f"{name}: SentencePiece takes more than {TRIAL_SECONDS} s to load it; use another") from None
+    if done.returncode < 0:
+        ended = signal.Signals(-done.returncode).name
+        raise InputError(f"{name} is not a SentencePiece model: loading it ends a process by {ended}; use another")
+    _tried.add(digest)
 
 
 def train_tokenizer(

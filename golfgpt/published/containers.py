@@ -114,7 +114,7 @@ def _decompress(blob: bytes, limit: int) -> tuple[str | None, bytes]:
             except Exception as error:  # each library has its own type of exception
                 raise InputError(f"bad {compressor} stream: {error}") from None
     try:
-        return "brotli", CODECS["brotli"].decompress(memoryview(blob), limit)
+        return "brotli", b"".join(CODECS["brotli"].decompress(memoryview(blob), limit))
     except Exception as error:
         raise InputError(
             f"it starts with the bytes {blob[:6].hex(' ')!r}, expected a zlib, zstd or xz stream or a torch.save file; "

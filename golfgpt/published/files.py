@@ -36,6 +36,7 @@ from torch import Tensor
 from golfgpt.errors import InputError
 from golfgpt.published.containers import Unpacked, check_table, unpack
 from golfgpt.published.names import listed
+from golfgpt.quant.codecs import most_bytes
 from golfgpt.quant.formats import MAX_RANK, add_product
 
 MAX_BYTES = 256 * 2**20
@@ -96,7 +97,7 @@ def read_export(path: str | Path) -> Export:
     try:
         if len(blob) > MAX_BYTES:
             raise InputError(f"it holds more than {MAX_BYTES} bytes")
-        return _decode(unpack(blob, MAX_BYTES))
+        return _decode(unpack(blob, min(MAX_BYTES, most_bytes(len(blob)))))
     except InputError as error:
         raise InputError(f"{path} is not a readable published model: {error}") from None
 

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
@@ -41,13 +42,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from golfgpt.config import ModelConfig, QuantConfig, from_dict, to_dict
 from golfgpt.errors import InputError
-from golfgpt.files import write_bytes
+from golfgpt.files import parse_json, write_bytes
 from golfgpt.model.parameters import parameter_shapes
-from golfgpt.quant.codecs import CODECS, compress, decompress
+from golfgpt.quant.codecs import CODECS, compress, decompress, most_bytes
 from golfgpt.quant.formats import (
     QuantizedTensor,
     TensorFormat,
@@ -176,8 +177,18 @@ class ArtifactInfo:
 @dataclass(frozen=True)
 class Artifact:
     info: ArtifactInfo
-    state: dict[str, Tensor]
-    """Bank name -> fp32 weights, decoded."""
+    encoded: dict[str, QuantizedTensor]
+    """Layer group -> codes with scales, or weights; in all as large as the payload."""
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """Bank name -> fp32 weights, decoded now."""
+        return decode(self.encoded)
+
+    def load_into(self, model: nn.Module) -> None:
+        """Decode the weights into the parameters of `model`, which has no other copy of them."""
+        with torch.no_grad():
+            decode(self.encoded, dict(model.named_parameters()))
 
 
 def seal(
@@ -243,11 +254,12 @@ def inspect(path: str | Path) -> ArtifactInfo:
 def unpack(blob: bytes) -> Artifact:
     """`read` of an artifact in memory."""
     info, compressed = _open(blob)
-    state = decode(split(payload(info.streams, compressed), info.formats, info.columns))
-    for name, w in state.items():
-        if not w.isfinite().all():  # what a correction adds
+    encoded = split(payload(info.streams, compressed), info.formats, info.columns)
+    for name, tensor in encoded.items():
+        # what a correction adds
+        if tensor.left is not None and not all(x.dequantize().isfinite().all() for _, x in tensor.pieces()):
             raise InputError(f"tensor {name} has weights that exceed float32")
-    return Artifact(info, state)
+    return Artifact(info, encoded)
 
 
 def header_bytes(quantizer: Quantizer) -> int:
@@ -315,7 +327,7 @@ def sections(blob: bytes) -> tuple[bytes, memoryview, int]:
 
 def _parse_header(text: bytes, compressed_bytes: int, version: int) -> ArtifactInfo:
     try:
-        fields = json.loads(text)
+        fields = parse_json(text, dict)
         packing = {"compressor", "payload_bytes"} if version == 4 else {"streams"}
         expected = {"columns", "model", "seq_len", "tensors", "tokenizer_sha256"} | packing
         if fields.keys() != expected:
@@ -329,12 +341,14 @@ def _parse_header(text: bytes, compressed_bytes: int, version: int) -> ArtifactI
             fields["streams"] = [[*fields["compressor"], payload_bytes(formats), compressed_bytes]]
         streams = tuple(Stream(*stream) for stream in fields["streams"][: MAX_STREAMS + 1])
         info = ArtifactInfo(model, formats, seq_len, digest, streams, columns, version)
+        if info.payload_bytes > (most := most_bytes(compressed_bytes)):
+            raise InputError(f"its tensors take {info.payload_bytes} bytes, {compressed_bytes} hold at most {most}")
         if info.compressed_bytes != compressed_bytes:
             raise InputError(f"its streams have {info.compressed_bytes} bytes, the file {compressed_bytes}")
         if info.header() != text:
             raise InputError("it is not in canonical form, or a value contradicts its model config and formats")
         return info
-    except (ValueError, TypeError, AttributeError, ArithmeticError, LookupError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, ArithmeticError, LookupError) as error:
         raise InputError(f"bad header: {str(error)[:1000]}") from None  # the header may be all one name
 
 
@@ -427,8 +441,9 @@ def split(payload: np.ndarray, formats: Mapping[str, TensorFormat], columns: Set
             shape = (*shape[:-2], shape[-1], shape[-2])
         size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         planes, payload = payload[:size].reshape(dtype.itemsize, -1), payload[size:]
-        array = np.array(planes.T, order="C").view(dtype).reshape(shape)
-        fields[name][field] = torch.from_numpy(array.astype(dtype.newbyteorder("=")))
+        array = planes if dtype.itemsize == 1 else np.array(planes.T, order="C")
+        array = array.view(dtype).reshape(shape)
+        fields[name][field] = torch.from_numpy(array.astype(dtype.newbyteorder("="), copy=False))
     for name, tensors in fields.items():
         if formats[name].quantized:
             stored = tensors["values"].mT if name in columns else tensors["values"]
@@ -445,15 +460,15 @@ def _check_values(tensor: QuantizedTensor, name: str) -> None:
     shapes = {field: tuple(array.shape) for field, array in tensor.arrays.items()}
     if shapes != {field: shape for field, (_, shape) in format.arrays.items()}:
         raise InputError(f"tensor {name} has arrays of shapes {shapes}, its format is {format}")
-    if not format.quantized:
-        if not tensor.values.isfinite().all():
-            raise InputError(f"tensor {name} holds non-finite weights")
-        return
     for field, array in tensor.arrays.items():
         if array.is_floating_point():
-            if not (array.isfinite() & (array > 0)).all():
+            low, high = map(float, array.aminmax()) if array.numel() else (1.0, 1.0)  # both NaN if any number is
+            if not format.quantized:
+                if not math.isfinite(high - low):
+                    raise InputError(f"tensor {name} holds non-finite weights")
+            elif not 0 < low <= high < math.inf:
                 raise InputError(f"tensor {name} holds scales that are not positive finite numbers")
-            if not (array.float() * 128).isfinite().all():
+            elif high * 128 > torch.finfo(torch.float32).max:
                 raise InputError(f"tensor {name} holds scales whose weights exceed float32")
             continue
         if field == "values" and format.wide is not None:

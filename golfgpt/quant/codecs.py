@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 import lzma
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -23,6 +23,12 @@ from golfgpt.errors import InputError
 
 MAX_WINDOW_BYTES = 2**28
 """Memory of a decoder beside its output: xz -9 asks for 2^26, zstd -22 for at most 2^27."""
+
+MAX_RATIO, FREE_BYTES = 64, 32 * 2**20
+"""A trained weight takes more than an eighth of a bit. So no file of weights holds more than 64 times its own bytes,
+above a size that does no harm."""
+
+PIECE_BYTES = 2**20
 
 PACKAGES = {"zstd": "zstandard", "brotli": "brotli"}
 """Compressor -> the package that it needs."""
@@ -33,25 +39,41 @@ class Codec(NamedTuple):
     """The highest."""
     compress: Callable[[bytes, int], bytes]
     """(payload, level) -> compressed."""
-    decompress: Callable[[memoryview, int], bytes]
-    """(compressed, limit) -> at most `limit` bytes; raises for a stream that holds more, or ends early or late."""
+    decompress: Callable[[memoryview, int], Iterable[bytes]]
+    """(compressed, limit) -> pieces of at most `limit` bytes in all; raises for a stream that holds more, or ends early
+    or late."""
 
 
 def whole_stream(stream: Any, compressed: bytes | memoryview, limit: int) -> bytes:
     """What `stream`, a decompressor of zlib or lzma, makes of `compressed`. Raises InputError above `limit` bytes, and
     unless the stream and `compressed` end together."""
-    content = stream.decompress(compressed, limit + 1)
-    _check_end(content, limit, stream.eof)
+    return b"".join(_pieces_of(stream, compressed, limit))
+
+
+def _pieces_of(stream: Any, compressed: bytes | memoryview, limit: int) -> Iterator[bytes]:
+    def read(data: bytes | memoryview, most: int) -> bytes:
+        return stream.decompress(data or getattr(stream, "unconsumed_tail", b""), most)  # lzma keeps its input itself
+
+    yield from _pieces(read, lambda: stream.eof, compressed, limit)
     if stream.unused_data:
         raise InputError(f"{len(stream.unused_data)} bytes follow the compressed stream")
-    return content
 
 
-def _check_end(content: bytes, limit: int, ended: bool) -> None:
-    if len(content) > limit:
-        raise InputError(f"it holds more than {limit} bytes")
-    if not ended:
-        raise InputError("the compressed stream is truncated")
+def _pieces(
+    read: Callable[[bytes | memoryview, int], bytes], ended: Callable[[], bool], data: bytes | memoryview, limit: int
+) -> Iterator[bytes]:
+    """What read(data, most bytes) makes of `data`, at most PIECE_BYTES at a time."""
+    total = 0
+    while True:
+        piece = read(data, min(PIECE_BYTES, limit + 1 - total))
+        data, total = b"", total + len(piece)
+        if total > limit:
+            raise InputError(f"it holds more than {limit} bytes")
+        yield piece
+        if ended():
+            return
+        if not piece:
+            raise InputError("the compressed stream is truncated")
 
 
 def zstd_frame(compressed: bytes | memoryview, limit: int) -> bytes:
@@ -72,8 +94,8 @@ def _zlib_compress(payload: bytes, level: int) -> bytes:
     return min(streams, key=len)
 
 
-def _zlib_decompress(compressed: memoryview, limit: int) -> bytes:
-    return whole_stream(zlib.decompressobj(-zlib.MAX_WBITS), compressed, limit)
+def _zlib_decompress(compressed: memoryview, limit: int) -> Iterator[bytes]:
+    return _pieces_of(zlib.decompressobj(-zlib.MAX_WBITS), compressed, limit)
 
 
 def _zstd_compress(payload: bytes, level: int) -> bytes:
@@ -91,24 +113,26 @@ def _lzma_compress(payload: bytes, level: int) -> bytes:
     return lzma.compress(payload, format=lzma.FORMAT_RAW, filters=_lzma_filters(len(payload), level))
 
 
-def _lzma_decompress(compressed: memoryview, limit: int) -> bytes:
-    return whole_stream(lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_lzma_filters(limit)), compressed, limit)
+def _lzma_decompress(compressed: memoryview, limit: int) -> Iterator[bytes]:
+    return _pieces_of(lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_lzma_filters(limit)), compressed, limit)
 
 
 def _brotli_compress(payload: bytes, level: int) -> bytes:
     return _package("brotli").compress(payload, quality=level, lgwin=24)
 
 
-def _brotli_decompress(compressed: memoryview, limit: int) -> bytes:
+def _brotli_decompress(compressed: memoryview, limit: int) -> Iterator[bytes]:
     stream = _package("brotli").Decompressor()
-    content = stream.process(compressed, output_buffer_limit=limit + 1)  # raises for bytes past the end of the stream
-    _check_end(content, limit, stream.is_finished())
-    return content
+
+    def read(data: bytes | memoryview, most: int) -> bytes:
+        return stream.process(data, output_buffer_limit=most)  # raises for bytes past the end of the stream
+
+    return _pieces(read, stream.is_finished, compressed, limit)
 
 
 CODECS = {
     "zlib": Codec(9, _zlib_compress, _zlib_decompress),
-    "zstd": Codec(22, _zstd_compress, zstd_frame),
+    "zstd": Codec(22, _zstd_compress, lambda compressed, limit: [zstd_frame(compressed, limit)]),
     "lzma": Codec(9, _lzma_compress, _lzma_decompress),
     "brotli": Codec(11, _brotli_compress, _brotli_decompress),
 }
@@ -127,17 +151,25 @@ def compress(payload: bytes, compressor: str, level: int | None = None) -> tuple
     return min(zip(names, levels, results, strict=True), key=lambda result: len(result[2]))
 
 
-def decompress(compressor: str, compressed: memoryview, size: int) -> bytes:
+def decompress(compressor: str, compressed: memoryview, size: int) -> bytearray:
     """The payload of `size` bytes; InputError for a damaged stream and for one of another length."""
+    payload, end = bytearray(size), 0
     try:
-        payload = CODECS[compressor].decompress(compressed, size)
+        for piece in CODECS[compressor].decompress(compressed, size):
+            payload[end : end + len(piece)] = piece
+            end += len(piece)
     except InputError:
         raise
     except Exception as error:  # each library has its own type of exception
         raise InputError(f"bad {compressor} payload: {error}") from None
-    if len(payload) != size:
-        raise InputError(f"it holds {len(payload)} bytes, its tensors take {size}")
+    if end != size:
+        raise InputError(f"it holds {end} bytes, its tensors take {size}")
     return payload
+
+
+def most_bytes(compressed: int) -> int:
+    """Bytes that a file of `compressed` bytes may hold; above them it only takes memory."""
+    return max(FREE_BYTES, MAX_RATIO * compressed)
 
 
 def require_compressor(compressor: str) -> None:

@@ -6,7 +6,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,8 @@ from golfgpt.model.parameters import Param
 DTYPES = {"float32": torch.float32, "float16": torch.float16} | {f"int{bits}": torch.int8 for bits in range(2, 9)}
 
 
+PIECE = 2**20
+"""Codes that are decoded at a time: 4 MB of weights."""
 MAX_RANK = 64
 """Of a correction: decoding takes a pass over the matrix for each."""
 
@@ -145,6 +147,29 @@ class QuantizedTensor:
         found = {field.name: getattr(self, field.name) for field in fields(self)[1:]}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
+    def pieces(self) -> Iterator[tuple[tuple[int | slice, ...], QuantizedTensor]]:
+        """(index, tensor) of some rows of one layer at a time, at most PIECE codes or one row, so that decoding needs
+        no memory for temporary copies of a whole tensor. `format` stays that of the whole."""
+        if self.values.ndim > 2:
+            for i in range(len(self.values)):
+                layer = replace(self, **{name: tensor[i] for name, tensor in self.arrays.items()})
+                yield from (((i, *index), piece) for index, piece in layer.pieces())
+            return
+        rows, columns = self.values.shape
+        by_row = {name: x for name, x in self.arrays.items() if not name.startswith("right") and len(x) == rows}
+        step = max(1, PIECE // max(1, columns))
+        for start in range(0, rows, step):
+            index = (slice(start, start + step),)
+            yield index, replace(self, **{name: tensor[index] for name, tensor in by_row.items()})
+
+    def decode_into(self, out: Tensor) -> None:
+        """Write the weights to `out` (format.shape, any float dtype)."""
+        if self.scale is None:
+            out.copy_(self.values)
+            return
+        for index, piece in self.pieces():
+            out[index] = piece.dequantize()
+
     def dequantize(self) -> Tensor:
         """fp32 weights (format.shape)."""
         if self.scale is None:
@@ -210,12 +235,19 @@ def layer_groups(
         start = stop
 
 
-def decode(encoded: Mapping[str, QuantizedTensor]) -> dict[str, Tensor]:
-    """fp32 banks of their layer groups, which are in order: the weights that the artifact's reader gets."""
-    banks: dict[str, list[Tensor]] = {}
+def decode(encoded: Mapping[str, QuantizedTensor], banks: Mapping[str, Tensor] | None = None) -> Mapping[str, Tensor]:
+    """The weights that the artifact's reader gets: `banks`, or new ones in fp32, filled from their layer groups."""
+    if banks is None:
+        groups: dict[str, list[Tensor]] = {}
+        for name, tensor in encoded.items():
+            groups.setdefault(parse_layer_group(name)[0], []).append(tensor.values)
+        banks = {}
+        for bank, (first, *more) in groups.items():
+            layers = [len(first) + sum(map(len, more))] if first.ndim else []
+            banks[bank] = first.new_empty((*layers, *first.shape[1:]), dtype=torch.float32)
     for name, tensor in encoded.items():
-        banks.setdefault(parse_layer_group(name)[0], []).append(tensor.dequantize())
-    return {bank: tensors[0] if len(tensors) == 1 else torch.cat(tensors) for bank, tensors in banks.items()}
+        tensor.decode_into(layers_of(banks, name))
+    return banks
 
 
 def layers_of(state: Mapping[str, Tensor], name: str) -> Tensor:

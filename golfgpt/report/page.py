@@ -18,7 +18,7 @@ from golfgpt.compare import NO_EFFECT, compare
 from golfgpt.config import RunConfig, to_dict
 from golfgpt.errors import InputError
 from golfgpt.report.figures import COLOURS, Series, curves, distribution
-from golfgpt.runs import Run, artifact_file, flatten, listed_run, read_run, recipe_name
+from golfgpt.runs import Run, artifact_file, as_written, flatten, listed_run, read_run, recipe_name
 from golfgpt.train.clock import COUNTED
 
 
@@ -110,10 +110,8 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 def _view(path: Path, name: str, index: int) -> View:
     view = View(read_run(path), name, index % COLOURS)
-    try:
+    with as_written(path):
         _fill(view)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"result.json or metrics.jsonl of {path} is not as golfgpt writes it ({error!r})") from error
     return view
 
 

@@ -14,10 +14,10 @@ Like the scorer it predicts every val token but the first.
 from __future__ import annotations
 
 import contextlib
-import json
 import lzma
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -26,11 +26,25 @@ import zstandard
 from golfgpt.bpb import bits_per_byte, decoded_texts
 from golfgpt.data.shards import CHUNK_TOKENS, Dataset
 from golfgpt.errors import InputError
-from golfgpt.files import write_json
+from golfgpt.files import read_json, write_json
 
 BIGRAM_TRAIN_TOKENS = 50_000_000
 """Train tokens that the bigram is fitted on at most, from the start of the stream."""
 CACHE = "baselines.json"  # the name that prepared folders have it under; measuring again takes half a minute
+
+
+@dataclass(frozen=True)
+class _BitsPerByte:
+    gzip: float
+    xz: float
+    zstd: float
+    bigram: float
+
+
+@dataclass(frozen=True)
+class _Kept:
+    digest: str
+    bits_per_byte: _BitsPerByte
 
 
 def compressors_bpb(data: Dataset) -> dict[str, float]:
@@ -40,10 +54,10 @@ def compressors_bpb(data: Dataset) -> dict[str, float]:
     first (`Dataset.prove_val_bytes`) and raises what that raises.
     """
     cache = data.path / CACHE
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        kept = json.loads(cache.read_bytes())
-        if kept["digest"] == data.digest:
-            return {name: float(value) for name, value in kept["bits_per_byte"].items()}
+    with contextlib.suppress(OSError, ValueError):
+        kept = read_json(cache, _Kept)
+        if kept.digest == data.digest:
+            return asdict(kept.bits_per_byte)
     nbytes = data.prove_val_bytes()
     sizes = _compressed_sizes(data, nbytes)
     values = {name: 8 * size / nbytes for name, size in sizes.items()}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from golfgpt.errors import NonFiniteError
-from golfgpt.files import write_json
+from golfgpt.files import read_json, write_json
 from golfgpt.score.windows import Batch
 
 
@@ -47,6 +47,16 @@ class Sums(NamedTuple):
         return nats, int(tokens), int(nbytes)
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """The file of `PartialSums`."""
+
+    key: dict[str, Any]
+    next: int
+    values: tuple[float, ...]
+    seconds: float
+
+
 class PartialSums:
     """One rank's sums in `folder`/eval_partial_RANK.json while an evaluation runs; folder None: nowhere.
 
@@ -72,17 +82,19 @@ class PartialSums:
         if not self._file or not self._file.exists():
             return fresh
         try:
-            stored = json.loads(self._file.read_bytes())
-            changed = [name for name, value in self._key.items() if stored["key"].get(name) != value]
+            stored = read_json(self._file, _Stored)
+            changed = [name for name, value in self._key.items() if stored.key.get(name) != value]
             problem = f"is of another evaluation ({', '.join(changed)} changed)" if changed else ""
-            sums = Sums.start(stored["next"], fresh.values.device, stored["values"])
-            seconds = float(stored["seconds"])
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            _, tokens, nbytes = stored.values
+            if min(stored.next, stored.seconds, tokens, nbytes) < 0:
+                problem = "is damaged"
+        except (OSError, ValueError):
             problem = "is damaged"
         if problem:
             self._say(f"{self._file} {problem}: starting over")
             return fresh
-        self._begun -= seconds
+        sums = Sums.start(stored.next, fresh.values.device, stored.values)
+        self._begun -= stored.seconds
         self._say(f"continuing an interrupted evaluation: {int(sums.values[1]):,} tokens are scored already")
         return sums
 
@@ -94,7 +106,7 @@ class PartialSums:
         if not values[1] or not math.isfinite(values[0]):
             return
         try:
-            write_json(self._file, {"key": self._key, "next": sums.next, "values": values, "seconds": self.seconds})
+            write_json(self._file, asdict(_Stored(self._key, sums.next, tuple(values), self.seconds)))
         except OSError as error:
             if not self._warned:
                 self._say(f"warning: {self._file}: {error.strerror}; an interrupted evaluation would start over")

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from golfgpt.errors import GolfError, InputError
-from golfgpt.files import sha256_file
+from golfgpt.files import parse_json, sha256_file
 from golfgpt.submit.folder import ARTIFACT, PACKAGES, PROGRAM, READABLE, SCHEMA
 from golfgpt.submit.pack import imports, minified
 from golfgpt.submit.reader import Code
@@ -127,12 +127,9 @@ class Folder:
 
     def object(self, name: str) -> dict[str, Any]:
         try:
-            value = json.loads(self.text(name))
-        except (ValueError, RecursionError) as error:
+            return parse_json(self.text(name), dict)
+        except ValueError as error:
             raise Failed(f"{name}: {error}") from None
-        if not isinstance(value, dict):
-            raise Failed(f"{name} holds {type(value).__name__}; expected an object")
-        return value
 
     @cached_property
     def submission(self) -> dict[str, Any]:

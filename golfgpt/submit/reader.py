@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from golfgpt.errors import InputError
-from golfgpt.quant.codecs import CODECS, whole_stream
+from golfgpt.quant.codecs import CODECS, whole_stream, zstd_frame
 from golfgpt.submit.names import bindings, bound_names, locals_of
 from golfgpt.submit.pack import from_digits
 
@@ -334,6 +334,6 @@ DECOMPRESSORS: dict[str | None, Callable[..., bytes]] = {
     "zlib.decompress": _zlib,
     "gzip.decompress": lambda data: _zlib(data, 16 + zlib.MAX_WBITS),
     "bz2.decompress": lambda data: whole_stream(bz2.BZ2Decompressor(), data, MAX_BYTES),
-    "brotli.decompress": lambda data: CODECS["brotli"].decompress(memoryview(data), MAX_BYTES),
-    "zstandard.decompress": lambda data, *_: CODECS["zstd"].decompress(memoryview(data), MAX_BYTES),
+    "brotli.decompress": lambda data: b"".join(CODECS["brotli"].decompress(memoryview(data), MAX_BYTES)),
+    "zstandard.decompress": lambda data, *_: zstd_frame(data, MAX_BYTES),
 }

@@ -16,7 +16,7 @@ import golfgpt_kernels
 
 import golfgpt
 from golfgpt.config import RunConfig, to_dict
-from golfgpt.files import write_json
+from golfgpt.files import read_json, write_json
 
 
 def counted(config: RunConfig) -> RunConfig:
@@ -34,8 +34,8 @@ def counted(config: RunConfig) -> RunConfig:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "golfgpt" / "code"
     file = cache / f"{digest}.json"
     size = None
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        size = int(json.loads(file.read_text(encoding="utf-8"))["bytes"])
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        size = read_json(file, dict[str, int])["bytes"]
     if size is None:
         size = len(packed(source(program)))
         with contextlib.suppress(OSError):

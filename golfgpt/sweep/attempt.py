@@ -22,9 +22,9 @@ from typing import Any, Literal
 
 import filelock
 
-from golfgpt.config import RunConfig, from_dict, to_dict
+from golfgpt.config import RunConfig, to_dict
 from golfgpt.errors import InputError
-from golfgpt.files import write_json
+from golfgpt.files import from_json, read_json, write_json
 from golfgpt.sweep.children import Children
 from golfgpt.sweep.decide import ALPHA, Decision, decide
 from golfgpt.sweep.space import changes, flags, with_seed
@@ -54,13 +54,12 @@ def read_loop(folder: Path) -> Loop | None:
     if not file.is_file():
         return None
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        if values["version"] != VERSION:
-            raise ValueError(f"it has version {values['version']!r}, expected {VERSION}")
-        config = from_dict(RunConfig, values["config"])
-        return Loop(recipe=values["recipe"], config=config, looks=tuple(values["looks"]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file}: {error!r}; choose another --name") from error
+        values = read_json(file, dict)
+        if (version := values.pop("version", None)) != VERSION:
+            raise ValueError(f"it has version {version!r}, expected {VERSION}")
+        return from_json(Loop, values)
+    except ValueError as error:
+        raise InputError(f"{file}: {error}; choose another --name") from error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from golfgpt.config import RunConfig, from_dict, to_dict
 from golfgpt.errors import InputError
+from golfgpt.files import parse_json
 from golfgpt.recipes import get
 
 
@@ -165,7 +166,7 @@ def parse_grid(items: Iterable[str]) -> dict[str, Axis]:
 
 def _value(text: str) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError:
         return text
 

@@ -18,6 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from golfgpt.config import RunConfig
 from golfgpt.errors import InputError
+from golfgpt.files import parse_json
 from golfgpt.sweep.space import Range, Spec, with_values
 
 VERSION = 1
@@ -206,7 +207,7 @@ def mend(file: Path, lock: filelock.FileLock) -> None:
         whole = data.rfind(b"\n") + 1
         for number, line in enumerate(data[:whole].splitlines(), 1):
             try:
-                json.loads(line)
+                parse_json(line, dict)
             except ValueError as error:
                 raise InputError(f"{file} line {number} is not a record ({error}); {ADVICE}") from error
         if whole < len(data):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from golfgpt.files import write_bytes
+from golfgpt.errors import InputError
+from golfgpt.files import from_json, parse_json, write_bytes
 
 KEEP = 2
 """Number of checkpoints to keep: the newest, and the one before in case the newest is damaged."""
+MAX_HEADER_BYTES = 4 * 2**20
+"""Largest safetensors header that is parsed: some 100 bytes per tensor."""
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """Training state after `step` completed steps."""
+class _Meta:
+    """What a checkpoint holds beside tensors."""
 
     step: int
     finished: bool
@@ -33,12 +36,18 @@ class Checkpoint:
     """Resolved config of the run. Resuming with another one is an error, except for the fields in saver.RESUMABLE."""
     dataset: str
     """Digest of the data set."""
+    clock: float = field(default=0.0, kw_only=True)
+    """Training seconds at the start of the last step. The next step needs it to decide about fake quantization."""
+
+
+@dataclass(frozen=True)
+class Checkpoint(_Meta):
+    """Training state after `step` completed steps."""
+
     model: dict[str, Tensor]
     optimizers: dict[str, Tensor]
     average: dict[str, Tensor]
     """State of the weight average; empty without averaging."""
-    clock: float = 0.0
-    """Training seconds at the start of the last step. The next step needs it to decide about fake quantization."""
 
 
 def _digest(tensors: dict[str, Tensor], meta: dict[str, Any]) -> str:
@@ -58,14 +67,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     tensors |= {f"optimizers.{k}": v for k, v in checkpoint.optimizers.items()}
     tensors |= {f"average.{k}": v for k, v in checkpoint.average.items()}
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    meta = {
-        "step": checkpoint.step,
-        "finished": checkpoint.finished,
-        "seconds": checkpoint.seconds,
-        "config": checkpoint.config,
-        "dataset": checkpoint.dataset,
-        "clock": checkpoint.clock,
-    }
+    meta = {item.name: getattr(checkpoint, item.name) for item in fields(_Meta)}
     meta["sha256"] = _digest(tensors, meta)
     path = folder / f"step_{checkpoint.step:08d}.safetensors"
     write_bytes(path, safetensors.torch.save(tensors, {"golfgpt": json.dumps(meta)}))
@@ -76,21 +78,25 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
 
 
 def load(path: Path) -> Checkpoint:
-    """Read one checkpoint. Raises ValueError if it is truncated, altered or not a checkpoint."""
+    """Read one checkpoint. Raises InputError if it is truncated, altered or not a checkpoint."""
     try:
+        with open(path, "rb") as file:
+            if (header := int.from_bytes(file.read(8), "little")) > MAX_HEADER_BYTES:
+                raise ValueError(f"it claims a header of {header} bytes, more than {MAX_HEADER_BYTES}")
         with safe_open(path, "pt") as file:
-            meta = json.loads((file.metadata() or {})["golfgpt"])
+            stored = parse_json((file.metadata() or {})["golfgpt"], dict)
         tensors = safetensors.torch.load_file(path)
-        sha256 = meta.pop("sha256")
-    except (SafetensorError, KeyError, AttributeError, TypeError, json.JSONDecodeError, OSError) as error:
-        raise ValueError(f"{path} is truncated or not a checkpoint: {error}") from error
-    if _digest(tensors, meta) != sha256:
-        raise ValueError(f"{path} is damaged: its SHA-256 does not match its content")
+        sha256 = stored.pop("sha256")
+        meta = from_json(_Meta, stored)
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise InputError(f"{path} is truncated or not a checkpoint: {error}; use an earlier one") from error
+    if _digest(tensors, stored) != sha256:
+        raise InputError(f"{path} is damaged: its SHA-256 does not match its content; use an earlier one")
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
-    return Checkpoint(**meta, model=part("model."), optimizers=part("optimizers."), average=part("average."))
+    return Checkpoint(**vars(meta), model=part("model."), optimizers=part("optimizers."), average=part("average."))
 
 
 def latest(folder: Path) -> tuple[Checkpoint | None, dict[Path, str]]:
@@ -99,6 +105,6 @@ def latest(folder: Path) -> tuple[Checkpoint | None, dict[Path, str]]:
     for path in sorted(folder.glob("step_*.safetensors"), reverse=True):
         try:
             return load(path), refused
-        except ValueError as error:
+        except InputError as error:
             refused[path] = str(error)
     return None, refused

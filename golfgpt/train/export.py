@@ -45,7 +45,7 @@ class Exporter:
         with self.step.ranks.raise_on_any():
             if self.folder:
                 blob = artifact.pack(self.step.exported(), **self._options)
-                self.step.model.load_state_dict(artifact.unpack(blob).state)
+                artifact.unpack(blob).load_into(self.step.model)
         self._share()
         return None if blob is None else len(blob)
 
@@ -72,7 +72,7 @@ class Exporter:
         with self.step.ranks.raise_on_any():
             if self.folder:
                 info = self._write(steps, state, encoded)
-                self.step.model.load_state_dict(artifact.read(self.folder.artifact).state)
+                artifact.read(self.folder.artifact).load_into(self.step.model)
         self._share()
         return info
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from golfgpt.files import write_json
+from golfgpt.files import read_json, write_json
 
 Value = TypeVar("Value")
 
@@ -47,7 +47,7 @@ def kept_value(
     file = None
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError):
         file = kept_file(folder, device, facts, ".json")  # RuntimeError: there is no home directory
-        return read(json.loads(file.read_text(encoding="utf-8"))["value"]), True
+        return read(read_json(file, dict)["value"]), True
     value = make()
     if file and keep(value):
         with contextlib.suppress(OSError):

@@ -136,7 +136,7 @@ def load(path: str | os.PathLike) -> tuple[GPT, Tokenizer]:
     tokenizer_file = file.parent / "tokenizer.model"
     if not tokenizer_file.is_file():
         raise InputError(f"there is no {tokenizer_file}; copy tokenizer.model of the run to this path")
-    tokenizer = Tokenizer.from_file(tokenizer_file)
+    tokenizer = Tokenizer.from_file(tokenizer_file, loaded.info.tokenizer_sha256)
     if tokenizer.digest != loaded.info.tokenizer_sha256:
         raise InputError(
             f"{tokenizer_file} is not the tokenizer that {file} was trained with: its digest is "
@@ -144,7 +144,7 @@ def load(path: str | os.PathLike) -> tuple[GPT, Tokenizer]:
             "to this path"
         )
     model = GPT(loaded.info.model)
-    model.load_state_dict(loaded.state)
+    loaded.load_into(model)
     return model.eval(), tokenizer
 
 
