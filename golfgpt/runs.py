@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import functools
 import itertools
+import json
 import operator
 import os
 import re
