@@ -124,7 +124,7 @@ class _Checks:
     def row(self, name: str, when: str, *, needed: bool = False) -> Iterator[Row]:
         """Any failure of the block is its verdict. Raises _Over if the checks that follow `needed` it."""
         row, begun = Row(name, when), time.perf_counter()
-        self.listener.status(name)
+        self.listener.status(f"checking: {name}")
         try:
             yield row
             row.verdict = "warning" if row.advice else "ok"
@@ -187,7 +187,8 @@ class _Checks:
             step.check_finite()
             row.found = f"losses {first.loss:.4f} and {second.loss:.4f}"
         self.checkpoint_bytes = sum(value.nbytes for value in before.values())
-        with self.row("checkpoint", f"every {config.runtime.checkpoint_seconds:g} s") as row:
+        every = config.runtime.checkpoint_seconds
+        with self.row("checkpoint", f"every {every:g} s" if every else "after training") as row:
             if not saved:
                 raise OSError(self.listener.lines[-1])
             row.found = f"{self.checkpoint_bytes:,} bytes in {self.ledger.seconds['checkpoint']:.1f} s"
@@ -219,16 +220,15 @@ class _Checks:
         """Export, reload, score; and what the run needs until then."""
         config, step = self.config, self.step
         with self.row("export", "after training", needed=True) as row:
-            forecast = forecast_bytes(Quantizer(config.model, config.quant))
             tokens = min(config.quant.calibration_tokens, config.data.batch_tokens)
-            few = replace(config, quant=replace(config.quant, calibration_tokens=tokens))
-            exporter = Exporter(few, self.dataset, step, self.folder, self.listener)
+            quick = replace(config.quant, calibration_tokens=tokens, compressor="zlib", level=1)
+            exporter = Exporter(replace(config, quant=quick), self.dataset, step, self.folder, self.listener)
             calibrate = config.quant.method == "gptq" and not self.shortened
-            info = exporter.export(2, exporter.calibrate() if calibrate else None)
-            size = max(forecast, info.file_bytes if info else 0)
-            row.found = f"{info.file_bytes if info else 0:,} bytes after two steps"
+            exporter.export(2, exporter.calibrate() if calibrate else None)
+            row.found = f"{exporter.quantizer.payload_bytes:,} bytes before compression"
+            size = forecast_bytes(Quantizer(config.model, config.quant))
         with self.row("byte budget", "after training") as row:
-            report, most = (budget_report(round(n), config.budget) for n in (size, forecast / LEAST_FORECAST))
+            report, most = (budget_report(round(n), config.budget) for n in (size, size / LEAST_FORECAST))
             row.found = f"forecast {report.total_bytes:,} of {report.artifact_bytes:,} bytes"
             check_budget(size, config.budget)
             if most.margin_bytes < 0:
