@@ -22,9 +22,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from bench.experiment_report import markdown
 
@@ -54,6 +54,15 @@ def sample(pid: int) -> dict[str, float]:
     }
 
 
+def whole_lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines after those read before; the last one may still be being written."""
+    for line in iter(file.readline, b""):
+        if not line.endswith(b"\n"):
+            file.seek(-len(line), os.SEEK_CUR)
+            return
+        yield line
+
+
 def watch(data: Path, out: Path, hours: float) -> int:
     """Train and write the lines. Returns the exit status of the run, which is 143 if it ended by our SIGTERM."""
     os.nice(19)
@@ -64,7 +73,7 @@ def watch(data: Path, out: Path, hours: float) -> int:
         while run.poll() is None:
             if metrics is None and (file := out / "runs/soak/metrics.jsonl").exists():
                 metrics = open(file, "rb")  # noqa: SIM115
-            for line in metrics or ():
+            for line in whole_lines(metrics) if metrics else ():
                 kind = json.loads(line)
                 step, events = kind.get("step", step), events + (kind["kind"] not in ("train", "settings"))
             try:
