@@ -23,6 +23,7 @@ from bench.experiment_table import (
     vary,
 )
 from bench.experiments import jobs, read_rows, run
+from experiments.soak import slope, whole_lines
 from golfgpt.config import RunConfig
 from golfgpt.quant.budget import forecast_bytes
 from golfgpt.quant.quantizer import Quantizer
@@ -174,3 +175,15 @@ def test_report_renders_from_lines_alone():
     assert "5 trainings" not in text and "16 scores" in text
     tables = [line for line in text.splitlines() if line.startswith("|")]
     assert all(line.endswith("|") for line in tables) and len({line.count("|") for line in tables}) == 2
+
+
+def test_soak_reads_whole_lines_and_finds_a_slope(tmp_path):
+    """A line that is still being written once ended a soak."""
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b"one\ntw")
+    with open(file, "rb") as lines:
+        assert list(whole_lines(lines)) == [b"one\n"]
+        file.write_bytes(b"one\ntwo\n")
+        assert list(whole_lines(lines)) == [b"two\n"]
+    found = slope([(t, 5 + 3 * t / 3600) for t in range(600, 6000, 10)])
+    assert found.per_hour == pytest.approx(3, rel=0.01) and found.error < 0.02

@@ -102,6 +102,7 @@ COMMANDS = {
     "data download": Command(data.DataDownload, data.data_download),
     "data verify": Command(data.DataVerify, data.data_verify),
     "train": Command(train.Train, train.train, _train_config),
+    "preflight": Command(train.Preflight, train.preflight, _recipe_config),
     "eval": Command(train.Eval, train.evaluate, _run_config),
     "sample": Command(train.Sample, train.sample),
     "budget": Command(models.Budget, models.budget, _budget_config),

@@ -52,16 +52,21 @@ def train(args: Train) -> int:
             f"expected --name or --resume, got --name {args.name} and --resume {args.resume}; a resumed run keeps its "
             "folder, so drop --name"
         )
-    if not (args.resume or args.recipe):
-        raise InputError(
-            "expected a recipe to start from, got none: use --recipe baseline on GPUs, --recipe small on a CPU "
-            "(golfgpt recipes lists all)"
-        )
+    if not args.resume:
+        _need_recipe(args.recipe)
     path = args.resume or RUNS / run_name(args.name, args.recipe)
     code = _train(args.config, path, resume=args.resume is not None, as_json=args.json)
     if not args.json and int(os.environ.get("RANK", 0)) == 0:
         print(f"run folder: {path}    next: golfgpt sample {path}")
     return code
+
+
+def _need_recipe(recipe: str | None) -> None:
+    if not recipe:
+        raise InputError(
+            "expected a recipe to start from, got none: use --recipe baseline on GPUs, --recipe small on a CPU "
+            "(golfgpt recipes lists all)"
+        )
 
 
 def _train(config: RunConfig, path: Path, *, resume: bool, as_json: bool) -> int:
@@ -78,6 +83,43 @@ def _train(config: RunConfig, path: Path, *, resume: bool, as_json: bool) -> int
     if as_json and result:
         print_json(result)
     return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preflight:
+    """Try in a minute or two what a run with the same options does until its score, in a folder that is then removed:
+    two steps, checkpoint and resume, export, byte budget, a scored batch, disk, clock. The lines below the table say
+    what would have ended the run, and the exit code is the one that it would have had."""
+
+    config: Config
+    recipe: str | None = None
+    """Configuration that the run starts from; `golfgpt recipes` lists them."""
+    json: bool = False
+    """Print the rows as JSON."""
+
+
+def preflight(args: Preflight) -> int:
+    from golfgpt.submit.size import counted
+    from golfgpt.tables import table
+    from golfgpt.train.preflight import COMPILE, preflight
+
+    _need_recipe(args.recipe)
+    rows, rank = preflight(args.config, counted), int(os.environ.get("RANK", 0))
+    failed = [row for row in rows if row.verdict == "fails"]
+    code = failed[0].exit_code if failed else 0
+    if rank == 0 and args.json:
+        print_json({"rows": [asdict(row) for row in rows], "exit_code": code})
+    elif rank == 0:
+        cells = [(row.name, row.when, row.found, row.verdict, f"{row.seconds:.1f}") for row in rows]
+        print(table(("check", "in a run", "found", "verdict", "seconds"), cells) + "\n")
+        for row in sorted((row for row in rows if row.advice), key=lambda row: row.verdict):
+            print(f"{row.name} {row.verdict}: {row.advice}")
+        apart = sum(row.seconds for row in rows if row.name == COMPILE)
+        rest = sum(row.seconds for row in rows) - apart
+        print(f"{len(failed)} of {len(rows)} checks failed, in {rest:.0f} s and {apart:.0f} s to {COMPILE}")
+    for row in failed if rank else ():
+        print(f"golfgpt: rank {rank}: {row.name}: {row.advice}", file=sys.stderr, flush=True)
+    return code
 
 
 @dataclass(frozen=True, kw_only=True)

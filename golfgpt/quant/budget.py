@@ -21,6 +21,8 @@ _STEP = 16
 """Multiple that fitted widths are of, beside the groups of columns that share a scale: a tensor core's tile in bf16."""
 _SAMPLE = 2**20
 """Codes drawn for each format."""
+LEAST_FORECAST = 0.96
+"""Of the size of a published file (`forecast_bytes`)."""
 
 
 def forecast_bytes(quantizer: Quantizer) -> int:

@@ -25,12 +25,16 @@ def memory_advice(config: RunConfig, itemsize: int, *, first: bool = True) -> It
     are never reduced automatically."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        # torch's CPU allocator raises RuntimeError.
-        known = not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError)
-        if first and (known or "can't allocate memory" in str(error)):
+    except Exception as error:
+        if first and ran_out(error):
             raise out_of_memory(config, itemsize, error) from None
         raise
+
+
+def ran_out(error: Exception) -> bool:
+    """Whether it says that memory ran out. torch's CPU allocator raises RuntimeError."""
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
 
 def out_of_memory(config: RunConfig, itemsize: int, error: Exception) -> InputError:
