@@ -4,7 +4,7 @@
     1 unexpected failure (a bug)    6 a score or a data set could not be proved
     2 command line misuse           7 the run folder is in use by another process
     3 bad input, config or file     128+N stopped by signal N, resumable
-    4 artifact over its byte budget
+    4 artifact over its byte budget  8 another process of the run failed or is gone
 
 Every message names what was received and what to do about it.
 """
@@ -71,6 +71,14 @@ class BusyError(GolfError):
 
 class PeerError(GolfError):
     """Another rank failed and says why; this one only stops."""
+
+    exit_code = 8
+
+
+class LostPeerError(GolfError):
+    """Another rank is gone, or was not heard of for too long, and cannot say why."""
+
+    exit_code = 8
 
 
 class Interrupted(GolfError):

@@ -23,7 +23,7 @@ RUNS = Path("runs")
 FORMAT = 4
 """Of config.json; runs without one count as 1. A release with new or changed fields of RunConfig raises it."""
 
-_ADDED = {"runtime": {"tracker": "none"}}
+_ADDED = {"runtime": {"tracker": "none", "peer_seconds": 600.0}}
 """Fields that a config of this format may lack, since they are newer than it, with the value that runs had then."""
 
 
@@ -96,6 +96,18 @@ def metric(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return value if isinstance(value, dict) and "kind" in value else None
+
+
+def torchrun_id() -> str | None:
+    """What all workers of a torchrun and their restarts have in common: the id of its rendezvous; None if it has none,
+    or without torchrun."""
+    found = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return None if found == "none" else found
+
+
+def resume_hint(path: Path) -> str:
+    """The sentence that follows the reason why a run ended early; empty if the folder holds no run."""
+    return f" Resume with: golfgpt train --resume {path}" if (path / "config.json").exists() else ""
 
 
 def write_config(path: Path, config: RunConfig) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from golfgpt.errors import Interrupted
+from golfgpt.runs import resume_hint
 
 
 class Signals:
@@ -75,6 +76,4 @@ class Signals:
     def interrupted(self) -> Interrupted:
         """The exception that ends the run. Its message tells what is saved and how to continue."""
         signum = self.caught[0] if self.caught else signal.SIGTERM
-        begun = (self._path / "config.json").exists()
-        hint = f" Resume with: golfgpt train --resume {self._path}" if begun else ""
-        return Interrupted(f"stopped by {signal.Signals(signum).name}; {self.saved}.{hint}", signum)
+        return Interrupted(f"stopped by {signal.Signals(signum).name}; {self.saved}.{resume_hint(self._path)}", signum)
