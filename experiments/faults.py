@@ -3,7 +3,7 @@
     python -m experiments.faults [--out FILE] [--only NAME ...] [--seconds N] [--processes 2]
     python -m experiments.faults --table
 
-A job is what a user types: `golfgpt data prepare`, `golfgpt train`, and after a fault the same again, with --resume once
+A job is what a user types: `golfgpt data prepare`, `golfgpt train`, and after a fault the same again, with --resume if
 there is a run. Its steps are counted, not timed, and dtype, threads and kernels are stored, so the artifact and the
 score must be, bit for bit, those of the job without a fault. Commands run in forks of this process, which has imported
 torch. Each attempt is a line of FILE. A second call goes on: what is there is not tried again, unless it failed.
@@ -37,6 +37,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -55,10 +56,8 @@ from golfgpt.submit import size  # noqa: F401
 from golfgpt.train import checkpoint, train  # noqa: F401
 
 STEPS = 6
-PREPARE = (
-    "data prepare text.jsonl --out data --vocab-size 384 --val-fraction 0.2 --workers 1 --shard-tokens 20000 "
-    "--overwrite"
-).split()
+PREPARE = ["data", "prepare", "text.jsonl", "--out", "data", "--vocab-size", "384", "--val-fraction", "0.2"]
+PREPARE += ["--workers", "1", "--shard-tokens", "20000", "--overwrite"]
 TRAIN = (
     "train --recipe small --name x --data.path data --model.vocab-size 384 --model.num-layers 2 --model.model-dim 32 "
     "--model.num-heads 2 --model.num-kv-heads 1 --model.mlp-hidden 48 --data.batch-tokens 512 --data.seq-len 64 "
@@ -481,9 +480,9 @@ def _disk(reference: Reference, folder: Path, number: int, code: int, *, lasts: 
 
 def _disk_of_prepare(reference: Reference, folder: Path, number: int, code: int) -> None:
     job = prepared(reference.folder, folder)
-    smaller = [*PREPARE[:-1], "--vocab-size", "370"]
+    smaller = [*PREPARE, "--vocab-size", "370"]
     disk = Disk(folder, code, number + 1, lasts=True)
-    job.start([*smaller, "--overwrite"], fault=disk.install).ends(0, 3, sentence=os.strerror(code))
+    job.start(smaller, fault=disk.install).ends(0, 3, sentence=os.strerror(code))
     vocabulary = json.loads((folder / "data" / "manifest.json").read_text())["vocab_size"]
     job.start(["data", "verify", "data"]).ends(0)
     assert vocabulary in (370, 384)
@@ -714,6 +713,21 @@ def killed_between_renames(reference: Reference, folder: Path, number: int) -> N
     job.goes_on(reference.expected[1])
 
 
+SAMPLE = {
+    "SIGKILL": range(5),
+    "SIGTERM": (1, 3),
+    "one of 2 ranks killed": (1,),
+    "disk full from write call n on, every n of a run": (2, 30, 60, 88),
+    "quota from write call n on, every n of prepare --overwrite": (5, 20),
+    "disk full at write call n only, every n of a run": (70,),
+    "EIO at read n of the shards": (8,),
+    "a shard cut at a step": (3,),
+    "the run folder copied while it is written": (0,),
+    "prepare --overwrite killed at each rename": (1,),
+}
+"""What the tests try, in half a minute."""
+
+
 # 3 All of them
 
 
@@ -739,21 +753,21 @@ def attempt(each: Fault, reference: Reference, number: int, folder: Path) -> str
     return json.loads(found.read_text()) if found.exists() else "the attempt died"
 
 
-def attempts(
-    faults: Iterable[Fault], reference: Reference, done: Mapping[str, dict], most: int
-) -> list[tuple[Fault, int]]:
-    """What is to be tried: of each fault the first `most` at most, without what is done."""
-    everything = [(each, number) for each in faults for number in range(min(each.attempts(reference), most))]
-    everything.sort(key=lambda pair: pair[1])  # some of each fault first
-    return [(each, number) for each, number in everything if not done.get(f"{each.name} {number}", {}).get("survived")]
+def attempts(reference: Reference, names: Iterable[str], most: int) -> list[tuple[Fault, int]]:
+    """What is to be tried of the faults `names`: `most` attempts of each at most, first the first of each."""
+    counts = {name: min(FAULTS[name].attempts(reference), most) for name in names}
+    return sorted(
+        ((FAULTS[name], number) for name in names for number in range(counts[name])), key=lambda pair: pair[1]
+    )
 
 
-def run(faults: Sequence[Fault], file: Path, processes: int, seconds: float, most: int) -> None:
-    """Try what `file` lacks, `processes` attempts at a time, and start none after `seconds`."""
+def run(wanted: Callable[[Reference], list[tuple[Fault, int]]], file: Path, processes: int, seconds: float) -> None:
+    """Try what `file` lacks of `wanted`, `processes` attempts at a time, and start none after `seconds`."""
     begun, facts = time.monotonic(), environment()
     with tempfile.TemporaryDirectory(prefix="faults-") as base, open(file, "ab", buffering=0) as out:
         reference = Reference.make(Path(base))
-        waiting = attempts(faults, reference, read_rows(file), most)
+        done = {key for key, row in read_rows(file).items() if row["survived"]}
+        waiting = [(each, number) for each, number in wanted(reference) if f"{each.name} {number}" not in done]
         print(f"{len(waiting)} attempts to go", flush=True)
         for worker in range(processes):
             if os.fork():
@@ -801,10 +815,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=3500.0, help="start no attempt after that time")
     parser.add_argument("--most", type=int, default=10**6, help="attempts of each fault")
+    parser.add_argument("--sample", action="store_true", help="try a fixed sample, in half a minute")
     parser.add_argument("--table", action="store_true", help="print the table, try nothing")
     args = parser.parse_args(argv)
+    sample = [(FAULTS[name], number) for name, numbers in SAMPLE.items() for number in numbers]
     if not args.table:
-        run([FAULTS[name] for name in args.only], args.out, args.processes, args.seconds, args.most)
+        wanted = partial(attempts, names=args.only, most=args.most)
+        run((lambda reference: sample) if args.sample else wanted, args.out, args.processes, args.seconds)
     rows = read_rows(args.out)
     print(table(rows))
     return 0 if all(row["survived"] for row in rows.values()) else 1

@@ -106,8 +106,9 @@ def torchrun_id() -> str | None:
 
 
 def resume_hint(path: Path) -> str:
-    """The sentence that follows the reason why a run ended early; empty if the folder holds no run."""
-    return f" Resume with: golfgpt train --resume {path}" if (path / "config.json").exists() else ""
+    """The sentence that follows the reason why a run ended early; empty if it has saved nothing."""
+    saved = any((path / "checkpoints").glob("step_*.safetensors"))
+    return f" Resume with: golfgpt train --resume {path}" if saved else ""
 
 
 def write_config(path: Path, config: RunConfig) -> None:

@@ -162,12 +162,9 @@ class Dataset:
         self.path = Path(path)
         if not self.path.is_dir():
             old = self.path.with_name(f".{self.path.name}.old")
-            hidden = (
-                f"; prepare --overwrite was killed while {old} had to make room: rename it back, or"
-                if old.exists()
-                else ";"
-            )
-            raise InputError(f"{path} is not a folder{hidden} make one with `golfgpt data prepare INPUT --out {path}`")
+            if old.exists():
+                raise InputError(f"{path} is now {old}, because prepare --overwrite was killed; rename it back")
+            raise InputError(f"{path} is not a folder; make one with `golfgpt data prepare INPUT --out {path}`")
         manifest = self.path / MANIFEST
         self.manifest = Manifest.load(manifest) if manifest.exists() else None
         self.train_files = sorted(self.path.glob("*_train_*.bin"))

@@ -13,7 +13,7 @@ from golfgpt import distributed
 from golfgpt.config import RunConfig
 from golfgpt.data.shards import Dataset
 from golfgpt.distributed import Ranks
-from golfgpt.errors import BudgetError, GolfError, InputError, interruption
+from golfgpt.errors import BudgetError, InputError, interruption
 from golfgpt.files import sha256_file, write_json
 from golfgpt.quant import artifact
 from golfgpt.quant.budget import budget_report, check_budget, fitted
@@ -121,10 +121,10 @@ def train(
         except Exception as error:
             stopped = interruption(error)
             if isinstance(error, OSError) and not stopped:  # such as a full disk
-                stopped = InputError(f"{error}; nothing that was saved is lost.{resume_hint(path)}")
+                stopped = InputError(f"{error}; what was saved is whole.{resume_hint(path)}")
             if folder:
                 folder.metric("end", reason=str(stopped or error))
-            if folder and not resume and isinstance(error, GolfError) and not stopped:
+            if folder and not resume:
                 folder.discard()
             if stopped and stopped is not error:
                 raise stopped from error
