@@ -6,7 +6,7 @@
 A job is what a user types: `golfgpt data prepare`, `golfgpt train`, and after a fault the same again, with --resume if
 there is a run. Its steps are counted, not timed, and dtype, threads and kernels are stored, so the artifact and the
 score must be, bit for bit, those of the job without a fault. Commands run in forks of this process, which has imported
-torch. Each attempt is a line of FILE. A second call goes on: what is there is not tried again, unless it failed.
+torch. Each attempt is a line of FILE. A second call goes on: what survived in the same sources is not tried again.
 
 A fault is a function of a folder and the number of the attempt. It asserts what surviving means.
 """
@@ -766,7 +766,8 @@ def run(wanted: Callable[[Reference], list[tuple[Fault, int]]], file: Path, proc
     begun, facts = time.monotonic(), environment()
     with tempfile.TemporaryDirectory(prefix="faults-") as base, open(file, "ab", buffering=0) as out:
         reference = Reference.make(Path(base))
-        done = {key for key, row in read_rows(file).items() if row["survived"]}
+        rows = read_rows(file).items()
+        done = {key for key, row in rows if row["survived"] and row["sources"] == facts["sources"]}
         waiting = [(each, number) for each, number in wanted(reference) if f"{each.name} {number}" not in done]
         print(f"{len(waiting)} attempts to go", flush=True)
         for worker in range(processes):
@@ -810,7 +811,7 @@ def table(rows: Mapping[str, dict]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "faults.jsonl")
+    parser.add_argument("--out", type=Path, default=Path("build/faults.jsonl"))
     parser.add_argument("--only", nargs="+", choices=FAULTS, default=list(FAULTS))
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=3500.0, help="start no attempt after that time")
@@ -820,6 +821,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     sample = [(FAULTS[name], number) for name, numbers in SAMPLE.items() for number in numbers]
     if not args.table:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         wanted = partial(attempts, names=args.only, most=args.most)
         run((lambda reference: sample) if args.sample else wanted, args.out, args.processes, args.seconds)
     rows = read_rows(args.out)
