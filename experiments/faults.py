@@ -514,6 +514,19 @@ fault(
 )(lambda reference, folder, number: _disk(reference, folder, number, errno.ENOSPC, lasts=False))
 
 
+@fault("standard output on a full disk, or its reader gone", 2, "the same artifact")
+def nobody_reads(reference: Reference, folder: Path, number: int) -> None:
+    job = prepared(reference.folder, folder)
+
+    def fault() -> None:
+        closed, pipe = os.pipe()
+        os.close(closed)
+        os.dup2(pipe if number else os.open("/dev/full", os.O_WRONLY), 1)
+
+    job.start(fault=fault).ends(0)
+    job.goes_on(reference.expected[1])
+
+
 @fault("a file system of 40 to 760 kB", 10, "as above, after the file system was made larger")
 def small_disk(reference: Reference, folder: Path, number: int) -> None:
     """In a user namespace of its own, which may mount a tmpfs."""

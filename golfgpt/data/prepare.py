@@ -258,10 +258,12 @@ def _staging(out: Path, overwrite: bool) -> Iterator[Path]:
     """A folder beside `out` that takes its place on success and vanishes on failure; after a kill, when this is called
     again. Between two renames the old data have another name; the next call puts back what a kill left there."""
     replaced = out.with_name(f".{out.name}.old")
-    if replaced.exists() and not out.exists():
+    if (out / MANIFEST).exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+    elif replaced.exists() and not out.exists():
         replaced.rename(out)
     for left in out.parent.glob(f".{glob.escape(out.name)}.*"):
-        if left == replaced or (left.suffix[1:].isdigit() and not _alive(int(left.suffix[1:]))):
+        if left.suffix[1:].isdigit() and not _alive(int(left.suffix[1:])):
             shutil.rmtree(left, ignore_errors=True)
     old = out.is_dir() and any(out.iterdir())
     if out.exists() and not out.is_dir():
