@@ -776,7 +776,7 @@ def attempts(reference: Reference, names: Iterable[str], most: int) -> list[tupl
 
 def run(wanted: Callable[[Reference], list[tuple[Fault, int]]], file: Path, processes: int, seconds: float) -> None:
     """Try what `file` lacks of `wanted`, `processes` attempts at a time, and start none after `seconds`."""
-    begun, facts = time.monotonic(), environment()
+    begun, facts, parent = time.monotonic(), environment(), os.getpid()
     with tempfile.TemporaryDirectory(prefix="faults-") as base, open(file, "ab", buffering=0) as out:
         reference = Reference.make(Path(base))
         rows = read_rows(file).items()
@@ -787,8 +787,10 @@ def run(wanted: Callable[[Reference], list[tuple[Fault, int]]], file: Path, proc
             if os.fork():
                 continue
             for index, (each, number) in enumerate(waiting):
-                if index % processes != worker or time.monotonic() - begun > seconds:
+                if index % processes != worker:
                     continue
+                if time.monotonic() - begun > seconds or os.getppid() != parent:  # which was killed
+                    break
                 started, folder = time.monotonic(), Path(tempfile.mkdtemp(dir=base))
                 why = attempt(each, reference, number, folder)
                 row = {"key": f"{each.name} {number}", "fault": each.name, "number": number, "survived": not why}
