@@ -20,7 +20,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
@@ -64,7 +64,7 @@ class Shard:
     def __init__(self, path: str | os.PathLike, offset: int, count: int):
         self.path, self._offset, self._count = path, offset, count
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115
-        self._opened = self._state()
+        self._opened = _state(self._file)
 
     def __len__(self) -> int:
         return self._count
@@ -78,11 +78,9 @@ class Shard:
                 at = self._offset + 2 * start + len(data)
                 piece = os.pread(self._file.fileno(), wanted - len(data), at)
                 data += piece
-                if not piece or self._state() != self._opened:
-                    raise InputError(
-                        f"{self.path} was changed while it was read; restore it, check with `golfgpt data verify`, "
-                        "then resume"
-                    )
+                self.check_unchanged()
+                if not piece:
+                    break
         except OSError as error:
             error.filename = os.fspath(self.path)
             raise
@@ -91,9 +89,17 @@ class Shard:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return self[:].astype(dtype or "<u2")
 
-    def _state(self) -> tuple[int, int]:
-        state = os.fstat(self._file.fileno())
-        return state.st_size, state.st_mtime_ns
+    def check_unchanged(self) -> None:
+        """Raises InputError if the file has another size or time of modification than when it was opened."""
+        if _state(self._file) != self._opened:
+            raise InputError(
+                f"{self.path} was changed while it was read; restore it, check with `golfgpt data verify`, then resume"
+            )
+
+
+def _state(file: BinaryIO) -> tuple[int, int]:
+    state = os.fstat(file.fileno())
+    return state.st_size, state.st_mtime_ns
 
 
 def open_shard(path: str | os.PathLike) -> Shard:
