@@ -350,7 +350,8 @@ def _rank_killed(reference: Reference, folder: Path, number: int, world: int) ->
     os.kill(processes[victim].pid, signal.SIGKILL)
     killed, begun = processes.pop(victim).wait(), time.monotonic()
     for process in processes:
-        process.ends(8 * (killed != 0), sentence="another process of this run is gone")
+        over = killed == 0 or moment.stage in ("export", "scoring")  # nothing may be left to wait for
+        process.ends(8, *[0] * over, sentence="another process of this run is gone")
     assert time.monotonic() - begun < 60
     for process in job.ranks(world - 1):
         process.ends(0)
@@ -698,10 +699,9 @@ def copied(reference: Reference, folder: Path, number: int) -> None:
 )
 def second_process(reference: Reference, folder: Path, number: int) -> None:
     job = prepared(reference.folder, folder)
-    moment = Moment(reference, number, ("a step", "a checkpoint", "export", "scoring"))
-    first = job.start(fault=moment.fault)
-    moment.wait()
-    os.kill(first.pid, signal.SIGSTOP)
+    stage = ("a step", "a checkpoint", "export", "scoring")[number % 4]
+    first = job.start(fault=on_entry(stage, lambda: os.kill(os.getpid(), signal.SIGSTOP)))
+    os.waitpid(first.pid, os.WUNTRACED)
     for command in (["train", "--resume", "runs/x"], TRAIN):
         job.start(command).ends(7, sentence="in use by another process")
     os.kill(first.pid, signal.SIGCONT)

@@ -150,5 +150,9 @@ def start(device: str, peer_seconds: float = 600.0) -> Ranks:
         importlib.import_module("torch.distributed.nn.functional")
         backend = "nccl" if device == "cuda" else "gloo"
         timeout = datetime.timedelta(seconds=peer_seconds)
-        dist.init_process_group(backend, timeout=timeout, device_id=place if device == "cuda" else None)
+        store, *_ = next(dist.rendezvous("env://", rank, world, timeout=timeout))
+        # Where torchrun keeps its store for workers that it restarts, they would meet at the dead ones' addresses.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        gpu = place if device == "cuda" else None
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=gpu)
     return Ranks(rank, world, place)
