@@ -3,6 +3,8 @@
 # make test-full   every published recipe at full size, one step each, from data to score (10 GB, minutes)
 # make test-cpus   tests that compare numbers, as on other CPUs: half an hour, then call it again to go on;
 #                 AGAIN=1 starts over
+# make test-faults   kills, full disks, failing reads and lost processes, hundreds of times: an hour at most, then call it
+#                 again to go on; the table of docs/robustness.md
 # make test-install   the wheel in fresh environments, also with what your index resolves its dependencies to (gigabytes)
 # PYTHON names the interpreter that makes .venv; PIP_ARGS goes to pip.
 #
@@ -28,7 +30,7 @@ OUT ?= bench/results
 LIMIT ?= 400
 GPU = PYTHONPATH=kernels:.$(if $(PYTHONPATH),:$(PYTHONPATH)) PYTHONUNBUFFERED=1 timeout --kill-after=10
 
-.PHONY: demo test test-full test-cpus test-install lint clean gpu-check gpu-test gpu-bench gpu-tune gpu-choose gpu-step
+.PHONY: demo test test-full test-cpus test-faults test-install lint clean gpu-check gpu-test gpu-bench gpu-tune gpu-choose gpu-step
 
 demo: $(VENV)/installed
 	$(BIN)/golfgpt demo
@@ -41,6 +43,9 @@ test-full: $(VENV)/installed
 
 test-cpus: $(VENV)/installed
 	$(BIN)/python tests/cpus.py --jobs $(JOBS) $(if $(AGAIN),--again)
+
+test-faults: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.faults
 
 test-install: $(VENV)/installed
 	PIP_ARGS="$(PIP_ARGS)" $(BIN)/python -m pytest tests/test_install.py -m "slow or download"

@@ -6,7 +6,7 @@ import contextlib
 import datetime
 import importlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from golfgpt.errors import GolfError, InputError, PeerError
+from golfgpt.errors import GolfError, InputError, LostPeerError, PeerError
 
 # torch 2.13 renamed them and warns about the old names.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-TIMEOUT = datetime.timedelta(minutes=10)
-"""A collective that waits longer than this has lost a peer; nothing rank 0 does alone takes as long."""
 
 
 def _wait(works: Sequence[dist.Work]) -> None:
@@ -117,8 +114,20 @@ class Ranks:
             dist.destroy_process_group()
 
 
-def start(device: str) -> Ranks:
-    """Join the process group that torchrun announces, if any.
+@contextlib.contextmanager
+def lost_peers(hint: Callable[[], str]) -> Iterator[None]:
+    """Where a collective in the block misses a rank that is gone, or silent for the time-out, raise LostPeerError.
+    `hint` is the sentence that follows."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo has no type of its own
+        if not isinstance(error, dist.DistError) and "/gloo/" not in str(error):
+            raise
+        raise LostPeerError(f"another process of this run is gone, or hangs.{hint()}") from error
+
+
+def start(device: str, peer_seconds: float = 600.0) -> Ranks:
+    """Join the process group that torchrun announces, if any. Ranks wait for each other for `peer_seconds`.
 
     `device` is "auto", "cpu" or "cuda". Raises InputError when cuda is asked for and not there, or when
     there are more local ranks than GPUs.
@@ -140,5 +149,10 @@ def start(device: str) -> Ranks:
         # aborts a process whose work is done. Figures in tests/exit_race.py; the import takes 6 ms.
         importlib.import_module("torch.distributed.nn.functional")
         backend = "nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=TIMEOUT, device_id=place if device == "cuda" else None)
+        timeout = datetime.timedelta(seconds=peer_seconds)
+        store, *_ = next(dist.rendezvous("env://", rank, world, timeout=timeout))
+        # Where torchrun keeps its store for workers that it restarts, they would meet at the dead ones' addresses.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        gpu = place if device == "cuda" else None
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=gpu)
     return Ranks(rank, world, place)

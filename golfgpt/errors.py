@@ -3,8 +3,8 @@
     0 success                       5 training diverged (non-finite loss or gradient)
     1 unexpected failure (a bug)    6 a score or a data set could not be proved
     2 unknown or missing option     7 the run folder is in use by another process
-    3 bad value, config or file     128+N stopped by signal N, resumable
-    4 artifact over its byte budget
+    3 bad value, config or file     8 another process of the run failed or is gone
+    4 artifact over its byte budget 128+N stopped by signal N, resumable
 
 Every message names what was received and what to do about it.
 """
@@ -77,6 +77,14 @@ class BusyError(GolfError):
 
 class PeerError(GolfError):
     """Another rank failed and says why; this one only stops."""
+
+    exit_code = 8
+
+
+class LostPeerError(GolfError):
+    """Another rank is gone, or was not heard of for too long, and cannot say why."""
+
+    exit_code = 8
 
 
 class Interrupted(GolfError):

@@ -24,7 +24,7 @@ def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """Yield a binary file that replaces `path` on success and vanishes on any failure.
 
     The previous content of `path` stays whole until the new content is on disk, also when the disk
-    is full. Raises OSError as the file system reports it.
+    is full. Raises OSError as the file system reports it, with the name of the file.
     """
     path = Path(path)
     if not path.parent.is_dir():
@@ -39,15 +39,17 @@ def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:  # of a write or an fsync
+            error.filename = str(path)
+        with contextlib.suppress(OSError):
             os.unlink(name)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _umask() -> int:

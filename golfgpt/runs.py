@@ -25,7 +25,7 @@ RUNS = Path("runs")
 FORMAT = 4
 """Of config.json; runs without one count as 1. A release with new or changed fields of RunConfig raises it."""
 
-_ADDED = {"runtime": {"tracker": "none", "val_tokens": None}}
+_ADDED = {"runtime": {"tracker": "none", "val_tokens": None, "peer_seconds": 600.0}}
 """Fields that a config of this format may lack, since they are newer than it, with the value that runs had then."""
 
 
@@ -159,6 +159,13 @@ def add_metric(path: Path, kind: str, **values: Any) -> None:
     line = json.dumps({"kind": kind, "time": round(time.time(), 3), **values})
     with open(path / "metrics.jsonl", "ab", buffering=0) as file:
         file.write(f"{line}\n".encode())
+
+
+def torchrun_id() -> str | None:
+    """What all workers of a torchrun and their restarts have in common: the id of its rendezvous; None if it has none,
+    or without torchrun."""
+    found = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return None if found == "none" else found
 
 
 def resume_hint(path: Path) -> str:

@@ -254,8 +254,8 @@ def test_published_bytes_of_a_lossy_tokenizer(tmp_path, tiny):
     assert f"\nval_bpb (published bytes) {score['published_bpb']:.4f}" in (run / "train.log").read_text()
 
     data = Dataset.open(data.path)
-    counts = open_shard(data.published_files[0]).copy()
-    counts[at := int(np.flatnonzero(data.val[0] == 4)[0])] = 3
+    counts = open_shard(data.published_files[0])[:].copy()
+    counts[at := int(np.flatnonzero(data.val[0][:] == 4)[0])] = 3
     write_shard(data.published_files[0], counts)
     with pytest.raises(VerificationError, match=f"count 3 bytes for val token {at}, which holds no text"):
         Dataset.open(data.path).published_bytes(0, data.val_tokens)

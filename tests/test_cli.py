@@ -21,6 +21,7 @@ from golfgpt.errors import missing_package
 from golfgpt.model.gpt import GPT
 from golfgpt.runs import read_config, write_config
 from golfgpt.score import evaluate as evaluation
+from golfgpt.train.run_folder import RunFolder
 
 TINY = [
     word
@@ -326,6 +327,25 @@ def test_the_wrong_tokenizer_is_refused(trained, capsys):
 
 
 @pytest.mark.slow
+def test_a_worker_that_torchrun_restarts_resumes_the_run_it_began(here, tiny, monkeypatch, capsys):
+    """And no other run of that name. Without an id, it says so before it begins."""
+    calls = []
+    monkeypatch.setattr("golfgpt.train.train.train", lambda config, path, **kw: calls.append((config, kw["resume"])))
+    command = ["train", "--recipe", "demo", "--name", "first"]
+    for begun_by in ("none", "b", "a"):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", begun_by)
+        RunFolder.create(here / "runs" / "first", tiny, b"").close()
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
+        for count in "01":
+            monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+            assert main(command) == 0
+        (here / "runs" / "first" / "config.json").unlink()
+    assert [resume for _, resume in calls] == [False] * 5 + [True] and calls[-1][0] == tiny
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    assert main(command) == 3 and "add --standalone or --rdzv-id NAME" in capsys.readouterr().err
+
+
 def test_torchrun_and_a_terminal(here, corpus):
     """Two gloo processes through `-m golfgpt`, output on a pseudo-terminal: the live line is drawn."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "golfgpt"]

@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from golfgpt.distributed import lost_peers
+from golfgpt.errors import LostPeerError
 
 WORKER = """
 import importlib, os, time
@@ -44,6 +48,21 @@ held = gloo_threads()
 os.write(1, f"gloo {during > 0} {after} {held > 0}\\n".encode())
 os._exit(0)  # the held threads could abort the process
 """
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (RuntimeError("[/x/gloo/transport/tcp/pair.cc:1] Connection closed by peer"), LostPeerError),
+        (torch.distributed.DistStoreError("1/2 clients joined"), LostPeerError),
+        (RuntimeError("shapes do not match"), RuntimeError),
+    ],
+)
+def test_a_lost_peer_is_told_from_a_bug(raised, expected):
+    with pytest.raises(expected) as caught, lost_peers(lambda: " Go on."):
+        raise raised
+    assert type(caught.value) is expected
+    assert expected is RuntimeError or (caught.value.exit_code == 8 and str(caught.value).endswith(". Go on."))
 
 
 @pytest.mark.slow

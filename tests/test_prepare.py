@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -275,6 +277,32 @@ def test_full_disk_leaves_the_old_folder(tmp_path, source, monkeypatch):
         prepare([source], tmp_path / "out", vocab_size=330, val_fraction=0.3, workers=1, overwrite=True)
     assert Manifest.load(tmp_path / "out/manifest.json") == old
     assert {path.name for path in tmp_path.iterdir()} == {"docs.jsonl", "out"}
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_old_data_come_back_where_the_new_could_not_take_their_place(tmp_path, source, monkeypatch, killed):
+    """The second of two renames fails, or a kill comes before it, which cleans nothing up."""
+    options = {"vocab_size": 320, "val_fraction": 0.3, "workers": 1}
+    old, rename = prepare([source], tmp_path / "out", **options), Path.rename
+
+    def fails(self, target):
+        if self.suffix == f".{os.getpid()}" or (killed and self.suffix == ".old"):
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    monkeypatch.setattr("golfgpt.data.prepare.shutil.rmtree", lambda *a, **k: None)
+    with pytest.raises(OSError, match="Input/output error"):
+        prepare([source], tmp_path / "out", **options, overwrite=True)
+    monkeypatch.undo()
+    if killed:
+        with pytest.raises(InputError, match=r"out is now .*/\.out\.old, because prepare --overwrite was killed"):
+            Dataset.open(tmp_path / "out")
+        rename(tmp_path / f".out.{os.getpid()}", tmp_path / ".out.4194305")  # above Linux's largest process id
+        with pytest.raises(InputError, match="is not empty"):
+            prepare([source], tmp_path / "out", **options)
+        assert {path.name for path in tmp_path.iterdir()} == {"docs.jsonl", "out"}
+    assert Dataset.open(tmp_path / "out").manifest == old
 
 
 def test_existing_folders(tmp_path, source):

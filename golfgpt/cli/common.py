@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import tyro
 
 from golfgpt.config import RunConfig
 from golfgpt.errors import InputError
-from golfgpt.runs import RUNS, read_config
+from golfgpt.runs import RUNS, read_config, read_run, torchrun_id
 
 Config = Annotated[RunConfig, tyro.conf.arg(name="")]
 
@@ -37,9 +38,22 @@ def check_tokenizer(run: Path, sha256: str, data: str | None) -> None:
         )
 
 
+def begun_before(path: Path) -> bool:
+    """Whether torchrun (--max-restarts) starts this worker again, after it began the run in `path`. Raises InputError,
+    already when it is started first, if it would not know that run again."""
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not torchrun_id():
+        raise InputError(
+            "torchrun got --max-restarts without an id, by which workers that it restarts know their run; add "
+            "--standalone or --rdzv-id NAME, or drop --max-restarts"
+        )
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and (path / "config.json").exists()
+    return again and read_run(path).env.get("torchrun") == torchrun_id()
+
+
 def run_name(name: str | None, recipe: str) -> str:
-    """The name of a folder under runs/, perhaps FOLDER/NAME. Raises InputError if it points outside runs/."""
-    name = name or f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    """The name of a folder under runs/, perhaps FOLDER/NAME. Without `name` it ends with torchrun's id or the
+    time. Raises InputError if it points outside runs/."""
+    name = name or f"{recipe}-{(torchrun_id() or time.strftime('%Y%m%d-%H%M%S'))[:15]}"
     if {"", ".", ".."} & set(name.split("/")) or any(c in name for c in "\\\0"):
         raise InputError(f"--name {name!r} is not a folder name; expected NAME or FOLDER/NAME, for {RUNS}/NAME")
     return name

@@ -13,7 +13,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from golfgpt.cli.common import RUNS, Config, check_tokenizer, print_json, run_name, stored_config
+from golfgpt.cli.common import RUNS, Config, begun_before, check_tokenizer, print_json, run_name, stored_config
 from golfgpt.cli.data import DataPrepare, prepare_folder
 from golfgpt.config import EvalConfig, RunConfig
 from golfgpt.errors import BudgetError, InputError, Interrupted
@@ -39,7 +39,7 @@ class Train:
     recipe: str | None = None
     """Configuration that a new run starts from; `golfgpt recipes` lists them."""
     name: str | None = None
-    """The run folder is runs/NAME; default: the recipe's name and the time."""
+    """The run folder is runs/NAME; default: the recipe's name and the time, or torchrun's id."""
     resume: Path | None = None
     """Continue the run in this folder from its newest checkpoint, with the config that it was started with."""
     json: bool = False
@@ -54,8 +54,10 @@ def train(args: Train) -> int:
         )
     if not args.resume:
         _need_recipe(args.recipe)
-    path = args.resume or RUNS / run_name(args.name, args.recipe)
-    code = _train(args.config, path, resume=args.resume is not None, as_json=args.json)
+    path, config = args.resume or RUNS / run_name(args.name, args.recipe), args.config
+    if again := not args.resume and begun_before(path):
+        config = stored_config(path)
+    code = _train(config, path, resume=again or args.resume is not None, as_json=args.json)
     if not args.json and int(os.environ.get("RANK", 0)) == 0:
         print(f"run folder: {path}    next: golfgpt sample {path}")
     return code
@@ -229,7 +231,7 @@ def evaluate(args: Eval) -> int:
         config = replace(started, data=data, eval=args.eval, runtime=runtime)
     except ValueError as error:  # fields that are valid alone but not together
         raise InputError(str(error)) from error
-    ranks = distributed.start(config.runtime.device)
+    ranks = distributed.start(config.runtime.device, config.runtime.peer_seconds)
     runtime, missing = available(runtime, started.runtime, ranks.device)
     config = replace(config, runtime=runtime)
     if config.runtime.threads:
@@ -261,7 +263,8 @@ def evaluate(args: Eval) -> int:
             reporter.line(
                 f"eval.max_tokens {config.eval.max_tokens} is kept from training; --eval.max-tokens None scores all"
             )
-        with Signals(folder) as signals, choose_kernels(config, ranks):
+        lost_peers = distributed.lost_peers(lambda: f" The same command {continues}.")
+        with Signals(folder) as signals, choose_kernels(config, ranks), lost_peers:
             model = model.to(ranks.device)
             score = evaluate(model, dataset, config, ranks, dtype=dtype, progress=reporter.status, keep=keep)
             if adapts:

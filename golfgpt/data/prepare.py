@@ -14,6 +14,7 @@ The result does not depend on the number of workers. The folder appears whole or
 from __future__ import annotations
 
 import contextlib
+import glob
 import itertools
 import multiprocessing
 import os
@@ -283,7 +284,16 @@ class _SplitWriter:
 
 @contextlib.contextmanager
 def _staging(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder beside `out` that takes its place on success and vanishes on failure."""
+    """A folder beside `out` that takes its place on success and vanishes on failure; after a kill, when this is called
+    again. Between two renames the old data have another name; the next call puts back what a kill left there."""
+    replaced = out.with_name(f".{out.name}.old")
+    if (out / MANIFEST).exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+    elif replaced.exists() and not out.exists():
+        replaced.rename(out)
+    for left in out.parent.glob(f".{glob.escape(out.name)}.*"):
+        if left.suffix[1:].isdigit() and not _alive(int(left.suffix[1:])):
+            shutil.rmtree(left, ignore_errors=True)
     old = out.is_dir() and any(out.iterdir())
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file, expected a folder to write to")
@@ -298,14 +308,28 @@ def _staging(out: Path, overwrite: bool) -> Iterator[Path]:
     try:
         yield folder
         if old:
-            replaced = folder.with_name(folder.name + ".old")
             out.rename(replaced)
-            folder.rename(out)
-            shutil.rmtree(replaced)
+            try:
+                folder.rename(out)
+            except BaseException:
+                replaced.rename(out)
+                raise
+            shutil.rmtree(replaced, ignore_errors=True)
         else:
             folder.rename(out)  # also onto an empty folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    """Whether a process of this machine has the number `pid`, which may be that of one that made a staging folder."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return pid != os.getpid()
 
 
 # 4 The whole

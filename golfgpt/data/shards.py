@@ -20,7 +20,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
@@ -57,8 +57,53 @@ def write_shard(path: str | os.PathLike, tokens: np.ndarray) -> None:
         file.write(np.ascontiguousarray(tokens, dtype="<u2").data)
 
 
-def open_shard(path: str | os.PathLike) -> np.ndarray:
-    """Memory map (T,) uint16 of a shard's tokens. Raises InputError for a wrong magic, version or length."""
+class Shard:
+    """`count` uint16 of a file, from byte `offset` on, that slices read. Not a memory map: where a map's file is cut or
+    its disk fails, the process dies without a word. The file stays open, so it may be deleted or replaced meanwhile."""
+
+    def __init__(self, path: str | os.PathLike, offset: int, count: int):
+        self.path, self._offset, self._count = path, offset, count
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115
+        self._opened = _state(self._file)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """(n,) uint16, read-only. Raises OSError, and InputError for a file that is no longer what was opened."""
+        start, stop, _ = part.indices(self._count)
+        data, wanted = b"", 2 * max(stop - start, 0)
+        try:
+            while len(data) < wanted:
+                at = self._offset + 2 * start + len(data)
+                piece = os.pread(self._file.fileno(), wanted - len(data), at)
+                data += piece
+                self.check_unchanged()
+                if not piece:
+                    break
+        except OSError as error:
+            error.filename = os.fspath(self.path)
+            raise
+        return np.frombuffer(data, "<u2")
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self[:].astype(dtype or "<u2")
+
+    def check_unchanged(self) -> None:
+        """Raises InputError if the file has another size or time of modification than when it was opened."""
+        if _state(self._file) != self._opened:
+            raise InputError(
+                f"{self.path} was changed while it was read; restore it, check with `golfgpt data verify`, then resume"
+            )
+
+
+def _state(file: BinaryIO) -> tuple[int, int]:
+    state = os.fstat(file.fileno())
+    return state.st_size, state.st_mtime_ns
+
+
+def open_shard(path: str | os.PathLike) -> Shard:
+    """A shard's tokens (T,) uint16. Raises InputError for a wrong magic, version or length."""
     repair = "download or prepare this shard again"
     try:
         size, header = os.stat(path).st_size, np.fromfile(path, "<i4", HEADER_INTS)
@@ -74,17 +119,10 @@ def open_shard(path: str | os.PathLike) -> np.ndarray:
             f"{path}: the header says {count} tokens, so {HEADER_BYTES + 2 * count} bytes, but the file has "
             f"{size}; {repair}"
         )
-    return _map(path, HEADER_BYTES, count)
+    return Shard(path, HEADER_BYTES, count)
 
 
-def _map(path: str | os.PathLike, offset: int, count: int) -> np.ndarray:
-    """Memory map (count,) uint16; numpy cannot map nothing."""
-    if not count:
-        return np.empty(0, dtype="<u2")
-    return np.memmap(path, dtype="<u2", mode="r", offset=offset, shape=(count,))
-
-
-def gather(shards: Sequence[np.ndarray], start: int, stop: int) -> np.ndarray:
+def gather(shards: Sequence[Shard | np.ndarray], start: int, stop: int) -> np.ndarray:
     """Items [start, stop) of the concatenation of 1-d arrays, copied; stop at most the total length."""
     parts = [np.empty(0, dtype=np.uint16)]
     for shard in shards:
@@ -104,17 +142,17 @@ class Dataset:
     """
 
     path: Path
-    train: list[np.ndarray]
-    """Memory maps (T,) uint16, sorted by file name."""
-    val: list[np.ndarray]
+    train: list[Shard]
+    """Sorted by file name."""
+    val: list[Shard]
     train_files: list[Path]
     val_files: list[Path]
-    sidecars: list[np.ndarray] | None
-    """Memory maps (T,) uint16 beside the val shards: bytes per token."""
+    sidecars: list[Shard] | None
+    """Beside the val shards: bytes per token."""
     published_files: list[Path]
     """Published CaseOps sidecars, `*_val_bytes_*.bin`."""
-    published: list[np.ndarray]
-    """Their memory maps (T,) uint16; what a lossy tokenizer changes makes them differ from the decoded bytes."""
+    published: list[Shard]
+    """Their counts; what a lossy tokenizer changes makes them differ from the decoded bytes."""
     tokenizer: Tokenizer | None
     manifest: Manifest | None
     _proved: int | None = None
@@ -129,6 +167,9 @@ class Dataset:
         self = cls()
         self.path = Path(path)
         if not self.path.is_dir():
+            old = self.path.with_name(f".{self.path.name}.old")
+            if old.exists():
+                raise InputError(f"{path} is now {old}, because prepare --overwrite was killed; rename it back")
             text = self.path.is_file() and self.path.suffix in (".txt", ".jsonl", ".zst")
             source, out = (path, f"data/{self.path.name.split('.')[0]}") if text else ("FILES", "DIR")
             raise InputError(
@@ -171,7 +212,7 @@ class Dataset:
         self.tokenizer = self._find_tokenizer()
         return self
 
-    def _open_sidecars(self) -> list[np.ndarray] | None:
+    def _open_sidecars(self) -> list[Shard] | None:
         paths = [file.with_suffix(".bytes") for file in self.val_files]
         if not any(path.exists() for path in paths):
             return None
@@ -183,7 +224,7 @@ class Dataset:
                     f"{path} {found}, expected {2 * len(shard)} for {len(shard)} tokens; prepare the data again, or "
                     "delete all *.bytes to count with the tokenizer"
                 )
-        return [_map(path, 0, len(shard)) for path, shard in zip(paths, self.val, strict=True)]
+        return [Shard(path, 0, len(shard)) for path, shard in zip(paths, self.val, strict=True)]
 
     def _find_tokenizer(self) -> Tokenizer | None:
         named = self.path / TOKENIZER
@@ -214,7 +255,7 @@ class Dataset:
         if self.sidecars is None:
             raise VerificationError(f"{self.path}: the manifest's *.bytes sidecars are missing; {repair}")
 
-    def _shards(self) -> list[tuple[str, Path, np.ndarray]]:
+    def _shards(self) -> list[tuple[str, Path, Shard]]:
         """Split, file and tokens of every shard, train before val."""
         train = [("train", *pair) for pair in zip(self.train_files, self.train, strict=True)]
         return train + [("val", *pair) for pair in zip(self.val_files, self.val, strict=True)]
@@ -473,7 +514,7 @@ def _check_digests(data: Dataset, manifest: Manifest, progress: Progress) -> Non
         )
 
 
-def _document_digests(shards: Sequence[np.ndarray], bos_id: int, stage: str, progress: Progress) -> Iterator[bytes]:
+def _document_digests(shards: Sequence[Shard], bos_id: int, stage: str, progress: Progress) -> Iterator[bytes]:
     """One 16-byte digest per document (BOS to BOS) of a split, streamed."""
     total, done = sum(map(len, shards)), 0
     state = None

@@ -21,7 +21,7 @@ class TokenStream:
     """Shards in order, repeated without end, as one stream of uint16 tokens."""
 
     def __init__(self, shards: Sequence[np.ndarray]):
-        """`shards`: 1-d uint16 arrays or memory maps. Raises InputError if they hold no token."""
+        """`shards`: 1-d uint16 arrays, or `Shard`s. Raises InputError if they hold no token."""
         self._shards = [shard for shard in shards if len(shard)]
         self.total_tokens = sum(map(len, self._shards))
         if not self.total_tokens:

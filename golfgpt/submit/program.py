@@ -15,7 +15,17 @@ from golfgpt.submit.values import pure
 
 ENTRY = "golfgpt.submit.script:main"
 ROUNDS = 30
-KEPT_METHODS = {"__init__", "__post_init__", "__call__", "__len__", "__enter__", "__exit__", "__iter__", "__new__"}
+KEPT_METHODS = {
+    "__init__",
+    "__post_init__",
+    "__call__",
+    "__len__",
+    "__getitem__",
+    "__enter__",
+    "__exit__",
+    "__iter__",
+    "__new__",
+}
 
 
 class Program:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from golfgpt.fields import Count, CountOrZero, NotNegative, Section
+from golfgpt.fields import Count, CountOrZero, NotNegative, Positive, Section
 
 Device = Literal["auto", "cpu", "cuda"]
 Tracker = Literal["none", "wandb", "trackio", "tensorboard"]
@@ -52,6 +52,9 @@ class RuntimeConfig(Section):
     """CPU threads for torch; 0: torch's default, or half of it where a step on a CPU is faster with it."""
     checkpoint_seconds: NotNegative = 60.0
     """Seconds between checkpoints, which are not counted as training time; 0: only at the end or on a signal."""
+    peer_seconds: Positive = 600.0
+    """Seconds that a process waits for the others before it takes them for lost and ends; a killed one is noticed at
+    once. Nothing that rank 0 does alone takes as long."""
     log_every: Count = 50
     """Steps between lines in the log and in the tracker (the first ten steps always have one). metrics.jsonl has every
     step."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from functools import partial
@@ -51,7 +52,7 @@ class Reporter:
         if self._status:
             self._status.console.print(text, markup=False)
         else:
-            print(text, file=self._file, flush=True)
+            self._print(text)
 
     def status(self, text: str) -> None:
         """Update the live line, cut to the width of the terminal. Without a live line, print the text if nothing was
@@ -60,7 +61,14 @@ class Reporter:
             self._status.update(self._one_line(text))
         elif self._speak and time.monotonic() - self._told >= self._patience:
             self._told, self._patience = time.monotonic(), 30.0
+            self._print(text)
+
+    def _print(self, text: str) -> None:
+        """A disk that is full or a reader that is gone silences a run, which goes on: train.log has its lines too."""
+        try:
             print(text, file=self._file, flush=True)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._file.fileno())
 
     def track(self, config: RunConfig) -> None:
         """Start the tracker of `config`, to which metrics go from here on."""

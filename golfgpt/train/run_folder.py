@@ -29,7 +29,7 @@ from golfgpt.model.gpt import GPT
 from golfgpt.model.parameters import of_kind, parameter_table
 from golfgpt.optim.averaging import Average
 from golfgpt.quant import artifact
-from golfgpt.runs import artifact_file, read_config, write_config
+from golfgpt.runs import artifact_file, read_config, torchrun_id, write_config
 from golfgpt.train import checkpoint
 
 
@@ -49,8 +49,8 @@ class RunFolder:
             raise BusyError(
                 f"{path} is in use by another process; wait until it ends or choose another --name"
             ) from None
-        for left in self.checkpoints.glob(".*.tmp"):  # from a process that was killed while writing
-            left.unlink()
+        for left in (*path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):  # of a process killed while writing
+            left.unlink(missing_ok=True)
         metrics = path / "metrics.jsonl"
         if metrics.exists() and not (data := metrics.read_bytes()).endswith(b"\n"):
             write_bytes(metrics, data[: data.rfind(b"\n") + 1])  # drop a line cut off by a kill or a full disk
@@ -121,6 +121,7 @@ def environment() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
         "command": ["golfgpt", *sys.argv[1:]],
         "world_size": int(os.environ.get("WORLD_SIZE", 1)),
+        "torchrun": torchrun_id(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 

@@ -13,14 +13,14 @@ from golfgpt import distributed
 from golfgpt.config import RunConfig
 from golfgpt.data.shards import Dataset
 from golfgpt.distributed import Ranks
-from golfgpt.errors import BudgetError, interruption
+from golfgpt.errors import BudgetError, InputError, interruption
 from golfgpt.files import sha256_file, write_json
 from golfgpt.quant import artifact
 from golfgpt.quant.budget import budget_report, check_budget, fitted
 from golfgpt.quant.calibration import check_tokens, seconds_needed
 from golfgpt.quant.codecs import require_compressor
 from golfgpt.quant.quantizer import Quantizer
-from golfgpt.runs import write_config
+from golfgpt.runs import resume_hint, write_config
 from golfgpt.score.compressors import compressors_bpb
 from golfgpt.score.evaluate import open_dataset, scored_shape
 from golfgpt.score.sums import PartialSums
@@ -59,14 +59,16 @@ def train(
     newest intact checkpoint in `path`. `count` measures budget.code_bytes if it is None
     (`golfgpt.submit.size.counted`); without it, code is not counted. Raises InputError for configurations and data that
     do not fit together, BusyError for a folder in use, NonFiniteError for a diverged run and for test-time training
-    that diverged (its score up to there is in result.json), Interrupted after a signal (state saved), and
-    VerificationError for a score that fails its checks. Raises BudgetError if no width fits the budget, if the time is
+    that diverged (its score up to there is in result.json), Interrupted after a signal (state saved),
+    LostPeerError if another rank is gone, InputError also for files that cannot be written, and VerificationError for a
+    score that fails its checks. Raises BudgetError if no width fits the budget, if the time is
     too short for one step, or, after scoring, if the artifact exceeds its budget (the artifact is kept).
     """
     ledger = Ledger()
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(Signals(path))
-        ranks = distributed.start(config.runtime.device)
+        stack.enter_context(distributed.lost_peers(lambda: resume_hint(path)))
+        ranks = distributed.start(config.runtime.device, config.runtime.peer_seconds)
         stack.callback(ranks.close)
         if config.runtime.threads:
             torch.set_num_threads(config.runtime.threads)
@@ -122,6 +124,8 @@ def train(
             return export_and_score(config, path, dataset, exporter, scorer, loop.done)
         except Exception as error:
             stopped = interruption(error)
+            if isinstance(error, OSError) and not stopped:  # such as a full disk
+                stopped = InputError(f"{error}; what was saved is whole.{resume_hint(path)}")
             if folder and begun:  # a resume that is refused leaves the run as it is
                 folder.metric("end", reason=str(stopped or error))
             if folder and not resume:
