@@ -158,6 +158,8 @@ def test_what_reading_cannot_tell_is_reported(hostile, tmp_path):
     assert read_code(tmp_path).unread
 
 
+SHOWN = "import linecache\nt = 'pass'\nlinecache.cache['k'] = len(t), None, t.splitlines(True), 'k'\n"
+SHOWN += "exec(compile(t, 'k', 'exec'))"
 B64 = "import base64\nx = base64.b64decode(b'aW1wb3J0IHNvY2tldA==')\n"
 CHEATS = {
     "bound again": B64 + "exec(x)\nx = 'pass'",
@@ -198,6 +200,12 @@ CHEATS = {
     "numpy.load": "import numpy as np\nnp.load('model.golf', allow_pickle=True)",
     "ctypes": "import ctypes\nctypes.CDLL(None).system(b'curl')",
     "all names": "from os import *",
+    "kernels of another text": SHOWN.replace("t.split", "'x'.split"),
+    "kernels under another name": SHOWN.replace("'k', 'exec'", "'j', 'exec'"),
+    "kernels bound again": SHOWN + "\nlinecache.cache['k'] = 1, None, ['x'], 'k'",
+    "kernels bound inside": SHOWN.replace("pass", "import linecache\\nlinecache.cache.clear()"),
+    "kernels through an import": SHOWN + "\nfrom linecache import cache as c\nc.clear()",
+    "kernels through inspect": SHOWN + "\nimport inspect\ninspect.linecache.cache.clear()",
 }  # fmt: skip
 
 
@@ -206,6 +214,18 @@ def test_cheats_that_execute_another_text(cheat, tmp_path):
     """Than the one that reading would find."""
     (tmp_path / PROGRAM).write_text(cheat)
     assert read_code(tmp_path).unread
+
+
+def test_the_text_that_triton_reads(tmp_path):
+    (tmp_path / PROGRAM).write_text(SHOWN)
+    code = read_code(tmp_path)
+    assert code.texts[1:] == ["pass"] and not code.unread
+
+
+def test_a_decoder_that_another_file_replaced(tmp_path):
+    (tmp_path / "helper.py").write_text("import base64\nbase64.b64decode = f")
+    (tmp_path / PROGRAM).write_text("import helper, base64\nx = base64.b64decode(b'cGFzcw==')\nexec(x)")
+    assert read_code(tmp_path).unread == ["b64decode, which another text binds"]
 
 
 def test_variables_may_be_called_like_modules(tmp_path):
