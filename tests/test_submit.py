@@ -24,7 +24,7 @@ from golfgpt.cli import main
 from golfgpt.config import BudgetConfig, QuantConfig
 from golfgpt.errors import BudgetError, InputError, VerificationError, missing_package
 from golfgpt.quant import artifact
-from golfgpt.runs import write_config
+from golfgpt.runs import read_config, write_config
 from golfgpt.submit import bundle, fold, isolated
 from golfgpt.submit.check import Finding, check
 from golfgpt.submit.folder import PROGRAM, About, pack
@@ -624,6 +624,24 @@ def test_notes(runs, short, capsys):
     assert (
         "note: 2 seeds: a record needs three" in out and "run2025 (seed 2025, finished) has this configuration" in out
     )
+
+
+@pytest.mark.parametrize(
+    ("used", "asked", "packed_with"), [("mlp,loss", True, "mlp,loss"), ("mlp,loss", False, "eager")]
+)
+def test_kernels(used, asked, packed_with, runs, monkeypatch):
+    """The program has those of the runs if they are asked for, and says so if it lacks them."""
+    seen = []
+    monkeypatch.setattr(bundle, "source", lambda config: seen.append(config.runtime.kernels) or SOURCE)
+    for run in runs:
+        config = read_config(run)
+        write_config(run, replace(config, runtime=replace(config.runtime, kernels=used)))
+    notes = pack(runs, runs[0].parent / "sub", ABOUT, kernels=asked).notes
+    assert seen == [packed_with] and any(used in note for note in notes) != asked
+
+
+def test_kernels_that_no_run_used(runs, short):
+    refused(runs, InputError, "used no kernels.*leave out --kernels", kernels=True)
 
 
 def test_an_author_is_asked_for(runs, capsys):

@@ -62,8 +62,8 @@ def pack(paths: Sequence[Path], out: Path, about: About, *, kernels: bool = Fals
     has the Triton kernels that the best run used.
 
     Raises InputError for runs without a score or of more than one configuration, for `kernels` of a run without and for
-    an existing `out` (a former submission is replaced with `overwrite`), VerificationError for an artifact that its result.json does not describe,
-    BudgetError over the cap, ImportError without python-minifier.
+    an existing `out` (a former submission is replaced with `overwrite`), VerificationError for an artifact that its
+    result.json does not describe, BudgetError over the cap, ImportError without python-minifier.
     """
     _may_write(out, overwrite)
     runs = sorted(map(read_result, paths), key=lambda run: run.config.seed)

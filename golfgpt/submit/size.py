@@ -20,9 +20,9 @@ from golfgpt.files import write_json
 
 
 def counted(config: RunConfig) -> RunConfig:
-    """`config` with the size of its program without kernels in budget.code_bytes, if no number is given. It takes some ten seconds,
-    once for each configuration: the size is kept under $XDG_CACHE_HOME/golfgpt/code, by configuration and version of
-    the package. Raises ImportError if python-minifier is not installed."""
+    """`config` with the size of its program without kernels in budget.code_bytes, if no number is given. It takes some
+    ten seconds, once for each configuration: the size is kept under $XDG_CACHE_HOME/golfgpt/code, by configuration and
+    version of the package. Raises ImportError if python-minifier is not installed."""
     if config.budget.code_bytes is not None:
         return config
     from golfgpt.submit.bundle import resolved, source
