@@ -79,18 +79,8 @@ UNREADABLE = {"runpy", "marshal", "ctypes", "_ctypes", "cffi", "dill", "cloudpic
 UNREADABLE |= {"pickle.loads", "pickle.load", "pickle.Unpickler", "_pickle", "types.FunctionType", "types.LambdaType"}
 UNREADABLE |= {"types.CodeType", "torch.hub", "torch.package", "torch.jit.load", "torch.ops.load_library", "zipimport"}
 UNREADABLE |= {"torch.classes.load_library", "torch.utils.cpp_extension", "importlib.util", "importlib.machinery"}
-UNREADABLE |= {
-    "sys.modules",
-    "sys._getframe",
-    "linecache",
-    "timeit",
-    "cProfile",
-    "profile",
-    "pdb",
-    "bdb",
-    "trace",
-    "shelve",
-}
+UNREADABLE |= {"sys.modules", "sys._getframe", "timeit", "cProfile", "profile", "pdb", "bdb", "trace", "shelve"}
+UNREADABLE |= {"linecache"}
 """Modules and functions that execute or build code which is no text of the program."""
 _ATTRIBUTES = {"getattr", "setattr", "delattr"}
 INSIDE = {"__globals__", "__builtins__", "__subclasses__", "f_globals", "f_builtins", "__loader__"}
