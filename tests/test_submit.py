@@ -28,7 +28,7 @@ from golfgpt.runs import read_config, write_config
 from golfgpt.submit import bundle, fold, isolated
 from golfgpt.submit.check import Finding, check
 from golfgpt.submit.folder import PROGRAM, About, pack
-from golfgpt.submit.pack import from_digits, imports, minified, packed, to_digits
+from golfgpt.submit.pack import _file, from_digits, imports, minified, packed, to_digits
 from golfgpt.submit.unwrap import read_code
 
 ABOUT = About(author="Ada", github_id="ada", name="A title", blurb="What it does.", track="track_non_record_16mb")
@@ -86,6 +86,13 @@ def test_brotli_only_where_the_program_needs_it(tmp_path):
 @pytest.mark.parametrize("data", [b"\x01", b"hello, world", bytes(range(1, 256)) * 9, b"\xff" * 1000])
 def test_digits(data):
     assert from_digits(to_digits(data), len(data)) == data and set(to_digits(data)) <= set(range(32, 127))
+
+
+@pytest.mark.parametrize(("digits", "quotes"), [(b"ab'''cd", b'"""'), (b'ab"""c"', b"'''"), (b"'''\"\"\"c", None)])
+def test_digits_that_end_a_literal(digits, quotes):
+    file = _file("zlib", from_digits(digits, 7), "f(x)", kernels=False)
+    assert file is None if quotes is None else quotes + digits + quotes in file
+    assert file is None or ast.parse(file).body[2].iter.value == digits
 
 
 def test_trees_parsed_later_are_clean():

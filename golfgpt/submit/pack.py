@@ -57,7 +57,12 @@ def minified(source: str) -> str:
             node.annotation = ast.Constant(0)  # a field of a dataclass needs one, whatever it says
     text = python_minifier.minify(
         ast.unparse(tree),
-        remove_annotations=False,
+        remove_annotations=python_minifier.RemoveAnnotationsOptions(
+            remove_variable_annotations=not kernels,
+            remove_return_annotations=False,
+            remove_argument_annotations=False,
+            remove_class_attribute_annotations=False,
+        ),
         remove_literal_statements=True,
         rename_globals=True,
         preserve_locals=parameters,  # else the minifier copies them to short names, and a constant's copy is a tensor
@@ -112,12 +117,13 @@ def execution(call: str, kernels: bool) -> str:
 def _file(module: str, code: bytes, call: str, *, kernels: bool) -> bytes | None:
     """The file that unpacks `code`; None if its digits would end the literal that they stand in."""
     digits = to_digits(code)
-    if b"'''" in digits or digits.endswith((b"'", b"\\")):
+    fitting = (q for q in (b"'", b'"') if q * 3 not in digits and not digits.endswith((q, b"\\")))
+    if (quote := next(fitting, None)) is None:
         return None
     call = call.replace("x", f"n.to_bytes({len(code)},'big')", 1)
     modules = f"{module},linecache" if kernels else module
-    last = execution(call, kernels)
-    return b"import %b\nn=0\nfor c in rb'''%b''':n=n*95+c-32\n%b\n" % (modules.encode(), digits, last.encode())
+    first, last = f"import {modules}\nn=0\nfor c in rb".encode(), f":n=n*95+c-32\n{execution(call, kernels)}\n".encode()
+    return first + quote * 3 + digits + quote * 3 + last
 
 
 def to_digits(data: bytes) -> bytes:
