@@ -24,11 +24,11 @@ from golfgpt.cli import main
 from golfgpt.config import BudgetConfig, QuantConfig
 from golfgpt.errors import BudgetError, InputError, VerificationError, missing_package
 from golfgpt.quant import artifact
-from golfgpt.runs import write_config
+from golfgpt.runs import read_config, write_config
 from golfgpt.submit import bundle, fold, isolated
 from golfgpt.submit.check import Finding, check
 from golfgpt.submit.folder import PROGRAM, About, pack
-from golfgpt.submit.pack import from_digits, imports, minified, packed, to_digits
+from golfgpt.submit.pack import _file, from_digits, imports, minified, packed, to_digits
 from golfgpt.submit.unwrap import read_code
 
 ABOUT = About(author="Ada", github_id="ada", name="A title", blurb="What it does.", track="track_non_record_16mb")
@@ -86,6 +86,13 @@ def test_brotli_only_where_the_program_needs_it(tmp_path):
 @pytest.mark.parametrize("data", [b"\x01", b"hello, world", bytes(range(1, 256)) * 9, b"\xff" * 1000])
 def test_digits(data):
     assert from_digits(to_digits(data), len(data)) == data and set(to_digits(data)) <= set(range(32, 127))
+
+
+@pytest.mark.parametrize(("digits", "quotes"), [(b"ab'''cd", b'"""'), (b'ab"""c"', b"'''"), (b"'''\"\"\"c", None)])
+def test_digits_that_end_a_literal(digits, quotes):
+    file = _file("zlib", from_digits(digits, 7), "f(x)", kernels=False)
+    assert file is None if quotes is None else quotes + digits + quotes in file
+    assert file is None or ast.parse(file).body[2].iter.value == digits
 
 
 def test_trees_parsed_later_are_clean():
@@ -158,6 +165,8 @@ def test_what_reading_cannot_tell_is_reported(hostile, tmp_path):
     assert read_code(tmp_path).unread
 
 
+SHOWN = "import linecache\nt = 'pass'\nlinecache.cache['k'] = len(t), None, t.splitlines(True), 'k'\n"
+SHOWN += "exec(compile(t, 'k', 'exec'))"
 B64 = "import base64\nx = base64.b64decode(b'aW1wb3J0IHNvY2tldA==')\n"
 CHEATS = {
     "bound again": B64 + "exec(x)\nx = 'pass'",
@@ -198,6 +207,12 @@ CHEATS = {
     "numpy.load": "import numpy as np\nnp.load('model.golf', allow_pickle=True)",
     "ctypes": "import ctypes\nctypes.CDLL(None).system(b'curl')",
     "all names": "from os import *",
+    "kernels of another text": SHOWN.replace("t.split", "'x'.split"),
+    "kernels under another name": SHOWN.replace("'k', 'exec'", "'j', 'exec'"),
+    "kernels bound again": SHOWN + "\nlinecache.cache['k'] = 1, None, ['x'], 'k'",
+    "kernels bound inside": SHOWN.replace("pass", "import linecache\\nlinecache.cache.clear()"),
+    "kernels through an import": SHOWN + "\nfrom linecache import cache as c\nc.clear()",
+    "kernels through inspect": SHOWN + "\nimport inspect\ninspect.linecache.cache.clear()",
 }  # fmt: skip
 
 
@@ -206,6 +221,18 @@ def test_cheats_that_execute_another_text(cheat, tmp_path):
     """Than the one that reading would find."""
     (tmp_path / PROGRAM).write_text(cheat)
     assert read_code(tmp_path).unread
+
+
+def test_the_text_that_triton_reads(tmp_path):
+    (tmp_path / PROGRAM).write_text(SHOWN)
+    code = read_code(tmp_path)
+    assert code.texts[1:] == ["pass"] and not code.unread
+
+
+def test_a_decoder_that_another_file_replaced(tmp_path):
+    (tmp_path / "helper.py").write_text("import base64\nbase64.b64decode = f")
+    (tmp_path / PROGRAM).write_text("import helper, base64\nx = base64.b64decode(b'cGFzcw==')\nexec(x)")
+    assert read_code(tmp_path).unread == ["b64decode, which another text binds"]
 
 
 def test_variables_may_be_called_like_modules(tmp_path):
@@ -604,6 +631,24 @@ def test_notes(runs, short, capsys):
     assert (
         "note: 2 seeds: a record needs three" in out and "run2025 (seed 2025, finished) has this configuration" in out
     )
+
+
+@pytest.mark.parametrize(
+    ("used", "asked", "packed_with"), [("mlp,loss", True, "mlp,loss"), ("mlp,loss", False, "eager")]
+)
+def test_kernels(used, asked, packed_with, runs, monkeypatch):
+    """The program has those of the runs if they are asked for, and says so if it lacks them."""
+    seen = []
+    monkeypatch.setattr(bundle, "source", lambda config: seen.append(config.runtime.kernels) or SOURCE)
+    for run in runs:
+        config = read_config(run)
+        write_config(run, replace(config, runtime=replace(config.runtime, kernels=used)))
+    notes = pack(runs, runs[0].parent / "sub", ABOUT, kernels=asked).notes
+    assert seen == [packed_with] and any(used in note for note in notes) != asked
+
+
+def test_kernels_that_no_run_used(runs, short):
+    refused(runs, InputError, "used no kernels.*leave out --kernels", kernels=True)
 
 
 def test_an_author_is_asked_for(runs, capsys):

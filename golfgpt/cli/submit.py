@@ -32,6 +32,8 @@ class SubmitPack:
     """What it does, in a few sentences."""
     track: str = "track_non_record_16mb"
     """Use track_10min_16mb for a record (600 s on 8 H100)."""
+    kernels: bool = False
+    """Include the Triton kernels that the best run used (runtime.kernels); without, the program has PyTorch's ops."""
     overwrite: bool = False
     """Replace an earlier submission in --out."""
     json: bool = False
@@ -44,7 +46,7 @@ def pack(args: SubmitPack) -> int:
     about = About(
         author=args.author, github_id=args.github_id, name=args.name, blurb=args.blurb, track=args.track
     )  # fmt: skip
-    packed = pack(args.runs, args.out, about, overwrite=args.overwrite)
+    packed = pack(args.runs, args.out, about, kernels=args.kernels, overwrite=args.overwrite)
     s = packed.submission
     if args.json:
         print_json({"folder": str(args.out), "submission": s, "notes": packed.notes})

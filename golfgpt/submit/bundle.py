@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ast
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from golfgpt.submit.facts import SEED, UNKNOWN, Facts, is_literal
 from golfgpt.submit.program import Program
 from golfgpt.submit.source import Package
 from golfgpt.submit.text import text
+from golfgpt.train.kernels import meanings
 
 PURE = (
     "golfgpt.config:to_dict",
@@ -32,13 +33,24 @@ PURE = (
     "golfgpt_kernels._coefficients:per_step",
 )
 """Functions that are called here where their arguments are known; the program has the results."""
+FORMS = ("golfgpt_kernels._dispatch:resolve", "golfgpt_kernels.relu2_mlp:_form")
+"""Functions of (op, impl, …) that say what computes an op."""
+RUN_TRITON = (
+    "golfgpt_kernels._dispatch:runs_triton",
+    "golfgpt_kernels.fake_quant:_runs_triton",
+    "golfgpt_kernels.muon:_by_kernel",
+)
+"""Those that say whether its kernel does. Of a named implementation they need no tensor: it runs, or it raises."""
 
 
 def source(config: RunConfig) -> str:
-    """The readable program. Raises InputError for calibration within a time whose reserve is not known yet."""
+    """The readable program, with the kernels that runtime.kernels names; "auto" names none. Raises InputError for
+    calibration within a time whose reserve is not known yet, and for kernels in Gluon."""
     config, schedule = resolved(config), config.schedule
     if config.quant.method == "gptq" and schedule.max_seconds is not None and schedule.reserve_seconds is None:
         raise InputError("schedule.reserve_seconds is None; expected the seconds that the run reserved for calibration")
+    if "gluon" in config.runtime.kernels:
+        raise InputError(f"runtime.kernels is {config.runtime.kernels}; a program has no kernels in Gluon: use mlp")
     program = Program(facts_of(config))
     program.settle()
     program.facts.final = True
@@ -53,7 +65,7 @@ def resolved(config: RunConfig) -> RunConfig:
     runtime = config.runtime
     runtime = replace(
         runtime,
-        kernels="eager",
+        kernels="eager" if runtime.kernels == "auto" else runtime.kernels,
         attention="flash" if runtime.attention == "auto" else runtime.attention,
         graph="off" if runtime.graph == "auto" else runtime.graph,
         dtype="bfloat16" if runtime.dtype == "auto" else runtime.dtype,
@@ -84,15 +96,29 @@ def facts_of(config: RunConfig) -> Facts:
     }
     if specs:
         agreed[_id(type(specs[0]))] = _agreed(specs)
-    facts = Facts(Package(), objects, agreed, {id: _named(id) for id in PURE})
+    kernels = config.runtime.kernels
+    facts = Facts(Package(kernels != "eager"), objects, agreed, {id: _named(id) for id in PURE}, decided_by(kernels))
     environ = ast.Attribute(ast.Name("import:os:", ast.Load()), "environ", ast.Load())
     given = ast.Call(ast.Attribute(environ, "get", ast.Load()), [ast.Constant("SEED"), ast.Constant(config.seed)], [])
     facts.hoisted[SEED] = ast.Call(ast.Name("int", ast.Load()), [given], []), UNKNOWN
-    facts.returns |= {
-        "golfgpt_kernels._dispatch:resolve": "eager",
-        "golfgpt_kernels._dispatch:runs_triton": False,
-    }
+    facts.arguments["golfgpt_kernels.relu2_mlp:gemms"] = {"gluon": False}
     return facts
+
+
+def decided_by(kernels: str) -> dict[str, Callable]:
+    """What runtime.kernels decides in golfgpt_kernels."""
+    all_ops, some = meanings(kernels)
+
+    def form(op: Any, impl: Any, *_unused: Any, **_lists: Any) -> Any:
+        if op is UNKNOWN or impl is UNKNOWN:
+            return UNKNOWN
+        return some.get(op, all_ops) if impl == "auto" else impl
+
+    def runs(*given: Any, **_lists: Any) -> Any:
+        found = form(*given)
+        return UNKNOWN if found is UNKNOWN else found == "triton"
+
+    return dict.fromkeys(FORMS, form) | dict.fromkeys(RUN_TRITON, runs)
 
 
 def _named(id: str) -> Any:

@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 from golfgpt.errors import GolfError, InputError
 from golfgpt.files import parse_json, sha256_file
 from golfgpt.submit.folder import ARTIFACT, PACKAGES, PROGRAM, READABLE, SCHEMA
-from golfgpt.submit.pack import imports, minified
+from golfgpt.submit.pack import execution, imports, minified
 from golfgpt.submit.reader import Code
 from golfgpt.submit.unwrap import NETWORK, read_code
 
@@ -266,15 +266,19 @@ def is_wrapper(text: str) -> bool:
     """Whether a text is what golfgpt.submit.pack writes around a program, and nothing else."""
     match ast.parse(text).body:
         case [
-            ast.Import(names=[ast.alias(name="lzma" | "zlib" | "brotli" as module, asname=None)]),
+            ast.Import(names=[ast.alias(name="lzma" | "zlib" | "brotli" as module, asname=None), *others]),
             ast.Assign(targets=[ast.Name(id="n")], value=ast.Constant(value=0)),
             ast.For() as loop,
-            ast.Expr(value=ast.Call(func=ast.Name(id="exec"), args=[call], keywords=[])),
+            *last,
         ] if ast.unparse(loop).startswith("for c in b") and len(loop.body) == 1 and not loop.orelse:
             size = r"n\.to_bytes\(\d+, 'big'\)"
             options = r"(, 3, None, \[\{'id': 33\}\])?"
             line = ast.unparse(loop.body[0]) == "n = n * 95 + c - 32" and isinstance(loop.iter, ast.Constant)
-            return line and bool(re.fullmatch(rf"{module}\.decompress\({size}{options}\)", ast.unparse(call)))
+            kernels = list(map(ast.unparse, others)) == ["linecache"]
+            expected = re.escape(ast.unparse(ast.parse(execution("CALL", kernels))))
+            expected = expected.replace("CALL", rf"{module}\.decompress\({size}{options}\)")
+            alone = kernels or not others
+            return line and alone and bool(re.fullmatch(expected, "\n".join(map(ast.unparse, last))))
     return False
 
 

@@ -44,6 +44,8 @@ class Facts:
     """Class id -> attributes in which its objects agree."""
     pure: dict[str, Callable]
     """Functions that may be called now, when their arguments are known."""
+    decided: dict[str, Callable] = field(default_factory=dict)
+    """Functions that are decided where the arguments that count are known; the others may be UNKNOWN."""
     returns: dict[str, Any] = field(default_factory=dict)
     """Function -> its constant result."""
     arguments: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -391,6 +391,8 @@ class Fold(Values, ast.NodeTransformer):
             return None if pure(node.test) else ast.Expr(node.test)
         if not node.body:
             return ast.If(ast.UnaryOp(ast.Not(), node.test), node.orelse, [])
+        if pure(node.test) and list(map(ast.dump, node.body)) == list(map(ast.dump, node.orelse)):
+            return node.body
         return node
 
     def read_elsewhere(self, name: str, node: ast.AST) -> bool:

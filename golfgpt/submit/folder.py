@@ -31,7 +31,7 @@ from golfgpt.submit.pack import imports, packed
 
 PROGRAM, READABLE, ARTIFACT = "train_gpt.py", "train_gpt_readable.py", "model.golf"
 SCHEMA = Path(__file__).with_name("submission.schema.json")
-PACKAGES = {"torch", "numpy", "sentencepiece", "brotli", "zstandard"}
+PACKAGES = {"torch", "numpy", "sentencepiece", "brotli", "zstandard", "triton"}
 """What a packed program may import beside the standard library."""
 
 
@@ -57,12 +57,13 @@ class Packed:
     """What a reader of the folder should know."""
 
 
-def pack(paths: Sequence[Path], out: Path, about: About, *, overwrite: bool = False) -> Packed:
-    """Write the folder `out`. It appears whole or not at all, and the runs are only read.
+def pack(paths: Sequence[Path], out: Path, about: About, *, kernels: bool = False, overwrite: bool = False) -> Packed:
+    """Write the folder `out`. It appears whole or not at all, and the runs are only read. With `kernels` the program
+    has the Triton kernels that the best run used.
 
-    Raises InputError for runs without a score or of more than one configuration and for an existing `out` (a former
-    submission is replaced with `overwrite`), VerificationError for an artifact that its result.json does not describe,
-    BudgetError over the cap, ImportError without python-minifier.
+    Raises InputError for runs without a score or of more than one configuration, for `kernels` of a run without and for
+    an existing `out` (a former submission is replaced with `overwrite`), VerificationError for an artifact that its
+    result.json does not describe, BudgetError over the cap, ImportError without python-minifier.
     """
     _may_write(out, overwrite)
     runs = sorted(map(read_result, paths), key=lambda run: run.config.seed)
@@ -75,7 +76,7 @@ def pack(paths: Sequence[Path], out: Path, about: About, *, overwrite: bool = Fa
 
     from golfgpt.submit.bundle import source
 
-    readable = source(_program_config(shown))
+    readable = source(_program_config(shown, kernels))
     program = packed(readable)
     submission = _submission(side, runs, shown, about, len(program), kind)
     cap = shown.config.budget.artifact_bytes
@@ -85,7 +86,7 @@ def pack(paths: Sequence[Path], out: Path, about: About, *, overwrite: bool = Fa
             f"{submission['bytes_total']:,} bytes = {PROGRAM} {len(program):,} + largest artifact {most:,}; the cap "
             f"budget.artifact_bytes is {cap:,}: nothing was written"
         )
-    notes = _notes(side, shown)
+    notes = _notes(side, shown, kernels)
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     beside.chmod(0o755)
@@ -141,14 +142,14 @@ def _check_artifact(run: Run) -> None:
         )
 
 
-def _program_config(run: Run) -> RunConfig:
-    """The configuration of a run with all choices made, as a program has it."""
+def _program_config(run: Run, kernels: bool) -> RunConfig:
+    """The configuration of a run as its program has it."""
     config, runtime = run.config, run.config.runtime
+    if kernels and runtime.kernels in ("auto", "eager"):
+        raise InputError(f"{run.path} used no kernels (runtime.kernels is {runtime.kernels}); leave out --kernels")
     chosen = replace(
         runtime,
-        kernels="eager",
-        attention="flash" if runtime.attention == "auto" else runtime.attention,
-        graph="off" if runtime.graph == "auto" else runtime.graph,
+        kernels=runtime.kernels if kernels else "eager",
         dtype=run.result["score"]["dtype"] if runtime.dtype == "auto" else runtime.dtype,
     )
     path = f"data/{Path(config.data.path or 'data').name}"  # DATA_PATH says where it is; no path of this machine
@@ -196,19 +197,20 @@ def _hardware(env: dict[str, Any]) -> str:
     return f"CPU, {env.get('cpus')} cores, {env.get('world_size')} process{'es' * (env.get('world_size', 1) > 1)}"
 
 
-def _notes(side: Side, shown: Run) -> list[str]:
+def _notes(side: Side, shown: Run, kernels: bool) -> list[str]:
     notes = [f"{run} has this configuration too and is not part of the submission" for run in side.left_out]
     if side.varied:
         notes.append(f"the runs also differ in {', '.join(side.varied)}")
     if len(side.seeds) < 3:
         notes.append(f"{len(side.seeds)} seed{'s' * (len(side.seeds) > 1)}: a record needs three")
-    if (kernels := shown.config.runtime.kernels) != "eager":
-        notes.append(f"the runs used the kernels {kernels}; the program has PyTorch's ops, which round differently")
+    if (used := shown.config.runtime.kernels) != "eager" and not kernels:
+        notes.append(f"the runs used the kernels {used}; the program has PyTorch's ops, which round differently")
     return notes
 
 
 def _requirements(source: str, run: Run) -> str:
-    versions = {name: metadata.version(name) for name in sorted(PACKAGES & imports(source))}
+    names = sorted(PACKAGES & imports(source) - {"triton"})  # torch brings the version that it needs
+    versions = {name: metadata.version(name) for name in names}
     versions["torch"] = str(run.env.get("torch", versions.get("torch")))
     return "".join(f"{name}=={version.partition('+')[0]}\n" for name, version in versions.items())
 

@@ -128,7 +128,7 @@ def _namespace() -> tuple[list[str], str]:
     return [], "no network namespace is permitted here"
 
 
-_KEPT = ("PATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "LANG")
+_KEPT = ("PATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "LANG", "TRITON_INTERPRET")
 
 
 def _python(here: Path, network: list[str], data: Path, args: list[str], steps: int, seconds: float) -> str:

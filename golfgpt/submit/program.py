@@ -11,6 +11,7 @@ from typing import Any
 
 from golfgpt.submit.facts import NOTHING, UNKNOWN, Facts, is_literal
 from golfgpt.submit.fold import Fold, Seen
+from golfgpt.submit.source import is_jit
 from golfgpt.submit.values import pure
 
 ENTRY = "golfgpt.submit.script:main"
@@ -61,8 +62,12 @@ class Program:
             touched = self.learn([self.seen[key] for key in before], before)
             stale = {key for key in before if key in stale or self.used[key] & touched}
             if not stale:
-                return
-        raise RuntimeError(f"bundle: not settled after {ROUNDS} rounds")
+                break
+        else:
+            raise RuntimeError(f"bundle: not settled after {ROUNDS} rounds")
+        undecided = {key: self.uses(key) & self.facts.decided.keys() for key in before}
+        if found := {key: names for key, names in undecided.items() if names}:
+            raise RuntimeError(f"bundle: not decided before the program runs: {found}")
 
     def uses(self, key: str) -> set[str]:
         """Names that facts which the definition depends on can have."""
@@ -104,7 +109,7 @@ class Program:
         """Copy what `key` names from the package, the first time; False for what is not in it."""
         if key in self.nodes:
             return True
-        definition = self.facts.package.find(key)
+        definition = None if key in self.facts.decided else self.facts.package.find(key)
         if definition is None:
             return False
         node = copy.deepcopy(definition.node)
@@ -149,6 +154,8 @@ class Program:
     # Facts
 
     def fold(self, key: str) -> Seen:
+        if is_jit(self.nodes[key]):  # Triton reads it as it is
+            return Seen()
         cls = key.rpartition(".")[0] if self.is_method(key) else None
         fold = Fold(self.facts, cls or key)
         if cls:
@@ -235,8 +242,7 @@ class Program:
                     return
                 sites += calls.get(f"{cls}.__call__", []) + self._unknown(node, calls)
             sites += [] if name == "__init__" else by_name.get(name, [])
-        decorated = [d for d in node.decorator_list if "_jit" in ast.dump(d)]
-        if not sites or key in escaped or (method and name in escaped) or decorated:
+        if not sites or key in escaped or (method and name in escaped) or is_jit(node):
             return
         positional = [arg.arg for arg in (*node.args.posonlyargs, *node.args.args)]
         bound = method and not static
@@ -436,10 +442,11 @@ def references(node: ast.stmt) -> tuple[list[str], tuple[set[str], bool]]:
 
 
 def walk(node: ast.AST, annotations: bool = False) -> Iterator[ast.AST]:
-    """The nodes of a tree, without annotations; those of a custom op are read when it is registered."""
+    """The nodes of a tree, without annotations; those of a custom op are read when it is registered, those of a kernel
+    when it is compiled."""
     yield node
     if isinstance(node, ast.FunctionDef):
-        annotations = any("custom_op" in ast.dump(part) for part in node.decorator_list)
+        annotations = is_jit(node) or any("custom_op" in ast.dump(part) for part in node.decorator_list)
     for name, value in ast.iter_fields(node):
         if name in ("annotation", "returns") and not annotations:
             continue

@@ -90,6 +90,8 @@ class Reader:
         """Of these the ones that the loop over the digits fills."""
         self.relied: set[str] = set()
         """Names by which values were read."""
+        self.relies: dict[str, set[str]] = {}
+        """Of these what the value of a name relies on."""
         self.bound = bindings(tree)
         self.local = locals_of(tree)
         self.modules: set[str] = set()
@@ -113,10 +115,11 @@ class Reader:
                 case ast.Assign(targets=[ast.Name(id=name)]) if self.bound[name] == 1 or is_constant(
                     statement.value, 0
                 ):
+                    self.relied = set()
                     with contextlib.suppress(Unread):
                         value = self.value(statement.value)
                         if isinstance(value, str | bytes | int) and self.bound[name] <= 2:
-                            self.names[name] = value
+                            self.names[name], self.relies[name] = value, self.relied
         for name in [name for name in self.names if self.bound[name] > 1 and name not in self.looped]:
             del self.names[name]
 
@@ -211,7 +214,7 @@ class Reader:
             case ast.Constant():
                 return node.value
             case ast.Name() if node.id in self.names:
-                self.relied.add(node.id)
+                self.relied |= {node.id, *self.relies[node.id]}
                 return self.names[node.id]
             case ast.List() | ast.Tuple():
                 return [self.value(part) for part in node.elts]
@@ -293,6 +296,7 @@ def _inner(name: str) -> str:
 
 
 _REACHED = {"os", "sys", "builtins", "subprocess", "socket", "ctypes", "pickle", "marshal", "multiprocessing"}
+_REACHED |= {"linecache"}
 
 
 class _File(str):

@@ -20,9 +20,9 @@ from golfgpt.files import read_json, write_json
 
 
 def counted(config: RunConfig) -> RunConfig:
-    """`config` with the size of its program in budget.code_bytes, if no number is given. It takes some ten seconds,
-    once for each configuration: the size is kept under $XDG_CACHE_HOME/golfgpt/code, by configuration and version of
-    the package. Raises ImportError if python-minifier is not installed."""
+    """`config` with the size of its program without kernels in budget.code_bytes, if no number is given. It takes some
+    ten seconds, once for each configuration: the size is kept under $XDG_CACHE_HOME/golfgpt/code, by configuration and
+    version of the package. Raises ImportError if python-minifier is not installed."""
     if config.budget.code_bytes is not None:
         return config
     from golfgpt.submit.bundle import resolved, source
@@ -63,10 +63,11 @@ def versions() -> list[str]:
 
 def largest(config: RunConfig) -> RunConfig:
     """`config` with the longest values of what a run chooses only when it starts, so that no run of it has a larger
-    program."""
+    program without kernels."""
     runtime, schedule = config.runtime, config.schedule
     runtime = replace(
         runtime,
+        kernels="eager",
         graph="step" if runtime.graph == "auto" else runtime.graph,
         attention="flash3" if runtime.attention == "auto" else runtime.attention,
         compile="on" if runtime.compile == "auto" else runtime.compile,

@@ -55,10 +55,11 @@ class Module:
 
 
 class Package:
-    """The modules of PACKAGES, read when they are needed."""
+    """The modules of PACKAGES, read when they are needed; with `kernels` as they are where Triton is installed."""
 
-    def __init__(self) -> None:
+    def __init__(self, kernels: bool = False) -> None:
         self.modules: dict[str, Module] = {}
+        self.kernels = kernels
 
     @functools.cache  # noqa: B019
     def find(self, id: str) -> Definition | None:
@@ -89,11 +90,13 @@ class Package:
         path = Path(importlib.util.find_spec(name).origin)
         tree = ast.parse(path.read_text(encoding="utf-8"))
         package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-        module = self.modules[name] = Module(name, package, dict(_imports(tree, package)))
+        module = self.modules[name] = Module(name, package, {})
+        for node in _statements(tree, self.kernels):
+            module.bound |= dict(imported(node, package))
         for needed in sorted({id.partition(":")[0] for id in module.bound.values()}):
             if needed.split(".")[0] in PACKAGES:
                 self.module(needed)
-        for node in _statements(tree):
+        for node in _statements(tree, self.kernels):
             names = binds(node)
             if names == ["_"] or (not names and isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)):
                 module.unnamed.append(node)
@@ -115,7 +118,7 @@ class Package:
                 qualify.visit(node)
                 used = [n.id for part in getattr(node, "decorator_list", [node]) for n in ast.walk(part) if _global(n)]
                 for owner in {u for u in used if u.startswith(f"{name}:")}:
-                    module.definitions[owner.split(":")[1]].more.append(node)
+                    module.definitions[owner.split(":")[1]].more.append(_registered(node, owner))
         return module
 
     def resolve(self, id: str) -> str:
@@ -134,23 +137,33 @@ def _global(node: ast.AST) -> bool:
     return isinstance(node, ast.Name) and ":" in node.id
 
 
-def _statements(tree: ast.Module) -> Iterator[ast.stmt]:
-    """Top-level statements; of `try: import …` those of the attempt, of `if TYPE_CHECKING` none."""
+def is_jit(node: ast.AST) -> bool:
+    """Whether it is a function that Triton compiles, from its text and annotations."""
+    return isinstance(node, ast.FunctionDef) and any(
+        isinstance(n, ast.Name) and n.id == "import:triton:jit" for n in node.decorator_list
+    )
+
+
+def _registered(node: ast.stmt, owner: str) -> ast.stmt:
+    """A function that several ops register, as one that `owner` alone does."""
+    if isinstance(node, ast.FunctionDef):
+        node = copy.copy(node)
+        node.decorator_list = [d for d in node.decorator_list if any(_global(n) and n.id == owner for n in ast.walk(d))]
+    return node
+
+
+def _statements(tree: ast.Module, kernels: bool) -> Iterator[ast.stmt]:
+    """Top-level statements, with those that `try` and `if` hold first; of `if MISSING`, which is about Triton, those
+    without it, or with `kernels` those with it."""
     for node in tree.body:
         if isinstance(node, ast.If | ast.Try):
-            yield from (part for part in node.body if not isinstance(part, ast.Import | ast.ImportFrom))
+            missing = isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "MISSING"
+            yield from node.orelse if missing and kernels else node.body
         elif isinstance(node, ast.Assign) and all(isinstance(n, ast.Tuple) for n in (*node.targets, node.value)):
             for target, value in zip(node.targets[0].elts, node.value.elts, strict=True):
                 yield ast.Assign([target], value, lineno=node.lineno)
-        elif not isinstance(node, ast.Import | ast.ImportFrom):
+        else:
             yield node
-
-
-def _imports(tree: ast.Module, package: str) -> Iterator[tuple[str, str]]:
-    """(name, id) of what the module imports at its top."""
-    for node in tree.body:
-        for part in node.body if isinstance(node, ast.If | ast.Try) else [node]:
-            yield from imported(part, package)
 
 
 def imported(node: ast.AST, package: str) -> Iterator[tuple[str, str]]:

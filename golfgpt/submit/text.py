@@ -9,7 +9,7 @@ from collections import defaultdict
 from golfgpt.submit.program import ENTRY, Program, walk
 from golfgpt.submit.source import COMPREHENSIONS, SCOPES, bound_in, is_builtin
 
-ALIASES = {"numpy": "np", "torch.nn.functional": "F", "torch.distributed": "dist"}
+ALIASES = {"numpy": "np", "torch.nn.functional": "F", "torch.distributed": "dist", "triton.language": "tl"}
 
 
 def text(program: Program) -> str:
@@ -22,7 +22,7 @@ def text(program: Program) -> str:
             continue
         module, _, name = key.partition(":")
         owner = package.modules[module]
-        place = owner.order, list(owner.definitions).index(name.split(".")[0]), name
+        place = owner.order, owner.definitions[name.split(".")[0]].node.lineno, name
         node = copy.deepcopy(program.nodes[key])
         if isinstance(node, ast.ClassDef):
             order = {m.name: i for i, m in enumerate(package.find(key).node.body) if isinstance(m, ast.FunctionDef)}
@@ -38,8 +38,8 @@ def text(program: Program) -> str:
                 for n in ast.walk(target):
                     if isinstance(n, ast.Name):
                         n.id = f"{module}:{n.id}"
-        statements.append(((*place, 0), node))
-        statements += [((*place, 1 + i), part) for i, part in enumerate(copy.deepcopy(program.more.get(key, [])))]
+        statements.append((place, node))
+        statements += [((owner.order, part.lineno, name), copy.deepcopy(part)) for part in program.more.get(key, [])]
     ordered = [node for _, node in sorted(statements, key=lambda pair: pair[0])]
     unique = list({ast.dump(node): node for node in ordered}.values())
     used = {n.id for node in unique for n in ast.walk(node) if isinstance(n, ast.Name)}

@@ -7,6 +7,7 @@ are bounded, so a file that unpacks to gigabytes is refused. What it cannot foll
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 from pathlib import Path
 
@@ -79,6 +80,7 @@ UNREADABLE |= {"pickle.loads", "pickle.load", "pickle.Unpickler", "_pickle", "ty
 UNREADABLE |= {"types.CodeType", "torch.hub", "torch.package", "torch.jit.load", "torch.ops.load_library", "zipimport"}
 UNREADABLE |= {"torch.classes.load_library", "torch.utils.cpp_extension", "importlib.util", "importlib.machinery"}
 UNREADABLE |= {"sys.modules", "sys._getframe", "timeit", "cProfile", "profile", "pdb", "bdb", "trace", "shelve"}
+UNREADABLE |= {"linecache"}
 """Modules and functions that execute or build code which is no text of the program."""
 _ATTRIBUTES = {"getattr", "setattr", "delattr"}
 INSIDE = {"__globals__", "__builtins__", "__subclasses__", "f_globals", "f_builtins", "__loader__"}
@@ -107,7 +109,10 @@ def _survey(reader: Reader) -> None:
     passed = {id(arg.func) for call in calls for arg in call.args[1:] if isinstance(arg, ast.Call)}
     owners = {id(n.value) for n in ast.walk(reader.tree) if isinstance(n, ast.Attribute)}
     owners |= {id(n.args[0]) for n in ast.walk(reader.tree) if isinstance(n, ast.Call) and reader.constant_getattr(n)}
+    shows = {id(n) for pair in itertools.pairwise(reader.tree.body) if _shows(reader, *pair) for n in ast.walk(pair[0])}
     for n in ast.walk(reader.tree):
+        if id(n) in shows:
+            continue
         if _star(n) or _other_code(n) or (isinstance(n, ast.Call) and _other_names(reader, n)):
             code.unread.append(ast.unparse(n)[:100])
         if not isinstance(n, ast.Name | ast.Attribute | ast.Call):
@@ -121,6 +126,17 @@ def _survey(reader: Reader) -> None:
             code.network.append(shown)
         if isinstance(n, ast.Call):
             _survey_call(reader, n, shown)
+
+
+def _shows(reader: Reader, statement: ast.stmt, after: ast.stmt) -> bool:
+    """Whether a statement gives Triton, through linecache, the text that the one after it executes."""
+    match after:
+        case ast.Expr(
+            ast.Call(ast.Name("exec"), [ast.Call(ast.Name("compile"), [ast.Name(text), ast.Constant(name), _])])
+        ):
+            same = f"linecache.cache[{name!r}] = (len({text}), None, {text}.splitlines(True), {name!r})"
+            return text in reader.names and ast.unparse(statement) == same
+    return False
 
 
 def _star(n: ast.AST) -> bool:

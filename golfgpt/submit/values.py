@@ -178,6 +178,8 @@ class Values:
             return False if isinstance(asked, ast.Name) and asked.id in self.facts.never else UNKNOWN
         arguments = [self.value(part) for part in node.args]
         named = {keyword.arg: self.value(keyword.value) for keyword in node.keywords}
+        if isinstance(function, ast.Name) and function.id in self.facts.decided and without_effect:
+            return self.facts.decided[function.id](*arguments, **{name: v for name, v in named.items() if name})
         if any(value is UNKNOWN for value in (*arguments, *named.values())) or None in named:
             return UNKNOWN
         if isinstance(function, ast.Name) and function.id == "import:dataclasses:replace":
@@ -265,13 +267,13 @@ def pure(node: ast.AST) -> bool:
             return False
         if isinstance(n, ast.Call):
             name = n.func.id if isinstance(n.func, ast.Name) else getattr(n.func, "attr", "")
-            if name not in (
-                WITHOUT_EFFECT if isinstance(n.func, ast.Attribute) else BUILTINS | {"isinstance", "zip", "enumerate"}
-            ):
+            if name not in (WITHOUT_EFFECT if isinstance(n.func, ast.Attribute) else BUILTINS | MAKERS):
                 return False
     return True
 
 
+MAKERS = {"isinstance", "zip", "enumerate", "import:functools:partial"}
+"""Functions without an effect, whose results are not evaluated here."""
 WITHOUT_EFFECT = {
     "values",
     "items",

@@ -21,6 +21,11 @@ def choose_kernels(config: RunConfig, ranks: Ranks) -> set_implementation:
 
 def set_kernels(choice: str) -> set_implementation:
     """The value of runtime.kernels for the process."""
+    return set_implementation(*meanings(choice))
+
+
+def meanings(choice: str) -> tuple[str, dict[str, str]]:
+    """The implementation of all ops that a value of runtime.kernels means, and those of ops that it names."""
     if choice in ("auto", "eager", "triton"):
-        return set_implementation(choice)
-    return set_implementation("eager", {op: impl for part in choice.split(",") for op, impl in KERNELS[part].items()})
+        return choice, {}
+    return "eager", {op: impl for part in choice.split(",") for op, impl in KERNELS[part].items()}

@@ -39,11 +39,11 @@ if MISSING:
 
 else:
     import triton.language as tl
+    from triton import jit
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     INTERPRETING = bool(triton.knobs.runtime.interpret)
     INTERPRET = tl.constexpr(INTERPRETING)
-    jit = triton.jit
 
 
 @jit

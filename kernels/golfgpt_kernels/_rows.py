@@ -231,7 +231,7 @@ def row_arguments(
         "CLIP": {"max": 0, "quantile": 1, "deviation": 2}[spec.clip],
         "FULL": spec.code_range == "full",
         "STORED": spec.codes_from == "stored_scale",
-        "SCALE": getattr(tl, str(spec.scale_dtype).removeprefix("torch.")),
+        "SCALE": {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[spec.scale_dtype],
         "TINY": info.tiny,
         "STEP": info.tiny * info.eps if spec.scale_dtype == torch.float16 else info.tiny,
         "MAX": info.max,

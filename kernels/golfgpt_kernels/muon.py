@@ -362,7 +362,6 @@ def muon_momentum_(
     """Momentum of all matrices: `buffers` are moved on, `outs` get what is to be orthogonalized, and `square_sums`,
     (..., square_parts(rows, cols)) fp32, what newton_schulz takes by that name."""
     op = "muon_momentum_"
-    impl = resolve(op, impl)
     _check_lists(op, grads=grads, buffers=buffers, outs=outs)
     _check_square_sums(op, outs, square_sums)
     _check_scalar(op, grads, torch.float32, momentum=momentum)
@@ -408,18 +407,16 @@ def muon_update_(
     for members in by_launch(specs):
         lists = params, updates, scales, compute_copies or [], specs
         ws, os, factors, copies, quants = ([each[i] for i in members] if each else [] for each in lists)
-        spec = quants[0]
-        kind = op if spec is None else "muon_update_rows_"  # two kernels, of which "auto" asks one by one
-        form = resolve(kind, impl)
-        kernel = _by_kernel(kind, form, params=ws, updates=os, compute_copies=copies)
+        spec, tensors = quants[0], {"params": ws, "updates": os, "compute_copies": copies}
         args = ws, os, lr, factors, weight_decay, copies, ok
-        if not kernel or (spec is not None and not stores_scale(op, form, spec)):
-            options = dict(scales=factors, weight_decay=weight_decay, compute_copies=copies or None, specs=quants)
-            calls.append(partial(muon_update_ref_, ws, os, lr, **options, enabled=enabled, ok=ok))
-        elif spec is None:
-            calls.append(partial(_update_op, *args))
-        else:
+        options = dict(scales=factors, weight_decay=weight_decay, compute_copies=copies or None, specs=quants)
+        eager = partial(muon_update_ref_, ws, os, lr, **options, enabled=enabled, ok=ok)
+        if spec is None:  # two kernels, of which "auto" asks one by one
+            calls.append(partial(_update_op, *args) if _by_kernel(op, impl, **tensors) else eager)
+        elif _by_kernel("muon_update_rows_", impl, spec, **tensors):
             calls.append(partial(_update_rows_op, *args, enabled, **to_fields(quants)))
+        else:
+            calls.append(eager)
     for call in calls:
         call()
 
@@ -465,11 +462,13 @@ def _check_scalar(op: str, tensors: Sequence[Tensor], dtype: torch.dtype, **scal
         raise ValueError(f"{op}: {name} {given}; expected a 0-d {dtype} tensor on the matrices' device")
 
 
-def _by_kernel(op: str, impl: Impl, **lists: Sequence[Tensor]) -> bool:
-    """Whether the kernel runs. It needs contiguous tensors of its dtypes; for others "auto" is eager.
+def _by_kernel(op: str, impl: Impl, spec: RowQuant | None = None, **lists: Sequence[Tensor]) -> bool:
+    """Whether the kernel runs. It needs contiguous tensors of its dtypes, and a scale that it can store; for others
+    "auto" is eager.
 
     Measurements are looked up by the dtype of the first list.
     """
+    impl = resolve(op, impl)
     first, *others = (tensors[0] for tensors in lists.values() if tensors)
     if not runs_triton(op, impl, first, 1 << 62):
         return False
@@ -483,4 +482,4 @@ def _by_kernel(op: str, impl: Impl, **lists: Sequence[Tensor]) -> bool:
             if impl == "triton":
                 raise RuntimeError(f"{op}: impl='triton' cannot run: {name} are not contiguous; impl='eager' can")
             return False
-    return True
+    return spec is None or stores_scale(op, impl, spec)
