@@ -52,7 +52,7 @@ class Result(TypedDict, total=False):
     adapted: StoredScore | None
     artifact_bytes: int
     artifact_sha256: str
-    code_bytes: int
+    code_bytes: int | None
     total_bytes: int
     margin_bytes: int
     compressor: str
@@ -102,7 +102,7 @@ class Run:
 def read_run(path: Path) -> Run:
     """The run in `path`. Raises InputError if there is none, or if a file of it cannot be read."""
     config = read_config(path)
-    return Run(path=path, config=config, env=_read(path / "env.json") or {}, result=read_stored_result(path))
+    return Run(path=path, config=config, env=read_env(path), result=read_stored_result(path))
 
 
 def read_result(path: Path) -> Run:
@@ -111,6 +111,11 @@ def read_result(path: Path) -> Run:
     if run.result is None:
         raise InputError(f"{path} has no result.json; finish it with golfgpt train --resume {path}")
     return run
+
+
+def read_env(path: Path) -> dict[str, Any]:
+    """env.json of the run in `path`; empty if there is none. Raises InputError if it is no object."""
+    return _read(path / "env.json") or {}
 
 
 def read_stored_result(path: Path) -> Result | None:

@@ -9,7 +9,7 @@ from golfgpt.config import RunConfig
 from golfgpt.data.shards import Dataset
 from golfgpt.quant.budget import forecast_bytes
 from golfgpt.quant.quantizer import Quantizer
-from golfgpt.runs import read_run, recipe_name
+from golfgpt.runs import read_env, recipe_name
 from golfgpt.train.attention_backend import Selection
 from golfgpt.train.forecast import Forecast
 from golfgpt.train.reporter import Reporter
@@ -29,7 +29,7 @@ def announce(config: RunConfig, dataset: Dataset, step: TrainStep, attention: Se
     c, say, ranks = config, reporter.log, step.ranks
     if reporter.folder:
         path, tokens = reporter.folder.path, sum(map(len, dataset.train))
-        recipe = recipe_name(read_run(path).env)
+        recipe = recipe_name(read_env(path))
         reporter.show(
             f"run {path}{f', recipe {recipe}' if recipe else ''}: {tokens:,} tokens of {c.data.path}, and "
             f"{dataset.val_tokens:,} to score"
