@@ -1,4 +1,4 @@
-"""What a run survives: faults are injected into runs of a small model, which must then go on as if nothing happened.
+"""Injects faults into runs of a small model, and checks that each goes on to the artifact of a run without one.
 
     python -m experiments.faults [--out FILE] [--only NAME ...] [--seconds N] [--processes 2]
     python -m experiments.faults --table

@@ -1,4 +1,4 @@
-"""A long training run, watched from outside: do memory, file handles, threads and the cost of a step stay flat?
+"""Measures whether memory, file handles, threads and the cost of a step stay constant in a long training run.
 
     python -m experiments.soak --data DIR --out DIR [--hours 2]
     python -m experiments.soak --out DIR --table

@@ -116,14 +116,15 @@ class Ranks:
 
 @contextlib.contextmanager
 def lost_peers(hint: Callable[[], str]) -> Iterator[None]:
-    """Where a collective in the block misses a rank that is gone, or silent for the time-out, raise LostPeerError.
-    `hint` is the sentence that follows."""
+    """Raise LostPeerError if a collective in the block fails because a rank died or timed out, with the first line of
+    what the backend says. `hint` is the sentence that follows."""
     try:
         yield
     except RuntimeError as error:  # gloo has no type of its own
         if not isinstance(error, dist.DistError) and "/gloo/" not in str(error):
             raise
-        raise LostPeerError(f"another process of this run is gone, or hangs.{hint()}") from error
+        said = next(iter(str(error).splitlines()), "")[:200]
+        raise LostPeerError(f"another process of this run died or does not answer ({said}).{hint()}") from error
 
 
 def start(device: str, peer_seconds: float = 600.0) -> Ranks:

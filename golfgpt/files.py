@@ -70,7 +70,7 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 
 MAX_JSON_BYTES = 4 * 2**20
-"""Of a JSON value. Python's objects take up to 28 times as much."""
+"""Of a JSON text. The parsed objects take up to 28 times as much memory."""
 MAX_JSON_DEPTH = 32
 
 

@@ -167,8 +167,8 @@ def add_metric(path: Path, kind: str, **values: Any) -> None:
 
 
 def torchrun_id() -> str | None:
-    """What all workers of a torchrun and their restarts have in common: the id of its rendezvous; None if it has none,
-    or without torchrun."""
+    """The id of the rendezvous, which all workers of a torchrun share, restarted ones too; None without torchrun, or if
+    it has none."""
     found = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return None if found == "none" else found
 

@@ -54,7 +54,9 @@ def score_lines(score: Score, compressors: dict[str, float] | None) -> str:
     """The checks of a score, the reference compressors or why there are none, and last the score."""
     lines = [str(score.checks)]
     if score.partial:
-        lines.append("no gzip, xz, zstd and bigram beside it: they take all of the text, of which a part was scored")
+        lines.append(
+            "gzip, xz, zstd and bigram are not shown: they are measured on the whole text, and only a part was scored"
+        )
     elif compressors:
         rows = [("this model", f"{score.val_bpb:.4f}")]
         rows += [(COMPRESSORS[name], f"{value:.4f}") for name, value in compressors.items()]

@@ -282,7 +282,7 @@ def forecast(seconds: float, load: float = 0.0) -> dict:
         ("dtype", 1, choices(bf16=False), "slow", "--runtime.dtype float32"),
         ("dtype", 0, choices(bf16=False), "ok", ""),
         ("small step", 0, forecast(0.75, load=0.5), "ok", ""),
-        ("small step", 0, forecast(0.75, load=64.0), "slow", "a load of 64.0 on 2 CPUs"),
+        ("small step", 0, forecast(0.75, load=64.0), "slow", "load 64.0 on 2 CPUs"),
         ("small step", 0, forecast(4.0, load=0.5), "slow", "--recipe demo"),
         ("attention", 1, choices("cudnn"), "ok", ""),
         ("attention", 1, choices("cudnn flash"), "slow", "sm_80"),

@@ -255,7 +255,7 @@ def test_what_cannot_work_is_refused_before_a_tokenizer_is_trained(tmp_path, mon
     (tmp_path / "a.txt").write_text("A line.\n\n" * 300)
     with pytest.raises(InputError, match="all of the text is one document"):
         prepare([tmp_path / "a.txt"], tmp_path / "out")
-    with pytest.raises(InputError, match=r"a\.txt is named for training and for val"):
+    with pytest.raises(InputError, match=r"a\.txt is an input of both train and val"):
         prepare([tmp_path], tmp_path / "out", val=[tmp_path / "a.txt"])
 
 
@@ -263,7 +263,7 @@ def test_a_file_that_is_named_again_is_said(tmp_path):
     file, said = tmp_path / "a.txt", []
     file.write_text("a")
     assert find_inputs([file, tmp_path, str(tmp_path / "*")], said.append) == [file]
-    assert said == [f"2 of 3 inputs are files that others name already; each is read once: {file}, {file}"]
+    assert said == [f"2 of 3 inputs name a file again; each file is read once: {file}, {file}"]
 
 
 def test_full_disk_leaves_the_old_folder(tmp_path, source, monkeypatch):

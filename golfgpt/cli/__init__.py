@@ -11,6 +11,7 @@ tyro; each command imports torch when it needs it.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import sys
@@ -163,7 +164,8 @@ def main(argv: list[str]) -> int:
 
 def _fail(message: str, code: int) -> int:
     rank = int(os.environ.get("RANK", 0))
-    print(f"golfgpt: {'' if rank == 0 else f'rank {rank}: '}{message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # its reader may be gone
+        print(f"golfgpt: {'' if rank == 0 else f'rank {rank}: '}{message}", file=sys.stderr, flush=True)
     return code
 
 

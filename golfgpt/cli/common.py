@@ -39,13 +39,19 @@ def check_tokenizer(run: Path, sha256: str, data: str | None) -> None:
 
 
 def begun_before(path: Path) -> bool:
-    """Whether torchrun (--max-restarts) starts this worker again, after it began the run in `path`. Raises InputError,
-    already when it is started first, if it would not know that run again."""
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not torchrun_id():
-        raise InputError(
-            "torchrun got --max-restarts without an id, by which workers that it restarts know their run; add "
-            "--standalone or --rdzv-id NAME, or drop --max-restarts"
-        )
+    """Whether this worker is a torchrun restart that continues the run in `path`. Raises InputError, on the first start
+    too, if a restarted worker could not recognize its run; on several nodes, whose counts of restarts can differ."""
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        if not torchrun_id():
+            raise InputError(
+                "torchrun got --max-restarts without a run id, which restarted workers need to find their run; add "
+                "--standalone or --rdzv-id NAME, or drop --max-restarts"
+            )
+        if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
+            raise InputError(
+                "torchrun got --max-restarts on several nodes, which do not agree on what was restarted; drop it, and "
+                "continue a run with golfgpt train --resume"
+            )
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and (path / "config.json").exists()
     return again and read_run(path).env.get("torchrun") == torchrun_id()
 

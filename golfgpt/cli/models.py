@@ -264,7 +264,7 @@ def _export_hf(args: Export, file: Path, window: int) -> int:
 
 
 def _hessians(args: Export, info: ArtifactInfo, state: dict[str, Any]) -> dict[str, Any]:
-    """What GPTQ needs to know of the training data, for weights `state` of `info`'s model that are not quantized."""
+    """GPTQ's Hessians of the training data, for the unquantized weights `state` of `info`'s model."""
     from golfgpt import distributed
     from golfgpt.model.gpt import GPT
     from golfgpt.quant import calibration

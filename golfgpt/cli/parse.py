@@ -1,5 +1,5 @@
-"""From words to the arguments of a command. tyro parses; here its help becomes paragraphs, and its errors one sentence
-that comes last."""
+"""Parses the arguments of a command with tyro, and rewrites its help as paragraphs and each of its errors as one
+sentence that comes last."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ _KINDS = {"INT": "a whole number", "FLOAT": "a number", "{None}": "None"}
 
 
 def _reject(name: str, box: str) -> NoReturn:
-    """Raise what tyro says in its `box`: an error, a rule, and below it the option that it is about."""
+    """Raise the error in tyro's message `box`: the message, a line, and below it the option that it concerns."""
     rows = [line.strip("│╰╯ ") for line in re.sub(r"\x1b\[[\d;]*m", "", box).splitlines()[1:]]  # without the title
     parts = [
         [*part] for rule, part in itertools.groupby(filter(None, rows), lambda row: not row.strip("─-")) if not rule

@@ -89,9 +89,9 @@ def _train(config: RunConfig, path: Path, *, resume: bool, as_json: bool) -> int
 
 @dataclass(frozen=True, kw_only=True)
 class Preflight:
-    """Try in a minute or two what a run with the same options does until its score, in a folder that is then removed:
-    two steps, checkpoint and resume, export, byte budget, a scored batch, disk, clock. The lines below the table say
-    what would have ended the run, and the exit code is the one that it would have had."""
+    """Try in a minute or two what a run of the same configuration does until its score, in a folder that is then
+    removed: two steps, checkpoint and resume, export, byte budget, a scored batch, disk, clock. The lines below the
+    table say what would end the run. The exit code is the one that the run would have."""
 
     config: Config
     recipe: str | None = None
@@ -242,44 +242,48 @@ def evaluate(args: Eval) -> int:
     adapts, adapted, continues = config.eval.ttt.kind != "off", None, "continues"
     try:
         folder = args.run.parent if args.run.is_file() else args.run
-        keep = PartialSums(folder, ranks.rank, sha256_file(artifact_file(args.run)), reporter.line)
-        model, tokenizer = load(args.run)
-        check_tokenizer(args.run, tokenizer.digest, config.data.path)
-        dataset = open_dataset(config, ranks)
-        # A trained run stores its dtype. An imported run does not, and its score must not depend on a timing.
-        wanted = "float32" if config.runtime.dtype == "auto" and ranks.device.type == "cpu" else config.runtime.dtype
-        choice = select_dtype(wanted, model, config.data, ranks)
-        dtype = choice.dtype
-        shapes = [scored_shape(config, ranks), *learned_shapes(config, ranks)]
-        try:
-            attention = select_backend(config.runtime.attention, config.model, shapes, ranks, dtype, backward=adapts)
-        except InputError as error:
-            if args.runtime.attention != started.runtime.attention:
-                raise
-            reporter.line(f"{error}: numbers may differ from the run's by rounding")
-            attention = select_backend("auto", config.model, shapes, ranks, dtype, backward=adapts)
-        reporter.line(f"device:{ranks.device} dtype:{choice} attention:{attention} data:{config.data.path}")
-        if config.eval.max_tokens and config.eval.max_tokens == started.eval.max_tokens:
-            reporter.line(
-                f"eval.max_tokens {config.eval.max_tokens} is kept from training; --eval.max-tokens None scores all"
+        with Signals(folder) as signals, distributed.lost_peers(lambda: f" The same command {continues}."):
+            keep = PartialSums(folder, ranks.rank, sha256_file(artifact_file(args.run)), reporter.line)
+            model, tokenizer = load(args.run)
+            check_tokenizer(args.run, tokenizer.digest, config.data.path)
+            dataset = open_dataset(config, ranks)
+            # A trained run stores its dtype. An imported run does not, and its score must not depend on a timing.
+            wanted = (
+                "float32" if config.runtime.dtype == "auto" and ranks.device.type == "cpu" else config.runtime.dtype
             )
-        lost_peers = distributed.lost_peers(lambda: f" The same command {continues}.")
-        with Signals(folder) as signals, choose_kernels(config, ranks), lost_peers:
-            model = model.to(ranks.device)
-            score = evaluate(model, dataset, config, ranks, dtype=dtype, progress=reporter.status, keep=keep)
-            if adapts:
-                reporter.line(f"{score.label} {score.val_bpb:.4f} without test-time training, which begins now")
-                continues = "starts over"
-                adapted = evaluate_adapted(
-                    model,
-                    dataset,
-                    config,
-                    ranks,
-                    dtype=dtype,
-                    progress=reporter.status,
-                    say=reporter.line,
-                    deferred=signals.deferring("the adapted score ends where all ranks meet"),
+            choice = select_dtype(wanted, model, config.data, ranks)
+            dtype = choice.dtype
+            shapes = [scored_shape(config, ranks), *learned_shapes(config, ranks)]
+            try:
+                attention = select_backend(
+                    config.runtime.attention, config.model, shapes, ranks, dtype, backward=adapts
                 )
+            except InputError as error:
+                if args.runtime.attention != started.runtime.attention:
+                    raise
+                reporter.line(f"{error}: numbers may differ from the run's by rounding")
+                attention = select_backend("auto", config.model, shapes, ranks, dtype, backward=adapts)
+            reporter.line(f"device:{ranks.device} dtype:{choice} attention:{attention} data:{config.data.path}")
+            if config.eval.max_tokens and config.eval.max_tokens == started.eval.max_tokens:
+                reporter.line(
+                    f"eval.max_tokens {config.eval.max_tokens} is kept from training; --eval.max-tokens None scores all"
+                )
+            with choose_kernels(config, ranks):
+                model = model.to(ranks.device)
+                score = evaluate(model, dataset, config, ranks, dtype=dtype, progress=reporter.status, keep=keep)
+                if adapts:
+                    reporter.line(f"{score.label} {score.val_bpb:.4f} without test-time training, which begins now")
+                    continues = "starts over"
+                    adapted = evaluate_adapted(
+                        model,
+                        dataset,
+                        config,
+                        ranks,
+                        dtype=dtype,
+                        progress=reporter.status,
+                        say=reporter.line,
+                        deferred=signals.deferring("the adapted score ends where all ranks meet"),
+                    )
         known = compressors_bpb(dataset) if ranks.is_main and not score.partial else None
     except Interrupted as error:
         signum = error.exit_code - 128

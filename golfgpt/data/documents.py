@@ -53,7 +53,7 @@ def find_inputs(inputs: Sequence[PathLike], say: Callable[[str], None] = lambda 
     again = [file for file in found if once.setdefault(file.resolve(), file) is not file]
     if again:
         names = ", ".join(map(str, again[:3])) + (", …" if len(again) > 3 else "")
-        say(f"{len(again)} of {len(found)} inputs are files that others name already; each is read once: {names}")
+        say(f"{len(again)} of {len(found)} inputs name a file again; each file is read once: {names}")
     return list(once.values())
 
 

@@ -59,9 +59,9 @@ _BYTES_PER_WORKER = 2_000_000  # of input; starting a process costs as much as e
 
 
 def val_limit(documents: Iterable[str], fraction: float) -> bytes:
-    """The hash below which a document goes to val: that of `fraction`, unless no document of a short text, or all of
-    them, are below it. Then val has the one with the least hash, or train the one with the largest. Reads until both
-    have one. Raises InputError for a single document.
+    """The limit of hashes below which documents go to val. Normally `fraction` of all hashes; moved where a short text
+    would leave val or train empty, so that each has a document. Reads until both have one. Raises InputError for a
+    single document.
     """
     limit = min(round(fraction * 2**64), 2**64 - 1).to_bytes(8, "big")
     least, largest = b"\xff" * 9, b""
@@ -375,7 +375,7 @@ def prepare(
     train_source = _Source(inputs, separator, say)
     val_source = None if val is None else _Source(val, separator, say)
     if val_source and (both := train_source.files & val_source.files):
-        raise InputError(f"{min(both)} is named for training and for val; leave it out of one of them")
+        raise InputError(f"{min(both)} is an input of both train and val; remove it from one")
     total = train_source.bytes + (val_source.bytes if val_source else 0)
     workers = workers or max(1, min(_cpus(), total // _BYTES_PER_WORKER))
     with _staging(Path(out).resolve(), overwrite) as folder:

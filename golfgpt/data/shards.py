@@ -58,8 +58,9 @@ def write_shard(path: str | os.PathLike, tokens: np.ndarray) -> None:
 
 
 class Shard:
-    """`count` uint16 of a file, from byte `offset` on, that slices read. Not a memory map: where a map's file is cut or
-    its disk fails, the process dies without a word. The file stays open, so it may be deleted or replaced meanwhile."""
+    """`count` uint16 tokens of a file, from byte `offset` on; a slice reads them with pread. They are not
+    memory-mapped, because a truncated file or a disk error would end the process by SIGBUS, without a sentence. The
+    file stays open, so it may be deleted or replaced."""
 
     def __init__(self, path: str | os.PathLike, offset: int, count: int):
         self.path, self._offset, self._count = path, offset, count
@@ -152,7 +153,7 @@ class Dataset:
     published_files: list[Path]
     """Published CaseOps sidecars, `*_val_bytes_*.bin`."""
     published: list[Shard]
-    """Their counts; what a lossy tokenizer changes makes them differ from the decoded bytes."""
+    """Byte counts from these files; they differ from the decoded bytes if the tokenizer is lossy."""
     tokenizer: Tokenizer | None
     manifest: Manifest | None
     _proved: int | None = None

@@ -367,14 +367,18 @@ def dtype(machine: Machine) -> Iterator[Answer]:
 
 @check("small step")
 def small_step(machine: Machine) -> Iterator[Answer]:
-    """What the first run on a CPU will take."""
+    """Forecast the time of a step of `small` on this CPU."""
     if machine.devices:
         return
     load, cpus = os.getloadavg()[0], len(os.sched_getaffinity(0))
     step, most = probe.small_step(), probe.SMALL.schedule.max_seconds
     yield (
         f"{step}: {most / step.seconds:,.0f} steps in the {most:.0f} s of recipe small",
-        (load > 2 * cpus, "slow", f"others use this machine: a load of {load:.1f} on {cpus} CPUs; end them or wait"),
+        (
+            load > 2 * cpus,
+            "slow",
+            f"other processes use this machine (load {load:.1f} on {cpus} CPUs); stop them or wait",
+        ),
         (most / step.seconds < 200, "slow", "too few to learn much: --recipe demo, or a larger --schedule.max-seconds"),
     )
 

@@ -40,7 +40,7 @@ RUN_TRITON = (
     "golfgpt_kernels.fake_quant:_runs_triton",
     "golfgpt_kernels.muon:_by_kernel",
 )
-"""Those that say whether its kernel does. Of a named implementation they need no tensor: it runs, or it raises."""
+"""Functions that say whether an op's kernel runs. They need no tensor for a named implementation: it runs or raises."""
 
 
 def source(config: RunConfig) -> str:

@@ -53,8 +53,8 @@ class RuntimeConfig(Section):
     checkpoint_seconds: NotNegative = 60.0
     """Seconds between checkpoints, which are not counted as training time; 0: only at the end or on a signal."""
     peer_seconds: Positive = 600.0
-    """Seconds that a process waits for the others before it takes them for lost and ends; a killed one is noticed at
-    once. Nothing that rank 0 does alone takes as long."""
+    """Seconds without an answer from another process after which a process ends; a killed one is noticed at once.
+    Nothing that rank 0 does alone takes as long."""
     log_every: Count = 50
     """Steps between lines in the log and in the tracker (the first ten steps always have one). metrics.jsonl has every
     step."""

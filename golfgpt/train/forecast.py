@@ -23,7 +23,7 @@ from golfgpt.distributed import Ranks
 from golfgpt.train.step import TrainStep
 
 SECONDS = 0.5
-"""To spend on each of two sizes, where a single trial does not take longer."""
+"""Spent on trials of each of two sizes, unless a single trial takes longer."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from golfgpt.config import RunConfig
 from golfgpt.data.shards import Dataset
 from golfgpt.data.stream import Prefetcher, spans_of_rank
 from golfgpt.distributed import Ranks
-from golfgpt.errors import BudgetError, GolfError, InputError, Interrupted, VerificationError
+from golfgpt.errors import BudgetError, GolfError, InputError, Interrupted, VerificationError, interruption
 from golfgpt.quant.budget import LEAST_FORECAST, budget_report, check_budget, forecast_bytes
 from golfgpt.quant.quantizer import Quantizer
 from golfgpt.runs import RUNS
@@ -98,7 +98,8 @@ def preflight(config: RunConfig, count: Callable[[RunConfig], RunConfig]) -> lis
     with contextlib.ExitStack() as stack:
         path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".preflight-", dir=home)))
         signals = stack.enter_context(Signals(path / "none"))
-        ranks = distributed.start(config.runtime.device)
+        stack.enter_context(distributed.lost_peers(str))
+        ranks = distributed.start(config.runtime.device, config.runtime.peer_seconds)
         stack.callback(ranks.close)
         checks = _Checks(config, path, ranks, signals, stack)
         with contextlib.suppress(_Over):
@@ -126,11 +127,14 @@ class _Checks:
         row, begun = Row(name, when), time.perf_counter()
         self.listener.status(f"checking: {name}")
         try:
-            yield row
+            with distributed.lost_peers(str):
+                yield row
             row.verdict = "warning" if row.advice else "ok"
-        except Interrupted as error:
-            raise Interrupted("stopped by a signal; nothing is left of preflight", error.exit_code - 128) from None
         except Exception as error:
+            if stopped := interruption(error):
+                raise Interrupted(
+                    "stopped by a signal; nothing is left of preflight", stopped.exit_code - 128
+                ) from None
             if ran_out(error):
                 batch = InputError(f"out of memory, lower --eval.batch-tokens ({str(error)[:200]})")
                 error = batch if name == SCORE else out_of_memory(self.config, 4, error)
@@ -164,7 +168,7 @@ class _Checks:
             row.found = f"{parameters:,} parameters, {ranks.device}, {dtype}"
         with self.row(COMPILE, "before the clock starts", needed=True) as row:
             attention = choose_attention(self.config, self.step)
-            self.config = choose_execution(self.config, self.step, attention, self.listener, self.shortened)
+            self.config = choose_execution(self.config, self.step, attention, self.listener, not self.shortened)
             if not self.shortened:
                 self.config = reserve_time(self.config, self.step, self.dataset, self.listener)
             runtime = self.config.runtime
@@ -288,8 +292,8 @@ class _Checks:
             row.found = f"{steady:.1f} s, {wall:.1f} s by the wall clock"
             if abs(steady - wall) > 0.5 + 0.01 * steady:
                 raise VerificationError(
-                    f"the clock that ends a run counted {steady:.2f} s, the wall clock {wall:.2f} s: it was set "
-                    "meanwhile (try again), or seconds of training are no seconds here"
+                    f"the clock that ends a run counted {steady:.2f} s, the wall clock {wall:.2f} s: the wall clock "
+                    "was set meanwhile (try again), or one of the two is wrong"
                 )
 
 
@@ -323,8 +327,9 @@ def _affordable(config: RunConfig, dataset: Dataset, ranks: Ranks) -> tuple[Trai
         if seconds > LONG_STEP:
             memory = activation_bytes(config.model, config.data.microbatch, step.dtype.itemsize)
             return step, (
-                f"a step takes some {seconds:.0f} s on this CPU, so steps and windows of {row} tokens stand for the "
-                f"run's; not tried: its trials, and the memory of a microbatch (about {memory / 2**30:.1f} GiB)"
+                f"a step takes some {seconds:.0f} s on this CPU, so steps and windows of {row} tokens were taken; not "
+                "tried: other executions of a step, and the memory of a microbatch (about "
+                f"{memory / 2**30:.1f} GiB)"
             )
         step.data.close()
     return TrainStep(config, dataset, ranks), ""

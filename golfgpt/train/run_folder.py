@@ -9,6 +9,7 @@ eval_partial_R.json  partial sums of rank R from an unfinished `golfgpt eval`
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -100,7 +101,8 @@ class RunFolder:
             self._files[name].write(f"{line}\n".encode())
         except OSError as error:
             if not self._warned:
-                print(f"warning: {self.path / name}: {error.strerror}; the run continues", file=sys.stderr)
+                with contextlib.suppress(OSError):
+                    print(f"warning: {self.path / name}: {error.strerror}; the run continues", file=sys.stderr)
             self._warned = True
 
     def close(self) -> None:

@@ -23,7 +23,7 @@ class Signals:
         self.caught: list[int] = []
         self.deferred = False
         self.saved = "nothing was saved yet"
-        self.then = "the run is saved and ends after this step"
+        self.then = "the run ends after this step"
         self._path = path
 
     def __enter__(self) -> Signals:
@@ -43,7 +43,8 @@ class Signals:
         if int(os.environ.get("RANK", 0)) == 0:
             name = signal.Signals(signum).name
             clear = "\r\x1b[2K" if os.isatty(2) else ""  # ^C and the live line, which is drawn again below
-            os.write(2, f"{clear}{name}: {self.then}; another {name} ends it now\n".encode())
+            with contextlib.suppress(OSError):  # ctrl-C may have ended the reader first
+                os.write(2, f"{clear}{name}: {self.then}; another {name} ends it now\n".encode())
 
     def release(self) -> None:
         """Stop deferring. Raises Interrupted if a signal came after the votes of the last step."""

@@ -125,7 +125,8 @@ def train(
         except Exception as error:
             stopped = interruption(error)
             if isinstance(error, OSError) and not stopped:  # such as a full disk
-                stopped = InputError(f"{error}; what was saved is whole.{resume_hint(path)}")
+                hint = resume_hint(path)
+                stopped = InputError(f"{error}{'; what was saved is whole.' if hint else ''}{hint}")
             if folder and begun:  # a resume that is refused leaves the run as it is
                 folder.metric("end", reason=str(stopped or error))
             if folder and not resume:
