@@ -351,7 +351,7 @@ def _rank_killed(reference: Reference, folder: Path, number: int, world: int) ->
     killed, begun = processes.pop(victim).wait(), time.monotonic()
     for process in processes:
         over = killed == 0 or moment.stage in ("export", "scoring")  # nothing may be left to wait for
-        process.ends(8, *[0] * over, sentence="another process of this run is gone")
+        process.ends(8, *[0] * over, sentence="another process of this run died")
     assert time.monotonic() - begun < 60
     for process in job.ranks(world - 1):
         process.ends(0)
@@ -378,7 +378,7 @@ def killed_before_joining(reference: Reference, folder: Path, number: int) -> No
     job = prepared(reference.folder, folder)
     processes = job.ranks(2, faults={number: lambda: os.kill(os.getpid(), signal.SIGKILL)})
     processes.pop(number).wait()
-    processes[0].ends(8, sentence="another process of this run is gone")
+    processes[0].ends(8, sentence="another process of this run died")
     job.goes_on(reference.expected[1])
 
 
@@ -484,7 +484,7 @@ def _disk_of_prepare(reference: Reference, folder: Path, number: int, code: int)
     smaller = [*PREPARE, "--vocab-size", "370"]
     disk = Disk(folder, code, number + 1, lasts=True)
     job.start(smaller, fault=disk.install).ends(0, 3, sentence=os.strerror(code))
-    data = "data" if (folder / "data").exists() else ".data.old"  # the rename back fails too
+    data = "data" if (folder / "data").exists() else ".data.golfgpt.old"  # the rename back fails too
     vocabulary = json.loads((folder / data / "manifest.json").read_text())["vocab_size"]
     job.start(["data", "verify", data]).ends(0)
     assert vocabulary in (370, 384)
@@ -676,7 +676,7 @@ def out_of_memory(reference: Reference, folder: Path, number: int) -> None:
     processes = job.ranks(world, faults={rank: spoil}) if world > 1 else [job.start(fault=spoil)]
     processes.pop(rank).ends(3, sentence="out of memory in the first step")
     for process in processes:
-        process.ends(8, sentence="another process of this run is gone")
+        process.ends(8, sentence="another process of this run died")
     job.goes_on(reference.expected[1])
 
 

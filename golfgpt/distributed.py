@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import importlib
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -123,7 +124,7 @@ def lost_peers(hint: Callable[[], str]) -> Iterator[None]:
     except RuntimeError as error:  # gloo has no type of its own
         if not isinstance(error, dist.DistError) and "/gloo/" not in str(error):
             raise
-        said = next(iter(str(error).splitlines()), "")[:200]
+        said = re.sub(r"^\[\S+\] ", "", str(error)).partition(". ")[0].partition("\n")[0][:200]  # without gloo's file
         raise LostPeerError(f"another process of this run died or does not answer ({said}).{hint()}") from error
 
 

@@ -53,6 +53,7 @@ def import_model(export: Export, tokenizer: Tokenizer, config: RunConfig, path: 
         saved = checkpoint.Checkpoint(0, True, {"train": 0.0}, to_dict(config), "", state, {}, {})
         checkpoint.save(folder.checkpoints, saved)
     except BaseException:
+        folder.artifact.unlink(missing_ok=True)
         folder.discard()
         raise
     finally:

@@ -438,6 +438,17 @@ def test_zstd_frames_that_hide_or_falsify_their_size_are_refused():
     for stream in (hidden, honest.replace(declared, len(PAYLOAD).to_bytes(4, "little"))):
         with pytest.raises(InputError, match="bad zstd payload"):
             unpack(sealed(HEADER | one_stream("zstd", 22, stream), stream))
+    with pytest.raises(InputError, match="declares 0 bytes"):
+        decompress("zstd", memoryview(honest.replace(declared, bytes(4))), 0)
+
+
+@pytest.mark.parametrize("compressor", CODECS)
+def test_a_stream_of_nothing_is_read_to_its_end(compressor):
+    stream = CODECS[compressor].compress(b"", CODECS[compressor].level)
+    assert decompress(compressor, memoryview(stream), 0) == b""
+    for damaged in (stream[:-1], stream + b"\0", CODECS[compressor].compress(b"\0", CODECS[compressor].level)):
+        with pytest.raises(InputError):
+            decompress(compressor, memoryview(damaged), 0)
 
 
 # Files

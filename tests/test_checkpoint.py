@@ -55,6 +55,13 @@ def test_a_damaged_newer_file_never_costs_the_one_just_written(tmp_path):
     assert same(checkpoint.latest(tmp_path)[0], make(60))
 
 
+def test_an_old_file_that_cannot_be_removed_costs_nothing(tmp_path):
+    (tmp_path / "step_00000001.safetensors").mkdir()  # which `unlink` refuses
+    for step in (5, 10):
+        checkpoint.save(tmp_path, make(step))
+    assert same(checkpoint.latest(tmp_path)[0], make(10))
+
+
 def test_altered_metadata_is_refused(tmp_path):
     path = checkpoint.save(tmp_path, make(8))
     data = path.read_bytes()

@@ -70,6 +70,13 @@ def test_a_child_that_fails_says_why():
     }
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 has no PYTHONSAFEPATH")
+def test_a_child_imports_nothing_of_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "tabnanny.py").write_text("print('{}')")
+    monkeypatch.chdir(tmp_path)
+    assert verdicts({"x": [sys.executable, "-m", "tabnanny"]}, 30.0)["x"] is not None
+
+
 def test_kernels_are_checked_at_the_sizes_of_the_run(step):
     """A real child, of interpreted kernels. The process itself launches none."""
     trials = Trials(step, PLAIN, lambda text: None)

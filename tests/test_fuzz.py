@@ -154,7 +154,9 @@ def test_a_checkpoint_with_a_large_header_is_refused(tmp_path):
 # Tokenizers
 
 
-def test_an_unknown_tokenizer_is_tried_in_another_process_once(corpus, monkeypatch):
+def test_an_unknown_tokenizer_is_tried_in_another_process_once(corpus, tmp_path, monkeypatch):
+    (tmp_path / "sentencepiece.py").write_text("raise ImportError('of the working directory')")
+    monkeypatch.chdir(tmp_path)
     file = corpus / "tokenizer.model"
     digest = Tokenizer(file.read_bytes()).digest
     tried, run = [], subprocess.run

@@ -552,13 +552,14 @@ def test_generation_goes_on_past_the_window_and_is_repeatable():
 def test_only_the_most_likely_tokens_are_drawn():
     chances = torch.tensor([0.1, 0.4, 0.2, 0.3])
     drawn = {
-        (top_k, top_p): {generate._draw(chances.log(), top_k, top_p, None) for _ in range(200)}
+        (top_k, top_p): {generate._draw(chances.log(), 1.0, top_k, top_p, None) for _ in range(200)}
         for top_k, top_p in ((0, 1.0), (2, 1.0), (9, 1.0), (0, 0.71), (0, 0.69), (0, 1e-9), (2, 0.6))
     }
     everything, two = {0, 1, 2, 3}, {1, 3}
     assert drawn[0, 1.0] == drawn[9, 1.0] == everything and drawn[2, 1.0] == drawn[0, 0.69] == two
     assert drawn[0, 0.71] == {1, 2, 3} and drawn[0, 1e-9] == {1}
     assert drawn[2, 0.6] == two  # of these two the first has 4/7
+    assert {generate._draw(30 * chances, 1e-40, 0, 1.0, None) for _ in range(20)} == {1}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

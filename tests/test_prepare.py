@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -296,12 +297,16 @@ def test_old_data_come_back_where_the_new_could_not_take_their_place(tmp_path, s
         prepare([source], tmp_path / "out", **options, overwrite=True)
     monkeypatch.undo()
     if killed:
-        with pytest.raises(InputError, match=r"out is now .*/\.out\.old, because prepare --overwrite was killed"):
+        with pytest.raises(InputError, match=r"out is now .*/\.out\.golfgpt\.old, because prepare --overwrite was"):
             Dataset.open(tmp_path / "out")
-        rename(tmp_path / f".out.{os.getpid()}", tmp_path / ".out.4194305")  # above Linux's largest process id
+        mine = tmp_path / f".out.golfgpt.{socket.gethostname()}"
+        rename(Path(f"{mine}.{os.getpid()}"), Path(f"{mine}.4194305"))  # above Linux's largest process id
+        others = {".out.2024", ".out.old", ".out.golfgpt.another-machine.4194305"}
+        for name in others:
+            (tmp_path / name).mkdir()
         with pytest.raises(InputError, match="is not empty"):
             prepare([source], tmp_path / "out", **options)
-        assert {path.name for path in tmp_path.iterdir()} == {"docs.jsonl", "out"}
+        assert {path.name for path in tmp_path.iterdir()} == {"docs.jsonl", "out", *others}
     assert Dataset.open(tmp_path / "out").manifest == old
 
 

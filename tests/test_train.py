@@ -35,6 +35,7 @@ from golfgpt.train.kernels import choose_kernels
 from golfgpt.train.memory import activation_bytes
 from golfgpt.train.progress import DECAY, announce_time
 from golfgpt.train.reporter import Reporter
+from golfgpt.train.run_folder import RunFolder
 from golfgpt.train.step import TrainStep
 from golfgpt.train.train import train
 
@@ -538,6 +539,16 @@ def test_runtime_kernels_is_the_meaning_of_auto_while_a_run_lasts(tiny, monkeypa
     monkeypatch.setattr("golfgpt.train.kernels.cannot_run", lambda device, dtype: "no CUDA device")
     with pytest.raises(InputError, match="is triton, which cannot run: no CUDA device; use"):
         choose_kernels(config, CPU)
+
+
+@pytest.mark.parametrize("kept", [None, "model.golf", "checkpoints/step_00000008.safetensors"])
+def test_only_a_run_that_saved_nothing_is_discarded(tiny, tmp_path, kept):
+    folder = RunFolder.create(tmp_path, tiny, b"tokenizer")
+    if kept:
+        (tmp_path / kept).write_bytes(b"weights")
+    folder.discard()
+    folder.close()
+    assert (tmp_path / "config.json").exists() == bool(kept)
 
 
 def test_a_diverged_last_update_is_not_exported(tiny, tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ import itertools
 import multiprocessing
 import os
 import shutil
+import socket
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -286,13 +287,16 @@ class _SplitWriter:
 def _staging(out: Path, overwrite: bool) -> Iterator[Path]:
     """A folder beside `out` that takes its place on success and vanishes on failure; after a kill, when this is called
     again. Between two renames the old data have another name; the next call puts back what a kill left there."""
-    replaced = out.with_name(f".{out.name}.old")
+    mine = f".{out.name}.golfgpt"
+    replaced = out.with_name(f"{mine}.old")
     if (out / MANIFEST).exists():
         shutil.rmtree(replaced, ignore_errors=True)
     elif replaced.exists() and not out.exists():
         replaced.rename(out)
-    for left in out.parent.glob(f".{glob.escape(out.name)}.*"):
-        if left.suffix[1:].isdigit() and not _alive(int(left.suffix[1:])):
+    here = f"{mine}.{socket.gethostname()}"  # on a shared disk, other machines may be at work
+    for left in out.parent.glob(f"{glob.escape(here)}.*"):
+        pid = left.name.removeprefix(f"{here}.")
+        if pid.isdecimal() and not _alive(int(pid)):
             shutil.rmtree(left, ignore_errors=True)
     old = out.is_dir() and any(out.iterdir())
     if out.exists() and not out.is_dir():
@@ -302,7 +306,7 @@ def _staging(out: Path, overwrite: bool) -> Iterator[Path]:
     if old and not overwrite:
         raise InputError(f"{out} is not empty; name another folder, remove it, or replace it with --overwrite")
     out.parent.mkdir(parents=True, exist_ok=True)
-    folder = out.with_name(f".{out.name}.{os.getpid()}")
+    folder = out.with_name(f"{here}.{os.getpid()}")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:

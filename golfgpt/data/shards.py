@@ -168,7 +168,7 @@ class Dataset:
         self = cls()
         self.path = Path(path)
         if not self.path.is_dir():
-            old = self.path.with_name(f".{self.path.name}.old")
+            old = self.path.with_name(f".{self.path.name}.golfgpt.old")
             if old.exists():
                 raise InputError(f"{path} is now {old}, because prepare --overwrite was killed; rename it back")
             text = self.path.is_file() and self.path.suffix in (".txt", ".jsonl", ".zst")

@@ -41,7 +41,9 @@ MAX_BYTES = 2**24
 """Largest model file: 65,536 pieces take 1.2 MB."""
 TRIAL_SECONDS = 60
 _TRIAL = r"""
-import sys, sentencepiece
+import sys
+sys.path = [path for path in sys.path if path]  # '' is the working directory
+import sentencepiece
 model = sentencepiece.SentencePieceProcessor(model_proto=sys.stdin.buffer.read())
 pieces = range(model.get_piece_size())
 ids = model.encode("The 1st \u2581 na\u00efve \U0001f600 text", out_type="offset_mapping")["ids"]

@@ -36,7 +36,7 @@ def generate(
     hidden = model(ids[None, -window:], cache=cache)
     for _ in range(max_new_tokens):
         logits = model.logits(hidden[0, -1])
-        token = _draw(logits / temperature, top_k, top_p, generator) if temperature else int(logits.argmax())
+        token = _draw(logits, temperature, top_k, top_p, generator) if temperature else int(logits.argmax())
         if token == stop_id:
             break
         out.append(token)
@@ -44,10 +44,10 @@ def generate(
     return out
 
 
-def _draw(logits: Tensor, top_k: int, top_p: float, generator: torch.Generator | None) -> int:
+def _draw(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> int:
     """One of the most likely tokens, as their `logits` (V,) have it."""
     values, tokens = logits.topk(min(top_k or len(logits), len(logits)))  # the most likely first
-    chances = (values - values[0]).softmax(0)
+    chances = ((values - values[0]) / max(temperature, 1e-30)).softmax(0)  # 1 / 1e-40 is infinite in float32
     if top_p < 1:
         chances[chances.cumsum(0) - chances >= top_p] = 0  # what comes before them has top_p already
     return int(tokens[torch.multinomial(chances, 1, generator=generator)])

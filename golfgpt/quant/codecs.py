@@ -83,6 +83,11 @@ def zstd_frame(compressed: bytes | memoryview, limit: int) -> bytes:
     if declared > limit:  # max_output_size is ignored for a frame that declares its size
         raise InputError(f"it holds more than {limit} bytes: its zstd frame declares {declared}")
     decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
+    if not declared:  # `decompress` then reads the header alone; with a block and a checksum it has at most 25 bytes
+        stream = decompressor.decompressobj()
+        if len(compressed) > 25 or stream.decompress(compressed) or not stream.eof or stream.unused_data:
+            raise InputError("its zstd frame declares 0 bytes, and is truncated or holds more")
+        return b""
     return decompressor.decompress(compressed, max_output_size=limit, allow_extra_data=False)
 
 

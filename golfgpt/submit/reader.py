@@ -296,7 +296,7 @@ def _inner(name: str) -> str:
 
 
 _REACHED = {"os", "sys", "builtins", "subprocess", "socket", "ctypes", "pickle", "marshal", "multiprocessing"}
-_REACHED |= {"linecache"}
+_REACHED |= {"linecache", "triton"}
 
 
 class _File(str):

@@ -80,12 +80,15 @@ UNREADABLE |= {"pickle.loads", "pickle.load", "pickle.Unpickler", "_pickle", "ty
 UNREADABLE |= {"types.CodeType", "torch.hub", "torch.package", "torch.jit.load", "torch.ops.load_library", "zipimport"}
 UNREADABLE |= {"torch.classes.load_library", "torch.utils.cpp_extension", "importlib.util", "importlib.machinery"}
 UNREADABLE |= {"sys.modules", "sys._getframe", "timeit", "cProfile", "profile", "pdb", "bdb", "trace", "shelve"}
-UNREADABLE |= {"linecache"}
+UNREADABLE |= {"linecache", "torch.cuda._compile_kernel", "torch.cuda._utils", "torch._inductor.codecache"}
+UNREADABLE |= {f"triton.{name}" for name in ("compile", "compiler", "runtime", "backends", "tools.compile", "_C")}
 """Modules and functions that execute or build code which is no text of the program."""
 _ATTRIBUTES = {"getattr", "setattr", "delattr"}
 INSIDE = {"__globals__", "__builtins__", "__subclasses__", "f_globals", "f_builtins", "__loader__"}
 """Attributes that lead to every name of a module."""
-WHOLE = {"os", "sys", "importlib", "builtins", "pickle", "types", "torch", "base64", "lzma", "zlib"}
+SOURCES = {"_src", "raw_src"}
+"""Attributes of a kernel with the text that Triton compiles. To set one is to replace the text."""
+WHOLE = {"os", "sys", "importlib", "builtins", "pickle", "types", "torch", "base64", "lzma", "zlib", "triton"}
 """Modules that stand only before a dot: what gets one as a value can call or change anything in it."""
 NETWORK = {"aiohttp", "ftplib", "http", "httpx", "huggingface_hub", "requests", "smtplib", "socket", "socketserver"}
 NETWORK |= {"subprocess", "telnetlib", "urllib", "urllib3", "xmlrpc", "_socket", "ssl", "_ssl", "pty", "ctypes"}
@@ -119,7 +122,8 @@ def _survey(reader: Reader) -> None:
             continue
         names, shown = reader.spellings(n), f"line {n.lineno}: {ast.unparse(n)[:100]}"
         reached = isinstance(n, ast.Name) and names & {"globals", "locals"} and id(n) not in passed
-        if reached or _hides_code(n, names, id(n) in called, id(n) in owners):
+        inside = _gives_inside(reader, n)
+        if reached or inside or _hides_code(n, names, id(n) in called, id(n) in owners):
             code.unread.append(shown)
         last = {name.split(".")[-1] for name in names} | ({n.attr} if isinstance(n, ast.Attribute) else set())
         if last & _CONNECTS or any(_STARTS.fullmatch(x) or ("." in x and x.split(".")[0] in NETWORK) for x in names):
@@ -174,11 +178,21 @@ def _other_code(n: ast.AST) -> bool:
     return False
 
 
+def _gives_inside(reader: Reader, n: ast.expr) -> bool:
+    """Whether an attribute, or a call of getattr or setattr with its name, leads to all names or replaces a text."""
+    match n:
+        case ast.Attribute(attr=name):
+            sets = not isinstance(n.ctx, ast.Load)
+        case ast.Call(args=[_, ast.Constant(value=name), *_]) if found := reader.spellings(n.func) & _ATTRIBUTES:
+            sets = found != {"getattr"}
+        case _:
+            return False
+    return name in INSIDE or name == "_unsafe_update_src" or (sets and name in SOURCES)
+
+
 def _hides_code(n: ast.expr, names: set[str], called: bool, owner: bool) -> bool:
     """Whether a name, an attribute or a call leads to code that is not read."""
     if any(".".join(name.split(".")[:i]) in UNREADABLE for name in names for i in (1, 2, 3)):
-        return True
-    if isinstance(n, ast.Attribute) and n.attr in INSIDE:
         return True
     if isinstance(n, ast.Attribute) and n.attr == "__dict__" and names & {f"{name}.__dict__" for name in WHOLE}:
         return True

@@ -3,6 +3,7 @@ used."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from dataclasses import dataclass, field, fields
@@ -73,7 +74,8 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     write_bytes(path, safetensors.torch.save(tensors, {"golfgpt": json.dumps(meta)}))
     for old in sorted(folder.glob("step_*.safetensors"))[:-KEEP]:
         if old != path:  # damaged files of later steps sort after it
-            old.unlink()
+            with contextlib.suppress(OSError):  # the new one is written all the same
+                old.unlink()
     return path
 
 

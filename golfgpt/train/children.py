@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -25,11 +27,13 @@ def verdicts(commands: Mapping[str, Sequence[str]], seconds: float) -> dict[str,
 
     A command prints a JSON object as its last line, name -> why it is wrong or null. A command that does not, that ends
     by a signal or that does not end in time has failed, too."""
+    # They import from where this process does, which need not be the working directory (Python 3.11 and newer).
+    env = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     with contextlib.ExitStack() as stack:
         children = {}
         for name, command in commands.items():
             out, errors = (stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2))
-            child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=errors)
+            child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=errors, env=env)
             stack.callback(child.wait)
             stack.callback(child.kill)
             children[name] = child, out, errors

@@ -71,8 +71,8 @@ class RunFolder:
         return folder
 
     def discard(self) -> None:
-        """Delete the run if it never saved a checkpoint, so that its name can be used again."""
-        if not any(self.checkpoints.iterdir()):
+        """Delete the run if it has neither checkpoint nor artifact, so that its name can be used again."""
+        if not any(self.checkpoints.iterdir()) and not self.artifact.exists():
             for name in ("config.json", "metrics.jsonl", "train.log"):
                 (self.path / name).unlink(missing_ok=True)
 
