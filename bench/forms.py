@@ -103,7 +103,7 @@ def made_up_tokens(vocab_size: int, count: int = 2_000_000) -> np.ndarray:
 
 def read_tokens(folder: Path, vocab_size: int) -> np.ndarray:
     """uint16, all train shards of a prepared folder. Raises InputError for one of another vocabulary."""
-    shards = [open_shard(file) for file in sorted(folder.glob("*_train_*.bin"))]
+    shards = [np.asarray(open_shard(file)) for file in sorted(folder.glob("*_train_*.bin"))]
     if not shards or max(int(shard.max()) for shard in shards) >= vocab_size:
         raise InputError(f"{folder} holds no train shards with a vocabulary of {vocab_size}")
     return np.concatenate(shards)

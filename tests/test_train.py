@@ -365,7 +365,7 @@ def test_no_microbatch_begins_after_the_cap(stalls, tmp_path, monkeypatch, ahead
     assert "warning: training took 127.000 s, more than schedule.max_seconds 120" in log
     assert "stopping_early: wallclock_cap train_time:127000ms step:3/8\n" in log
     short = replace(config, schedule=replace(config.schedule, max_seconds=2.5))
-    told = "2.5 is too short for one step: step 1 was abandoned after 3 of 8 microbatches, 3.0 s; train --recipe small,"
+    told = "2.5 is too short for one step: step 1 was abandoned after 3 of 8 microbatches, 3.0 s; raise --schedule.max-seconds"
     with pytest.raises(BudgetError, match=re.escape(told)):
         train(short, tmp_path / "short")
     assert not (tmp_path / "short" / "config.json").exists(), "the name is free"
@@ -419,7 +419,7 @@ def test_the_forecast_of_a_step(tiny, corpus, monkeypatch):
     told = []
     clocked = replace(tiny, schedule=ScheduleConfig(max_seconds=20.0))
     announce_time(clocked, found, SimpleNamespace(line=told.append))
-    assert told[0].endswith("or 8 in 20 s") and "8 steps train next to nothing: on a CPU, try --recipe small" in told[1]
+    assert told[0].endswith("or 8 in 20 s") and "training for 8 steps is next to nothing: raise --schedule" in told[1]
     announce_time(replace(tiny, schedule=ScheduleConfig()), found, SimpleNamespace(line=told.append))
     assert told[2].endswith("or 266 in 600 s") and len(told) == 3
 

@@ -155,7 +155,7 @@ def main(argv: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        return _fail(str(error), 3)
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 3)
     except MemoryError as error:
         return _fail(f"out of memory ({error}); lower --data.microbatch-tokens or --eval.batch-tokens", 3)
     except KeyboardInterrupt:

@@ -11,6 +11,7 @@ import re
 import sys
 import textwrap
 import typing
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from types import MappingProxyType
 from typing import Any, NoReturn
@@ -47,7 +48,7 @@ def parse(cls: type, name: str, argv: list[str], default: Any) -> Any:
     except SystemExit as stop:
         if not stop.code:
             raise
-        _reject(name, box.getvalue())
+        _reject(cls, name, box.getvalue())
 
 
 @functools.cache
@@ -65,7 +66,24 @@ def _describe(cls: type) -> None:
 _KINDS = {"INT": "a whole number", "FLOAT": "a number", "{None}": "None"}
 
 
-def _reject(name: str, box: str) -> NoReturn:
+def _flags(cls: type, prefix: str = "") -> Iterator[str]:
+    for field in fields(cls):
+        kind, name = typing.get_type_hints(cls)[field.name], field.name.replace("_", "-")
+        if is_dataclass(kind):
+            yield from _flags(kind, "" if name == "config" else f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def _meant(cls: type, word: str) -> str | None:
+    """The option that ends in `word`, or whose section it is: one of the "most used" first, then the shortest."""
+    used = cls.__doc__ or ""
+    ends = [flag for flag in _flags(cls) if f".{flag}".endswith((f".{word}", f"-{word}"))]
+    ends += [flag for flag in _flags(cls) if flag.startswith(f"{word}.") and f"--{flag} " in used]
+    return min((f"--{flag}" for flag in ends), key=lambda flag: (f"{flag} " not in used, len(flag)), default=None)
+
+
+def _reject(cls: type, name: str, box: str) -> NoReturn:
     """Raise the error in tyro's message `box`: the message, a line, and below it the option that it concerns."""
     rows = [line.strip("│╰╯ ") for line in re.sub(r"\x1b\[[\d;]*m", "", box).splitlines()[1:]]  # without the title
     parts = [
@@ -79,6 +97,7 @@ def _reject(name: str, box: str) -> NoReturn:
     if found := re.match(r"Unrecognized options: (-?)([^,]+)", message):
         error = UsageError
         message = f"unknown option -{found[2]}" if found[1] else f"unexpected argument {found[2]}"
+        flag = (_meant(cls, found[2].lstrip("-").partition("=")[0]) if found[1] else None) or flag
         message += f"; did you mean {flag}?" if flag else ""
     elif message.startswith("Missing from"):
         error, message = UsageError, f"expected {about[0]}, got none"

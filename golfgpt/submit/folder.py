@@ -203,7 +203,7 @@ def _notes(side: Side, shown: Run, kernels: bool) -> list[str]:
         notes.append(f"the runs also differ in {', '.join(side.varied)}")
     if len(side.seeds) < 3:
         notes.append(f"{len(side.seeds)} seed{'s' * (len(side.seeds) > 1)}: a record needs three")
-    if (used := shown.config.runtime.kernels) != "eager" and not kernels:
+    if (used := shown.config.runtime.kernels) not in ("auto", "eager") and not kernels:  # auto: nothing was chosen
         notes.append(f"the runs used the kernels {used}; the program has PyTorch's ops, which round differently")
     return notes
 

@@ -20,7 +20,7 @@ from golfgpt.train import compile_cache
 from golfgpt.train.clock import Ledger
 from golfgpt.train.export import Exporter
 from golfgpt.train.memory import memory_advice
-from golfgpt.train.progress import Progress
+from golfgpt.train.progress import Progress, more_steps
 from golfgpt.train.reporter import Reporter
 from golfgpt.train.saver import Saver
 from golfgpt.train.score import ModelScorer
@@ -174,10 +174,7 @@ class Loop:
             self._why = f"another step could have ended at {seconds:.2f} + {1.05 * duration:.3f} s"
 
     def _too_short(self, what: str) -> BudgetError:
-        small = "train --recipe small, " if self.step.ranks.device.type == "cpu" else ""
-        return BudgetError(
-            f"{self._cap} is too short for {what}; {small}raise --schedule.max-seconds or lower --data.batch-tokens"
-        )
+        return BudgetError(f"{self._cap} is too short for {what}; {more_steps(self.config, self.step.ranks.device)}")
 
     @property
     def _cap(self) -> str:

@@ -39,6 +39,7 @@ from golfgpt.train.clock import Ledger
 from golfgpt.train.export import Exporter
 from golfgpt.train.kernels import choose_kernels
 from golfgpt.train.memory import activation_bytes, out_of_memory, ran_out
+from golfgpt.train.progress import more_steps
 from golfgpt.train.reporter import Reporter
 from golfgpt.train.run_folder import RunFolder, load
 from golfgpt.train.saver import Saver
@@ -252,11 +253,12 @@ class _Checks:
         cap, steps = config.schedule.cap, config.schedule.max_steps
         steps = steps if cap is None else min(steps, int(cap / self.step_seconds))
         with self.row("time", "at the first steps") as row:
-            row.found = f"{steps:,} steps of {self.step_seconds:,.3f} s"
+            seconds = f"{self.step_seconds:,.0f} s" if self.step_seconds >= 10 else f"{self.step_seconds:.3f} s"
+            row.found = f"{steps:,} steps of {seconds}"
             if not steps:
                 raise BudgetError(
-                    f"training ends after {cap:g} s, and a step takes about {self.step_seconds:,.3f} s; raise "
-                    "--schedule.max-seconds or lower --data.batch-tokens"
+                    f"training ends after {cap:g} s, and a step takes about {seconds}; "
+                    f"{more_steps(self.whole, self.ranks.device)}"
                 )
         with self.row("disk", "at a checkpoint") as row:
             need = (KEEP + 1) * self.checkpoint_bytes + 2 * size + LOG_BYTES * steps
@@ -327,7 +329,7 @@ def _affordable(config: RunConfig, dataset: Dataset, ranks: Ranks) -> tuple[Trai
         if seconds > LONG_STEP:
             memory = activation_bytes(config.model, config.data.microbatch, step.dtype.itemsize)
             return step, (
-                f"a step takes some {seconds:.0f} s on this CPU, so steps and windows of {row} tokens were taken; not "
+                f"a step takes some {seconds:,.0f} s on this CPU, so steps and windows of {row} tokens were taken; not "
                 "tried: other executions of a step, and the memory of a microbatch (about "
                 f"{memory / 2**30:.1f} GiB)"
             )

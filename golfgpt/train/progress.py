@@ -18,6 +18,8 @@ from golfgpt.train.step import StepResult, TrainStep
 
 PATIENCE = 5.0
 """Seconds after which a step takes long: its microbatches are shown, and a signal does not wait for its end."""
+SMALL = 4096
+"""Tokens of a step of recipe small."""
 FEW = 10
 """Steps: a time that has fewer is worth a warning."""
 DECAY = 0.96
@@ -64,9 +66,21 @@ def announce_time(config: RunConfig, expected: Forecast, reporter: Reporter) -> 
     reporter.line(f"forecast: {expected}, or {steps:,} in {most:,.0f} s")
     if capped and steps < FEW:
         reporter.line(
-            f"warning: {steps} steps train next to nothing: on a CPU, try --recipe small, a longer "
-            "--schedule.max-seconds or fewer --data.batch-tokens"
+            f"warning: training for {steps} step{'s' * (steps != 1)} is next to nothing: "
+            f"{more_steps(config, torch.device('cpu'))}"
         )
+
+
+def more_steps(config: RunConfig, device: torch.device) -> str:
+    """What to do where too few steps fit into the time."""
+    data = config.data
+    smaller = (
+        [f"lower --data.batch-tokens (at least {least:,})"]
+        if (least := data.spans * data.seq_len) < data.batch_tokens
+        else []
+    )
+    small = ["train --recipe small"] if device.type == "cpu" and data.batch_tokens > SMALL else []
+    return " or ".join([*small, "raise --schedule.max-seconds", *smaller])
 
 
 class Progress:
