@@ -10,6 +10,7 @@ import json
 import operator
 import os
 import re
+import shlex
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -174,9 +175,13 @@ def torchrun_id() -> str | None:
 
 
 def resume_hint(path: Path) -> str:
-    """The sentence that follows the reason why a run ended early; empty if it has saved nothing."""
+    """The sentence that follows the reason why a run ended early, with as many processes as this torchrun has on its
+    one node; empty if the run has saved nothing."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    several = world != "1" and world == os.environ.get("LOCAL_WORLD_SIZE")
+    command = f"torchrun --standalone --nproc-per-node {world} -m golfgpt" if several else "golfgpt"
     saved = any((path / "checkpoints").glob("step_*.safetensors"))
-    return f" Resume with: golfgpt train --resume {path}" if saved else ""
+    return f" Resume with: {command} train --resume {shlex.quote(str(path))}" if saved else ""
 
 
 def write_config(path: Path, config: RunConfig) -> None:

@@ -42,7 +42,7 @@ def budget_lines(info: ArtifactInfo, budget: BudgetConfig) -> str:
 
     return (
         f"payload {info.payload_bytes:,} bytes -> {info.packing}: {info.compressed_bytes:,}, "
-        f"header {info.header_bytes:,}, model.golf {info.file_bytes:,} bytes\n"
+        f"header {info.file_bytes - info.compressed_bytes:,}, model.golf {info.file_bytes:,} bytes\n"
         f"{budget_report(info.file_bytes, budget)}"
     )
 

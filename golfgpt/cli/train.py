@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import shlex
 import signal
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -59,7 +60,7 @@ def train(args: Train) -> int:
         config = stored_config(path)
     code = _train(config, path, resume=again or args.resume is not None, as_json=args.json)
     if not args.json and int(os.environ.get("RANK", 0)) == 0:
-        print(f"run folder: {path}    next: golfgpt sample {path}")
+        print(f"run folder: {path}    next: golfgpt sample {shlex.quote(str(path))}")
     return code
 
 

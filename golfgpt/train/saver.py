@@ -107,7 +107,7 @@ class Saver:
         self.step.prepare(saved.step)
         self.ledger.seconds.update(saved.seconds)
         self.signals.saved = f"step {saved.step} is saved"
-        self.reporter.line(f"resumed at step:{saved.step} train_time:{saved.seconds['train'] * 1000:.0f}ms")
+        self.reporter.line(f"resumed at step {saved.step:,}, after {saved.seconds['train']:.1f} s of training")
         self.reporter.metric("resume", step=saved.step)
         return saved.step, saved.finished
 
