@@ -172,7 +172,7 @@ def test_a_signal_is_told_in_place_of_the_live_line(tmp_path, monkeypatch):
             monkeypatch.setattr(os, "isatty", lambda file, terminal=terminal: terminal)
             signals.caught.clear()
             os.kill(os.getpid(), signal.SIGINT)
-    assert told[0].startswith(b"SIGINT: the run is saved") and told[1] == b"\r\x1b[2K" + told[0]
+    assert told[0].startswith(b"SIGINT: the run ends after this step") and told[1] == b"\r\x1b[2K" + told[0]
 
 
 def test_a_stop_during_validation_loses_nothing(tiny, tmp_path, monkeypatch):
