@@ -572,7 +572,7 @@ def input_output_error(reference: Reference, folder: Path, number: int) -> None:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return pread(fd, count, offset)
 
-    job.start(fault=lambda: setattr(os, "pread", fails)).ends(0, 3, sentence="Input/output error: 'data/golf_")
+    job.start(fault=lambda: setattr(os, "pread", fails)).ends(0, 3, sentence="data/golf_")
     job.goes_on(reference.expected[1])
 
 
