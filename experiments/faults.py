@@ -632,13 +632,8 @@ def clock_jumps(reference: Reference, folder: Path, number: int) -> None:
     alone=True,
 )
 def bad_gradient(reference: Reference, folder: Path, number: int) -> None:
-    job, value, rank, at = (
-        prepared(reference.folder, folder),
-        (math.nan, math.inf)[number % 2],
-        number // 2 % 2,
-        number // 4,
-    )
-    at = (0, STEPS - 1)[at]
+    job, value = prepared(reference.folder, folder), (math.nan, math.inf)[number % 2]
+    rank, at = number // 2 % 2, (0, STEPS - 1)[number // 4]
 
     def spoil() -> None:
         from golfgpt.train.step import TrainStep

@@ -289,16 +289,21 @@ def test_a_non_finite_step_changes_nothing_and_names_the_tensor(tiny, tmp_path, 
         assert all(torch.equal(a_tensors[k], b_tensors[k]) for k in a_tensors)
 
 
-def test_the_cap_stops_before_the_step_that_would_cross(tiny, tmp_path, monkeypatch):
-    """On a clock that only the steps advance, by 20 ms each."""
+def clock_of_steps(monkeypatch, seconds: float) -> None:
+    """Let the training clock advance by so many seconds a step, and by nothing else."""
     clock, step_sum = [0.0], TrainStep.sum
 
     def slow(self, *args):
-        clock[0] += 0.02
+        clock[0] += seconds
         return step_sum(self, *args)
 
     monkeypatch.setattr(TrainStep, "sum", slow)
     monkeypatch.setattr("golfgpt.train.train.Ledger", lambda: Ledger(now=lambda: clock[0]))
+
+
+def test_the_cap_stops_before_the_step_that_would_cross(tiny, tmp_path, monkeypatch):
+    """On a clock that only the steps advance, by 20 ms each."""
+    clock_of_steps(monkeypatch, 0.02)
     runtime = replace(tiny.runtime, compile="off")
     config = replace(tiny, runtime=runtime, schedule=ScheduleConfig(max_steps=100_000, max_seconds=0.65))
     result = train(config, tmp_path / "run")
@@ -389,14 +394,7 @@ def test_a_signal_does_not_wait_for_the_end_of_a_long_step(stalls, tmp_path, ste
 
 def test_a_decay_that_did_not_complete_is_said(tiny, tmp_path, monkeypatch):
     """By the steps it does. By the clock it does not, where a step takes a fifth of the time."""
-    clock, step_sum = [0.0], TrainStep.sum
-
-    def slow(self, *args):
-        clock[0] += 2.0
-        return step_sum(self, *args)
-
-    monkeypatch.setattr(TrainStep, "sum", slow)
-    monkeypatch.setattr("golfgpt.train.train.Ledger", lambda: Ledger(now=lambda: clock[0]))
+    clock_of_steps(monkeypatch, 2.0)
     train(tiny, tmp_path / "steps")
     train(replace(tiny, schedule=replace(tiny.schedule, max_seconds=9.9)), tmp_path / "clock")
     logs = [(tmp_path / name / "train.log").read_text() for name in ("steps", "clock")]

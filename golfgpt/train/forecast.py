@@ -28,15 +28,16 @@ SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Forecast:
-    """Of a step that is neither compiled nor disturbed by another process."""
+    """How long a step takes that is neither compiled nor disturbed by another process."""
 
     seconds: float
-    """Of a whole step; with model.loop, of one with all its passes."""
+    """Seconds of a whole step; with model.loop, of one with all its passes."""
     tokens: int
-    """That the step reads."""
+    """Tokens in the step, on all ranks."""
     tried: int
-    """That were tried at once on each rank: one row up to a microbatch."""
+    """Tokens tried at once on each rank: from one row up to a microbatch."""
     dtype: str
+    """Name of the dtype of the matmuls."""
 
     def __str__(self) -> str:
         seconds = f"{self.seconds:,.0f}" if self.seconds >= 10 else f"{self.seconds:.2g}"
@@ -44,7 +45,8 @@ class Forecast:
 
 
 def forecast(step: TrainStep) -> Forecast:
-    """Of `step`, which is as before afterwards. All ranks must call it together; rank 0's times count."""
+    """The forecast of `step`, whose state is as before afterwards. All ranks must call it together; rank 0's times
+    count."""
     data, optim = step.config.data, step.config.optim
     longest = data.microbatch // data.seq_len
 
@@ -71,8 +73,8 @@ def forecast(step: TrainStep) -> Forecast:
 
 
 def forecast_recipe(config: RunConfig) -> Forecast:
-    """Of a step of `config` on the CPU, by this process alone, with the threads that torch has now. With runtime.dtype
-    "auto" the dtype is chosen as a run chooses it."""
+    """The forecast of a step of `config` on the CPU, by this process alone, with the threads that torch has now. With
+    runtime.dtype "auto" the dtype is chosen as a run chooses it."""
     text = torch.arange(2 * config.data.seq_len).remainder(config.model.vocab_size).numpy().astype("uint16")
     data = replace(config.data, path=None, order="sequential", document_start=None)
     step = TrainStep(replace(config, data=data), SimpleNamespace(train=[text]), Ranks(0, 1, torch.device("cpu")))
