@@ -73,14 +73,13 @@ def announce_time(config: RunConfig, expected: Forecast, reporter: Reporter) -> 
 
 def more_steps(config: RunConfig, device: torch.device) -> str:
     """What to do where too few steps fit into the time."""
-    data = config.data
-    smaller = (
-        [f"lower --data.batch-tokens (at least {least:,})"]
-        if (least := data.spans * data.seq_len) < data.batch_tokens
-        else []
-    )
-    small = ["train --recipe small"] if device.type == "cpu" and data.batch_tokens > SMALL else []
-    return " or ".join([*small, "raise --schedule.max-seconds", *smaller])
+    data, least = config.data, config.data.spans * config.data.seq_len
+    ways = ["raise --schedule.max-seconds"]
+    if device.type == "cpu" and data.batch_tokens > SMALL:
+        ways.insert(0, "train --recipe small")
+    if data.batch_tokens > least:
+        ways.append(f"lower --data.batch-tokens (at least {least:,})")
+    return " or ".join(ways)
 
 
 class Progress:
