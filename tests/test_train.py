@@ -212,9 +212,9 @@ def test_running_mean_of_the_losses(tiny, tmp_path, monkeypatch):
             mean = sum(w * each["loss"] for w, each in zip(weights, part, strict=False)) / sum(weights)
             assert row["loss_ema"] == pytest.approx(mean)
             assert row["bpb_ema"] == pytest.approx(mean * text.tokens / math.log(2) / text.decoded_bytes)
-    live = [line for line in told if re.match(r"step \d+  loss", line)]
+    live = [line for line in told if re.match(r"step \d+  mean loss", line)]
     for row, line in zip(rows, live, strict=True):
-        assert line.startswith(f"step {row['step']}  loss {row['loss_ema']:.4f}  {row['bpb_ema']:.4f} bits/byte  ")
+        assert line.startswith(f"step {row['step']}  mean loss {row['loss_ema']:.4f}  {row['bpb_ema']:.4f} bits/byte  ")
     last = rf"train_loss:{rows[7]['loss']:.4f} train_time:\d+ms step_avg:[\d.]+ms train_loss_ema:{mean:.4f}"
     assert re.search(rf"^step:8/8 {last}$", (tmp_path / "run" / "train.log").read_text(), re.MULTILINE)
 
@@ -226,7 +226,7 @@ def test_no_bits_per_byte_of_shards_without_a_manifest(tiny, tmp_path, corpus, m
     config = replace(tiny, data=replace(tiny.data, path=str(tmp_path / "data")), schedule=ScheduleConfig(max_steps=2))
     train(config, tmp_path / "run")
     assert [row["bpb_ema"] for row in metrics(tmp_path / "run", "train")] == [None, None]
-    assert [line for line in told if line.startswith("step 2  loss ")] and "bits/byte" not in "".join(told)
+    assert [line for line in told if line.startswith("step 2  mean loss ")] and "bits/byte" not in "".join(told)
 
 
 def test_steps_enqueued_ahead_train_the_same(tiny, tmp_path, monkeypatch):
@@ -302,17 +302,17 @@ def clock_of_steps(monkeypatch, seconds: float) -> None:
 
 
 def test_the_cap_stops_before_the_step_that_would_cross(tiny, tmp_path, monkeypatch):
-    """On a clock that only the steps advance, by 20 ms each."""
-    clock_of_steps(monkeypatch, 0.02)
+    """On a clock that only the steps advance, by 20 s each."""
+    clock_of_steps(monkeypatch, 20)
     runtime = replace(tiny.runtime, compile="off")
-    config = replace(tiny, runtime=runtime, schedule=ScheduleConfig(max_steps=100_000, max_seconds=0.65))
+    config = replace(tiny, runtime=runtime, schedule=ScheduleConfig(max_steps=100_000, max_seconds=650))
     result = train(config, tmp_path / "run")
-    assert result["steps"] == 32 and result["seconds"]["train"] == pytest.approx(0.64)
+    assert result["steps"] == 32 and result["seconds"]["train"] == pytest.approx(640)
     assert "stopping_early: wallclock_cap" in (tmp_path / "run" / "train.log").read_text()
-    second = replace(config, schedule=replace(config.schedule, max_seconds=0.035))
+    second = replace(config, schedule=replace(config.schedule, max_seconds=35))
     assert train(second, tmp_path / "one")["steps"] == 1, "the second step would cross"
     looped = replace(config.model, loop=LoopConfig(first=1, last=1, passes=4, start=0.2))
-    looped = replace(config, model=looped, schedule=replace(config.schedule, max_seconds=0.055))
+    looped = replace(config, model=looped, schedule=replace(config.schedule, max_seconds=55))
     assert train(looped, tmp_path / "looped")["steps"] == 1, "it would have twice the layers"
 
 
@@ -400,7 +400,7 @@ def test_a_decay_that_did_not_complete_is_said(tiny, tmp_path, monkeypatch):
     logs = [(tmp_path / name / "train.log").read_text() for name in ("steps", "clock")]
     warning = "the decay of the learning rate did not complete: it ended at 0.480 of its base"
     assert [warning in log for log in logs] == [False, True]
-    assert "of 9.9, after step 4: another step could have ended at 6.00 + 2 x 2.100 = 10.20 s" in logs[1]
+    assert "of 9.9, after step 4: another step could have ended at 6.000 + 2 x 2.100 = 10.200 s" in logs[1]
 
 
 def test_the_forecast_of_a_step(tiny, corpus, monkeypatch):
@@ -410,16 +410,20 @@ def test_the_forecast_of_a_step(tiny, corpus, monkeypatch):
     state = {name: value.clone() for name, value in (step.model.state_dict() | step.optimizers.state()).items()}
     found = forecast(step)
     assert found.seconds == 0.25 / 2 * 16 + 0.25
-    assert str(found) == "about 2.2 s a step of 1,024 tokens in float32"
+    assert str(found) == "about 2.2 s for 1,024 tokens in float32"
     after = step.model.state_dict() | step.optimizers.state()
     assert all(torch.equal(value, after[name]) for name, value in state.items())
     assert forecast_recipe(packed(tiny)).seconds == found.seconds
     told = []
     clocked = replace(tiny, schedule=ScheduleConfig(max_seconds=20.0))
     announce_time(clocked, found, SimpleNamespace(line=told.append))
-    assert told[0].endswith("or 8 in 20 s") and "training for 8 steps is next to nothing: raise --schedule" in told[1]
+    assert told[0].endswith("or 8 steps in 20 s") and "training for 8 steps is next to nothing: raise" in told[1]
     announce_time(replace(tiny, schedule=ScheduleConfig()), found, SimpleNamespace(line=told.append))
-    assert told[2].endswith("or 266 in 600 s") and len(told) == 3
+    assert told[2].endswith("or 266 steps in 600 s") and len(told) == 3
+    hopeless = replace(tiny, schedule=ScheduleConfig(max_seconds=0.7))
+    with pytest.raises(BudgetError, match="0.7 is too short for one step, forecast to take about 2.2 s for 1,024 tokens"):
+        announce_time(hopeless, found, SimpleNamespace(line=told.append))
+    assert told[3].endswith("or 0 steps in 0.7 s") and len(told) == 4
 
 
 def test_a_cap_too_short_for_one_step(tiny, tmp_path):
@@ -429,12 +433,16 @@ def test_a_cap_too_short_for_one_step(tiny, tmp_path):
 
 def test_over_budget_is_scored_kept_and_refused(tiny, tmp_path):
     size = train(tiny, tmp_path / "fits")["total_bytes"]
+    assert "by this forecast" not in (tmp_path / "fits" / "train.log").read_text()
     exact = replace(tiny, budget=BudgetConfig(artifact_bytes=size, code_bytes=60_000))
     assert train(exact, tmp_path / "exact")["margin_bytes"] == 0
     with pytest.raises(BudgetError, match="over budget by 1 bytes"):
         train(replace(tiny, budget=BudgetConfig(artifact_bytes=size - 1, code_bytes=60_000)), tmp_path / "over")
     assert artifact.read(tmp_path / "over" / "model.golf").state
     assert json.loads((tmp_path / "over" / "result.json").read_text())["margin_bytes"] == -1
+    with pytest.raises(BudgetError, match="over budget"):
+        train(replace(tiny, budget=BudgetConfig(artifact_bytes=size - 20_000, code_bytes=60_000)), tmp_path / "half")
+    assert "over its budget, by this forecast" in (tmp_path / "half" / "train.log").read_text()
 
 
 def test_a_long_step_gives_signs_of_life_and_a_finished_run_says_so(tiny, tmp_path, monkeypatch):
@@ -539,14 +547,24 @@ def test_runtime_kernels_is_the_meaning_of_auto_while_a_run_lasts(tiny, monkeypa
         choose_kernels(config, CPU)
 
 
-@pytest.mark.parametrize("kept", [None, "model.golf", "checkpoints/step_00000008.safetensors"])
-def test_only_a_run_that_saved_nothing_is_discarded(tiny, tmp_path, kept):
-    folder = RunFolder.create(tmp_path, tiny, b"tokenizer")
-    if kept:
-        (tmp_path / kept).write_bytes(b"weights")
+@pytest.mark.parametrize(
+    ("file", "run", "left"),
+    [
+        (None, False, False),
+        ("notes.txt", False, True),
+        ("model.golf", True, True),
+        ("checkpoints/step_00000008.safetensors", True, True),
+    ],
+)
+def test_only_a_run_that_saved_nothing_is_discarded(tiny, tmp_path, file, run, left):
+    path = tmp_path / "run"
+    folder = RunFolder.create(path, tiny, b"tokenizer")
+    if file:
+        (path / file).write_bytes(b"content")
     folder.discard()
     folder.close()
-    assert (tmp_path / "config.json").exists() == bool(kept)
+    assert ((path / "config.json").exists(), path.exists()) == (run, left)
+    RunFolder.open(path).close() if run else RunFolder.create(path, tiny, b"tokenizer").close()
 
 
 def test_a_diverged_last_update_is_not_exported(tiny, tmp_path, monkeypatch):

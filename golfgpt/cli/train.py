@@ -29,7 +29,7 @@ class Train:
     --recipe NAME - small on a CPU, baseline on GPUs
     --data.path DIR - the text, from golfgpt data prepare
     --name NAME - of the run folder
-    --schedule.max-seconds S - how long to train
+    --schedule.max-seconds S - how long to train, in seconds
     --model.vocab-size N - if the tokenizer has not 1,024 pieces
     --resume RUN - go on after a stop
 
@@ -159,7 +159,7 @@ def demo(args: Demo) -> int:
             advice = " On a busy one, use `golfgpt demo --runtime.threads 1`." if config.runtime.threads != 1 else ""
             print(f"\nonly {steps} steps fit into the time, 1,226 in README.md: this machine is slow or busy.{advice}")
         prompt = "    def __init__(self"
-        print(f"\n--- a sample: golfgpt sample {path} --prompt {prompt!r} ---")
+        print(f"\n--- a sample: {shlex.join(['golfgpt', 'sample', str(path), '--prompt', prompt])} ---")
         sample(Sample(run=path, prompt=prompt, tokens=150))
         print(f"---\nrun folder: {path}")
     return code
@@ -213,7 +213,7 @@ def evaluate(args: Eval) -> int:
     from golfgpt.files import sha256_file, write_json
     from golfgpt.runs import add_metric, artifact_file
     from golfgpt.score.compressors import compressors_bpb
-    from golfgpt.score.evaluate import evaluate, open_dataset, scored_shape
+    from golfgpt.score.evaluate import evaluate, open_dataset, plan_windows, scored_shape
     from golfgpt.score.sums import PartialSums
     from golfgpt.score.ttt.evaluate import check_adapted, evaluate_adapted, learned_shapes
     from golfgpt.tables import adapted_lines, score_lines
@@ -264,7 +264,11 @@ def evaluate(args: Eval) -> int:
                     raise
                 reporter.line(f"{error}: numbers may differ from the run's by rounding")
                 attention = select_backend("auto", config.model, shapes, ranks, dtype, backward=adapts)
-            reporter.line(f"device:{ranks.device} dtype:{choice} attention:{attention} data:{config.data.path}")
+            targets = plan_windows(dataset, config).targets
+            reporter.line(
+                f"{artifact_file(args.run)} on {config.data.path}: {targets:,} tokens to score, on {ranks.device} in "
+                f"{choice}, attention {attention}"
+            )
             if config.eval.max_tokens and config.eval.max_tokens == started.eval.max_tokens:
                 reporter.line(
                     f"eval.max_tokens {config.eval.max_tokens} is kept from training; --eval.max-tokens None scores all"

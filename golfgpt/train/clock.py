@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from golfgpt.config import ScheduleConfig
 from golfgpt.optim.schedule import crosses_cap
 
-PHASES = ("setup", "compile", "train", "checkpoint", "validate", "calibrate", "export", "eval")
+PHASES = ("setup", "trials", "compile", "train", "checkpoint", "validate", "calibrate", "export", "eval")
 COUNTED = ("train", "calibrate")
 
 

@@ -3,7 +3,7 @@
     forecast(step: TrainStep) -> Forecast           of a run that is set up; all ranks together
     forecast_recipe(config: RunConfig) -> Forecast  of a config without data, by one process: forecast_recipe(small)
 
-str(Forecast) is "about 0.75 s a step of 4,096 tokens in float32". A step of the baseline, 524,288 tokens, takes 15
+str(Forecast) is "about 0.75 s for 4,096 tokens in float32". A step of the baseline, 524,288 tokens, takes 15
 minutes on two cores, and its first microbatch two; the trials take seconds. On a GPU there is no forecast,
 because a compiled step takes another time than what is tried here.
 """
@@ -41,7 +41,7 @@ class Forecast:
 
     def __str__(self) -> str:
         seconds = f"{self.seconds:,.0f}" if self.seconds >= 10 else f"{self.seconds:.2g}"
-        return f"about {seconds} s a step of {self.tokens:,} tokens in {self.dtype}"
+        return f"about {seconds} s for {self.tokens:,} tokens in {self.dtype}"
 
 
 def forecast(step: TrainStep) -> Forecast:

@@ -20,7 +20,7 @@ from golfgpt.train import compile_cache
 from golfgpt.train.clock import Ledger
 from golfgpt.train.export import Exporter
 from golfgpt.train.memory import memory_advice
-from golfgpt.train.progress import Progress, more_steps
+from golfgpt.train.progress import Progress, too_short, training_time
 from golfgpt.train.reporter import Reporter
 from golfgpt.train.saver import Saver
 from golfgpt.train.score import ModelScorer
@@ -114,9 +114,9 @@ class Loop:
             layers = self.step.layers(number + 1 + self.step.ahead)
             crosses = pace.crosses_cap(begun, layers)
             if crosses and not self._why:
-                steps, each = 2 * (1 + self.step.ahead), 1.05 * pace.allowance(layers)
-                ends = f"{begun:.2f} + {steps} x {each:.3f} = {begun + steps * each:.2f}"
-                self._why = f"another step could have ended at {ends} s, by the start of step {number + 1}"
+                steps, each = 2 * (1 + self.step.ahead), round(1.05 * pace.allowance(layers), 3)
+                ends = f"{begun:.3f} + {steps} x {each:.3f} = {begun + steps * each:.3f}"
+                self._why = f"another step could have ended at {ends} s, judged at the start of step {number + 1}"
             votes = Votes(crosses, self.saver.due(), bool(self.signals.caught), abandoned)
             pending = self.step.sum(number, begun, votes)
             self._pending.append((pending, self.step.update(pending)))
@@ -171,17 +171,11 @@ class Loop:
         duration = per_layer * self.step.layers(self.done)
         if seconds + 1.05 * duration > schedule.cap:
             self._stopping = True
-            self._why = f"another step could have ended at {seconds:.2f} + {1.05 * duration:.3f} s"
+            ends = f"{seconds:.3f} + {1.05 * duration:.3f} = {seconds + 1.05 * duration:.3f}"
+            self._why = f"another step could have ended at {ends} s"
 
     def _too_short(self, what: str) -> BudgetError:
-        return BudgetError(f"{self._cap} is too short for {what}; {more_steps(self.config, self.step.ranks.device)}")
-
-    @property
-    def _cap(self) -> str:
-        """The seconds of training, by their fields."""
-        c = self.config.schedule
-        reserve = f" less reserve_seconds {c.reserve_seconds:g}" if c.reserve_seconds else ""
-        return f"schedule.max_seconds {c.max_seconds:g}{reserve}"
+        return too_short(self.config, self.step.ranks.device, what)
 
     def _watch_compilation(self) -> None:
         if not self.step.compiled or (graphs := compile_cache.graphs()) <= self._graphs:
@@ -222,8 +216,8 @@ class Loop:
             )
         if self.loss >= 0.99 * math.log(c.model.vocab_size):
             self.reporter.line(
-                f"warning: the training loss ended at {self.loss:.4f}, no better than guessing one of "
+                f"warning: the loss of the last step is {self.loss:.4f}, no better than guessing one of "
                 f"{c.model.vocab_size} tokens: lower the learning rates, or take more steps"
             )
         if cap is not None and seconds > cap:
-            self.reporter.line(f"warning: training took {seconds:.3f} s, more than {self._cap}")
+            self.reporter.line(f"warning: training took {seconds:.3f} s, more than {training_time(c)}")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import torch
 
+from golfgpt import recipes
 from golfgpt.bpb import bits_per_byte
 from golfgpt.config import RunConfig
 from golfgpt.data.shards import Dataset
-from golfgpt.quant.budget import forecast_bytes
+from golfgpt.errors import BudgetError
+from golfgpt.quant.budget import budget_report, forecast_bytes
 from golfgpt.quant.quantizer import Quantizer
 from golfgpt.runs import read_env, recipe_name
+from golfgpt.score.evaluate import plan_windows
 from golfgpt.train.attention_backend import Selection
 from golfgpt.train.forecast import Forecast
 from golfgpt.train.reporter import Reporter
@@ -18,10 +21,11 @@ from golfgpt.train.step import StepResult, TrainStep
 
 PATIENCE = 5.0
 """Seconds after which a step takes long: its microbatches are shown, and a signal does not wait for its end."""
-SMALL = 4096
-"""Tokens of a step of recipe small."""
 FEW = 10
 """Steps: a time that has fewer is worth a warning."""
+HOPELESS = 3.0
+"""Times the cap: a first step that is forecast to take longer ends the run before it. A forecast on a busy machine can
+be too long by a factor of 2."""
 DECAY = 0.96
 """Decay of the running mean of the losses, per step. It is as noisy as a plain mean over the last 49 steps."""
 
@@ -33,8 +37,8 @@ def announce(config: RunConfig, dataset: Dataset, step: TrainStep, attention: Se
         path, tokens = reporter.folder.path, sum(map(len, dataset.train))
         recipe = recipe_name(read_env(path))
         reporter.show(
-            f"run {path}{f', recipe {recipe}' if recipe else ''}: {tokens:,} tokens of {c.data.path}, and "
-            f"{dataset.val_tokens:,} to score"
+            f"run {path}{f', recipe {recipe}' if recipe else ''}: {tokens:,} tokens of {c.data.path} to train on, "
+            f"{plan_windows(dataset, c).targets:,} to score"
         )
     cap = f"{c.schedule.cap:.3f}" if c.schedule.cap else "none"
     say(f"train_loader:dataset:{c.data.path} train_shards:{len(dataset.train)} digest:{dataset.digest[:16]}")
@@ -45,6 +49,12 @@ def announce(config: RunConfig, dataset: Dataset, step: TrainStep, attention: Se
     parameters, forecast = step.model.num_parameters(), forecast_bytes(quantizer)
     say(f"model_params:{parameters} payload_bytes:{quantizer.payload_bytes} forecast_bytes:{forecast}{fit}")
     reporter.show(f"{parameters:,} parameters; model.golf will take about {forecast / 1e6:.2f} MB")
+    budget = budget_report(forecast, c.budget)
+    if budget.margin_bytes < 0:
+        reporter.line(
+            f"warning: the artifact is going to be over its budget, by this forecast: {budget}. golfgpt budget shows "
+            "what takes the bytes; --budget.fit mlp_hidden finds a width that fits"
+        )
     if c.quant.qat != "off":
         when = f"from {c.quant.qat_start:.0%} of the budget" if c.quant.qat_start else "from step 0"
         lr = f", learning rate at most {c.quant.qat_below_lr:g} of its base" if c.quant.qat_below_lr < 1 else ""
@@ -59,11 +69,15 @@ def announce(config: RunConfig, dataset: Dataset, step: TrainStep, attention: Se
 
 
 def announce_time(config: RunConfig, expected: Forecast, reporter: Reporter) -> None:
-    """Print how long training is going to take on a CPU, and warn of a time for hardly any steps."""
+    """Print how long training is going to take on a CPU, and warn of a time for hardly any steps. Raises BudgetError if
+    not one step is going to fit."""
     c, steps, most = config.schedule, config.schedule.max_steps, config.schedule.max_steps * expected.seconds
     if capped := c.cap is not None and c.cap < most:
         steps, most = int(c.cap / expected.seconds), c.cap
-    reporter.line(f"forecast: {expected}, or {steps:,} in {most:,.0f} s")
+    time = f"{most:,.{0 if most >= 10 else 1}f} s"
+    reporter.line(f"forecast: a step takes {expected}, or {steps:,} step{'s' * (steps != 1)} in {time}")
+    if capped and expected.seconds > HOPELESS * c.cap:
+        raise too_short(config, torch.device("cpu"), f"one step, forecast to take {expected}")
     if capped and steps < FEW:
         reporter.line(
             f"warning: training for {steps} step{'s' * (steps != 1)} is next to nothing: "
@@ -75,11 +89,23 @@ def more_steps(config: RunConfig, device: torch.device) -> str:
     """What to do where too few steps fit into the time."""
     data, least = config.data, config.data.spans * config.data.seq_len
     ways = ["raise --schedule.max-seconds"]
-    if device.type == "cpu" and data.batch_tokens > SMALL:
+    if device.type == "cpu" and data.batch_tokens > recipes.get("small").config.data.batch_tokens:
         ways.insert(0, "train --recipe small")
     if data.batch_tokens > least:
         ways.append(f"lower --data.batch-tokens (at least {least:,})")
     return " or ".join(ways)
+
+
+def too_short(config: RunConfig, device: torch.device, what: str) -> BudgetError:
+    """The error of a run that cannot take `what` in its time."""
+    return BudgetError(f"{training_time(config)} is too short for {what}; {more_steps(config, device)}")
+
+
+def training_time(config: RunConfig) -> str:
+    """The cap on the seconds of training, by the fields that it comes from."""
+    c = config.schedule
+    reserve = f" less reserve_seconds {c.reserve_seconds:g}" if c.reserve_seconds else ""
+    return f"schedule.max_seconds {c.max_seconds:g}{reserve}"
 
 
 class Progress:
@@ -125,7 +151,7 @@ class Progress:
             "step_seconds": round(duration, 6),
         }
         text, shown = status(c, row, mean), done <= 10 or done % c.runtime.log_every == 0 or last
-        self.reporter.status(f"{text}  {projection}")
+        self.reporter.status(f"{text}  {projection}".rstrip())
         self.reporter.metric("train", tracked=shown, **row)
         if shown:
             self.reporter.show(text)

@@ -71,10 +71,15 @@ class RunFolder:
         return folder
 
     def discard(self) -> None:
-        """Delete the run if it has neither checkpoint nor artifact, so that its name can be used again."""
-        if not any(self.checkpoints.iterdir()) and not self.artifact.exists():
-            for name in ("config.json", "metrics.jsonl", "train.log"):
-                (self.path / name).unlink(missing_ok=True)
+        """Delete the run if it has neither checkpoint nor artifact, so that its name can be used again. Files of others
+        in its folder stay."""
+        if any(self.checkpoints.iterdir()) or self.artifact.exists():
+            return
+        for name in ("config.json", "metrics.jsonl", "train.log", "env.json", "tokenizer.model", ".lock"):
+            (self.path / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.checkpoints.rmdir()
+            self.path.rmdir()
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:

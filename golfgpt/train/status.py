@@ -20,7 +20,7 @@ def status(config: RunConfig, row: dict[str, Any], mean: float) -> str:
     running means, `mean` is the mean duration of recent steps in seconds."""
     step, bpb = row["step"], row["bpb_ema"]
     return (
-        f"step {step}  loss {row['loss_ema']:.4f}  {f'{bpb:.4f} bits/byte  ' if bpb else ''}"
+        f"step {step}  mean loss {row['loss_ema']:.4f}  {f'{bpb:.4f} bits/byte  ' if bpb else ''}"
         f"rate {row['lr_multiplier']:.3f}  gradient {row['grad_norm']:.2f}  {mean * 1000:.1f} ms/step  "
         f"{config.data.batch_tokens / mean:,.0f} tokens/s  "
         f"{seconds_left(config, step, row['train_seconds'], mean):.0f} s left"

@@ -103,7 +103,7 @@ def train(
                 step.average.begin()
                 attention = choose_attention(config, step)
                 announce(config, dataset, step, attention, reporter)
-            with ledger.phase("compile"), memory_advice(config, step.dtype.itemsize):
+            with ledger.phase("trials"), memory_advice(config, step.dtype.itemsize):
                 trials = not resume and forecast_time(config, step, reporter)
                 config = choose_execution(config, step, attention, reporter, trials)
                 config = reserve_time(config, step, dataset, reporter)
@@ -184,8 +184,9 @@ def choose_execution(
     reporter.log(f"execution:{chosen}{' (trials of an earlier run)' if found.kept else ''}")
     for trial in found.trials:
         reporter.log(f"  {trial}")
-    compiled = "compiled" if step.compiled else "not compiled"
-    reporter.show(f"on {step.ranks.device} in {step.dtype_choice.name}, {shown.threads} CPU threads, {compiled}")
+    threads = f"{shown.threads} CPU thread{'s' * (shown.threads != 1)}"
+    compiled = ", compiled" if step.compiled else ""
+    reporter.show(f"on {step.ranks.device} in {step.dtype_choice.name}, {threads}{compiled}")
     return replace(config, runtime=runtime)
 
 
