@@ -18,7 +18,8 @@ class Reporter:
     both (`line`); writes numbers to metrics.jsonl and a tracker.
 
     On a terminal, a live status line is shown below the printed lines; otherwise there are only plain lines. With
-    `quiet` (--json), lines go to standard error. Ranks other than 0 have `folder=None` and print nothing.
+    `quiet` (--json), lines go to standard error. Ranks other than 0 have `folder=None` and print nothing. `close` also
+    closes the folder.
     """
 
     def __init__(self, folder: RunFolder | None, *, speak: bool = True, quiet: bool = False):
@@ -87,3 +88,5 @@ class Reporter:
             self._tracking.finish(None)
         if self._status:
             self._status.stop()
+        if self.folder:
+            self.folder.close()

@@ -72,6 +72,9 @@ def train(
         stack.callback(ranks.close)
         if config.runtime.threads:
             torch.set_num_threads(config.runtime.threads)
+        reporter = Reporter(None, speak=ranks.is_main, quiet=quiet)
+        stack.callback(reporter.close)
+        reporter.status("opening the data, and counting the code that ships with the model")
         with ledger.phase("setup"):
             with ranks.raise_on_any():
                 config, dataset = check(config, ranks, resume, count)
@@ -83,16 +86,12 @@ def train(
                 stack.enter_context(choose_kernels(config, ranks))
                 step = TrainStep(config, dataset, ranks)
             config = replace(config, runtime=replace(config.runtime, dtype=step.dtype_choice.name))
-            folder = None
             with ranks.raise_on_any():
                 if ranks.is_main:
                     tokenizer = dataset.need_tokenizer().model_bytes
-                    folder = RunFolder.open(path) if resume else RunFolder.create(path, config, tokenizer)
-                    stack.callback(folder.close)
-        begun = not resume
+                    reporter.folder = RunFolder.open(path) if resume else RunFolder.create(path, config, tokenizer)
+        folder, begun = reporter.folder, not resume
         try:
-            reporter = Reporter(folder, speak=ranks.is_main, quiet=quiet)
-            stack.callback(reporter.close)
             if missing:
                 reporter.line(f"warning: {missing}")
             with ledger.phase("setup"):
