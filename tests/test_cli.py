@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from golfgpt.cli import main
+from golfgpt.cli import COMMANDS, main
 from golfgpt.data.tokenizer import Tokenizer
 from golfgpt.errors import missing_package
 from golfgpt.model.gpt import GPT
@@ -249,6 +249,10 @@ def test_recipes(capsys):
     ("argv", "code", "message"),
     [
         (["trian"], 2, "did you mean train?"),
+        (["data", "prepar"], 2, "did you mean data prepare?"),
+        (["--json", "train"], 2, "expected a command first, got --json"),
+        (["budget", "small"], 3, "did you mean golfgpt budget --recipe small?"),
+        (["recipes", "demmo"], 3, "did you mean demo?"),
         (["sample"], 2, "expected PATH, got none"),
         (["data", "prepare"], 2, "expected --out PATH, got none"),
         (["train", "--recipe", "demmo"], 3, "did you mean demo?"),
@@ -295,6 +299,46 @@ def test_a_bad_option_is_named_last(capsys, flags, code, message):
     *about, error = capsys.readouterr().err.splitlines()
     assert error.startswith(f"golfgpt: {message}") and 1 <= len(about) <= 2
     assert about[0] == "golfgpt train --help lists all options"
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("demo", "--recipe demo"),
+        ("my books", "--data.path 'my books'"),
+        ("--lr", "--optim.matrix-lr"),
+        ("--steps", "--schedule.max-steps"),
+        ("--batch-size", "--data.batch-tokens"),
+        ("--layers", "--model.num-layers"),
+        ("--dim", "--model.model-dim"),
+        ("--window", "--eval.window"),
+        ("--data=x", "--data.path"),
+        ("--output", "--name"),
+        ("-n", "--name"),
+    ],
+)
+def test_what_a_trainer_types_is_understood(here, capsys, typed, meant):
+    """And the line above the error is about the option that it names."""
+    (here / "my books").mkdir()
+    assert main(["train", typed]) == 2
+    *about, error = capsys.readouterr().err.splitlines()
+    assert error.endswith(f"; did you mean {meant}?") and all(line.startswith(f"{meant}") for line in about[1:])
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "shown"),
+    [
+        ([], 2, len(COMMANDS)),
+        (["help"], 0, len(COMMANDS)),
+        (["data"], 2, 3),
+        (["data", "--help"], 0, 3),
+        (["submit"], 2, 2),
+    ],
+)
+def test_commands_are_listed(capsys, argv, code, shown):
+    """All, or those of a group."""
+    assert main(argv) == code
+    assert capsys.readouterr().out.count("\n  golfgpt ") == shown
 
 
 def test_help_names_what_is_used_most_in_unbroken_paragraphs(capsys):
