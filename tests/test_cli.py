@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -219,6 +220,19 @@ def test_text_of_another_tokenizer_is_to_be_prepared_with_the_runs(trained, corp
     assert f"golfgpt data prepare {text} --out data/text, then use data/text" in capsys.readouterr().err
 
 
+def test_the_command_that_prepares_text_works_as_printed(here, capsys):
+    """Of a folder and of a file with spaces, and where the place that it would take is taken."""
+    folder, text = here / "my books", "\n\n".join(f"{i} " * 700 for i in range(40))
+    folder.mkdir()
+    (folder / "a b.txt").write_text(text)
+    for source in ("my books", "my books/a b.txt", "my books"):
+        assert main(["train", "--recipe", "demo", "--data.path", source]) == 3
+        command, then = capsys.readouterr().err.split("golfgpt data prepare ")[1].split(", then use ")
+        assert main(["data", "prepare", *shlex.split(command), "--vocab-size", "270"]) == 0
+        assert (here / shlex.split(then)[0] / "manifest.json").exists()
+    assert sorted(path.name for path in (here / "data").iterdir()) == ["a b", "my books", "my books-tokens"]
+
+
 def test_the_r4_variant_is_labelled(trained, capsys):
     shown = run_json(capsys, "eval", trained, "--eval.stride", "16", "--eval.rule", "r4", "--eval.max-tokens", "1008")
     assert shown["score"]["label"] == "val_bpb (first 1,008 tokens) (R4: first 48 tokens not scored)"
@@ -273,7 +287,7 @@ def test_recipes(capsys):
         (["train", "--recipe", "demo", "--name", "../x"], 3, "is not a folder name"),
         (["train", "--recipe", "demo"], 3, "no data: expected a prepared folder"),
         (["data", "prepare", "missing.txt", "--out", "d"], 3, "missing.txt"),
-        (["data", "verify", "missing"], 3, "missing is not a folder"),
+        (["data", "verify", "missing"], 3, "there is no folder missing"),
     ],
 )
 def test_mistakes_are_named(here, capsys, argv, code, message):

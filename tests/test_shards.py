@@ -219,7 +219,7 @@ def two_models(folder):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (shutil.rmtree, InputError, "is not a folder, expected a prepared one: golfgpt data prepare"),
+        (shutil.rmtree, InputError, r"there is no folder .*; if it was moved, give its new place"),
         (remove("*"), InputError, r"holds no \*_train_\*\.bin"),
         (edit_manifest(lambda m: m.update(extra=1)), InputError, "unknown key extra"),
         (edit_manifest(lambda m: m.pop("val_below")), InputError, "missing key val_below"),

@@ -121,7 +121,8 @@ def preflight(args: Preflight) -> int:
         rest = sum(row.seconds for row in rows) - apart
         untried = [name for name in CHECKS if name not in {row.name for row in rows}]
         also = f", {len(untried)} not tried ({', '.join(untried)})" if untried else ""
-        print(f"{len(failed)} of {len(CHECKS)} checks failed{also}, in {rest:.0f} s and {apart:.0f} s to {COMPILE}")
+        seconds = f"{rest:.0f} s" + (f" and {apart:.0f} s to {COMPILE}" if apart >= 1 else "")
+        print(f"{len(failed)} of {len(CHECKS)} checks failed{also}, in {seconds}")
         if not failed:
             print(f"next: {launcher()} {shlex.join(['train', *sys.argv[2:]])}")
     for row in failed if rank else ():

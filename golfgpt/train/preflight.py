@@ -330,6 +330,6 @@ def _affordable(config: RunConfig, dataset: Dataset, ranks: Ranks) -> tuple[Trai
         config.eval, window=window, stride=None, batch_tokens=window, rule="every_token", document_aware=aware
     )
     return TrainStep(replace(config, data=data, eval=scored), dataset, ranks), (
-        f"{expected} is long, so steps and windows of {row} tokens were taken; not tried: other executions of a step, "
-        f"and the memory of a microbatch (about {memory / 2**30:.1f} GiB)"
+        f"steps and windows of {row} tokens were taken, because a whole step is long here ({expected}); not tried: "
+        f"other executions of a step, and the memory of a microbatch (about {memory / 2**30:.1f} GiB)"
     )
