@@ -228,9 +228,26 @@ def test_the_command_that_prepares_text_works_as_printed(here, capsys):
     for source in ("my books", "my books/a b.txt", "my books"):
         assert main(["train", "--recipe", "demo", "--data.path", source]) == 3
         command, then = capsys.readouterr().err.split("golfgpt data prepare ")[1].split(", then use ")
-        assert main(["data", "prepare", *shlex.split(command), "--vocab-size", "270"]) == 0
+        assert main(["data", "prepare", *shlex.split(command), "--vocab-size", "271"]) == 0
         assert (here / shlex.split(then)[0] / "manifest.json").exists()
     assert sorted(path.name for path in (here / "data").iterdir()) == ["a b", "my books", "my books-tokens"]
+
+
+def test_prepare_ends_with_the_command_that_trains_on_it_or_says_why_not(here, capsys):
+    (here / "text.txt").write_text("\n\n".join(f"{i} " * 700 for i in range(40)))
+    (here / "short.txt").write_text("a few words")
+    for val, last in (
+        ("text.txt", "next: golfgpt train --recipe small --data.path 'my data' --model.vocab-size 271"),
+        (
+            "short.txt",
+            "warning: val has only 12 tokens, and recipe small scores windows of 512: prepare more text with",
+        ),
+    ):
+        inputs = ["text.txt"] if val == "text.txt" else ["text.txt", "--val", val]
+        assert main(["data", "prepare", *inputs, "--out", "my data", "--vocab-size", "271", "--overwrite"]) == 0
+        assert capsys.readouterr().out.splitlines()[-1].startswith(last)
+    assert main(["data", "prepare", "my data", "--out", "again"]) == 3
+    assert "golfgpt train --recipe small --data.path 'my data'" in capsys.readouterr().err
 
 
 def test_the_r4_variant_is_labelled(trained, capsys):

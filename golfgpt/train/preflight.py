@@ -34,6 +34,7 @@ from golfgpt.quant.quantizer import Quantizer
 from golfgpt.runs import RUNS
 from golfgpt.score.evaluate import batch_windows, plan_windows, read_from, scorer_of, share, within_documents
 from golfgpt.score.windows import score_windows
+from golfgpt.tables import counted
 from golfgpt.train.checkpoint import KEEP
 from golfgpt.train.clock import Ledger
 from golfgpt.train.export import Exporter
@@ -260,7 +261,7 @@ class _Checks:
         steps = steps if cap is None else min(steps, int(cap / self.step_seconds))
         with self.row("time", "at the first steps") as row:
             seconds = f"{self.step_seconds:,.0f} s" if self.step_seconds >= 10 else f"{self.step_seconds:.3f} s"
-            row.found = f"{steps:,} steps of {seconds}"
+            row.found = f"{counted(steps, 'step')} of {seconds}"
             if not steps:
                 raise BudgetError(
                     f"training ends after {cap:g} s, and a step takes about {seconds}; "
