@@ -282,6 +282,11 @@ def test_recipes(capsys):
         (["trian"], 2, "did you mean train?"),
         (["data", "prepar"], 2, "did you mean data prepare?"),
         (["--json", "train"], 2, "expected a command first, got --json"),
+        (
+            ["data", "prepare", "a.txt", "--out", "d", "b.txt"],
+            2,
+            "unexpected argument b.txt; the files or runs to work on",
+        ),
         (["budget", "small"], 3, "did you mean golfgpt budget --recipe small?"),
         (["recipes", "demmo"], 3, "did you mean demo?"),
         (["sample"], 2, "expected PATH, got none"),

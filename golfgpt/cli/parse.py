@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 import docstring_parser
 import tyro
+from tyro.conf import Positional
 
 from golfgpt import recipes
 from golfgpt.errors import InputError, UsageError
@@ -105,6 +106,13 @@ def _meant(cls: type, word: str) -> str | None:
     return min(ends, key=lambda flag: (f"--{flag} " not in used, len(re.split("[.-]", flag))), default=None)
 
 
+def _takes_many(cls: type) -> bool:
+    """Whether the command has any number of arguments without an option."""
+    (mark,) = typing.get_args(Positional[int])[1:]
+    hints = typing.get_type_hints(cls, include_extras=True).values()
+    return any(mark in typing.get_args(hint) and typing.get_origin(typing.get_args(hint)[0]) is tuple for hint in hints)
+
+
 def _placed(cls: type, word: str) -> str | None:
     """The option and its value, for a `word` that came without its option."""
     flags = [flag for flag, _ in _flags(cls)]
@@ -129,6 +137,7 @@ def _reject(cls: type, name: str, box: str) -> NoReturn:
         message = f"unknown option -{found[2]}" if found[1] else f"unexpected argument {found[2]}"
         if not found[1]:
             flag = _placed(cls, found[2]) or flag
+            message += "; the files or runs to work on come before the options" if not flag and _takes_many(cls) else ""
         elif (meant := _meant(cls, found[2].lstrip("-").partition("=")[0])) and flag != f"--{meant}":
             flag, about = f"--{meant}", [f"--{meant}", dict(_flags(cls))[meant]]
         message += f"; did you mean {flag}?" if flag else ""

@@ -424,8 +424,8 @@ class Dataset:
 
 def _preparation(path: Path) -> str:
     """How to make prepared data of the text in `path`, a file or a folder, perhaps of something else."""
-    files = [path] if path.is_file() else path.iterdir()
-    if not any(file.name.endswith(SUFFIXES) for file in files):
+    files = [path] if path.is_file() else [*path.iterdir()]
+    if not any(file.name.endswith(SUFFIXES) for file in files) or path / "metrics.jsonl" in files:  # of a run
         return "golfgpt data prepare FILES --out DIR (or data download), then use DIR"
     out = Path("data", path.resolve().name.split(".")[0])
     out = shlex.quote(str(out.with_name(f"{out.name}-tokens") if out.exists() else out))
