@@ -26,7 +26,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join(lines)
 
 
-def counted(count: int, noun: str) -> str:
+def plural(count: int, noun: str) -> str:
     """ "1 shard", "2,000 shards"."""
     return f"{count:,} {noun}{'s' * (count != 1)}"
 

@@ -342,6 +342,7 @@ def test_a_bad_option_is_named_last(capsys, flags, code, message):
     [
         ("demo", "--recipe demo"),
         ("my books", "--data.path 'my books'"),
+        ("runs/first", "--resume runs/first"),
         ("--lr", "--optim.matrix-lr"),
         ("--steps", "--schedule.max-steps"),
         ("--batch-size", "--data.batch-tokens"),
@@ -356,6 +357,8 @@ def test_a_bad_option_is_named_last(capsys, flags, code, message):
 def test_what_a_trainer_types_is_understood(here, capsys, typed, meant):
     """And the line above the error is about the option that it names."""
     (here / "my books").mkdir()
+    (here / "runs" / "first").mkdir(parents=True)
+    (here / "runs" / "first" / "config.json").touch()
     assert main(["train", typed]) == 2
     *about, error = capsys.readouterr().err.splitlines()
     assert error.endswith(f"; did you mean {meant}?") and all(line.startswith(f"{meant}") for line in about[1:])

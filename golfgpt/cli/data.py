@@ -14,7 +14,7 @@ from tyro.conf import Positional
 from golfgpt import recipes
 from golfgpt.cli.common import print_json, progress_bars
 from golfgpt.errors import InputError
-from golfgpt.tables import counted, table
+from golfgpt.tables import plural, table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ def _next(recipe: str, out: Path, vocab_size: int, val_tokens: int) -> str:
     window = recipes.get(recipe).config.window
     if val_tokens <= window:
         return (
-            f"warning: val has only {counted(val_tokens, 'token')}, and recipe {recipe} scores windows of {window}: "
+            f"warning: val has only {plural(val_tokens, 'token')}, and recipe {recipe} scores windows of {window}: "
             "prepare more text with --overwrite, or train with a smaller --eval.window"
         )
     vocabulary = (
@@ -157,8 +157,8 @@ def data_download(args: DataDownload) -> int:
     else:
         print(
             f"{out}: {report.variant} of {report.repo} at {report.revision}\n"
-            f"{counted(report.train_shards, 'train shard')}, {report.train_tokens:,} tokens; "
-            f"{counted(report.val_shards, 'val shard')}, {report.val_tokens:,} tokens\n"
+            f"{plural(report.train_shards, 'train shard')}, {report.train_tokens:,} tokens; "
+            f"{plural(report.val_shards, 'val shard')}, {report.val_tokens:,} tokens\n"
             f"downloaded {report.fetched_files} of {report.files} files, {report.fetched_bytes:,} of {report.bytes:,} "
             "bytes; the SHA-256 of every file matches the record\n"
             + _next("baseline", out, int(args.variant.removeprefix("sp")), report.val_tokens)

@@ -115,10 +115,9 @@ def _takes_many(cls: type) -> bool:
 
 def _placed(cls: type, word: str) -> str | None:
     """The option and its value, for a `word` that came without its option."""
-    flags = [flag for flag, _ in _flags(cls)]
-    if "recipe" in flags and word in recipes.RECIPES:
-        return f"--recipe {word}"
-    return f"--data.path {shlex.quote(word)}" if "data.path" in flags and Path(word).exists() else None
+    flag = "recipe" if word in recipes.RECIPES else "data.path" if Path(word).exists() else None
+    flag = "resume" if Path(word, "config.json").exists() else flag
+    return f"--{flag} {shlex.quote(word)}" if flag in dict(_flags(cls)) else None
 
 
 def _reject(cls: type, name: str, box: str) -> NoReturn:

@@ -34,7 +34,7 @@ import golfgpt
 from golfgpt.doctor import probe
 from golfgpt.doctor.probe import Gpu
 from golfgpt.errors import InputError
-from golfgpt.tables import table
+from golfgpt.tables import plural, table
 from golfgpt.train.compute_dtype import DtypeChoice
 from golfgpt.train.machine_cache import package_version
 
@@ -311,7 +311,7 @@ def cpu_speed(machine: Machine) -> Iterator[Answer]:
     cpu, threads = probe.measure_cpu(), torch.get_num_threads()
     yield (
         f"matrix products {cpu.gflops:,.0f} GFLOP/s in float32, {cpu.bf16_gflops:,.0f} in bfloat16; memory copy "
-        f"{cpu.copy_gbps:.1f} GB/s; {threads} thread{'s' * (threads > 1)}, {torch.backends.cpu.get_cpu_capability()}",
+        f"{cpu.copy_gbps:.1f} GB/s; {plural(threads, 'thread')}, {torch.backends.cpu.get_cpu_capability()}",
     )
 
 

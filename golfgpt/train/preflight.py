@@ -34,7 +34,7 @@ from golfgpt.quant.quantizer import Quantizer
 from golfgpt.runs import RUNS
 from golfgpt.score.evaluate import batch_windows, plan_windows, read_from, scorer_of, share, within_documents
 from golfgpt.score.windows import score_windows
-from golfgpt.tables import counted
+from golfgpt.tables import plural
 from golfgpt.train.checkpoint import KEEP
 from golfgpt.train.clock import Ledger
 from golfgpt.train.export import Exporter
@@ -261,7 +261,7 @@ class _Checks:
         steps = steps if cap is None else min(steps, int(cap / self.step_seconds))
         with self.row("time", "at the first steps") as row:
             seconds = f"{self.step_seconds:,.0f} s" if self.step_seconds >= 10 else f"{self.step_seconds:.3f} s"
-            row.found = f"{counted(steps, 'step')} of {seconds}"
+            row.found = f"{plural(steps, 'step')} of {seconds}"
             if not steps:
                 raise BudgetError(
                     f"training ends after {cap:g} s, and a step takes about {seconds}; "
@@ -301,7 +301,7 @@ class _Checks:
             row.found = f"{steady:.1f} s, {wall:.1f} s by the wall clock"
             if abs(steady - wall) > 0.5 + 0.01 * steady:
                 raise VerificationError(
-                    f"the clock that ends a run counted {steady:.2f} s, the wall clock {wall:.2f} s: the wall clock "
+                    f"the clock that ends a run plural {steady:.2f} s, the wall clock {wall:.2f} s: the wall clock "
                     "was set meanwhile (try again), or one of the two is wrong"
                 )
 
