@@ -174,14 +174,17 @@ def torchrun_id() -> str | None:
     return None if found == "none" else found
 
 
-def resume_hint(path: Path) -> str:
-    """The sentence that follows the reason why a run ended early, with as many processes as this torchrun has on its
-    one node; empty if the run has saved nothing."""
+def launcher() -> str:
+    """How to start golfgpt with as many processes as this torchrun has on its one node."""
     world = os.environ.get("WORLD_SIZE", "1")
     several = world != "1" and world == os.environ.get("LOCAL_WORLD_SIZE")
-    command = f"torchrun --standalone --nproc-per-node {world} -m golfgpt" if several else "golfgpt"
+    return f"torchrun --standalone --nproc-per-node {world} -m golfgpt" if several else "golfgpt"
+
+
+def resume_hint(path: Path) -> str:
+    """The sentence that follows the reason why a run ended early; empty if the run has saved nothing."""
     saved = any((path / "checkpoints").glob("step_*.safetensors"))
-    return f" Resume with: {command} train --resume {shlex.quote(str(path))}" if saved else ""
+    return f" Resume with: {launcher()} train --resume {shlex.quote(str(path))}" if saved else ""
 
 
 def write_config(path: Path, config: RunConfig) -> None:

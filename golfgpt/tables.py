@@ -26,6 +26,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join(lines)
 
 
+def plural(count: int, noun: str) -> str:
+    """ "1 shard", "2,000 shards"."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def tensor_table(reports: Iterable[TensorReport]) -> str:
     """The per-tensor byte table, with errors if they are known."""
     rows = []

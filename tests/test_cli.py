@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from golfgpt.cli import main
+from golfgpt.cli import COMMANDS, main
 from golfgpt.data.tokenizer import Tokenizer
 from golfgpt.errors import missing_package
 from golfgpt.model.gpt import GPT
@@ -219,6 +220,36 @@ def test_text_of_another_tokenizer_is_to_be_prepared_with_the_runs(trained, corp
     assert f"golfgpt data prepare {text} --out data/text, then use data/text" in capsys.readouterr().err
 
 
+def test_the_command_that_prepares_text_works_as_printed(here, capsys):
+    """Of a folder and of a file with spaces, and where the place that it would take is taken."""
+    folder, text = here / "my books", "\n\n".join(f"{i} " * 700 for i in range(40))
+    folder.mkdir()
+    (folder / "a b.txt").write_text(text)
+    for source in ("my books", "my books/a b.txt", "my books"):
+        assert main(["train", "--recipe", "demo", "--data.path", source]) == 3
+        command, then = capsys.readouterr().err.split("golfgpt data prepare ")[1].split(", then use ")
+        assert main(["data", "prepare", *shlex.split(command), "--vocab-size", "271"]) == 0
+        assert (here / shlex.split(then)[0] / "manifest.json").exists()
+    assert sorted(path.name for path in (here / "data").iterdir()) == ["a b", "my books", "my books-tokens"]
+
+
+def test_prepare_ends_with_the_command_that_trains_on_it_or_says_why_not(here, capsys):
+    (here / "text.txt").write_text("\n\n".join(f"{i} " * 700 for i in range(40)))
+    (here / "short.txt").write_text("a few words")
+    for val, last in (
+        ("text.txt", "next: golfgpt train --recipe small --data.path 'my data' --model.vocab-size 271"),
+        (
+            "short.txt",
+            "warning: val has only 12 tokens, and recipe small scores windows of 512: prepare more text with",
+        ),
+    ):
+        inputs = ["text.txt"] if val == "text.txt" else ["text.txt", "--val", val]
+        assert main(["data", "prepare", *inputs, "--out", "my data", "--vocab-size", "271", "--overwrite"]) == 0
+        assert capsys.readouterr().out.splitlines()[-1].startswith(last)
+    assert main(["data", "prepare", "my data", "--out", "again"]) == 3
+    assert "golfgpt train --recipe small --data.path 'my data'" in capsys.readouterr().err
+
+
 def test_the_r4_variant_is_labelled(trained, capsys):
     shown = run_json(capsys, "eval", trained, "--eval.stride", "16", "--eval.rule", "r4", "--eval.max-tokens", "1008")
     assert shown["score"]["label"] == "val_bpb (first 1,008 tokens) (R4: first 48 tokens not scored)"
@@ -249,6 +280,15 @@ def test_recipes(capsys):
     ("argv", "code", "message"),
     [
         (["trian"], 2, "did you mean train?"),
+        (["data", "prepar"], 2, "did you mean data prepare?"),
+        (["--json", "train"], 2, "expected a command first, got --json"),
+        (
+            ["data", "prepare", "a.txt", "--out", "d", "b.txt"],
+            2,
+            "unexpected argument b.txt; the files or runs to work on",
+        ),
+        (["budget", "small"], 3, "did you mean golfgpt budget --recipe small?"),
+        (["recipes", "demmo"], 3, "did you mean demo?"),
         (["sample"], 2, "expected PATH, got none"),
         (["data", "prepare"], 2, "expected --out PATH, got none"),
         (["train", "--recipe", "demmo"], 3, "did you mean demo?"),
@@ -269,7 +309,7 @@ def test_recipes(capsys):
         (["train", "--recipe", "demo", "--name", "../x"], 3, "is not a folder name"),
         (["train", "--recipe", "demo"], 3, "no data: expected a prepared folder"),
         (["data", "prepare", "missing.txt", "--out", "d"], 3, "missing.txt"),
-        (["data", "verify", "missing"], 3, "missing is not a folder"),
+        (["data", "verify", "missing"], 3, "there is no folder missing"),
     ],
 )
 def test_mistakes_are_named(here, capsys, argv, code, message):
@@ -295,6 +335,49 @@ def test_a_bad_option_is_named_last(capsys, flags, code, message):
     *about, error = capsys.readouterr().err.splitlines()
     assert error.startswith(f"golfgpt: {message}") and 1 <= len(about) <= 2
     assert about[0] == "golfgpt train --help lists all options"
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("demo", "--recipe demo"),
+        ("my books", "--data.path 'my books'"),
+        ("runs/first", "--resume runs/first"),
+        ("--lr", "--optim.matrix-lr"),
+        ("--steps", "--schedule.max-steps"),
+        ("--batch-size", "--data.batch-tokens"),
+        ("--layers", "--model.num-layers"),
+        ("--dim", "--model.model-dim"),
+        ("--window", "--eval.window"),
+        ("--data=x", "--data.path"),
+        ("--output", "--name"),
+        ("-n", "--name"),
+    ],
+)
+def test_what_a_trainer_types_is_understood(here, capsys, typed, meant):
+    """And the line above the error is about the option that it names."""
+    (here / "my books").mkdir()
+    (here / "runs" / "first").mkdir(parents=True)
+    (here / "runs" / "first" / "config.json").touch()
+    assert main(["train", typed]) == 2
+    *about, error = capsys.readouterr().err.splitlines()
+    assert error.endswith(f"; did you mean {meant}?") and all(line.startswith(f"{meant}") for line in about[1:])
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "shown"),
+    [
+        ([], 2, len(COMMANDS)),
+        (["help"], 0, len(COMMANDS)),
+        (["data"], 2, 3),
+        (["data", "--help"], 0, 3),
+        (["submit"], 2, 2),
+    ],
+)
+def test_commands_are_listed(capsys, argv, code, shown):
+    """All, or those of a group."""
+    assert main(argv) == code
+    assert capsys.readouterr().out.count("\n  golfgpt ") == shown
 
 
 def test_help_names_what_is_used_most_in_unbroken_paragraphs(capsys):

@@ -257,7 +257,11 @@ def record(**file: object) -> bytes:
     [
         ({}, {"variant": "sp385"}, r"no variant 'sp385' .*; it has sp384, sp1024"),
         ({}, {"variant": "../x"}, "expected sp1024, sp8192"),
-        ({}, {"train_shards": 6}, r"lacks fineweb_train_000005\.bin of sp384; it has 5 train shards and 2 val shards"),
+        (
+            {},
+            {"train_shards": 6},
+            r"lacks fineweb_train_000005\.bin of sp384; it has 5 train shards \(--train-shards\) and 2 for val",
+        ),
         ({}, {"variant": "sp1024", "train_shards": 1}, "it has 0 train shards"),
         ({}, {"train_shards": 0}, "must be at least 1"),
         ({f"{SHARDS}/{TRAIN_1}": None}, {}, f"lacks {TRAIN_1} of sp384"),

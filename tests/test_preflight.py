@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from golfgpt.cli import main
 from golfgpt.errors import InputError
 from golfgpt.train import checkpoint, preflight
 from golfgpt.train.export import Exporter
@@ -40,7 +41,7 @@ def test_a_run_that_will_end_well(rows, monkeypatch, slow):
     monkeypatch.setattr(preflight, "LONG_STEP", 0.0 if slow else 1e9)
     found = rows()
     warned = {name: row.advice for name, row in found.items() if row.verdict != "ok"}
-    assert len(found) == 13 and list(warned) == ["model"] * slow
+    assert tuple(found) == preflight.CHECKS and list(warned) == ["model"] * slow
     assert "bit for bit" in found["resume"].found and found["time"].found.startswith("8 steps")
     total = int(found["byte budget"].found.split()[1].replace(",", ""))
     assert rows(budget={"artifact_bytes": total})["byte budget"].verdict == "warning"
@@ -130,3 +131,26 @@ def test_command_and_ranks(corpus, tmp_path, launcher, seconds):
     else:
         assert run.returncode == (1 if launcher else 4) and "time fails: training ends after" in run.stdout, run.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("failed, world", [(None, "1"), (None, "2"), ("export", "1")])
+def test_the_last_line_says_what_to_do_next(monkeypatch, capsys, failed, world):
+    """The command of the run as it was launched, or what was not tried."""
+    last = preflight.CHECKS.index(failed) if failed else len(preflight.CHECKS)
+    found = [preflight.Row(name, "now") for name in preflight.CHECKS[:last]]
+    if failed:
+        found.append(preflight.Row(failed, "now", verdict="fails", advice="full", exit_code=4))
+    monkeypatch.setattr(preflight, "preflight", lambda config, count: found)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", world)
+    argv = ["preflight", "--recipe", "demo", "--data.path", "my books"]
+    monkeypatch.setattr(sys, "argv", ["golfgpt", *argv])
+    assert main(argv) == (4 if failed else 0)
+    last = capsys.readouterr().out.splitlines()[-1]
+    if failed:
+        assert last.startswith(
+            "1 of 13 checks failed, 6 not tried (byte budget, reload, scored batch, time, disk, clock)"
+        )
+    else:
+        command = "golfgpt" if world == "1" else "torchrun --standalone --nproc-per-node 2 -m golfgpt"
+        assert last == f"next: {command} train --recipe demo --data.path 'my books'"

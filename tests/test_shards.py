@@ -211,6 +211,11 @@ def another_shard(folder):
     write_shard(folder / "golf_train_999999.bin", np.arange(3))
 
 
+def a_run(folder):
+    remove("*")(folder)
+    (folder / "metrics.jsonl").touch()
+
+
 def two_models(folder):
     (folder / "tokenizer.model").rename(folder / "a.model")
     (folder / "b.model").touch()
@@ -219,7 +224,8 @@ def two_models(folder):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (shutil.rmtree, InputError, "is not a folder, expected a prepared one: golfgpt data prepare"),
+        (shutil.rmtree, InputError, r"there is no folder .*; if it was moved, give its new place"),
+        (a_run, InputError, r"golfgpt data prepare FILES --out DIR"),
         (remove("*"), InputError, r"holds no \*_train_\*\.bin"),
         (edit_manifest(lambda m: m.update(extra=1)), InputError, "unknown key extra"),
         (edit_manifest(lambda m: m.pop("val_below")), InputError, "missing key val_below"),

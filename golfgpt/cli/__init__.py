@@ -65,6 +65,8 @@ def _export_config(argv: list[str]) -> RunConfig:
 
 def _budget_config(argv: list[str]) -> RunConfig:
     if argv and not argv[0].startswith("-"):
+        if argv[0] in recipes.RECIPES and not Path(argv[0]).exists():
+            raise InputError(f"there is no run {argv[0]}; did you mean golfgpt budget --recipe {argv[0]}?")
         return _run_config(argv) if _alone(Path(argv[0]), argv).is_dir() else RunConfig()
     return _recipe_config(argv)
 
@@ -127,24 +129,28 @@ COMMANDS = {
 
 def main(argv: list[str]) -> int:
     """Run one command and return the exit code of the process."""
-    name = " ".join(argv[:2])
-    if name not in COMMANDS and argv[:1] != ["data"]:
-        name = argv[0] if argv else ""
+    if argv[:1] == ["help"]:
+        argv = [*argv[1:], "--help"]
+    first, both = argv[0] if argv else "", " ".join(argv[:2])
+    group = first if first not in COMMANDS and any(name.startswith(f"{first} ") for name in COMMANDS) else ""
+    name = both if group or both in COMMANDS else first
     try:
         if name in COMMANDS:
             return _dispatch(name, argv[len(name.split()) :])
-        if name in ("", "-h", "--help", "data", "data -h", "data --help"):
-            print(_overview())
-            return 0 if "-h" in name else 2
-        if name == "--version":
+        asked = argv[bool(group) :][:1]
+        if asked in ([], ["-h"], ["--help"], ["help"]):
+            print(_overview(group))
+            return 0 if asked else 2
+        if name in ("--version", "-V", "version"):
             from golfgpt import __version__
 
             print(f"golfgpt {__version__}")
             return 0
-        close = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
         print("golfgpt --help lists all commands", file=sys.stderr)
-        raise UsageError(f"unknown command {name!r}{hint}")
+        if name.startswith("-"):
+            raise UsageError(f"expected a command first, got {name}: golfgpt COMMAND {name} …")
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        raise UsageError(f"unknown command {name!r}{f'; did you mean {close[0]}?' if close else ''}")
     except PeerError as error:
         return error.exit_code
     except Interrupted as error:
@@ -171,7 +177,7 @@ def _fail(message: str, code: int) -> int:
 
 def _dispatch(name: str, argv: list[str]) -> int:
     command = COMMANDS[name]
-    if name == "recipes" and argv and argv[0] in recipes.RECIPES:
+    if name == "recipes" and argv and argv[0] not in ("list", "show") and not argv[0].startswith("-"):
         argv = ["show", *argv]
     config = command.start(argv) if command.start else None
     args = _parse(command.args, name, argv, config)
@@ -200,9 +206,12 @@ def _parse(cls: type, name: str, argv: list[str], config: RunConfig | None) -> A
     return parse(cls, name, argv, default)
 
 
-def _overview() -> str:
+def _overview(group: str) -> str:
+    """Of all commands, or of those that begin with `group`."""
     lines = ["golfgpt: train the best language model that fits a byte budget, and prove the score.", ""]
     for name, command in COMMANDS.items():
+        if not name.startswith(group):
+            continue
         sentence = command.args.__doc__.split(". ")[0].rstrip(".")
         lines.append(f"  golfgpt {name:<13} {sentence}.")
     lines += ["", "`golfgpt COMMAND --help` lists every option with its default."]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 import tyro
 from tyro.conf import Positional
 
+from golfgpt import recipes
 from golfgpt.cli.common import print_json, progress_bars
 from golfgpt.errors import InputError
+from golfgpt.tables import plural, table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,15 +52,27 @@ def data_prepare(args: DataPrepare) -> int:
     if args.json:
         print_json(manifest.to_json())
     else:
-        vocabulary = "" if manifest.vocab_size == 1024 else f" --model.vocab-size {manifest.vocab_size}"
-        print(f"next: golfgpt train --recipe small --data.path {args.out}{vocabulary}")
+        print(_next("small", args.out, manifest.vocab_size, manifest.val.tokens))
     return 0
+
+
+def _next(recipe: str, out: Path, vocab_size: int, val_tokens: int) -> str:
+    """What follows the preparation of `out`: the command that trains on it, or what it lacks for that."""
+    window = recipes.get(recipe).config.window
+    if val_tokens <= window:
+        return (
+            f"warning: val has only {plural(val_tokens, 'token')}, and recipe {recipe} scores windows of {window}: "
+            "prepare more text with --overwrite, or train with a smaller --eval.window"
+        )
+    vocabulary = (
+        "" if vocab_size == recipes.get(recipe).config.model.vocab_size else f" --model.vocab-size {vocab_size}"
+    )
+    return f"next: golfgpt train --recipe {recipe} --data.path {shlex.quote(str(out))}{vocabulary}"
 
 
 def prepare_folder(args: DataPrepare) -> Any:
     from golfgpt.data.demo_text import demo_text
     from golfgpt.data.prepare import prepare
-    from golfgpt.tables import table
 
     say = sys.stderr if args.json else sys.stdout
     if args.vocab_size is not None and args.tokenizer is not None:
@@ -140,14 +155,13 @@ def data_download(args: DataDownload) -> int:
     if args.json:
         print_json(asdict(report))
     else:
-        vocabulary = "" if args.variant == "sp1024" else f" --model.vocab-size {args.variant.removeprefix('sp')}"
         print(
             f"{out}: {report.variant} of {report.repo} at {report.revision}\n"
-            f"{report.train_shards} train shards, {report.train_tokens:,} tokens; {report.val_shards} val shards, "
-            f"{report.val_tokens:,} tokens\n"
+            f"{plural(report.train_shards, 'train shard')}, {report.train_tokens:,} tokens; "
+            f"{plural(report.val_shards, 'val shard')}, {report.val_tokens:,} tokens\n"
             f"downloaded {report.fetched_files} of {report.files} files, {report.fetched_bytes:,} of {report.bytes:,} "
             "bytes; the SHA-256 of every file matches the record\n"
-            f"next: golfgpt train --recipe baseline --data.path {out}{vocabulary}"
+            + _next("baseline", out, int(args.variant.removeprefix("sp")), report.val_tokens)
         )
     return 0
 
@@ -164,7 +178,6 @@ class DataVerify:
 
 def data_verify(args: DataVerify) -> int:
     from golfgpt.data.shards import verify
-    from golfgpt.tables import table
 
     with progress_bars(sys.stderr if args.json else sys.stdout) as progress:
         report = asdict(verify(args.path, progress=progress))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import sys
 from dataclasses import asdict, dataclass, replace
 from operator import attrgetter
@@ -226,7 +227,7 @@ def export(args: Export) -> int:
         print(f"\n{out}: {size:,} bytes, {written.packing}, from the {source}'s weights")
         here = out.resolve().parent == folder.resolve()
         print(
-            f"next: golfgpt eval {out}"
+            f"next: golfgpt eval {shlex.quote(str(out))}"
             if here
             else f"to score it with golfgpt eval, move it into the run folder {folder}"
         )
@@ -258,7 +259,8 @@ def _export_hf(args: Export, file: Path, window: int) -> int:
             print(f"{size:>12,}  {out / name}")
         print(
             f'next: AutoModelForCausalLM.from_pretrained("{out}", trust_remote_code=True), or\n'
-            f"      lm_eval --model hf --model_args pretrained={out},trust_remote_code=True --tasks TASK"
+            f"      lm_eval --model hf --model_args pretrained={shlex.quote(str(out))},trust_remote_code=True "
+            "--tasks TASK"
         )
     return 0
 
@@ -317,6 +319,8 @@ def import_file(args: Import) -> int:
     from golfgpt.published.names import assumed_fields, listed
     from golfgpt.tables import tensor_table
 
+    if args.file.is_dir():
+        raise InputError(f"{args.file} is a folder; expected a file of a published script in it: .pt or .ptz")
     export = read_export(args.file)
     path = RUNS / run_name(args.name, args.file.name.split(".")[0])
     info = import_model(export, Tokenizer.from_file(args.tokenizer), args.config, path)
@@ -335,8 +339,8 @@ def import_file(args: Import) -> int:
     if export.decoded:
         print(f"stored as float32, because model.golf has no place for their factors: {listed(export.decoded)}")
     if args.config.quant.method == "gptq" and not export.quantized:
-        print(f"for GPTQ: golfgpt export {path} --to golf --data DIR")
+        print(f"for GPTQ: golfgpt export {shlex.quote(str(path))} --to golf --data DIR")
     for name, (value, known) in assumed.items():
         print(f"assumed, because the tensors do not show it: model.{name} {value} ({known})")
-    print(f"next: golfgpt eval {path} --data.path DIR")
+    print(f"next: golfgpt eval {shlex.quote(str(path))} --data.path DIR")
     return 0

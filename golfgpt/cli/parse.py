@@ -8,17 +8,21 @@ import functools
 import io
 import itertools
 import re
+import shlex
 import sys
 import textwrap
 import typing
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
 import docstring_parser
 import tyro
+from tyro.conf import Positional
 
+from golfgpt import recipes
 from golfgpt.errors import InputError, UsageError
 
 
@@ -66,21 +70,54 @@ def _describe(cls: type) -> None:
 _KINDS = {"INT": "a whole number", "FLOAT": "a number", "{None}": "None"}
 
 
-def _flags(cls: type, prefix: str = "") -> Iterator[str]:
+_ELSEWHERE = {
+    "batch-size": "data.batch-tokens",
+    "config": "recipe",
+    "data-dir": "data.path",
+    "epochs": "schedule.max-seconds",
+    "learning-rate": "optim.matrix-lr",
+    "n": "name",
+    "out": "name",
+    "out-dir": "name",
+    "output": "name",
+    "output-dir": "name",
+}
+"""What other trainers call the options of ours that have no word in common with theirs."""
+
+
+def _flags(cls: type, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Each option, without dashes, and its description."""
     for field in fields(cls):
         kind, name = typing.get_type_hints(cls)[field.name], field.name.replace("_", "-")
         if is_dataclass(kind):
             yield from _flags(kind, "" if name == "config" else f"{prefix}{name}.")
         else:
-            yield prefix + name
+            yield prefix + name, field.metadata.get("help", "")
 
 
 def _meant(cls: type, word: str) -> str | None:
-    """The option that ends in `word`, or whose section it is: one of the "most used" first, then the shortest."""
-    used = cls.__doc__ or ""
-    ends = [flag for flag in _flags(cls) if f".{flag}".endswith((f".{word}", f"-{word}"))]
-    ends += [flag for flag in _flags(cls) if flag.startswith(f"{word}.") and f"--{flag} " in used]
-    return min((f"--{flag}" for flag in ends), key=lambda flag: (f"{flag} " not in used, len(flag)), default=None)
+    """The option that ends in `word`, or whose section it is: one of the "most used" first, then that of the fewest
+    words, then the first."""
+    used, flags = cls.__doc__ or "", [flag for flag, _ in _flags(cls)]
+    if (same := _ELSEWHERE.get(word)) in flags:
+        return same
+    ends = [flag for flag in flags if f".{flag}".endswith((f".{word}", f"-{word}"))]
+    ends += [flag for flag in flags if flag.startswith(f"{word}.") and f"--{flag} " in used]
+    return min(ends, key=lambda flag: (f"--{flag} " not in used, len(re.split("[.-]", flag))), default=None)
+
+
+def _takes_many(cls: type) -> bool:
+    """Whether the command has any number of arguments without an option."""
+    (mark,) = typing.get_args(Positional[int])[1:]
+    hints = typing.get_type_hints(cls, include_extras=True).values()
+    return any(mark in typing.get_args(hint) and typing.get_origin(typing.get_args(hint)[0]) is tuple for hint in hints)
+
+
+def _placed(cls: type, word: str) -> str | None:
+    """The option and its value, for a `word` that came without its option."""
+    flag = "recipe" if word in recipes.RECIPES else "data.path" if Path(word).exists() else None
+    flag = "resume" if Path(word, "config.json").exists() else flag
+    return f"--{flag} {shlex.quote(word)}" if flag in dict(_flags(cls)) else None
 
 
 def _reject(cls: type, name: str, box: str) -> NoReturn:
@@ -97,7 +134,11 @@ def _reject(cls: type, name: str, box: str) -> NoReturn:
     if found := re.match(r"Unrecognized options: (-?)([^,]+)", message):
         error = UsageError
         message = f"unknown option -{found[2]}" if found[1] else f"unexpected argument {found[2]}"
-        flag = (_meant(cls, found[2].lstrip("-").partition("=")[0]) if found[1] else None) or flag
+        if not found[1]:
+            flag = _placed(cls, found[2]) or flag
+            message += "; the files or runs to work on come before the options" if not flag and _takes_many(cls) else ""
+        elif (meant := _meant(cls, found[2].lstrip("-").partition("=")[0])) and flag != f"--{meant}":
+            flag, about = f"--{meant}", [f"--{meant}", dict(_flags(cls))[meant]]
         message += f"; did you mean {flag}?" if flag else ""
     elif message.startswith("Missing from"):
         error, message = UsageError, f"expected {about[0]}, got none"

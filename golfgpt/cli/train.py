@@ -18,7 +18,7 @@ from golfgpt.cli.common import RUNS, Config, begun_before, check_tokenizer, prin
 from golfgpt.cli.data import DataPrepare, prepare_folder
 from golfgpt.config import EvalConfig, RunConfig
 from golfgpt.errors import BudgetError, InputError, Interrupted
-from golfgpt.runs import read_result, read_stored_result
+from golfgpt.runs import launcher, read_result, read_stored_result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,7 @@ class Preflight:
 def preflight(args: Preflight) -> int:
     from golfgpt.submit.size import counted
     from golfgpt.tables import table
-    from golfgpt.train.preflight import COMPILE, preflight
+    from golfgpt.train.preflight import CHECKS, COMPILE, preflight
 
     _need_recipe(args.recipe)
     rows, rank = preflight(args.config, counted), int(os.environ.get("RANK", 0))
@@ -119,7 +119,12 @@ def preflight(args: Preflight) -> int:
             print(f"{row.name} {row.verdict}: {row.advice}")
         apart = sum(row.seconds for row in rows if row.name == COMPILE)
         rest = sum(row.seconds for row in rows) - apart
-        print(f"{len(failed)} of {len(rows)} checks failed, in {rest:.0f} s and {apart:.0f} s to {COMPILE}")
+        untried = [name for name in CHECKS if name not in {row.name for row in rows}]
+        also = f", {len(untried)} not tried ({', '.join(untried)})" if untried else ""
+        seconds = f"{rest:.0f} s" + (f" and {apart:.0f} s to {COMPILE}" if apart >= 1 else "")
+        print(f"{len(failed)} of {len(CHECKS)} checks failed{also}, in {seconds}")
+        if not failed:
+            print(f"next: {launcher()} {shlex.join(['train', *sys.argv[2:]])}")
     for row in failed if rank else ():
         print(f"golfgpt: rank {rank}: {row.name}: {row.advice}", file=sys.stderr, flush=True)
     return code

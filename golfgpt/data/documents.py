@@ -8,12 +8,14 @@ import json
 import mmap
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import zstandard
 
+from golfgpt.data.manifest import MANIFEST
 from golfgpt.errors import InputError
 
 PathLike = str | os.PathLike
@@ -42,7 +44,10 @@ def find_inputs(inputs: Sequence[PathLike], say: Callable[[str], None] = lambda 
             files = sorted(Path(name) for name in glob.glob(item, recursive=True) if Path(name).is_file())
         if not files:
             what = "holds no" if path.is_dir() else "is no file and no folder, and as a pattern matches no"
-            raise InputError(f"input {item} {what} {', '.join(SUFFIXES)}; check the path")
+            advice = "check the path"
+            if (path / MANIFEST).exists():
+                advice = f"it holds prepared data already: golfgpt train --recipe small --data.path {shlex.quote(item)}"
+            raise InputError(f"input {item} {what} {', '.join(SUFFIXES)}; {advice}")
         found += files
     if not found:
         raise InputError("no input is named: give files, folders or globs")
@@ -53,7 +58,7 @@ def find_inputs(inputs: Sequence[PathLike], say: Callable[[str], None] = lambda 
     again = [file for file in found if once.setdefault(file.resolve(), file) is not file]
     if again:
         names = ", ".join(map(str, again[:3])) + (", …" if len(again) > 3 else "")
-        say(f"{len(again)} of {len(found)} inputs name a file again; each file is read once: {names}")
+        say(f"each file is read once; named again by {len(again)} of {len(found)} inputs: {names}")
     return list(once.values())
 
 

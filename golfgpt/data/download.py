@@ -231,7 +231,9 @@ def _select(files: Sequence[RemoteFile], variant: str, train_shards: int) -> set
     wanted |= {f"fineweb_train_{i:06d}.bin" for i in range(train_shards)}
     wanted |= {f"fineweb_val_{i:06d}.bin" for i in range(max(val, 1))}
     if lacking := wanted - names:
-        raise InputError(f"{REPO} lacks {min(lacking)} of {variant}; it has {train} train shards and {val} val shards")
+        raise InputError(
+            f"{REPO} lacks {min(lacking)} of {variant}; it has {train} train shards (--train-shards) and {val} for val"
+        )
     return wanted
 
 

@@ -304,7 +304,10 @@ def _staging(out: Path, overwrite: bool) -> Iterator[Path]:
     if old and not (out / MANIFEST).exists():
         raise InputError(f"{out} holds files, but no {MANIFEST}, so it is not replaced; name another folder")
     if old and not overwrite:
-        raise InputError(f"{out} is not empty; name another folder, remove it, or replace it with --overwrite")
+        raise InputError(
+            f"{out} is not empty: it holds data that were prepared before; name another folder, or replace it with "
+            "--overwrite"
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = out.with_name(f"{here}.{os.getpid()}")
     shutil.rmtree(folder, ignore_errors=True)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from golfgpt.bpb import ByteCounts, decoded_bytes
+from golfgpt.data.documents import SUFFIXES
 from golfgpt.data.manifest import MANIFEST, Manifest
 from golfgpt.data.tokenizer import Tokenizer
 from golfgpt.errors import InputError, VerificationError
@@ -171,12 +173,12 @@ class Dataset:
             old = self.path.with_name(f".{self.path.name}.golfgpt.old")
             if old.exists():
                 raise InputError(f"{path} is now {old}, because prepare --overwrite was killed; rename it back")
-            text = self.path.is_file() and self.path.suffix in (".txt", ".jsonl", ".zst")
-            source, out = (path, f"data/{self.path.name.split('.')[0]}") if text else ("FILES", "DIR")
-            raise InputError(
-                f"{path} is not a folder, expected a prepared one: golfgpt data prepare {source} --out {out}, then use "
-                f"{out}"
-            )
+            if not self.path.exists():
+                raise InputError(
+                    f"there is no folder {path}; if it was moved, give its new place (train and eval: --data.path DIR, "
+                    f"export: --data DIR), or prepare it: golfgpt data prepare FILES --out {shlex.quote(str(path))}"
+                )
+            raise InputError(f"{path} is not a folder, expected a prepared one: {_preparation(self.path)}")
         manifest = self.path / MANIFEST
         self.manifest = Manifest.load(manifest) if manifest.exists() else None
         self.train_files = sorted(self.path.glob("*_train_*.bin"))
@@ -185,8 +187,7 @@ class Dataset:
         for name, files in (("train", self.train_files), ("val", self.val_files)):
             if not files:
                 raise InputError(
-                    f"{path} holds no *_{name}_*.bin, expected a prepared folder: golfgpt data prepare FILES --out DIR "
-                    "(or data download), then use DIR"
+                    f"{path} holds no *_{name}_*.bin, expected a prepared folder: {_preparation(self.path)}"
                 )
         self.train, self.val = [*map(open_shard, self.train_files)], [*map(open_shard, self.val_files)]
         self.published = [*map(open_shard, self.published_files)]
@@ -419,6 +420,16 @@ class Dataset:
                     f'{self.path}: the vocabulary has no bare "▁", and {count} spaces or more of val are the bytes '
                     "E2 96 81, which would count 3 bytes each; prepare the data again from the text"
                 )
+
+
+def _preparation(path: Path) -> str:
+    """How to make prepared data of the text in `path`, a file or a folder, perhaps of something else."""
+    files = [path] if path.is_file() else [*path.iterdir()]
+    if not any(file.name.endswith(SUFFIXES) for file in files) or path / "metrics.jsonl" in files:  # of a run
+        return "golfgpt data prepare FILES --out DIR (or data download), then use DIR"
+    out = Path("data", path.resolve().name.split(".")[0])
+    out = shlex.quote(str(out.with_name(f"{out.name}-tokens") if out.exists() else out))
+    return f"golfgpt data prepare {shlex.quote(str(path))} --out {out}, then use {out}"
 
 
 def _sample_digest(shard: Sequence[int]) -> str:

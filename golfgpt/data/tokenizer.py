@@ -306,9 +306,10 @@ def _even_sample(items: Iterable[str], max_chars: int) -> list[str]:
 
 def _explain(message: str, vocab_size: int) -> str:
     if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
-        return f"vocabulary size {vocab_size} is too small for this text: choose at least {found[1]}"
+        return f"vocabulary size {vocab_size} is too small for this text: choose at least {found[1]} (--vocab-size)"
     if found := re.search(r"set it to a value <= (\d+)", message):
-        return f"vocabulary size {vocab_size} is too large for this text: choose at most {found[1]}, or give more text"
+        most = f"at most {found[1]} (--vocab-size)"
+        return f"vocabulary size {vocab_size} is too large for this text: choose {most}, or give more text"
     if "sentences_.empty()" in message:
         return "no text to train a tokenizer on: the train split is empty"
     return f"SentencePiece could not train {vocab_size} pieces: {message}"

@@ -34,7 +34,7 @@ import golfgpt
 from golfgpt.doctor import probe
 from golfgpt.doctor.probe import Gpu
 from golfgpt.errors import InputError
-from golfgpt.tables import table
+from golfgpt.tables import plural, table
 from golfgpt.train.compute_dtype import DtypeChoice
 from golfgpt.train.machine_cache import package_version
 
@@ -128,23 +128,27 @@ def exit_code(rows: Iterable[Row]) -> int:
 
 
 def text(rows: Sequence[Row]) -> str:
-    """The table, and below it the advice of each row that is not ok; what a run needs comes first."""
+    """The table, below it the advice of each row that is not ok, what a run needs first, and last the next step."""
     lines = [table(("check", "value", "verdict"), [(row.name, row.value, row.verdict) for row in rows]), ""]
     for row in sorted(rows, key=lambda row: (not row.broken, row.verdict == "unknown")):
         if row.verdict != "ok":
             lines.append(f"{row.name}{' (a run needs it)' if row.broken else ''}: {row.advice}")
     counts = Counter(row.verdict for row in rows)
-    return "\n".join([*lines, ", ".join(f"{counts[v]} {v}" for v in ("ok", "slow", "missing", "unknown"))])
+    verdicts = ", ".join(f"{counts[v]} {v}" for v in ("ok", "slow", "missing", "unknown"))
+    then = "mend what a run needs, then golfgpt doctor again"
+    if not exit_code(rows):
+        then = "golfgpt demo trains a small model; golfgpt preflight --recipe NAME --data.path DIR tries your own run"
+    return "\n".join([*lines, f"{len(rows)} checks: {verdicts}", f"next: {then}"])
 
 
 # ---- GPUs
 
 
-@check("torch's GPUs")
+@check("GPUs")
 def usable(machine: Machine) -> Iterator[Answer]:
     count, listed, build = len(machine.devices), len(machine.listed), torch.version.cuda
     visible, error = os.environ.get("CUDA_VISIBLE_DEVICES"), machine.error
-    value = f"{count} of {max(count, listed)} usable"
+    value = f"torch can use {count} of {max(count, listed)}" if listed or count else "none"
     if listed:
         names = ", ".join(f"{number} x {name}" for name, number in Counter(machine.listed).items())
         value += f": {names}, driver {collect_env.get_nvidia_driver_version(probe.run)}"
@@ -179,10 +183,12 @@ def speed(machine: Machine) -> Iterator[Answer]:
     for index, gpu in enumerate(machine.gpus):
         best = DATASHEET.get(gpu.name, (math.nan, math.nan))
         product, copy = gpu.tflops / best[0], gpu.copy_gbps / best[1]
-        value = f"GPU {index}: product {gpu.tflops:,.0f} TFLOP/s, copy {gpu.copy_gbps:,.0f} GB/s"
+        value = (
+            f"GPU {index}: matrix products {gpu.tflops:,.0f} TFLOP/s in bfloat16, memory copy {gpu.copy_gbps:,.0f} GB/s"
+        )
         known = gpu.name in DATASHEET
         yield (
-            f"{value}, {product:.0%} and {copy:.0%} of the datasheet" if known else value,
+            f"{value}: {product:.0%} and {copy:.0%} of the datasheet" if known else value,
             (not known, "unknown", f"no datasheet of {gpu.name} is known here: compare with the vendor's"),
             # 788 of 989 TFLOP/s and 4.3 of 4.8 TB/s were seen on an H200.
             (product < 0.55, "slow", f"GPU {index}: a slow product: see GPU state, else change the machine"),
@@ -213,10 +219,12 @@ def state(machine: Machine) -> Iterator[Answer]:
         reasons = [reason for bits, reason in REASONS.items() if gpu.reasons & bits]
         limits = " and ".join(word for word, _ in reasons) or (f"reason {gpu.reasons:#x}" if gpu.reasons else "nothing")
         remedies = "; ".join(remedy for _, remedy in reasons if remedy)
-        value = f"GPU {index}: {gpu.clock_mhz:,.0f} of {gpu.max_clock_mhz:,.0f} MHz, limited by {limits}"
-        value += f"; {gpu.watts:.0f} W, default {gpu.default_watts:.0f}"
+        value = (
+            f"GPU {index}: clock {gpu.clock_mhz:,.0f} of {gpu.max_clock_mhz:,.0f} MHz under load, limited by {limits}"
+        )
+        value += f"; power cap {gpu.watts:.0f} W, default {gpu.default_watts:.0f} W"
         yield (
-            f"{value}; {gpu.links} NVLinks of {gpu.link_gbps:.1f} GB/s" if several else value,
+            f"{value}; {gpu.links} NVLinks of {gpu.link_gbps:.1f} GB/s each" if several else value,
             (remedies, "slow", f"GPU {index}: {remedies}"),
             (
                 gpu.watts < 0.99 * gpu.default_watts,
@@ -245,7 +253,7 @@ def all_reduce(machine: Machine) -> Iterator[Answer]:
         return
     least = max([5.0, *(gpu.links * gpu.link_gbps / 4 for gpu in machine.gpus)])
     advice = f"below {least:.0f} GB/s: NCCL_DEBUG=INFO names the path that NCCL takes"
-    value = f"{gbps:,.1f} GB/s, {processes} processes, 64 MB, {backend}"
+    value = f"{gbps:,.1f} GB/s, summing 64 MB over {processes} processes with {backend}"
     yield value, (backend == "nccl" and gbps < least, "slow", advice)
 
 
@@ -255,12 +263,13 @@ def baseline_step(machine: Machine) -> Iterator[Answer]:
     if not machine.devices:
         return
     ms, expected = probe.baseline_step(machine.best), probe.expected_step(torch.cuda.get_device_name(machine.best))
-    value = f"eager forward + backward {ms:.1f} ms"
+    value = f"forward and backward of {probe.STEP_TOKENS:,} tokens, not compiled: {ms:.1f} ms"
     if expected is None:
         advice = "nothing to compare with, and nothing to do"
         yield f"{value}; no committed measurement for this GPU", (True, "unknown", advice)
         return
-    value += f", expected {expected['eager']:.1f}; golfgpt's whole step {expected['golfgpt']:.1f} ({expected['date']})"
+    value += f", expected {expected['eager']:.1f} ms; golfgpt's whole step {expected['golfgpt']:.1f} ms"
+    value += f" ({expected['date']})"
     ratio = ms / expected["eager"]
     advice = f"{ratio:.2f} x the committed time (torch {expected['torch']}): see GPU speed, GPU state and CPUs"
     yield value, (ratio > 1.15, "slow", advice)
@@ -280,7 +289,7 @@ def disk(machine: Machine) -> Iterator[Answer]:
     free = shutil.disk_usage(folder).free / 1e9
     # Two checkpoints of 26 M parameters with optimizer state, and one being written.
     advice = "a run's checkpoints take up to 1 GB: free some, or start elsewhere"
-    yield f"{free:,.1f} GB free", (free < 1, "broken", advice)
+    yield f"{free:,.1f} GB free in {folder}", (free < 1, "broken", advice)
 
 
 @check("CPUs")
@@ -288,7 +297,8 @@ def cpus(machine: Machine) -> Iterator[Answer]:
     available, needed = len(os.sched_getaffinity(0)), 2 * len(machine.devices)
     time = min(available, probe.cpu_quota())
     yield (
-        f"{available} of {os.cpu_count()}, the time of {time:.3g}",
+        f"{available} for this process, of {os.cpu_count()} in the machine"
+        + (f", limited to the time of {time:.3g}" if time < available else ""),
         (time < needed, "slow", f"each GPU takes two, for its process and its data, together {needed}: ask for more"),
         (time < available, "slow", f"torch starts {available} threads: --runtime.threads {max(1, int(time))}"),
     )
@@ -300,8 +310,8 @@ def cpu_speed(machine: Machine) -> Iterator[Answer]:
         return
     cpu, threads = probe.measure_cpu(), torch.get_num_threads()
     yield (
-        f"product {cpu.gflops:,.0f} GFLOP/s in float32, {cpu.bf16_gflops:,.0f} in bfloat16, copy {cpu.copy_gbps:.1f} "
-        f"GB/s; {threads} thread{'s' * (threads > 1)}, {torch.backends.cpu.get_cpu_capability()}",
+        f"matrix products {cpu.gflops:,.0f} GFLOP/s in float32, {cpu.bf16_gflops:,.0f} in bfloat16; memory copy "
+        f"{cpu.copy_gbps:.1f} GB/s; {plural(threads, 'thread')}, {torch.backends.cpu.get_cpu_capability()}",
     )
 
 
@@ -310,7 +320,7 @@ def memory(machine: Machine) -> Iterator[Answer]:
     kilobytes = dict(re.findall(r"^(\w+): +(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE))
     total, available = (int(kilobytes[name]) * 1024 / 1e9 for name in ("MemTotal", "MemAvailable"))
     advice = "the smallest run, the demo, takes 0.9 GB: end something else"
-    yield f"{available:.1f} of {total:.1f} GB available", (available < 1, "broken", advice)
+    yield f"{available:.1f} GB available of {total:.1f} GB", (available < 1, "broken", advice)
 
 
 @check("/dev/shm")
@@ -318,7 +328,7 @@ def shared_memory(machine: Machine) -> Iterator[Answer]:
     """A container gets 64 MB unless it is told otherwise."""
     size, verdict = shutil.disk_usage("/dev/shm").total, "missing" if len(machine.devices) > 1 else "unknown"
     advice = "too little for NCCL between GPUs and for DataLoader workers: --shm-size 8g"
-    yield f"{size / 1e9:.2f} GB", (size < 1e9, verdict, advice)
+    yield f"{size / 1e9:.2f} GB of shared memory", (size < 1e9, verdict, advice)
 
 
 # ---- software, and the choices that a run of the baseline would make
@@ -350,7 +360,7 @@ def triton(machine: Machine) -> Iterator[Answer]:
     install = f"pip install 'triton=={required}.*'" if required else "pip install triton"
     other = required and not f"{version}.".startswith(f"{required}.")
     yield (
-        version or "not installed",
+        f"triton {version}" if version else "not installed",
         (cuda and not version, "broken", f"torch.compile and the kernels need it on a GPU: {install}"),
         (cuda and not required, "unknown", "this torch does not name the triton that it needs; nothing to do"),
         (other, "broken", f"torch {torch.__version__} came with {required} and may not compile: {install}"),
@@ -360,12 +370,16 @@ def triton(machine: Machine) -> Iterator[Answer]:
 @check("dtype")
 def dtype(machine: Machine) -> Iterator[Answer]:
     choice = machine.dtype
-    why = f", which a run decides by timing both, here in recipe small: {choice.why}" if choice.why else ""
+    whys = {"bfloat16": "clearly faster than float32", "float32": "bfloat16 is not clearly faster"}
+    why = f" ({whys[choice.name]} on this CPU, in recipe small)" if machine.best.type == "cpu" else ""
     old = machine.best.type == "cuda" and choice.dtype == torch.float32
-    yield choice.name + why, (old, "slow", "this GPU has no bfloat16: runs need --runtime.dtype float32")
+    yield (
+        f"a run computes in {choice.name}{why}",
+        (old, "slow", "this GPU has no bfloat16: runs need --runtime.dtype float32"),
+    )
 
 
-@check("small step")
+@check("training speed")
 def small_step(machine: Machine) -> Iterator[Answer]:
     """Forecast the time of a step of `small` on this CPU."""
     if machine.devices:
@@ -373,7 +387,7 @@ def small_step(machine: Machine) -> Iterator[Answer]:
     load, cpus = os.getloadavg()[0], len(os.sched_getaffinity(0))
     step, most = probe.small_step(), probe.SMALL.schedule.max_seconds
     yield (
-        f"{step}: {most / step.seconds:,.0f} steps in the {most:.0f} s of recipe small",
+        f"recipe small: {step}, {most / step.seconds:,.0f} steps in its {most:.0f} s",
         (
             load > 2 * cpus,
             "slow",
@@ -388,7 +402,7 @@ def attention(machine: Machine) -> Iterator[Answer]:
     selection = probe.choose_attention(machine.best, machine.dtype.dtype)
     refused = machine.best.type == "cuda" and {"cudnn", "flash"} <= selection.refused.keys()
     advice = "no fast backend passes its check: the GPU is older than sm_80, or reinstall torch"
-    yield str(selection), (refused, "slow", advice)
+    yield f"backend {selection}", (refused, "slow", advice)
 
 
 @check("tuning")
@@ -407,9 +421,10 @@ def kernels(machine: Machine) -> Iterator[Answer]:
     for case in tuning.QUICK:
         ops.setdefault(implementation(case.op, machine.best, case.dtype), []).append(case.op)
     for (chosen, reason), names in ops.items():
+        which, what = ", ".join(names) if len(ops) > 1 else "all ops", "PyTorch" if chosen == "eager" else chosen
         wrong, never = "failed its check" in reason, machine.best.type == "cuda" and "never measured" in reason
         yield (
-            f"{', '.join(names) if len(ops) > 1 else 'all'}: {chosen} ({reason})",
+            f"{which}: {what} ({reason})",
             (wrong, "slow", "wrong on this GPU and therefore not used: please report what --tune prints"),
             (never, "unknown", "golfgpt doctor --tune measures them here, in 50 s"),
         )

@@ -34,9 +34,11 @@ from golfgpt.quant.quantizer import Quantizer
 from golfgpt.runs import RUNS
 from golfgpt.score.evaluate import batch_windows, plan_windows, read_from, scorer_of, share, within_documents
 from golfgpt.score.windows import score_windows
+from golfgpt.tables import plural
 from golfgpt.train.checkpoint import KEEP
 from golfgpt.train.clock import Ledger
 from golfgpt.train.export import Exporter
+from golfgpt.train.forecast import forecast
 from golfgpt.train.kernels import choose_kernels
 from golfgpt.train.memory import activation_bytes, out_of_memory, ran_out
 from golfgpt.train.progress import more_steps
@@ -58,6 +60,11 @@ LOG_BYTES = 300
 ROUNDING = 1e-3
 """Relative difference of the losses when a GPU takes a step twice: its sums have no fixed order."""
 COMPILE, SCORE = "compile and choose", "scored batch"
+CHECKS = (
+    *("data and settings", "model", COMPILE, "two steps", "checkpoint", "resume", "export", "byte budget", "reload"),
+    *(SCORE, "time", "disk", "clock"),
+)
+"""The names of all checks, in their order. Those that need the result of one that fails are not made."""
 
 
 @dataclass
@@ -254,7 +261,7 @@ class _Checks:
         steps = steps if cap is None else min(steps, int(cap / self.step_seconds))
         with self.row("time", "at the first steps") as row:
             seconds = f"{self.step_seconds:,.0f} s" if self.step_seconds >= 10 else f"{self.step_seconds:.3f} s"
-            row.found = f"{steps:,} steps of {seconds}"
+            row.found = f"{plural(steps, 'step')} of {seconds}"
             if not steps:
                 raise BudgetError(
                     f"training ends after {cap:g} s, and a step takes about {seconds}; "
@@ -294,7 +301,7 @@ class _Checks:
             row.found = f"{steady:.1f} s, {wall:.1f} s by the wall clock"
             if abs(steady - wall) > 0.5 + 0.01 * steady:
                 raise VerificationError(
-                    f"the clock that ends a run counted {steady:.2f} s, the wall clock {wall:.2f} s: the wall clock "
+                    f"the clock that ends a run plural {steady:.2f} s, the wall clock {wall:.2f} s: the wall clock "
                     "was set meanwhile (try again), or one of the two is wrong"
                 )
 
@@ -312,26 +319,18 @@ def _state(step: TrainStep) -> dict[str, Tensor]:
 
 def _affordable(config: RunConfig, dataset: Dataset, ranks: Ranks) -> tuple[TrainStep, str]:
     """The step of `config`, or on a CPU that is too slow for it a short one, and then what that means."""
-    if ranks.device.type == "cpu":
-        row, window = min(ROW, config.data.seq_len), min(ROW, config.window)
-        data = replace(
-            config.data, seq_len=row, batch_tokens=row * ranks.world, spans=ranks.world, microbatch_tokens=None
-        )
-        aware = within_documents(config)
-        scored = replace(
-            config.eval, window=window, stride=None, batch_tokens=window, rule="every_token", document_aware=aware
-        )
-        step = TrainStep(replace(config, data=data, eval=scored), dataset, ranks)
-        step.launch(0)
-        begun = time.perf_counter()
-        step.launch(0)
-        seconds = ranks.broadcast_object(time.perf_counter() - begun) * config.data.batch_tokens / data.batch_tokens
-        if seconds > LONG_STEP:
-            memory = activation_bytes(config.model, config.data.microbatch, step.dtype.itemsize)
-            return step, (
-                f"a step takes some {seconds:,.0f} s on this CPU, so steps and windows of {row} tokens were taken; not "
-                "tried: other executions of a step, and the memory of a microbatch (about "
-                f"{memory / 2**30:.1f} GiB)"
-            )
-        step.data.close()
-    return TrainStep(config, dataset, ranks), ""
+    step = TrainStep(config, dataset, ranks)
+    if step.cuda or (expected := forecast(step)).seconds <= LONG_STEP:
+        return step, ""
+    step.data.close()
+    memory = activation_bytes(config.model, config.data.microbatch, step.dtype.itemsize)
+    row, window = min(ROW, config.data.seq_len), min(ROW, config.window)
+    data = replace(config.data, seq_len=row, batch_tokens=row * ranks.world, spans=ranks.world, microbatch_tokens=None)
+    aware = within_documents(config)
+    scored = replace(
+        config.eval, window=window, stride=None, batch_tokens=window, rule="every_token", document_aware=aware
+    )
+    return TrainStep(replace(config, data=data, eval=scored), dataset, ranks), (
+        f"steps and windows of {row} tokens were taken, because a whole step is long here ({expected}); not tried: "
+        f"other executions of a step, and the memory of a microbatch (about {memory / 2**30:.1f} GiB)"
+    )
