@@ -473,7 +473,7 @@ def test_the_budget_is_exact_to_the_byte():
     budget = BudgetConfig(artifact_bytes=16_000_000, code_bytes=60_000)
     report = check_budget(15_940_000, budget)
     assert (report.total_bytes, report.margin_bytes) == (16_000_000, 0)
-    with pytest.raises(BudgetError, match=r"over budget by 1 bytes.*16,000,001.*quant\.bits") as caught:
+    with pytest.raises(BudgetError, match=r"over budget: 16,000,001.*quant\.bits") as caught:
         check_budget(15_940_001, budget)
     assert caught.value.exit_code == 4
     assert budget_report(15_940_001, budget).margin_bytes == -1

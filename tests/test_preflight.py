@@ -88,7 +88,7 @@ CHANGED = {
     "shards": ({"data": {"order": "shuffled"}}, "data and settings", 3, "--shard-tokens"),
     "graph": ({"runtime": {"graph": "step"}}, "model", 3, "expected a GPU"),
     "diverged": ({"optim": {"tied_embed_lr": 1e38}}, "two steps", 5, "not finite"),
-    "bytes": ({"budget": {"artifact_bytes": 61_000}}, "byte budget", 4, "over budget by"),
+    "bytes": ({"budget": {"artifact_bytes": 61_000}}, "byte budget", 4, "over budget: "),
     "cap": ({"schedule": {"max_seconds": 1e-6}}, "time", 4, "--schedule.max-seconds"),
 }
 BROKEN = {

@@ -162,7 +162,8 @@ class _Checks:
             self.whole, self.dataset = check(self.config, ranks, False, count)
             data, assigned = self.whole.data, spans_of_rank(ranks.rank, ranks.world, self.whole.data.spans)
             Prefetcher(self.dataset.train, data, assigned, pin=False).close()  # some orders need many or long shards
-            row.found = f"{self.dataset.train_tokens:,} tokens to train on, {self.dataset.val_tokens:,} to score"
+            targets = plan_windows(self.dataset, self.whole).targets
+            row.found = f"{self.dataset.train_tokens:,} tokens to train on, {targets:,} to score"
         with self.row("model", "at the start", needed=True) as row:
             self.stack.enter_context(choose_kernels(self.whole, ranks))
             self.step, row.advice = _affordable(self.whole, self.dataset, ranks)
@@ -301,7 +302,7 @@ class _Checks:
             row.found = f"{steady:.1f} s, {wall:.1f} s by the wall clock"
             if abs(steady - wall) > 0.5 + 0.01 * steady:
                 raise VerificationError(
-                    f"the clock that ends a run plural {steady:.2f} s, the wall clock {wall:.2f} s: the wall clock "
+                    f"the clock that ends a run counted {steady:.2f} s, the wall clock {wall:.2f} s: the wall clock "
                     "was set meanwhile (try again), or one of the two is wrong"
                 )
 

@@ -13,6 +13,7 @@ from golfgpt.quant.budget import budget_report, forecast_bytes
 from golfgpt.quant.quantizer import Quantizer
 from golfgpt.runs import read_env, recipe_name
 from golfgpt.score.evaluate import plan_windows
+from golfgpt.tables import plural
 from golfgpt.train.attention_backend import Selection
 from golfgpt.train.forecast import Forecast
 from golfgpt.train.reporter import Reporter
@@ -24,8 +25,7 @@ PATIENCE = 5.0
 FEW = 10
 """Steps: a time that has fewer is worth a warning."""
 HOPELESS = 3.0
-"""Times the cap: a first step that is forecast to take longer ends the run before it. A forecast on a busy machine can
-be too long by a factor of 2."""
+"""Times the cap: a step that is forecast to take longer ends the run before it. Forecasts are too long on a busy CPU."""
 DECAY = 0.96
 """Decay of the running mean of the losses, per step. It is as noisy as a plain mean over the last 49 steps."""
 
@@ -75,12 +75,12 @@ def announce_time(config: RunConfig, expected: Forecast, reporter: Reporter) -> 
     if capped := c.cap is not None and c.cap < most:
         steps, most = int(c.cap / expected.seconds), c.cap
     time = f"{most:,.{0 if most >= 10 else 1}f} s"
-    reporter.line(f"forecast: a step takes {expected}, or {steps:,} step{'s' * (steps != 1)} in {time}")
+    reporter.line(f"forecast: a step takes {expected}, or {plural(steps, 'step')} in {time}")
     if capped and expected.seconds > HOPELESS * c.cap:
         raise too_short(config, torch.device("cpu"), f"one step, forecast to take {expected}")
     if capped and steps < FEW:
         reporter.line(
-            f"warning: training for {steps} step{'s' * (steps != 1)} is next to nothing: "
+            f"warning: training for {plural(steps, 'step')} is next to nothing: "
             f"{more_steps(config, torch.device('cpu'))}"
         )
 

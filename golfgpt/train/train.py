@@ -25,7 +25,7 @@ from golfgpt.score.compressors import compressors_bpb
 from golfgpt.score.evaluate import open_dataset, scored_shape
 from golfgpt.score.sums import PartialSums
 from golfgpt.score.ttt.evaluate import check_adapted, learned_shapes
-from golfgpt.tables import adapted_lines, score_lines, table
+from golfgpt.tables import adapted_lines, plural, score_lines, table
 from golfgpt.train import compile_cache
 from golfgpt.train.attention_backend import Selection, Shape, select_backend
 from golfgpt.train.clock import Ledger
@@ -183,7 +183,7 @@ def choose_execution(
     reporter.log(f"execution:{chosen}{' (trials of an earlier run)' if found.kept else ''}")
     for trial in found.trials:
         reporter.log(f"  {trial}")
-    threads = f"{shown.threads} CPU thread{'s' * (shown.threads != 1)}"
+    threads = plural(shown.threads, "CPU thread")
     compiled = ", compiled" if step.compiled else ""
     reporter.show(f"on {step.ranks.device} in {step.dtype_choice.name}, {threads}{compiled}")
     return replace(config, runtime=runtime)
