@@ -25,7 +25,7 @@ PATIENCE = 5.0
 FEW = 10
 """Steps: a time that has fewer is worth a warning."""
 HOPELESS = 3.0
-"""Times the cap: a step that is forecast to take longer ends the run before it. Forecasts are too long on a busy CPU."""
+"""Times the cap: a step forecast to take longer ends the run before it. On a busy CPU forecasts are too long."""
 DECAY = 0.96
 """Decay of the running mean of the losses, per step. It is as noisy as a plain mean over the last 49 steps."""
 
