@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,8 +34,8 @@ def check_tokenizer(run: Path, sha256: str, data: str | None) -> None:
         source = data if Path(data).is_file() else "FILES"
         model = (run.parent if run.is_file() else run) / "tokenizer.model"
         raise InputError(
-            f"{data} was not prepared with the tokenizer of {run}: golfgpt data prepare {source} --tokenizer {model} "
-            "--out DIR, then use DIR"
+            f"{data} was not prepared with the tokenizer of {run}: golfgpt data prepare {shlex.quote(source)} "
+            f"--tokenizer {shlex.quote(str(model))} --out DIR, then use DIR"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -50,7 +51,7 @@ def data_prepare(args: DataPrepare) -> int:
         print_json(manifest.to_json())
     else:
         vocabulary = "" if manifest.vocab_size == 1024 else f" --model.vocab-size {manifest.vocab_size}"
-        print(f"next: golfgpt train --recipe small --data.path {args.out}{vocabulary}")
+        print(f"next: golfgpt train --recipe small --data.path {shlex.quote(str(args.out))}{vocabulary}")
     return 0
 
 
@@ -147,7 +148,7 @@ def data_download(args: DataDownload) -> int:
             f"{report.val_tokens:,} tokens\n"
             f"downloaded {report.fetched_files} of {report.files} files, {report.fetched_bytes:,} of {report.bytes:,} "
             "bytes; the SHA-256 of every file matches the record\n"
-            f"next: golfgpt train --recipe baseline --data.path {out}{vocabulary}"
+            f"next: golfgpt train --recipe baseline --data.path {shlex.quote(str(out))}{vocabulary}"
         )
     return 0
 

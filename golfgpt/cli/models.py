@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import sys
 from dataclasses import asdict, dataclass, replace
 from operator import attrgetter
@@ -104,7 +105,7 @@ def budget(args: Budget) -> int:
     print(
         f"\n{parameters:,} parameters, payload {quantizer.payload_bytes:,} bytes before compression\n"
         f"room for model.golf: {room:,} bytes = {config.budget.artifact_bytes:,} - code "
-        f"{config.budget.code_bytes:,}"
+        f"{config.budget.code_bytes:,} , the program with this configuration in it"
     )
     ratio = room / quantizer.payload_bytes
     if ratio >= 1:
@@ -226,7 +227,7 @@ def export(args: Export) -> int:
         print(f"\n{out}: {size:,} bytes, {written.packing}, from the {source}'s weights")
         here = out.resolve().parent == folder.resolve()
         print(
-            f"next: golfgpt eval {out}"
+            f"next: golfgpt eval {shlex.quote(str(out))}"
             if here
             else f"to score it with golfgpt eval, move it into the run folder {folder}"
         )
@@ -335,8 +336,8 @@ def import_file(args: Import) -> int:
     if export.decoded:
         print(f"stored as float32, because model.golf has no place for their factors: {listed(export.decoded)}")
     if args.config.quant.method == "gptq" and not export.quantized:
-        print(f"for GPTQ: golfgpt export {path} --to golf --data DIR")
+        print(f"for GPTQ: golfgpt export {shlex.quote(str(path))} --to golf --data DIR")
     for name, (value, known) in assumed.items():
         print(f"assumed, because the tensors do not show it: model.{name} {value} ({known})")
-    print(f"next: golfgpt eval {path} --data.path DIR")
+    print(f"next: golfgpt eval {shlex.quote(str(path))} --data.path DIR")
     return 0

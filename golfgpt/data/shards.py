@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,7 +175,8 @@ class Dataset:
             text = self.path.is_file() and self.path.suffix in (".txt", ".jsonl", ".zst")
             source, out = (path, f"data/{self.path.name.split('.')[0]}") if text else ("FILES", "DIR")
             raise InputError(
-                f"{path} is not a folder, expected a prepared one: golfgpt data prepare {source} --out {out}, then use "
+                f"{path} is not a folder, expected a prepared one: golfgpt data prepare "
+                f"{shlex.quote(str(source))} --out {shlex.quote(out)}, then use "
                 f"{out}"
             )
         manifest = self.path / MANIFEST
@@ -369,7 +371,8 @@ class Dataset:
                     at = start + int(chunk.argmax())
                     raise InputError(
                         f"{file}: token {at} is {largest}, the vocabulary has {limit}: wrong tokenizer, or a damaged "
-                        f"shard; check with `golfgpt data verify {self.path}`, then prepare or download it again"
+                        f"shard; check with `golfgpt data verify {shlex.quote(str(self.path))}`, then prepare or "
+                        "download it again"
                     )
 
     def prove_val_bytes(self, stop: int | None = None) -> int:
