@@ -221,20 +221,22 @@ def _instead(path: Path) -> str:
         return "it is a prepared data folder; expected the folder of a run"
     if path.is_dir() and any(run for run in list_runs(path)):
         return f"runs are in folders below it, which golfgpt runs {quoted} lists; expected one of them"
-    return f"there is no {path / 'config.json'}{_meant(path)}; expected a folder that golfgpt train or import created"
+    meant = _meant(path, "expected a folder that golfgpt train or import created")
+    return f"there is no {path / 'config.json'}; {meant}"
 
 
-def _meant(path: Path) -> str:
-    """A hint for a path at which there is nothing: the same below RUNS, or a run of a similar name beside it."""
+def _meant(path: Path, expected: str) -> str:
+    """A hint for a path at which there is nothing: the same below RUNS, or a run of a similar name beside it; if there
+    is neither, `expected`."""
     if path.exists():
-        return ""
+        return expected
     if (RUNS / path).exists():
-        return f"; did you mean {RUNS / path}?"
+        return f"did you mean {RUNS / path}?"
     for parent in (path.parent, RUNS / path.parent):
         names = [file.parent.name for file in parent.glob("*/config.json")]
         if close := difflib.get_close_matches(path.name, names, n=1):
-            return f"; did you mean {parent / close[0]}?"
-    return ""
+            return f"did you mean {parent / close[0]}?"
+    return expected
 
 
 def stored(values: dict[str, Any]) -> RunConfig:
@@ -252,7 +254,7 @@ def artifact_file(path: Path) -> Path:
             raise InputError(f"there is no {file}; {finish}")
         if path.is_dir():
             raise InputError(f"{path} holds no run: {_instead(path)}")
-        raise InputError(f"there is no {file}{_meant(path)}; expected a run folder or a .golf file")
+        raise InputError(f"there is no {file}; {_meant(path, 'expected a run folder or a .golf file')}")
     return file
 
 
@@ -280,7 +282,9 @@ def list_runs(folder: Path) -> list[ListedRun]:
     """All runs below `folder`, or `folder` itself if it is one; links are not followed. A broken run is listed as such.
     Raises InputError if there is no such folder."""
     if not folder.is_dir():
-        raise InputError(f"there is no folder {folder}{_meant(folder)}; expected a run or a folder with runs below it")
+        raise InputError(
+            f"there is no folder {folder}; {_meant(folder, 'expected a run or a folder with runs below it')}"
+        )
     found = []
     for path, folders, files in os.walk(folder):
         if "config.json" in files:

@@ -99,6 +99,17 @@ def test_a_page_says_what_the_run_says(runs):
         assert ("aria-label", title) in shown.attributes
 
 
+def test_a_score_of_a_part_of_the_text_is_labelled(copies):
+    file = copies / "wide" / "result.json"
+    result = json.loads(file.read_text())
+    result["score"] |= {"partial": True, "label": "val_bpb (first 9 tokens)"}
+    file.write_text(json.dumps(result))
+    shown = Document(page.render([copies / "wide"])[0]).text
+    assert (
+        "val_bpb (first 9 tokens)" in shown[shown.index("part of the text") : shown.index("How the score was checked")]
+    )
+
+
 def test_a_page_stands_alone(runs):
     text, _ = page.render([runs / "narrow", runs / "wide"])
     shown = Document(text)

@@ -218,6 +218,13 @@ def test_what_a_run_chose_or_measured_is_no_change(folder, capsys):
     assert capsys.readouterr().out.endswith("changed from recipe small:\n  runtime.dtype: 'auto' -> 'float32'\n")
 
 
+def test_suggested_commands_can_be_pasted(folder, capsys):
+    (folder / "half").rename(folder / "half a run")
+    for argv in (["compare", "runs/half a run", "--target-nats", "3"], ["sample", "runs/half a run"]):
+        assert main(argv) == 3
+        assert "golfgpt train --resume 'runs/half a run'\n" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("argv", "hint"),
     [

@@ -543,6 +543,16 @@ def test_bad_folders(change, name, words, sub):
     assert main(["submit", "check", str(sub)]) == 6
 
 
+def test_a_score_of_the_whole_text_after_one_of_a_part(sub):
+    """As a run logs them that was resumed with --eval.max-tokens None: the last one counts."""
+    log = sub / "train_seed42.log"
+    whole, part = log.read_text(), "final_int8_zlib_roundtrip_exact val_loss:2.5 val_bpb_first_9_tokens:1.5\n"
+    log.write_text(part + whole)
+    assert not failed(check(sub))
+    log.write_text(whole + part)
+    assert "val_bpb_first_9_tokens" in failed(check(sub))["whole text"]
+
+
 def test_an_artifact_over_the_cap(sub):
     total = json.loads((sub / "submission.json").read_text())["bytes_total"]
     assert not failed(check(sub, cap=total))

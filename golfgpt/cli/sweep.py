@@ -94,7 +94,8 @@ def _estimate_table(folder: Path, cost: Estimate, jobs: int) -> str:
         ("each", f"{cost.seconds_per_run:.1f} s, estimated from {cost.source}"),
         ("all", whole or f"{cost.hours:.1f} hours"),
     ]
-    return f"{table(('estimate', ''), rows)}\nnothing was started; the same command without --dry-run trains them"
+    what = "trains them" if cost.runs else "lists the finished ones"
+    return f"{table(('estimate', ''), rows)}\nnothing was started; the same command without --dry-run {what}"
 
 
 def _say(json: bool) -> Callable[[str], None]:

@@ -183,7 +183,9 @@ def _number(value: Any, form: str) -> str:
 SCORES: dict[str, Callable[[View], str]] = {
     "bits per byte": lambda v: _number(v.score.get("val_bpb"), ".4f"),
     "with test-time training": lambda v: _number(v.adapted.get("val_bpb"), ".4f"),
-    "which are": lambda v: ", ".join(score["label"] for score in (v.score, v.adapted) if score.get("partial")) or "–",
+    "part of the text": lambda v: (
+        ", ".join(score["label"] for score in (v.score, v.adapted) if score.get("partial")) or "–"
+    ),
     "nats per token": lambda v: _number(v.score.get("val_loss"), ".4f"),
     "total bytes": lambda v: _number(v.result.get("total_bytes"), ","),
     "bytes left": lambda v: _number(v.result.get("margin_bytes"), ","),
