@@ -344,7 +344,7 @@ def compare_target(
 
 
 TEXT = ("dataset", "tokens", "bytes")
-RULE = (*TEXT, "label", "window", "stride", "document_aware")
+RULE = ("dataset", "label", *TEXT[1:], "window", "stride", "document_aware")
 """What scores must share to be compared; `TEXT` for test-time training, whose windows are part of the method."""
 
 
@@ -386,7 +386,7 @@ def _same_text(runs: Sequence[Run], kind: Kind, fields: Sequence[str]) -> None:
 def one_side(runs: Sequence[Run], kind: Kind) -> Side:
     """Check that the runs differ in their seeds only."""
     if not runs:
-        raise InputError("a side has no runs; expected at least one")
+        raise InputError("expected at least one run, on each side: golfgpt compare RUN… --against RUN…")
     first = runs[0]
     by_seed: dict[int, Run] = {}
     varied: dict[str, None] = {}  # in order

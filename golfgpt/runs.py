@@ -219,7 +219,9 @@ def _instead(path: Path) -> str:
         return f"it is a submission, which golfgpt submit check {quoted} checks; expected the folder of a run"
     if (path / "manifest.json").is_file():
         return "it is a prepared data folder; expected the folder of a run"
-    if path.is_dir() and any(run for run in list_runs(path)):
+    if path.is_file():
+        return "it is a file; expected the folder of a run"
+    if path.is_dir() and list_runs(path):
         return f"runs are in folders below it, which golfgpt runs {quoted} lists; expected one of them"
     meant = _meant(path, "expected a folder that golfgpt train or import created")
     return f"there is no {path / 'config.json'}; {meant}"
