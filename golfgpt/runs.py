@@ -326,7 +326,7 @@ def _locked(path: Path) -> bool:
 
 MEASURED = ("budget.code_bytes", "schedule.reserve_seconds")
 """Fields that a run measures where it is not told them."""
-CHOSEN = (*MEASURED, "runtime.dtype", "runtime.kernels", "runtime.attention", "runtime.compile", "runtime.graph")
+CHOSEN = (*MEASURED, *(f"runtime.{name}" for name in ("dtype", "kernels", "attention", "compile", "graph", "threads")))
 """Fields that a run fills in where it is not told them."""
 
 
@@ -344,7 +344,7 @@ def as_configured(run: Run, fields: Sequence[str] = CHOSEN) -> RunConfig:
     for name in fields:
         section, _, leaf = name.partition(".")
         before = getattr(getattr(started, section), leaf)
-        if before in (None, "auto") and f"--{name.replace('_', '-')}" not in given:
+        if before in (None, "auto", 0) and f"--{name.replace('_', '-')}" not in given:
             config = replace(config, **{section: replace(getattr(config, section), **{leaf: before})})
     return config
 

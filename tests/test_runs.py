@@ -202,16 +202,18 @@ def test_numbers_are_short_for_a_reader_and_whole_in_json(folder, capsys):
 
 def test_what_a_run_chose_or_measured_is_no_change(folder, capsys):
     config = recipes.get("small").config
-    chosen = replace(config, runtime=replace(config.runtime, dtype="float32"))
+    chosen = replace(config, runtime=replace(config.runtime, dtype="float32", threads=1))
     write_config(folder / "one", replace(chosen, budget=replace(config.budget, code_bytes=25_580)))
     assert main(["runs", "show", "runs/one"]) == 0
     assert capsys.readouterr().out.endswith("changed from recipe small:\n  nothing\n")
     assert main(["runs", "diff", "runs/one", "runs/two"]) == 0
     assert capsys.readouterr().out.split("chosen or measured by the runs, not configured:\n") == [
         "seed: 1337 -> 7\n", "  budget.code_bytes: 25580 -> None\n  runtime.dtype: 'float32' -> 'auto'\n"
+        "  runtime.threads: 1 -> 0\n"
     ]  # fmt: skip
     assert main(["runs", "diff", "runs/one", "runs/two", "--json"]) == 0
-    assert list(json.loads(capsys.readouterr().out)["chosen"]) == ["budget.code_bytes", "runtime.dtype"]
+    chosen = json.loads(capsys.readouterr().out)["chosen"]
+    assert chosen.keys() == {"budget.code_bytes", "runtime.dtype", "runtime.threads"}
     env = {"command": ["golfgpt", "train", "--recipe", "small", "--runtime.dtype=float32"]}
     (folder / "one/env.json").write_text(json.dumps(env))
     assert main(["runs", "show", "runs/one"]) == 0
