@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from typing import Any, Literal
 
 from golfgpt.config import differences, to_dict
 from golfgpt.errors import InputError
-from golfgpt.runs import Run, flatten, listed_run
+from golfgpt.runs import MEASURED, Run, as_configured, flatten, listed_run
 from golfgpt.tables import table
 
 MARGIN_NATS = 0.005
@@ -114,7 +115,7 @@ def one_sample(a: Mapping[int, float], target: float, criteria: Criteria = Crite
     return _of_gains("one-sample", [target - value for value in a.values()], criteria)
 
 
-ONE_SEED = "one seed shows no spread: train at least two seeds per side"
+ONE_SEED = "one seed shows no spread; train at least two seeds per side"
 NO_SPREAD = "all seeds have the same value, so there is no spread to test against"
 
 
@@ -305,7 +306,8 @@ def compare(
         raise InputError(f"{twice[0]} is on both sides; expected a run on one side only")
     side_a, side_b = one_side(a, kind), one_side(b, kind)
     _same_text([a[0], b[0]], kind, RULE if kind == "plain" else TEXT)
-    changes = tuple(d for d in differences(a[0].config, b[0].config) if not d.startswith(("seed:", "runtime.")))
+    different = differences(as_configured(a[0], MEASURED), as_configured(b[0], MEASURED))
+    changes = tuple(d for d in different if not d.startswith(("seed:", "runtime.")))
     paired_test, pairing = _pairing(side_a.losses, side_b.losses, changes, test)
     by_welch = welch(side_a.losses, side_b.losses, criteria)
     labels = dict.fromkeys(str(_score(side[0], kind).get("label")) for side in (a, b))
@@ -342,7 +344,7 @@ def compare_target(
 
 
 TEXT = ("dataset", "tokens", "bytes")
-RULE = (*TEXT, "label", "window", "stride", "document_aware")
+RULE = ("dataset", "label", *TEXT[1:], "window", "stride", "document_aware")
 """What scores must share to be compared; `TEXT` for test-time training, whose windows are part of the method."""
 
 
@@ -351,7 +353,8 @@ def _score(run: Run, kind: Kind) -> dict[str, Any]:
     result = run.result or {}
     score = result.get("score" if kind == "plain" else "adapted")
     if not isinstance(score, dict):
-        how = f"golfgpt train --resume {run.path}" if kind == "plain" else f"golfgpt eval {run.path} --eval.ttt.kind …"
+        path = shlex.quote(str(run.path))
+        how = f"golfgpt train --resume {path}" if kind == "plain" else f"golfgpt eval {path} --eval.ttt.kind …"
         raise InputError(f"{run.path} has no {kind} score; make it with {how}")
     for name in ("val_loss", "val_bpb", "tokens", "bytes"):
         value = score.get(name)
@@ -383,16 +386,15 @@ def _same_text(runs: Sequence[Run], kind: Kind, fields: Sequence[str]) -> None:
 def one_side(runs: Sequence[Run], kind: Kind) -> Side:
     """Check that the runs differ in their seeds only."""
     if not runs:
-        raise InputError("a side has no runs; expected at least one")
+        raise InputError("expected at least one run, on each side: golfgpt compare RUN… --against RUN…")
     first = runs[0]
     by_seed: dict[int, Run] = {}
     varied: dict[str, None] = {}  # in order
     for run in runs:
-        changed = differences(first.config, run.config)
-        if kept := [d for d in changed if not d.startswith(NO_EFFECT)]:
+        changed = differences(as_configured(first, MEASURED), as_configured(run, MEASURED))
+        if any(not d.startswith(NO_EFFECT) for d in changed):
             raise InputError(
-                f"{first.path} and {run.path} are on one side, but differ in {'; '.join(kept)}; expected one "
-                "configuration with several seeds on each side"
+                f"expected runs of one configuration that differ in their seed, got several: {_by_value(runs)}"
             )
         if (other := by_seed.setdefault(run.config.seed, run)) is not run:
             raise InputError(
@@ -415,6 +417,20 @@ def one_side(runs: Sequence[Run], kind: Kind) -> Side:
         varied=tuple(varied),
         left_out=tuple(_left_out(runs)),
     )
+
+
+def _by_value(runs: Sequence[Run]) -> str:
+    """Which runs have which values of the fields that make several configurations of them."""
+    configs = {str(run.path): flatten(to_dict(run.config)) for run in runs}
+    parts = []
+    for field in next(iter(configs.values())):
+        by_value: dict[str, list[str]] = {}
+        for path, config in configs.items():
+            by_value.setdefault(repr(config[field]), []).append(path)
+        if len(by_value) > 1 and not f"{field}:".startswith(NO_EFFECT):
+            values = [f"{value} in {', '.join(paths)}" for value, paths in by_value.items()]
+            parts.append(f"{field} is {' and '.join(values)}")
+    return "; ".join(parts)
 
 
 def _left_out(runs: Sequence[Run]) -> list[str]:
@@ -455,20 +471,25 @@ def _unit(label: str, bpb_per_nat: float) -> str:
 
 
 def _words(difference: Difference, other: str, bpb_per_nat: float, counts: Sequence[int]) -> list[str]:
-    """The verdict in sentences. `counts`: seeds of each side that has seeds."""
+    """The verdict, and then the numbers behind it, in sentences. `counts`: seeds of each side that has seeds."""
 
     def both(*nats: float) -> str:
         per_token, per_byte = (" to ".join(f"{x * unit:.5f}" for x in nats) for unit in (1, bpb_per_nat))
         return f"{per_token} nats/token, {per_byte} bits per byte"
 
     criteria, gain = difference.criteria, difference.gain
-    relation = "better than" if gain > 0 else "worse than" if gain < 0 else "neither better nor worse than"
-    lines = [f"A is {relation} {other} by {both(abs(gain))}"]
+    side = "lower than" if gain > 0 else "higher than" if gain < 0 else "away from"
+    seen = f"the mean of A is {both(abs(gain))} {side} {other} (lower is better)"
     if difference.untested:
-        return [*lines, f"no interval and no test: {difference.untested}"]
-    worse = "; it is below 0: A is significantly worse" if difference.high < 0 else ""
+        return [f"no test, so not known whether A is better or worse than {other}: {difference.untested}", seen]
+    if difference.claims[0].significant:
+        verdict = f"A is better than {other}"
+    elif difference.high < 0:
+        verdict = f"A is worse than {other}: the interval of the gain is below 0"
+    else:
+        verdict = f"it is not shown that A is better or worse than {other}"
     interval = f"{100 - 200 * criteria.alpha:.4g} % confidence interval of the gain"
-    lines.append(f"{interval}: {both(difference.low, difference.high)}{worse}")
+    lines = [verdict, seen, f"{interval}: {both(difference.low, difference.high)}"]
     for claim in difference.claims:
         what = f"better by more than {claim.margin:g} nats/token" if claim.margin else "better at all"
         verdict = f"{'' if claim.significant else 'not '}significant at p < {criteria.alpha:g}"

@@ -13,10 +13,11 @@ import re
 import shlex
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
+from golfgpt import recipes
 from golfgpt.config import RunConfig, from_dict, to_dict
 from golfgpt.errors import GolfError, InputError
 from golfgpt.files import parse_json, read_json, write_json
@@ -110,7 +111,7 @@ def read_result(path: Path) -> Run:
     """The run in `path`, with its result. Raises InputError as `read_run`, and if the run has no result yet."""
     run = read_run(path)
     if run.result is None:
-        raise InputError(f"{path} has no result.json; finish it with golfgpt train --resume {path}")
+        raise InputError(f"{path} has no result.json; finish it with golfgpt train --resume {shlex.quote(str(path))}")
     return run
 
 
@@ -205,15 +206,42 @@ def _read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     values = _read(file)
     if values is None:
-        raise InputError(
-            f"{path} holds no run: there is no {file}; expected a folder that golfgpt train or import created"
-        )
+        raise InputError(f"{path} holds no run: {_instead(path)}")
     if (found := values.pop("format", 1)) != FORMAT:
         raise InputError(
             f"{file}: the run has format {found!r}, expected {FORMAT}: use the version of golfgpt that wrote it "
             "(env.json)"
         )
     return values
+
+
+def _instead(path: Path) -> str:
+    """What is at `path` in place of a run, and what to give or do."""
+    quoted = shlex.quote(str(path))
+    if (path / "submission.json").is_file():
+        return f"it is a submission, which golfgpt submit check {quoted} checks; expected the folder of a run"
+    if (path / "manifest.json").is_file():
+        return "it is a prepared data folder; expected the folder of a run"
+    if path.is_file():
+        return "it is a file; expected the folder of a run"
+    if path.is_dir() and list_runs(path):
+        return f"runs are in folders below it, which golfgpt runs {quoted} lists; expected one of them"
+    meant = _meant(path, "expected a folder that golfgpt train or import created")
+    return f"there is no {path / 'config.json'}; {meant}"
+
+
+def _meant(path: Path, expected: str) -> str:
+    """A hint for a path at which there is nothing: the same below RUNS, or a run of a similar name beside it; if there
+    is neither, `expected`."""
+    if path.exists():
+        return expected
+    if (RUNS / path).exists():
+        return f"did you mean {RUNS / path}?"
+    for parent in (path.parent, RUNS / path.parent):
+        names = [file.parent.name for file in parent.glob("*/config.json")]
+        if close := difflib.get_close_matches(path.name, names, n=1):
+            return f"did you mean {parent / close[0]}?"
+    return expected
 
 
 def stored(values: dict[str, Any]) -> RunConfig:
@@ -226,9 +254,12 @@ def artifact_file(path: Path) -> Path:
     """The artifact of a run folder, or `path` itself if it is a file. Raises InputError if there is none."""
     file = path / "model.golf" if path.is_dir() else path
     if not file.is_file():
-        finish = f"; finish the run with golfgpt train --resume {path}"
-        hint = finish if (path / "config.json").exists() else "; expected a run folder or a .golf file"
-        raise InputError(f"there is no {file}{hint}")
+        if (path / "config.json").exists():
+            finish = f"finish the run with golfgpt train --resume {shlex.quote(str(path))}"
+            raise InputError(f"there is no {file}; {finish}")
+        if path.is_dir():
+            raise InputError(f"{path} holds no run: {_instead(path)}")
+        raise InputError(f"there is no {file}; {_meant(path, 'expected a run folder or a .golf file')}")
     return file
 
 
@@ -256,7 +287,9 @@ def list_runs(folder: Path) -> list[ListedRun]:
     """All runs below `folder`, or `folder` itself if it is one; links are not followed. A broken run is listed as such.
     Raises InputError if there is no such folder."""
     if not folder.is_dir():
-        raise InputError(f"there is no folder {folder}; expected a run or a folder with runs below it")
+        raise InputError(
+            f"there is no folder {folder}; {_meant(folder, 'expected a run or a folder with runs below it')}"
+        )
     found = []
     for path, folders, files in os.walk(folder):
         if "config.json" in files:
@@ -292,6 +325,31 @@ def _locked(path: Path) -> bool:
     except OSError:  # no file, or a file system without locks
         return False
     return False
+
+
+MEASURED = ("budget.code_bytes", "schedule.reserve_seconds")
+"""Fields that a run measures where it is not told them."""
+CHOSEN = (*MEASURED, *(f"runtime.{name}" for name in ("dtype", "kernels", "attention", "compile", "graph", "threads")))
+"""Fields that a run fills in where it is not told them."""
+
+
+def start_config(env: dict[str, Any]) -> RunConfig:
+    """The recipe that a run started from, or the defaults."""
+    recipe = recipes.RECIPES.get(recipe_name(env) or "")
+    return recipe.config if recipe else RunConfig()
+
+
+def as_configured(run: Run, fields: Sequence[str] = CHOSEN) -> RunConfig:
+    """The config of a run, without what it filled in itself of `fields`: these are as its recipe has them unless its
+    command sets them."""
+    given = {str(word).partition("=")[0].replace("_", "-") for word in run.env.get("command", ())}
+    started, config = start_config(run.env), run.config
+    for name in fields:
+        section, _, leaf = name.partition(".")
+        before = getattr(getattr(started, section), leaf)
+        if before in (None, "auto", 0) and f"--{name.replace('_', '-')}" not in given:
+            config = replace(config, **{section: replace(getattr(config, section), **{leaf: before})})
+    return config
 
 
 def recipe_name(env: dict[str, Any]) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import sys
 import time
 from collections import deque
@@ -74,6 +75,7 @@ class State:
             "val_step": val.get("step"),
             "val_bpb": val.get("val_bpb"),
             "score_bpb": (result.get("score") or {}).get("val_bpb"),
+            "score_label": (result.get("score") or {}).get("label"),
             "total_bytes": result.get("total_bytes"),
             "ended": self.end["reason"] if self.end else "finished" if self.result else None,
         }
@@ -148,7 +150,9 @@ def watch(
                     state.add(value)
                     heard = time.monotonic()
             if not state.over and time.monotonic() - heard >= silence and listed_run(run).status == "stopped":
-                state.end = {"reason": f"no process trains it; golfgpt train --resume {run} continues it"}
+                state.end = {
+                    "reason": f"no process trains it; golfgpt train --resume {shlex.quote(str(run))} continues it"
+                }
             config = read_config(run)  # a run writes what it chose before its first step
             last = once or state.over
             with as_written(run):
@@ -187,7 +191,7 @@ def _table(run: Path, facts: dict[str, Any]) -> Any:
         "validation": val,
     }
     if facts["score_bpb"] is not None:
-        rows["score"] = f"{show('score_bpb', '.4f')}, {show('total_bytes', ',', ' bytes')}"
+        rows["score"] = f"{facts['score_label']} {show('score_bpb', '.4f')}, {show('total_bytes', ',', ' bytes')}"
     if facts["ended"]:
         rows["ended"] = facts["ended"]
     table = Table(title=Text(str(run)), show_header=False)

@@ -63,8 +63,8 @@ def test_no_message_names_a_command_of_the_checkout(path):
 LAYERS = (
     {"errors", "files", "distributed", "fields"},
     {"config"},
-    {"bpb", "data", "runs"},
-    {"recipes", "model"},
+    {"bpb", "data", "recipes", "runs"},
+    {"model"},
     {"published", "quant"},
     {"optim", "score"},
     {"tables"},

@@ -40,7 +40,7 @@ VOID = {"meta", "br", "img", "link", "input"}
 def runs(corpus, tmp_path_factory) -> Path:
     """A folder with two runs of 13 steps that differ in width and seed."""
     folder, config = tmp_path_factory.mktemp("runs"), tiny_config(corpus)
-    runtime = replace(config.runtime, val_every=6, log_every=5)
+    runtime = replace(config.runtime, val_every=6, log_every=5, threads=1)  # else each run chooses by a timing
     config = replace(config, schedule=replace(config.schedule, max_steps=13), runtime=runtime)
     train(config, folder / "narrow")
     train(replace(config, seed=7, model=replace(config.model, mlp_hidden=96)), folder / "wide")
@@ -99,6 +99,17 @@ def test_a_page_says_what_the_run_says(runs):
         assert ("aria-label", title) in shown.attributes
 
 
+def test_a_score_of_a_part_of_the_text_is_labelled(copies):
+    file = copies / "wide" / "result.json"
+    result = json.loads(file.read_text())
+    result["score"] |= {"partial": True, "label": "val_bpb (first 9 tokens)"}
+    file.write_text(json.dumps(result))
+    shown = Document(page.render([copies / "wide"])[0]).text
+    assert (
+        "val_bpb (first 9 tokens)" in shown[shown.index("part of the text") : shown.index("How the score was checked")]
+    )
+
+
 def test_a_page_stands_alone(runs):
     text, _ = page.render([runs / "narrow", runs / "wide"])
     shown = Document(text)
@@ -119,7 +130,7 @@ def test_several_runs_are_compared(runs):
     start = shown.text.index("Fields in which the runs differ")
     cells = [cell for cell in shown.text[start:] if cell][4:10]
     assert cells == ["model.mlp_hidden", "64", "96", "seed", "1337", "7"]
-    assert [line for line in shown.text if line.startswith("no interval and no test: one seed")]
+    assert [line for line in shown.text if line.startswith("no test, so not known") and "one seed" in line]
     assert shown.text.count("narrow") > 5 and "--own: var(--c1)" in text
     other = replace(read_run(runs / "wide"), result=None)
     assert page._comparisons([page.View(other, "wide", 0)]) == []

@@ -187,7 +187,64 @@ def test_show(folder, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["status"] == "stopped" and found["result"] is None and found["config"]["model"]["num_layers"] == 10
     assert main(["runs", "show", "runs"]) == 3
-    assert "runs holds no run" in capsys.readouterr().err
+    assert "runs holds no run: runs are in folders below it, which golfgpt runs runs lists" in capsys.readouterr().err
+
+
+def test_numbers_are_short_for_a_reader_and_whole_in_json(folder, capsys):
+    values = {"score": {"val_bpb": 1.23456789, "nats": 20615.820268}, "seconds": {"train": 9.87654}}
+    (folder / "one/result.json").write_text(json.dumps(values))
+    assert main(["runs", "show", "runs/one"]) == 0
+    shown = {tuple(line.split()) for line in capsys.readouterr().out.splitlines()}
+    assert {("score.val_bpb", "1.2346"), ("score.nats", "20615.8"), ("seconds.train", "9.9")} <= shown
+    assert main(["runs", "show", "runs/one", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["result"] == values
+
+
+def test_what_a_run_chose_or_measured_is_no_change(folder, capsys):
+    config = recipes.get("small").config
+    chosen = replace(config, runtime=replace(config.runtime, dtype="float32", threads=1))
+    write_config(folder / "one", replace(chosen, budget=replace(config.budget, code_bytes=25_580)))
+    assert main(["runs", "show", "runs/one"]) == 0
+    assert capsys.readouterr().out.endswith("changed from recipe small:\n  nothing\n")
+    assert main(["runs", "diff", "runs/one", "runs/two"]) == 0
+    assert capsys.readouterr().out.split("chosen or measured by the runs, not configured:\n") == [
+        "seed: 1337 -> 7\n", "  budget.code_bytes: 25580 -> None\n  runtime.dtype: 'float32' -> 'auto'\n"
+        "  runtime.threads: 1 -> 0\n"
+    ]  # fmt: skip
+    assert main(["runs", "diff", "runs/one", "runs/two", "--json"]) == 0
+    chosen = json.loads(capsys.readouterr().out)["chosen"]
+    assert chosen.keys() == {"budget.code_bytes", "runtime.dtype", "runtime.threads"}
+    env = {"command": ["golfgpt", "train", "--recipe", "small", "--runtime.dtype=float32"]}
+    (folder / "one/env.json").write_text(json.dumps(env))
+    assert main(["runs", "show", "runs/one"]) == 0
+    assert capsys.readouterr().out.endswith("changed from recipe small:\n  runtime.dtype: 'auto' -> 'float32'\n")
+
+
+def test_suggested_commands_can_be_pasted(folder, capsys):
+    (folder / "half").rename(folder / "half a run")
+    for argv in (["compare", "runs/half a run", "--target-nats", "3"], ["sample", "runs/half a run"]):
+        assert main(argv) == 3
+        assert "golfgpt train --resume 'runs/half a run'\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "hint"),
+    [
+        (["runs", "show", "one"], "did you mean runs/one?"),
+        (["runs", "show", "runs/onne"], "did you mean runs/one?"),
+        (["eval", "one"], "did you mean runs/one?"),
+        (["sample", "one"], "did you mean runs/one?"),
+        (["train", "--resume", "twoo"], "did you mean runs/two?"),
+        (["runs", "sweep"], "did you mean runs/sweep?"),
+        (["runs", "show", "runs/sweep"], "which golfgpt runs runs/sweep lists"),
+        (["sample", "runs/my data"], "it is a prepared data folder"),
+    ],
+)
+def test_a_place_without_a_run_names_what_was_meant(folder, capsys, argv, hint):
+    (folder / "my data").mkdir()
+    (folder / "my data/manifest.json").touch()
+    assert main(argv) == 3
+    assert hint in capsys.readouterr().err
 
 
 def test_diff(folder, capsys):

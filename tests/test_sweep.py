@@ -250,6 +250,38 @@ def test_sweep_trains_every_point_once(tmp_path):
     assert run_sweep(tmp_path, spec(space=GRID, seeds=2), lr)[2] == []
 
 
+def test_scores_of_a_part_of_the_text_are_labelled(tmp_path):
+    """In the table of a sweep, and wherever a try prints or stores scores."""
+    from golfgpt.cli.sweep import _table
+    from golfgpt.sweep import attempt
+
+    def partial(config):
+        end = outcome(noisy(config))
+        end.result["score"]["label"] = "val_bpb (first 9 tokens)"
+        return end
+
+    rows, study, _ = run_sweep(tmp_path / "sweep", spec(space=GRID), partial)
+    assert "val_bpb (first 9 tokens)" in _table(rows, study.noise).splitlines()[0]
+    result, _ = try_change(tmp_path / "try", partial)
+    assert attempt.summary(result).endswith("\nthe scores are val_bpb (first 9 tokens)")
+    assert attempt.line(result)[-1] == attempt.as_json(result)["score"] == "val_bpb (first 9 tokens)"
+
+
+def test_an_estimate_says_what_trains_the_runs():
+    from golfgpt.cli.sweep import _estimate_table
+    from golfgpt.sweep.run import Estimate
+
+    cost = Estimate(runs=6, seconds_per_run=600.0, hours=0.5, source="2 finished runs")
+    assert _estimate_table(Path("runs/lr"), cost, 2).splitlines() == [
+        "estimate",
+        "folder         runs/lr",
+        "runs to train  6, 2 at once",
+        "each           600.0 s, estimated from 2 finished runs",
+        "all            30 minutes",
+        "nothing was started; the same command without --dry-run trains them",
+    ]
+
+
 def test_workers_share_a_study(tmp_path):
     rows, _, trained = run_sweep(tmp_path, spec(space={"optim.matrix_lr": tuple(range(12))}), lr, jobs=4)
     assert sorted(trained) == [f"{i:04d}-s1337" for i in range(12)]

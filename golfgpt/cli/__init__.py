@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -184,8 +185,8 @@ def _dispatch(name: str, argv: list[str]) -> int:
     run = getattr(args, "run", None) or getattr(args, "spec", None)
     if command.start and run is not None and Path(argv[0]) != run:
         raise InputError(
-            f"the first argument of golfgpt {name} is {argv[0]}; expected the run: golfgpt {name} {run} … (the options "
-            "override its config)"
+            f"the first argument of golfgpt {name} is {argv[0]}; expected the run: golfgpt {name} "
+            f"{shlex.quote(str(run))} … (the options override its config)"
         )
     return command.run(args)
 

@@ -105,7 +105,7 @@ def budget(args: Budget) -> int:
     print(
         f"\n{parameters:,} parameters, payload {quantizer.payload_bytes:,} bytes before compression\n"
         f"room for model.golf: {room:,} bytes = {config.budget.artifact_bytes:,} - code "
-        f"{config.budget.code_bytes:,}"
+        f"{config.budget.code_bytes:,}, the program with this configuration in it"
     )
     ratio = room / quantizer.payload_bytes
     if ratio >= 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from golfgpt.errors import InputError
 from golfgpt.runs import (
     Condition,
     ListedRun,
+    as_configured,
     check_fields,
     flatten,
     list_runs,
@@ -23,6 +25,7 @@ from golfgpt.runs import (
     read_run,
     recipe_name,
     sort_runs,
+    start_config,
 )
 from golfgpt.tables import table
 
@@ -107,16 +110,26 @@ def show(args: ShowRun) -> int:
         print_json(facts | {"config": to_dict(run.config), "env": run.env, "result": run.result, "evals": evals})
         return 0
     values = flatten(run.result or {}) | flatten(run.env)
-    values["command"] = " ".join(run.env.get("command", ()))
+    values["command"] = shlex.join(run.env.get("command", ()))
     print(f"{args.run}: {status}, seed {run.config.seed}\n")
-    print(table(("field", "value"), [(name, str(value)) for name, value in values.items() if value is not None]))
+    shown = [(name, _shown(name, value)) for name, value in values.items() if value is not None]
+    print(table(("field", "value"), shown))
     if evals:
         print(f"\n{_eval_table(evals)}")
     recipe = recipe_name(run.env)
-    started = recipes.RECIPES[recipe].config if recipe in recipes.RECIPES else RunConfig()
+    changed = differences(start_config(run.env), as_configured(run))
     print(f"\nchanged from {f'recipe {recipe}' if recipe in recipes.RECIPES else 'the defaults'}:")
-    print("\n".join(f"  {line}" for line in differences(started, run.config)) or "  nothing")
+    print("\n".join(f"  {line}" for line in changed) or "  nothing")
     return 0
+
+
+def _shown(name: str, value: Any) -> str:
+    """A value for a reader; --json has all its digits."""
+    if not isinstance(value, float):
+        return str(value)
+    if "bpb" in name or name.endswith("val_loss"):
+        return f"{value:.4f}"
+    return f"{value:,.1f}" if "seconds" in name else f"{value:g}"
 
 
 def _eval_table(evals: list[dict[str, Any]]) -> str:
@@ -132,7 +145,8 @@ def _eval_table(evals: list[dict[str, Any]]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class DiffRuns:
-    """List the fields in which the configurations of two runs differ."""
+    """List the fields in which the configurations of two runs differ, and what the runs chose or measured
+    differently."""
 
     a: Positional[Path]
     """Run folder."""
@@ -145,8 +159,19 @@ class DiffRuns:
 def diff(args: DiffRuns) -> int:
     a, b = read_run(args.a), read_run(args.b)
     if args.json:
-        x, y = flatten(to_dict(a.config)), flatten(to_dict(b.config))
-        print_json({"a": str(args.a), "b": str(args.b), "differences": {n: [x[n], y[n]] for n in x if x[n] != y[n]}})
+        given, filled = _differing(as_configured(a), as_configured(b)), _differing(a.config, b.config)
+        chosen = {name: pair for name, pair in filled.items() if name not in given}
+        print_json({"a": str(args.a), "b": str(args.b), "differences": given, "chosen": chosen})
         return 0
-    print("\n".join(differences(a.config, b.config)) or "the configurations are equal")
+    given = differences(as_configured(a), as_configured(b))
+    print("\n".join(given) or "the configurations are equal")
+    names = {line.partition(":")[0] for line in given}
+    chosen = [line for line in differences(a.config, b.config) if line.partition(":")[0] not in names]
+    if chosen:
+        print("\n".join(("chosen or measured by the runs, not configured:", *(f"  {line}" for line in chosen))))
     return 0
+
+
+def _differing(a: RunConfig, b: RunConfig) -> dict[str, list[Any]]:
+    x, y = flatten(to_dict(a)), flatten(to_dict(b))
+    return {name: [x[name], y[name]] for name in x if x[name] != y[name]}

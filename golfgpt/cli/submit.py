@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,9 +56,15 @@ def pack(args: SubmitPack) -> int:
     for note in packed.notes:
         print(f"note: {note}")
     print(f"{PROGRAM} {code:,} bytes, from {packed.readable_bytes:,} of readable source")
+    if packed.counted_bytes not in (None, code):
+        without = "without kernels and " if args.kernels else ""
+        print(
+            f"  (the run counted {packed.counted_bytes:,} {without}before it chose dtype, compilation and attention; "
+            "this file has what it chose, and its seed)"
+        )
     print(f"{total:,} bytes = code {code:,} + largest artifact {total - code:,}; {packed.cap - total:,} below the cap")
     print(f"{s['score']} {s['val_bpb']:.6f}, mean of {len(s['seeds'])}; artifact of seed {s['artifact_seed']}")
-    print(f"{args.out}    next: golfgpt submit check {args.out}")
+    print(f"{args.out}    next: golfgpt submit check {shlex.quote(str(args.out))}")
     return 0
 
 
@@ -100,5 +107,7 @@ def check(args: SubmitCheck) -> int:
         print_json({"folder": str(args.folder), "ok": not failed, "findings": [f._asdict() for f in findings]})
     else:
         print(table(("check", "result", "detail"), findings))
-        print(f"{len(failed)} of {len(findings)} checks failed" if failed else "no check failed")
+        open_ = sum(finding.result == "not checked" for finding in findings)
+        rest = f", {open_} not checked" if open_ else ""
+        print(f"{len(failed)} of {len(findings)} checks failed{rest}" if failed else f"no check failed{rest}")
     return 6 if failed else 0

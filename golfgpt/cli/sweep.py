@@ -19,7 +19,7 @@ from golfgpt.sweep.space import SPEC_KEYS, Spec, SpecFile, parse_grid, read_spec
 from golfgpt.tables import table
 
 if TYPE_CHECKING:  # Optuna is imported when a sweep runs
-    from golfgpt.sweep.run import Row
+    from golfgpt.sweep.run import Estimate, Row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +70,7 @@ def sweep(args: Sweep) -> int:
         if args.json:
             print_json(asdict(cost))
         else:
-            each = f"{cost.seconds_per_run:.1f} s each by {cost.source}"
-            print(f"{cost.runs} runs, {jobs} at once, {each}: {cost.hours:.2f} hours")
+            print(_estimate_table(folder, cost, jobs))
         return 0
     study = Study(folder, spec)
     rows = sweep(study, jobs, children, _say(args.json))
@@ -84,6 +83,19 @@ def sweep(args: Sweep) -> int:
     if best is None:
         raise InputError(f"no trial of {folder} has a score within the limits; the table has the reasons")
     return 0
+
+
+def _estimate_table(folder: Path, cost: Estimate, jobs: int) -> str:
+    seconds = 3600 * cost.hours
+    whole = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} minutes" if seconds < 6000 else ""
+    rows = [
+        ("folder", str(folder)),
+        ("runs to train", f"{cost.runs}, {jobs} at once"),
+        ("each", f"{cost.seconds_per_run:.1f} s, estimated from {cost.source}"),
+        ("all", whole or f"{cost.hours:.1f} hours"),
+    ]
+    what = "trains them" if cost.runs else "lists the finished ones"
+    return f"{table(('estimate', ''), rows)}\nnothing was started; the same command without --dry-run {what}"
 
 
 def _say(json: bool) -> Callable[[str], None]:
@@ -115,7 +127,8 @@ def _plan(args: Sweep) -> tuple[Spec, int, Path]:
 
 def _table(rows: list[Row], noise: float | None) -> str:
     names = list(rows[0].values)
-    head = ["trial", *names, "bits per byte", "seeds", "bytes", "seconds", "state"]
+    labels = dict.fromkeys(row.label for row in rows if row.score is not None)
+    head = ["trial", *names, " | ".join(labels) or "val_bpb", "seeds", "bytes", "seconds", "state"]
     cells = []
     for row in rows:
         score = "" if row.score is None else f"{row.score:.4f}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,10 +16,22 @@ import numpy as np
 
 from golfgpt import recipes
 from golfgpt.compare import NO_EFFECT, compare
-from golfgpt.config import RunConfig, to_dict
+from golfgpt.config import to_dict
 from golfgpt.errors import InputError
 from golfgpt.report.figures import COLOURS, Series, curves, distribution
-from golfgpt.runs import Run, artifact_file, as_written, flatten, listed_run, read_run, recipe_name
+from golfgpt.runs import (
+    CHOSEN,
+    MEASURED,
+    Run,
+    artifact_file,
+    as_configured,
+    as_written,
+    flatten,
+    listed_run,
+    read_run,
+    recipe_name,
+    start_config,
+)
 from golfgpt.train.clock import COUNTED
 
 
@@ -128,7 +141,9 @@ def _fill(view: View) -> None:
         at = f"step {view.steps[-1]['step']}" if view.steps else "the start"
         running = listed_run(run.path).status == "running"
         now = (
-            f"it is training, at {at}" if running else f"it stopped at {at}; golfgpt train --resume {run.path} goes on"
+            f"it is training, at {at}"
+            if running
+            else f"it stopped at {at}; golfgpt train --resume {shlex.quote(str(run.path))} goes on"
         )
         view.missing.append(f"the score (there is no result.json): {now}")
     elif not view.score.get("checks"):
@@ -168,6 +183,9 @@ def _number(value: Any, form: str) -> str:
 SCORES: dict[str, Callable[[View], str]] = {
     "bits per byte": lambda v: _number(v.score.get("val_bpb"), ".4f"),
     "with test-time training": lambda v: _number(v.adapted.get("val_bpb"), ".4f"),
+    "part of the text": lambda v: (
+        ", ".join(score["label"] for score in (v.score, v.adapted) if score.get("partial")) or "–"
+    ),
     "nats per token": lambda v: _number(v.score.get("val_loss"), ".4f"),
     "total bytes": lambda v: _number(v.result.get("total_bytes"), ","),
     "bytes left": lambda v: _number(v.result.get("margin_bytes"), ","),
@@ -312,13 +330,14 @@ def _by_run(caption: str, views: Sequence[View], values: Callable[[View], dict[s
 
 def _changed(views: Sequence[View]) -> Table:
     """Fields in which the runs differ; of one run those that differ from its recipe, or from the defaults."""
-    fields = _by_run("", views, lambda view: flatten(to_dict(view.run.config)))
-    if len(views) > 1:
+    several = len(views) > 1
+    fields = _by_run("", views, lambda v: flatten(to_dict(as_configured(v.run, MEASURED if several else CHOSEN))))
+    if several:
         rows = [row for row in fields.rows if len(set(row[1:])) > 1]
         return Table("Fields in which the runs differ", fields.head, rows)
     recipe = recipes.RECIPES.get(recipe_name(views[0].run.env) or "")
     name = f"recipe {recipe.name}" if recipe else "defaults"
-    start = flatten(to_dict(recipe.config if recipe else RunConfig()))
+    start = flatten(to_dict(start_config(views[0].run.env)))
     rows = [[key, _text(start[key]), value] for key, value in fields.rows if value != _text(start[key])]
     return Table(f"Fields that are not those of the {name}", ["field", name, views[0].name], rows)
 

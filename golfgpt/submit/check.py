@@ -12,6 +12,7 @@ import ast
 import json
 import math
 import re
+import shlex
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -22,12 +23,11 @@ from typing import Any, Literal, NamedTuple
 
 from golfgpt.errors import GolfError, InputError
 from golfgpt.files import parse_json, sha256_file
-from golfgpt.submit.folder import ARTIFACT, PACKAGES, PROGRAM, READABLE, SCHEMA
+from golfgpt.submit.folder import ARTIFACT, PACKAGES, PROGRAM, READABLE, SCHEMA, SEEDS, is_record
 from golfgpt.submit.pack import execution, imports, minified
 from golfgpt.submit.reader import Code
 from golfgpt.submit.unwrap import NETWORK, read_code
 
-SEEDS = 3
 LOGS = re.compile(r"[^/]*\.log|[^/]*train[^/]*\.txt|result_seed\d+\.json")
 """Names of logs and results of the seeds."""
 SECONDS = 600.0
@@ -183,6 +183,8 @@ def check(path: Path, *, cap: int = 16_000_000) -> list[Finding]:
     """All findings, in the order of `CHECKS`. Raises InputError if there is no folder."""
     if not path.is_dir():
         raise InputError(f"there is no folder {path}; expected that of a submission")
+    if not any((path / name).exists() for name in ("README.md", "submission.json", PROGRAM)):
+        raise InputError(f"{path} is not the folder of a submission: {_instead(path)}")
     folder, findings = Folder(path, cap), []
     for name, check in CHECKS.items():
         try:
@@ -192,6 +194,14 @@ def check(path: Path, *, cap: int = 16_000_000) -> list[Finding]:
         except (Failed, InputError) as error:
             findings.append(Finding(name, "FAILED", str(error)))
     return findings
+
+
+def _instead(path: Path) -> str:
+    """What a folder is in place of a submission, and what to do."""
+    if (path / "config.json").is_file():
+        make = f"golfgpt submit pack {shlex.quote(str(path))} --out DIR --author NAME --github-id USER --name TITLE"
+        return f"it is a run, of which {make} makes one"
+    return f"it has no README.md, submission.json and {PROGRAM}; golfgpt submit pack makes one from runs"
 
 
 def files(folder: Folder) -> str:
@@ -324,11 +334,13 @@ def seeds(folder: Folder) -> str:
         ]
         if other:
             raise Failed(f"the logs of seed {first} and {seed} are of different configurations: {other[0][:160]}")
-    if len(given) < SEEDS:
-        raise Failed(f"{len(given)} seed{'s' * (len(given) > 1)}; expected at least {SEEDS}")
+    few = f"{len(given)} seed{'s' * (len(given) > 1)}; a record needs {SEEDS}"
+    if len(given) < SEEDS and is_record(folder.submission["track"]):
+        raise Failed(f"{few}, and the track is {folder.submission['track']}")
     if not settings[first]:
         raise NotChecked("the logs have no lines of settings")
-    return f"{', '.join(map(str, sorted(given)))}: {len(settings[first])} lines of settings are equal"
+    equal = f"{', '.join(map(str, sorted(given)))}: {len(settings[first])} lines of settings are equal"
+    return equal if len(given) >= SEEDS else f"{equal}; {few}"
 
 
 def data(folder: Folder) -> str:
@@ -387,9 +399,10 @@ def _near(given: float, found: float, what: str) -> None:
 
 def whole_text(folder: Folder) -> str:
     label = folder.submission.get("score", "val_bpb")
-    partial = [log.last(r"(val_bpb_first_\w+):") for log in folder.logs.values()]
-    if "first" in label or any(partial):
-        raise Failed(f"the score is of a part of the validation text: {next(filter(None, partial), label)}")
+    final = [log.last(r"^final_\w+_exact .*?(val_bpb\w*):") or "" for log in folder.logs.values()]
+    partial = [name for name in final if "_first_" in name]
+    if "first" in label or partial:
+        raise Failed(f"the score is of a part of the validation text: {next(iter(partial), label)}")
     tokens = {log.last(r"^val_loader:.*?tokens:(\d+)") for log in folder.logs.values()}
     scored = {log.last(r"([\d,]+) tokens, [\d,]+ bytes") for log in folder.logs.values()}
     if None in tokens | scored:

@@ -12,6 +12,7 @@ them fit the cap if it does. Every number comes from the runs; `golfgpt submit c
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import statistics
 import tempfile
@@ -21,15 +22,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from golfgpt import recipes
 from golfgpt.compare import Side, one_side
 from golfgpt.config import RunConfig, differences
 from golfgpt.errors import BudgetError, InputError, VerificationError
 from golfgpt.files import sha256_file, write_json
-from golfgpt.runs import Run, artifact_file, read_result, recipe_name
+from golfgpt.runs import Run, artifact_file, as_configured, read_result, recipe_name, start_config
 from golfgpt.submit.pack import imports, packed
 
 PROGRAM, READABLE, ARTIFACT = "train_gpt.py", "train_gpt_readable.py", "model.golf"
+SEEDS = 3
+"""Of a record."""
 SCHEMA = Path(__file__).with_name("submission.schema.json")
 PACKAGES = {"torch", "numpy", "sentencepiece", "brotli", "zstandard", "triton"}
 """What a packed program may import beside the standard library."""
@@ -53,6 +55,8 @@ class Packed:
     submission: dict[str, Any]
     readable_bytes: int
     cap: int
+    counted_bytes: int | None
+    """What the best run counted as code when it started."""
     notes: list[str]
     """What a reader of the folder should know."""
 
@@ -61,14 +65,21 @@ def pack(paths: Sequence[Path], out: Path, about: About, *, kernels: bool = Fals
     """Write the folder `out`. It appears whole or not at all, and the runs are only read. With `kernels` the program
     has the Triton kernels that the best run used.
 
-    Raises InputError for runs without a score or of more than one configuration, for `kernels` of a run without and for
-    an existing `out` (a former submission is replaced with `overwrite`), VerificationError for an artifact that its
+    Raises InputError for runs without a score of the whole text or of more than one configuration, for too few seeds of
+    a record, for `kernels` of a run without and for an existing `out` (a former submission is replaced with
+    `overwrite`), VerificationError for an artifact that its
     result.json does not describe, BudgetError over the cap, ImportError without python-minifier.
     """
     _may_write(out, overwrite)
     runs = sorted(map(read_result, paths), key=lambda run: run.config.seed)
     kind = "plain" if runs and runs[0].config.eval.ttt.kind == "off" else "adapted"
+    for run in runs:
+        _check_whole(run, kind)
     side = one_side(runs, kind)
+    if is_record(about.track) and len(side.seeds) < SEEDS:
+        raise InputError(
+            f"{_seeds(side)} for the track {about.track}, which needs {SEEDS}: train more, or leave out --track"
+        )
     for run in runs:
         _check_artifact(run)
     best = min(side.seeds, key=lambda seed: seed.val_bpb).seed
@@ -104,7 +115,34 @@ def pack(paths: Sequence[Path], out: Path, about: About, *, kernels: bool = Fals
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
-    return Packed(submission=submission, readable_bytes=len(readable.encode()), cap=cap, notes=notes)
+    counted = shown.result.get("code_bytes")
+    size = len(readable.encode())
+    return Packed(submission=submission, readable_bytes=size, cap=cap, counted_bytes=counted, notes=notes)
+
+
+def is_record(track: str) -> bool:
+    """Whether a submission to this track must have what a record needs."""
+    return not re.search(r"non.?record|unlimited", track, re.IGNORECASE)
+
+
+def _check_whole(run: Run, kind: str) -> None:
+    """Raise InputError for the score of a part of the text, which `golfgpt submit check` lets fail."""
+    score = run.result.get("score" if kind == "plain" else "adapted") or {}
+    if not score.get("partial"):
+        return
+    option = "--eval.ttt.max-seconds SECONDS"
+    if run.config.eval.max_tokens is not None:
+        option = "--eval.max-tokens None"
+    elif run.config.eval.rule != "every_token":
+        option = "--eval.rule every_token"
+    raise InputError(
+        f"the score of {run.path} is {score['label']}, of a part of the validation text; a submission needs that of "
+        f"all of it: golfgpt train --resume {shlex.quote(str(run.path))} {option} (scores again, trains nothing)"
+    )
+
+
+def _seeds(side: Side) -> str:
+    return f"{len(side.seeds)} seed{'s' * (len(side.seeds) > 1)}"
 
 
 def _may_write(out: Path, overwrite: bool) -> None:
@@ -201,8 +239,8 @@ def _notes(side: Side, shown: Run, kernels: bool) -> list[str]:
     notes = [f"{run} has this configuration too and is not part of the submission" for run in side.left_out]
     if side.varied:
         notes.append(f"the runs also differ in {', '.join(side.varied)}")
-    if len(side.seeds) < 3:
-        notes.append(f"{len(side.seeds)} seed{'s' * (len(side.seeds) > 1)}: a record needs three")
+    if len(side.seeds) < SEEDS:
+        notes.append(f"{_seeds(side)}: a record needs {SEEDS}")
     if (used := shown.config.runtime.kernels) not in ("auto", "eager") and not kernels:  # auto: nothing was chosen
         notes.append(f"the runs used the kernels {used}; the program has PyTorch's ops, which round differently")
     return notes
@@ -219,9 +257,9 @@ def _readme(submission: dict[str, Any], run: Run, notes: Sequence[str]) -> str:
     s, recipe = submission, recipe_name(run.env)
     label, std = s["score"], s["val_bpb_std"]
     spread = "" if std is None else f", standard deviation {std:.6f}"
-    start = recipes.RECIPES[recipe].config if recipe in recipes.RECIPES else RunConfig()
     ignored = ("seed:", "runtime.", "budget.", "data.path:")
-    changes = [change for change in differences(start, run.config) if not change.startswith(ignored)]
+    changed = differences(start_config(run.env), as_configured(run))
+    changes = [change for change in changed if not change.startswith(ignored)]
     rows = [
         f"| {seed} | {r['steps']} | {r['val_loss']:.8f} | {r['val_bpb']:.8f} | {r['train_time_s']:.3f} | "
         f"{r['eval_time_s']:.3f} | {r['artifact_bytes']} |"

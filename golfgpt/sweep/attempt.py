@@ -76,13 +76,15 @@ class Result:
     runs: tuple[str, str]
     """Folders of the runs, without the seed."""
     note: str = ""
+    label: str = "val_bpb"
+    """What the scores are of."""
 
 
 def attempt(folder: Path, loop: Loop, changed: RunConfig, children: Children, say: Callable[[str], None]) -> Result:
     """Train incumbent and change with the seeds of each look until one decides. Appends a line to results.tsv, and
     stores the change as the incumbent if it is kept. Raises InputError for a change that changes no field and for an
     incumbent that does not train; then no line is written."""
-    change = changes(loop.config, changed)
+    change, label = changes(loop.config, changed), "val_bpb"
     if not change:
         raise InputError("the change changes nothing; expected an option with another value than the incumbent's")
     if "seed" in change:
@@ -106,8 +108,9 @@ def attempt(folder: Path, loop: Loop, changed: RunConfig, children: Children, sa
                     note = f"{what} ({path}.log)"
                     break
                 scores[arm].append(outcome.score)
+                label = outcome.label
                 steps[arm].append(outcome.result["steps"])
-                say(f"{'change' if arm else 'incumbent'} seed {seeded.seed}: {outcome.score:.4f}  {path}")
+                say(f"{'change' if arm else 'incumbent'} seed {seeded.seed}: {label} {outcome.score:.4f}  {path}")
             if note:
                 decision = "failed" if outcome.score is None and not outcome.diverged else "discard"
                 break
@@ -118,7 +121,9 @@ def attempt(folder: Path, loop: Loop, changed: RunConfig, children: Children, sa
                     decision = test.verdict
                     break
     text = shlex.join(flags(change))
-    result = Result(decision=decision, change=text, test=test, scores=scores, steps=steps, runs=runs, note=note)
+    result = Result(
+        decision=decision, change=text, test=test, scores=scores, steps=steps, runs=runs, note=note, label=label
+    )
     return _record(folder, loop, changed, result)
 
 
@@ -158,7 +163,7 @@ def line(result: Result) -> list[str]:
         *means,
         *steps,
         *result.runs,
-        result.note,
+        "; ".join(filter(None, (result.note, result.label if result.label != "val_bpb" else ""))),
     ]
     return [" ".join(cell.split()) for cell in out]
 
@@ -182,6 +187,8 @@ def summary(result: Result) -> str:
     text = f"{result.decision}: {result.change}: {interval(test)} ({test.seeds} seeds); better with confidence {sure}"
     if result.decision == "discard":
         text += f", and {1 - ALPHA:.0%} at its looks was needed"
+    if result.label != "val_bpb":
+        text += f"\nthe scores are {result.label}"
     return f"{text}\n{result.note}" if result.note else text
 
 
@@ -193,5 +200,6 @@ def as_json(result: Result) -> dict[str, Any]:
         "test": result.test and asdict(result.test),
         "incumbent": {"runs": result.runs[0], "scores": incumbent, "steps": incumbent_steps},
         "candidate": {"runs": result.runs[1], "scores": change, "steps": change_steps},
+        "score": result.label,
         "note": result.note,
     }

@@ -47,6 +47,11 @@ class Outcome:
             return None
         return (self.result["adapted"] or self.result["score"])["val_bpb"]
 
+    @property
+    def label(self) -> str:
+        """What the score is of, such as val_bpb (first 4,000 tokens)."""
+        return (self.result["adapted"] or self.result["score"]).get("label", "val_bpb")
+
 
 class Children:
     """The runs of this process. SIGINT and SIGTERM stop them with their states saved."""

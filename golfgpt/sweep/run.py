@@ -36,6 +36,8 @@ class Row:
     """complete, over the limits, pruned, diverged, failed or running."""
     score: float | None
     """Mean over the seeds, bits per byte."""
+    label: str
+    """What the score is of."""
     scores: dict[str, float]
     """By seed."""
     bytes: int | None
@@ -89,6 +91,7 @@ def _try_out(study: Study, claim: Claim, children: Children, say: Callable[[str]
             message = f"seed {seeded.seed}: exit code {outcome.code}: {outcome.message}"
             break
         scores[str(seeded.seed)] = outcome.score
+        trial.set_user_attr("label", outcome.label)
         results.append(outcome.result)
         walls += [] if outcome.wall is None else [outcome.wall]
         trial.set_user_attr("scores", scores)
@@ -140,7 +143,7 @@ def _excess(spec: Spec, config: RunConfig, results: list[dict[str, Any]]) -> dic
 
 
 def _sentence(row: Row) -> str:
-    score = "" if row.score is None else f" {row.score:.4f} bits per byte"
+    score = "" if row.score is None else f" {row.label} {row.score:.4f}"
     return f"{row.state}{score}{f' ({row.message})' if row.message else ''}"
 
 
@@ -164,6 +167,7 @@ def _row(study: Study, trial: FrozenTrial) -> Row:
         values=trial.params,
         state=state,
         score=statistics.fmean(scores.values()) if scores else None,
+        label=attrs.get("label", "val_bpb"),
         scores=scores,
         bytes=attrs.get("bytes"),
         seconds=attrs.get("seconds"),
@@ -202,10 +206,11 @@ def _time_a_probe(folder: Path, spec: Spec, children: Children) -> tuple[float, 
     """Seconds of one whole run, and how they are known."""
     config = with_values(spec.config, spec.points[0] if spec.sampler == "grid" else {})
     steps, every = config.schedule.max_steps, config.runtime.val_every
+    few = min(steps, PROBE_STEPS)
     probe = replace(
         config,
-        schedule=replace(config.schedule, max_steps=min(steps, PROBE_STEPS)),
-        runtime=replace(config.runtime, val_every=min(every, PROBE_STEPS)),
+        schedule=replace(config.schedule, max_steps=few),
+        runtime=replace(config.runtime, val_every=min(every, few)),
     )
     path = folder / "dry-run"
     shutil.rmtree(path, ignore_errors=True)
@@ -217,7 +222,7 @@ def _time_a_probe(folder: Path, spec: Spec, children: Children) -> tuple[float, 
     if config.schedule.max_seconds is not None:
         train = min(train, config.schedule.max_seconds)
     validate = 0.0
-    if every:
+    if every and did >= probe.runtime.val_every:
         validate = seconds["validate"] / (did // probe.runtime.val_every) * (train / seconds["train"] * did // every)
     shutil.rmtree(path)
     Path(f"{path}.log").unlink()

@@ -30,7 +30,7 @@ from golfgpt.model.gpt import GPT
 from golfgpt.model.parameters import of_kind, parameter_table
 from golfgpt.optim.averaging import Average
 from golfgpt.quant import artifact
-from golfgpt.runs import artifact_file, read_config, torchrun_id, write_config
+from golfgpt.runs import artifact_file, read_config, resume_hint, torchrun_id, write_config
 from golfgpt.train import checkpoint
 
 
@@ -167,7 +167,7 @@ def trained_weights(path: Path) -> dict[str, Tensor]:
         reasons = f" ({'; '.join(refused.values())})" if refused else ""
         raise InputError(f"{path} has no intact checkpoint{reasons}; use --source artifact")
     if not saved.finished:
-        raise InputError(f"{path} stopped at step {saved.step}; finish it with golfgpt train --resume {path}")
+        raise InputError(f"{path} stopped at step {saved.step}; finish it first.{resume_hint(path)}")
     config = read_config(path)
     embeddings = of_kind(parameter_table(config.model), "embedding")
     bf16_params = frozenset(embeddings if config.optim.embed_dtype == "bfloat16" else ())
