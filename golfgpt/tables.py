@@ -81,12 +81,19 @@ def adapted_lines(score: Score, adapted: AdaptedScore) -> str:
         f"{adapted.label} {adapted.val_bpb:.4f}   val_loss {adapted.val_loss:.4f}   {adapted.tokens:,} tokens, "
         f"{adapted.bytes:,} bytes, {adapted.seconds:.1f} s of at most {adapted.max_seconds:g}",
         str(adapted.compliance),
-        f"ledger {adapted.ledger_sha256}",
+        f"ledger {adapted.ledger_sha256} (SHA-256 of when each token was scored and learned)",
     ]
     if adapted.published_bpb is not None:
         lines.insert(1, f"val_bpb (published bytes) {adapted.published_bpb:.4f}")
     if adapted.stopped:
         lines.insert(1, f"stopped: {adapted.stopped}; what was scored before is kept")
+    elif not adapted.compliance.learned_after_scored:
+        chunk = adapted.settings["sgd"]["chunk_tokens"]
+        lines.insert(
+            1,
+            f"warning: nothing was learned, because the text is not longer than eval.ttt.sgd.chunk_tokens {chunk:,}: "
+            "lower it, or score more text",
+        )
     elif adapted.tokens == score.tokens:
         gain = score.val_bpb - adapted.val_bpb
         lines.insert(

@@ -267,7 +267,12 @@ def test_budget_before_training_computes_the_published_counts(capsys):
     sizes = run_json(capsys, "budget", "--recipe", "baseline", "--budget.code-bytes", "60000")
     assert 15_700_000 < sizes.pop("forecast_bytes") < 15_940_000
     assert sizes.pop("mlp_hidden") == 1024
+    assert sizes.pop("verdict").startswith("fits by the forecast, but")
     assert sizes == {"parameters": 17_059_912, "payload_bytes": 17_178_912, "model_bytes_limit": 15_940_000}
+    for limit, code, word in ((20_000_000, 0, "whatever"), (15_000_000, 4, "does not fit, by the forecast")):
+        options = ("--recipe", "baseline", "--budget.code-bytes", "60000", "--budget.artifact-bytes", str(limit))
+        assert main(["budget", *options]) == code
+        assert word in capsys.readouterr().out
 
 
 def test_recipes(capsys):

@@ -371,7 +371,7 @@ def test_tuning(monkeypatch, tmp_path):
 def test_every_verdict_but_ok_says_what_to_do():
     rows = [Row("a", "1"), Row("b", "2", "do this", "slow"), Row("c", "3", "do that", "missing", broken=True)]
     lines = text(rows).splitlines()
-    assert lines[1:4] == ["a      1      ok", "b      2      slow", "c      3      missing"]
+    assert lines[1:4] == ["a      ok       1", "b      slow     2", "c      missing  3"]
     assert lines[5:] == [
         "c (a run needs it): do that",
         "b: do this",

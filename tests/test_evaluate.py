@@ -249,7 +249,7 @@ def test_varlen_scores_pieces_of_documents_in_the_whole_rows_of_each_eighth(tiny
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_window_longer_than_the_text(tiny, rule):
-    with pytest.raises(InputError, match=r"eval\.window 64 is longer than the text's 63"):
+    with pytest.raises(InputError, match=r"eval\.window 64 is longer than the 63 tokens to score"):
         score(tiny, rule=rule, max_tokens=63)
 
 

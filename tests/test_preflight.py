@@ -59,9 +59,9 @@ def without_momentum(save):
 
 
 def with_other_data(restore):
-    def instead(saver):
+    def instead(saver, found):
         saver.step.data._rehearsed.reverse()
-        return restore(saver)
+        return restore(saver, found)
 
     return instead
 

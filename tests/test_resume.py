@@ -215,6 +215,7 @@ def test_without_a_checkpoint_the_stored_config_still_rules(tiny, tmp_path):
     RunFolder.create(tmp_path / "run", tiny, b"").close()
     with pytest.raises(InputError, match=r"another config \(optim\.matrix_lr: 0\.04 -> 0\.1"):
         train(replace(tiny, optim=replace(tiny.optim, matrix_lr=0.1)), tmp_path / "run", resume=True)
+    assert not (tmp_path / "run" / "train.log").exists(), "of which submit check reads the configuration"
 
 
 def test_a_run_without_the_newest_fields_resumes(tiny, tmp_path, monkeypatch):

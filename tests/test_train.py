@@ -496,7 +496,7 @@ def test_an_average_of_too_few_is_not_exported_and_the_log_says_so(tiny, tmp_pat
         (lambda c: replace(c, data=replace(c.data, path=None)), "no data"),
         (lambda c: replace(c, data=replace(c.data, path="nowhere")), "there is no folder nowhere"),
         (lambda c: replace(c, model=replace(c.model, vocab_size=385)), "use --model.vocab-size 384"),
-        (lambda c: replace(c, eval=replace(c.eval, window=10**6)), "longer than the text"),
+        (lambda c: replace(c, eval=replace(c.eval, window=10**6)), "longer than the 4000 tokens"),
         (
             lambda c: replace(
                 c, model=replace(c.model, smear_gate="after_norm"), eval=replace(c.eval, document_aware=True)

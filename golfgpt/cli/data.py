@@ -26,7 +26,7 @@ class DataPrepare:
     out: Path
     """Folder to write to."""
     vocab_size: int | None = None
-    """Vocabulary size of the tokenizer to train, in tokens; default: 1024."""
+    """Vocabulary size of the tokenizer to train, in tokens; None: 1024."""
     tokenizer: Path | None = None
     """Use this SentencePiece model instead of training one."""
     case_ops: bool = False
@@ -34,13 +34,13 @@ class DataPrepare:
     val: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Separate input for validation; repeat the flag for each input."""
     val_fraction: float | None = None
-    """Fraction of the documents used for validation if --val is not given, at least one; default: 0.05."""
+    """Fraction of the documents used for validation if --val is not given, at least one; None: 0.05."""
     document_separator: str | None = None
-    """Text between documents in .txt files; default: blank lines, packed to at least 2 kB per document."""
+    """Text between documents in .txt files; None: blank lines, packed to at least 2 kB per document."""
     shard_tokens: int | None = None
-    """Tokens in a shard; default: 100,000,000, as published. --data.order shuffled needs a shard for each span."""
+    """Tokens in a shard; None: 100,000,000, as published. --data.order shuffled needs a shard for each span."""
     workers: int | None = None
-    """Worker processes; default: one per core."""
+    """Worker processes; None: one per core."""
     overwrite: bool = False
     """Replace an earlier prepared folder."""
     json: bool = False
@@ -124,13 +124,13 @@ class DataDownload:
     """Download the published token shards; continues an interrupted download and checks a finished one."""
 
     out: Path | None = None
-    """Folder to write to; default: data/fineweb10B_VARIANT."""
+    """Folder to write to; None: data/fineweb10B_VARIANT."""
     variant: str = "sp1024"
     """Tokenizer: sp followed by its vocabulary size."""
     train_shards: int = 80
     """Train shards to download, each 100 million tokens and 200 MB; the validation split is always whole."""
     revision: str | None = None
-    """Commit, branch or tag of the dataset; default: the commit of the folder, or a pinned one for a new folder."""
+    """Commit, branch or tag of the dataset; None: the commit of the folder, or a pinned one for a new folder."""
     workers: int = 4
     """Files to download at the same time."""
     json: bool = False

@@ -69,7 +69,7 @@ class Doctor:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Like runtime.device of a run; cuda requires a GPU."""
     processes: int | None = None
-    """Local processes for the all-reduce check, on GPUs if there are enough, else on the CPU; default: one per GPU."""
+    """Local processes for the all-reduce check, on GPUs if there are enough, else on the CPU; None: one per GPU."""
     tune: bool = False
     """Also check and time the kernels (50 seconds more) and store what impl="auto" reads on this machine."""
     json: bool = False

@@ -15,7 +15,7 @@ from tyro.conf import Positional
 
 from golfgpt.cli.common import RUNS, Config, check_tokenizer, print_json, run_name, stored_config
 from golfgpt.config import QuantConfig, RunConfig, differences, to_dict
-from golfgpt.errors import InputError
+from golfgpt.errors import BudgetError, InputError
 from golfgpt.runs import flatten
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Budget:
 
 def budget(args: Budget) -> int:
     from golfgpt.model.parameters import parameter_shapes
-    from golfgpt.quant.budget import fitted, forecast_bytes
+    from golfgpt.quant.budget import LEAST_FORECAST, fitted, forecast_bytes
     from golfgpt.quant.quantizer import Quantizer
     from golfgpt.submit.size import counted
     from golfgpt.tables import tensor_table
@@ -93,10 +93,18 @@ def budget(args: Budget) -> int:
     parameters = sum(map(math.prod, shapes))
     room = config.budget.artifact_bytes - config.budget.code_bytes
     forecast = forecast_bytes(quantizer)
+    if quantizer.payload_bytes <= room:
+        verdict = "fits, whatever the values of the weights"
+    elif forecast > room:
+        verdict = "does not fit, by the forecast"
+    elif forecast / LEAST_FORECAST > room:
+        verdict = "fits by the forecast, but with less room than some published files took beyond theirs"
+    else:
+        verdict = "fits, by the forecast"
     if args.json:
         sizes = {"payload_bytes": quantizer.payload_bytes, "forecast_bytes": forecast, "model_bytes_limit": room}
-        print_json({"parameters": parameters, "mlp_hidden": config.model.mlp_hidden, **sizes})
-        return 0
+        print_json({"parameters": parameters, "mlp_hidden": config.model.mlp_hidden, **sizes, "verdict": verdict})
+        return BudgetError.exit_code * (forecast > room)
     print(f"recipe {args.recipe}, at most {config.budget.artifact_bytes:,} bytes (--budget.artifact-bytes)\n")
     print(tensor_table(quantizer.table()))
     if config.budget.fit == "mlp_hidden":
@@ -107,15 +115,15 @@ def budget(args: Budget) -> int:
         f"room for model.golf: {room:,} bytes = {config.budget.artifact_bytes:,} - code "
         f"{config.budget.code_bytes:,}, the program with this configuration in it"
     )
-    ratio = room / quantizer.payload_bytes
-    if ratio >= 1:
-        print("fits, whatever the values of the weights")
-    else:
-        print(f"fits if the trained weights compress to {ratio:.3f} of the payload")
     print(
         f"forecast for Gaussian weights: {forecast:,} bytes, {forecast / quantizer.payload_bytes:.3f} of the payload; "
-        "published files were between 2 % smaller and 4 % larger than their forecasts"
+        f"published files were between 2 % smaller and 4 % larger than their forecasts\n{verdict}"
     )
+    if forecast > room:
+        raise BudgetError(
+            f"{forecast - room:,} bytes more than the limit leaves for model.golf: take a smaller model, fewer bits "
+            "(--quant.bits), or the width that fits (--budget.fit mlp_hidden)"
+        )
     return 0
 
 
@@ -158,12 +166,12 @@ class Export:
     """artifact: the weights decoded from model.golf; checkpoint: the trained weights, not quantized. Default: artifact
     for safetensors, checkpoint for golf; hf is always the artifact."""
     out: Path | None = None
-    """File to write; default: export.golf in the run folder, or the name of the artifact with .safetensors. Folder to
-    write for hf; default: hf beside the artifact."""
+    """File to write; None: export.golf in the run folder, or the name of the artifact with .safetensors. Folder to
+    write for hf; None: hf beside the artifact."""
     license: str = "mit"
     """What the model card of --to hf names as the license of weights and code; the code's is MIT."""
     data: Path | None = None
-    """Folder with the training data, for --quant.method gptq; default: the run's."""
+    """Folder with the training data, for --quant.method gptq; None: the run's."""
     overwrite: bool = False
     """Replace an earlier export."""
     json: bool = False
@@ -307,7 +315,7 @@ class Import:
     recipe: str = "baseline"
     """Recipe that the file was trained with; `golfgpt recipes` lists them."""
     name: str | None = None
-    """The run folder is runs/NAME; default: the file's name and the time."""
+    """The run folder is runs/NAME; None: the file's name and the time."""
     json: bool = False
     """Print the facts about the imported model as JSON."""
 

@@ -35,7 +35,7 @@ class Sweep:
     recipe: str | None = None
     """Configuration that all runs start from."""
     name: str | None = None
-    """Study and run folders are in runs/NAME; default: the name of SPEC.toml, else sweep."""
+    """Study and run folders are in runs/NAME; None: the name of SPEC.toml, else sweep."""
     sampler: Literal["grid", "random", "tpe"] | None = None
     """Which points: all of a grid (default), or --trials random ones, or those of Optuna's TPE sampler."""
     trials: int | None = None

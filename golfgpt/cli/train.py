@@ -40,7 +40,7 @@ class Train:
     recipe: str | None = None
     """Configuration that a new run starts from; `golfgpt recipes` lists them."""
     name: str | None = None
-    """The run folder is runs/NAME; default: the recipe's name and the time, or torchrun's id."""
+    """The run folder is runs/NAME; None: the recipe's name and the time, or torchrun's id."""
     resume: Path | None = None
     """Continue the run in this folder from its newest checkpoint, with the config that it was started with."""
     json: bool = False
@@ -136,7 +136,7 @@ class Demo:
 
     config: Config
     name: str | None = None
-    """The run folder is runs/NAME; default: demo and the time."""
+    """The run folder is runs/NAME; None: demo and the time."""
     data: Path = Path("data/demo")
     """Folder for the prepared text; an existing one is used again."""
     json: bool = False
@@ -371,8 +371,10 @@ def sample(args: Sample) -> int:
     model, tokenizer = load(args.run)
     window, bos = artifact.inspect(artifact_file(args.run)).seq_len, tokenizer.bos_id
     ids = [bos, *tokenizer.encode(prompt)]
+    shown = prompt
     if len(ids) > window:
         print(f"the prompt has {len(ids):,} tokens, of which the model reads the last {window:,}", file=sys.stderr)
+        shown = f"… {tokenizer.decode(ids[-window:])}"
     found = []
     for seed in range(args.seed, args.seed + args.samples):
         new = model.generate(
@@ -393,7 +395,7 @@ def sample(args: Sample) -> int:
             continue
         if args.samples > 1:
             print(f"--- seed {seed}", flush=True)
-        print(prompt + text, flush=True)
+        print(shown + text, flush=True)
         if len(new) < args.tokens:
             print(
                 f"(the model ended the document after {len(new)} of {args.tokens} tokens; --past-end goes on)",

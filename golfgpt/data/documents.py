@@ -53,7 +53,8 @@ def find_inputs(inputs: Sequence[PathLike], say: Callable[[str], None] = lambda 
         raise InputError("no input is named: give files, folders or globs")
     for file in found:
         if not file.name.endswith(SUFFIXES):
-            raise InputError(f"{file}: cannot read this kind of file; expected {', '.join(SUFFIXES)}")
+            kinds = ", ".join(SUFFIXES)
+            raise InputError(f"{file}: cannot read this kind of file; expected {kinds}: copy plain text to NAME.txt")
     once: dict[Path, Path] = {}
     again = [file for file in found if once.setdefault(file.resolve(), file) is not file]
     if again:

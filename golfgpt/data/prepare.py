@@ -374,7 +374,7 @@ def prepare(
         raise InputError("val inputs and a val fraction exclude each other; give one")
     fraction = VAL_FRACTION if val_fraction is None else val_fraction
     if not 0 < fraction < 1:
-        raise InputError(f"val fraction {fraction}, expected a number between 0 and 1")
+        raise InputError(f"val_fraction is {fraction}; expected a number between 0 and 1")
     if not 1 <= shard_tokens < 1 << 31:
         raise InputError(f"shard_tokens {shard_tokens}, expected 1..2^31-1")
     if workers is not None and workers < 1:

@@ -129,7 +129,7 @@ def exit_code(rows: Iterable[Row]) -> int:
 
 def text(rows: Sequence[Row]) -> str:
     """The table, below it the advice of each row that is not ok, what a run needs first, and last the next step."""
-    lines = [table(("check", "value", "verdict"), [(row.name, row.value, row.verdict) for row in rows]), ""]
+    lines = [table(("check", "verdict", "value"), [(row.name, row.verdict, row.value) for row in rows]), ""]
     for row in sorted(rows, key=lambda row: (not row.broken, row.verdict == "unknown")):
         if row.verdict != "ok":
             lines.append(f"{row.name}{' (a run needs it)' if row.broken else ''}: {row.advice}")

@@ -57,7 +57,8 @@ class Windows:
     def __init__(self, targets: int, window: int, stride: int, rule: str = "every_token"):
         if window > targets and rule != "varlen":
             raise InputError(
-                f"eval.window {window} is longer than the text's {targets} target tokens; choose a smaller window"
+                f"eval.window {window} is longer than the {targets} tokens to score; choose a smaller window, or more "
+                "tokens (another text, a larger eval.max_tokens)"
             )
         self.targets, self.window, self.stride, self.rule = targets, window, stride, rule
         self.table = np.stack(RULES[rule](targets, window, stride))  # (3, n)

@@ -44,7 +44,7 @@ from golfgpt.train.memory import activation_bytes, out_of_memory, ran_out
 from golfgpt.train.progress import more_steps
 from golfgpt.train.reporter import Reporter
 from golfgpt.train.run_folder import RunFolder, load
-from golfgpt.train.saver import Saver
+from golfgpt.train.saver import Saver, newest
 from golfgpt.train.score import ModelScorer
 from golfgpt.train.signals import Signals
 from golfgpt.train.step import StepResult, TrainStep
@@ -208,7 +208,7 @@ class _Checks:
         if not saved:
             return
         with self.row("resume", "after a kill") as row:
-            saver.restore()
+            saver.restore(self.folder and newest(self.folder, config, self.dataset))
             after = _state(step)
             if wrong := [name for name, value in before.items() if not torch.equal(value, after[name])]:
                 raise VerificationError(f"{wrong[0]} does not come back from the checkpoint bit for bit")

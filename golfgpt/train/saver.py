@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from golfgpt.config import RunConfig, differences, to_dict
 from golfgpt.data.shards import Dataset
@@ -21,6 +21,45 @@ from golfgpt.train.step import TrainStep
 
 RESUMABLE = ("runtime.", "eval.", "budget.", "data.path")
 """Fields that may change when a run is resumed. None of them changes what is trained."""
+
+
+class Found(NamedTuple):
+    """What is there of a run that is to be continued."""
+
+    saved: checkpoint.Checkpoint | None
+    refused: dict[Path, str]
+    """Damaged newer checkpoints, and what is wrong with them."""
+
+
+def newest(folder: RunFolder, config: RunConfig, dataset: Dataset) -> Found:
+    """The newest intact checkpoint of the run in `folder`, checked against what it is to be continued with; nothing is
+    changed. Raises InputError if they do not fit together."""
+    path = folder.path
+    saved, refused = checkpoint.latest(folder.checkpoints)
+    try:
+        started = stored(saved.config) if saved else read_config(path)
+    except ValueError as error:
+        raise InputError(
+            f"{path} was written by another version of golfgpt: {error}; resume it with that version"
+        ) from None
+    changed = [d for d in differences(started, config) if not d.startswith(RESUMABLE)]
+    if changed:
+        what = "; ".join(changed)
+        followed = any(d.startswith("schedule.") for d in changed)
+        raise InputError(
+            f"the run in {path} has another config ({what})"
+            f"{': its learning rate follows that schedule from the first step' if followed else ''}; drop the "
+            f"change, or start a new run with it: the command of this one is in {path / 'env.json'}, give it "
+            "another --name"
+        )
+    if saved and not saved.dataset:
+        raise InputError(f"{path} was imported: there is no training to continue; use golfgpt eval, sample or export")
+    if saved and saved.dataset != dataset.digest:
+        raise InputError(
+            f"{config.data.path} has changed since the checkpoint was written: its digest is "
+            f"{dataset.digest[:16]}, expected {saved.dataset[:16]}; set --data.path to the original data"
+        )
+    return Found(saved, refused)
 
 
 class Saver:
@@ -89,14 +128,16 @@ class Saver:
             self.reporter.metric("checkpoint", step=done, projected_artifact_bytes=projected)
             return True
 
-    def restore(self) -> tuple[int, bool]:
-        """Load rank 0's newest intact checkpoint on every rank. Returns its number of completed steps, and whether
-        training was over. Without a checkpoint, the run starts from step 0. Raises InputError if the checkpoint does
-        not fit the run."""
-        saved = None
+    def restore(self, found: Found | None) -> tuple[int, bool]:
+        """Load the checkpoint that rank 0 has `found` on every rank, and rename damaged ones to .damaged. Returns its
+        number of completed steps, and whether training was over. Without a checkpoint, the run starts from step 0."""
         with self.step.ranks.raise_on_any():
-            saved = self._newest() if self.folder else None
-        saved = self.step.ranks.broadcast_object(saved)
+            if found:
+                for path, reason in found.refused.items():
+                    self.reporter.line(f"warning: {reason}")
+                    path.rename(path.with_suffix(".damaged"))
+                write_config(self.path, self.config)
+        saved = self.step.ranks.broadcast_object(found and found.saved)
         if saved is None:
             self.reporter.line(f"no checkpoint in {self.path}: starting from step 0")
             return 0, False
@@ -110,40 +151,3 @@ class Saver:
         self.reporter.line(f"resumed at step {saved.step:,}, after {saved.seconds['train']:.1f} s of training")
         self.reporter.metric("resume", step=saved.step)
         return saved.step, saved.finished
-
-    def _newest(self) -> checkpoint.Checkpoint | None:
-        """The newest intact checkpoint. Damaged newer ones are renamed to .damaged."""
-        saved, refused = checkpoint.latest(self.folder.checkpoints)
-        try:
-            started = stored(saved.config) if saved else read_config(self.path)
-        except ValueError as error:
-            raise InputError(
-                f"{self.path} was written by another version of golfgpt: {error}; resume it with that version"
-            ) from None
-        if started.schedule.reserve_seconds is None:  # it ended before its calibration was timed
-            reserve = self.config.schedule.reserve_seconds
-            started = replace(started, schedule=replace(started.schedule, reserve_seconds=reserve))
-        changed = [d for d in differences(started, self.config) if not d.startswith(RESUMABLE)]
-        if changed:
-            what = "; ".join(changed)
-            followed = any(d.startswith("schedule.") for d in changed)
-            raise InputError(
-                f"the run in {self.path} has another config ({what})"
-                f"{': its learning rate follows that schedule from the first step' if followed else ''}; drop the "
-                f"change, or start a new run with it: the command of this one is in {self.path / 'env.json'}, give it "
-                "another --name"
-            )
-        if saved and not saved.dataset:
-            raise InputError(
-                f"{self.path} was imported: there is no training to continue; use golfgpt eval, sample or export"
-            )
-        if saved and saved.dataset != self.dataset.digest:
-            raise InputError(
-                f"{self.config.data.path} has changed since the checkpoint was written: its digest is "
-                f"{self.dataset.digest[:16]}, expected {saved.dataset[:16]}; set --data.path to the original data"
-            )
-        for path, reason in refused.items():
-            self.reporter.line(f"warning: {reason}")
-            path.rename(path.with_suffix(".damaged"))
-        write_config(self.path, self.config)
-        return saved

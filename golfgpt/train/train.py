@@ -38,7 +38,7 @@ from golfgpt.train.memory import memory_advice
 from golfgpt.train.progress import Progress, announce, announce_time
 from golfgpt.train.reporter import Reporter
 from golfgpt.train.run_folder import RunFolder
-from golfgpt.train.saver import Saver
+from golfgpt.train.saver import Saver, newest
 from golfgpt.train.score import ModelScorer
 from golfgpt.train.signals import Signals
 from golfgpt.train.step import TrainStep
@@ -78,7 +78,7 @@ def train(
         with ledger.phase("setup"):
             with ranks.raise_on_any():
                 config, dataset = check(config, ranks, resume, count)
-            missing = ""
+            missing, found = "", None
             if resume:
                 runtime, missing = available(config.runtime, config.runtime, ranks.device)
                 config = replace(config, runtime=runtime)
@@ -90,6 +90,7 @@ def train(
                 if ranks.is_main:
                     tokenizer = dataset.need_tokenizer().model_bytes
                     reporter.folder = RunFolder.open(path) if resume else RunFolder.create(path, config, tokenizer)
+                    found = newest(reporter.folder, config, dataset) if resume else None
         folder, begun = reporter.folder, not resume
         try:
             if missing:
@@ -114,7 +115,7 @@ def train(
             progress = Progress(config, dataset, reporter)
             with ledger.phase("setup"):
                 reporter.track(config)
-                done, finished = saver.restore() if resume else (0, False)
+                done, finished = saver.restore(found) if resume else (0, False)
             begun = True
             if not finished:
                 warm_up(config, step, ledger, reporter)
@@ -185,7 +186,7 @@ def choose_execution(
         reporter.log(f"  {trial}")
     threads = plural(shown.threads, "CPU thread")
     compiled = ", compiled" if step.compiled else ""
-    reporter.show(f"on {step.ranks.device} in {step.dtype_choice.name}, {threads}{compiled}")
+    reporter.show(f"on {step.ranks.device} in {step.dtype_choice}, {threads}{compiled}")
     return replace(config, runtime=runtime)
 
 

@@ -36,6 +36,14 @@ CHUNKS = 3
 """Of each sampled document, and of the sampled text."""
 
 
+_CHANGES = {
+    "yes": "no document changes another one's score",
+    "by phase": "documents of earlier phases change the scores of later ones",
+    "no": "earlier text changes the scores of later text",
+}
+_ORDERS = {"stream": "in the order of the text", "length": "by length of the documents"}
+
+
 @dataclass(frozen=True)
 class Compliance:
     """The conditions, and what was found."""
@@ -67,7 +75,7 @@ class Compliance:
             f"checked: later tokens{others} change {change} ({self.comparisons:,} comparisons); probabilities sum to 1 "
             f"within {self.probability_sum_error:.1e}; by the ledger {self.scored_once:,} tokens are scored once and "
             f"{self.learned_after_scored:,} learned afterwards\n"
-            f"documents independent: {self.documents_independent}   order: {self.order}   {self.code_length}"
+            f"{_CHANGES[self.documents_independent]}; scored {_ORDERS[self.order]}; the score is {self.code_length}"
         )
 
 
