@@ -17,11 +17,11 @@ def seconds_left(config: RunConfig, step: int, seconds: float, mean: float) -> f
 
 def status(config: RunConfig, row: dict[str, Any], mean: float) -> str:
     """After the step of `row`, an object of kind train in metrics.jsonl. Loss (nats per token) and bits per byte are
-    running means, `mean` is the mean duration of recent steps in seconds."""
-    step, bpb = row["step"], row["bpb_ema"]
+    running means, `mean` is the mean duration of recent steps in seconds. What is asked for most comes first, because a
+    terminal cuts the line."""
+    step, bpb, left = row["step"], row["bpb_ema"], seconds_left(config, row["step"], row["train_seconds"], mean)
     return (
-        f"step {step}  mean loss {row['loss_ema']:.4f}  {f'{bpb:.4f} bits/byte  ' if bpb else ''}"
-        f"rate {row['lr_multiplier']:.3f}  gradient {row['grad_norm']:.2f}  {mean * 1000:.1f} ms/step  "
-        f"{config.data.batch_tokens / mean:,.0f} tokens/s  "
-        f"{seconds_left(config, step, row['train_seconds'], mean):.0f} s left"
+        f"step {step}  {left:.0f} s left  mean loss {row['loss_ema']:.4f}  {f'{bpb:.4f} bits/byte  ' if bpb else ''}"
+        f"{mean * 1000:.1f} ms/step  rate {row['lr_multiplier']:.3f}  gradient {row['grad_norm']:.2f}  "
+        f"{config.data.batch_tokens / mean:,.0f} tokens/s"
     )
