@@ -16,12 +16,17 @@ def seconds_left(config: RunConfig, step: int, seconds: float, mean: float) -> f
 
 
 def status(config: RunConfig, row: dict[str, Any], mean: float) -> str:
+    """`last_status`, with the time that is left."""
+    left = seconds_left(config, row["step"], row["train_seconds"], mean)
+    return f"{last_status(config, row, mean)}  {left:.0f} s left"
+
+
+def last_status(config: RunConfig, row: dict[str, Any], mean: float) -> str:
     """After the step of `row`, an object of kind train in metrics.jsonl. Loss (nats per token) and bits per byte are
     running means, `mean` is the mean duration of recent steps in seconds."""
-    step, bpb = row["step"], row["bpb_ema"]
+    bpb = row["bpb_ema"]
     return (
-        f"step {step}  mean loss {row['loss_ema']:.4f}  {f'{bpb:.4f} bits/byte  ' if bpb else ''}"
+        f"step {row['step']}  mean loss {row['loss_ema']:.4f}  {f'{bpb:.4f} bits/byte  ' if bpb else ''}"
         f"rate {row['lr_multiplier']:.3f}  gradient {row['grad_norm']:.2f}  {mean * 1000:.1f} ms/step  "
-        f"{config.data.batch_tokens / mean:,.0f} tokens/s  "
-        f"{seconds_left(config, step, row['train_seconds'], mean):.0f} s left"
+        f"{config.data.batch_tokens / mean:,.0f} tokens/s"
     )
