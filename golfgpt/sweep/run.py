@@ -217,18 +217,17 @@ def _time_a_probe(folder: Path, spec: Spec, children: Children) -> tuple[float, 
         runtime=replace(config.runtime, val_every=min(every, few)),
     )
     path, log = folder / ".dry-run", folder / ".dry-run.log"  # no glob over the runs finds them
+    shutil.rmtree(path, ignore_errors=True)  # of a dry run that was killed
+    log.unlink(missing_ok=True)
+    outcome = None
     try:
-        shutil.rmtree(path, ignore_errors=True)  # of a dry run that was killed
-        log.unlink(missing_ok=True)
         outcome = children.train(path, spec.recipe, probe)
-    except BaseException:
-        log.unlink(missing_ok=True)
-        raise
     finally:
         shutil.rmtree(path, ignore_errors=True)
+        if outcome is None or outcome.score is not None:
+            log.unlink(missing_ok=True)
     if outcome.score is None:
         raise InputError(f"the run that was to be timed failed: {outcome.message} ({log})")
-    log.unlink()
     seconds, did = outcome.result["seconds"], outcome.result["steps"]
     train = seconds["train"] / did * steps
     if config.schedule.max_seconds is not None:
