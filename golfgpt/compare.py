@@ -18,13 +18,14 @@ import json
 import math
 import shlex
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from golfgpt.config import differences, to_dict
 from golfgpt.errors import InputError
-from golfgpt.runs import MEASURED, Run, as_configured, flatten, listed_run
+from golfgpt.runs import MEASURED, RUNS, Run, as_configured, flatten, listed_run
+from golfgpt.sweep import space
 from golfgpt.tables import table
 
 MARGIN_NATS = 0.005
@@ -222,8 +223,10 @@ class Side:
         spread = "" if self.sd_loss is None else f" (SD {self.sd_loss:.5f})"
         return [*seeds, (name, "mean", "", f"{self.mean_bpb:.5f}", f"{self.mean_loss:.5f}{spread}", "")]
 
-    def notes(self, name: str) -> list[str]:
-        notes = [f"{run} has the configuration of {name} too, and is not in the comparison" for run in self.left_out]
+    def notes(self, name: str, named: Sequence[str] = ()) -> list[str]:
+        """`named`: runs left out that need no further note."""
+        left_out = [run for run in self.left_out if run not in named]
+        notes = [f"{run} has the configuration of {name} too, and is not in the comparison" for run in left_out]
         if self.varied:
             notes.append(f"the runs of {name} also differ in {', '.join(self.varied)}")
         return notes
@@ -247,14 +250,16 @@ class Comparison:
     """Why the test is paired, or why not."""
     changes: tuple[str, ...]
     """Config fields in which the sides differ, as 'section.field: A -> B'."""
+    next: tuple[str, ...]
+    """Commands that train what a test lacks."""
 
     def __str__(self) -> str:
         head = ("side", "run", "seed", "val_bpb", "nats/token", "steps")
         lines = [table(head, [*self.a.rows("A"), *self.b.rows("B")]), _unit(self.label, self.bpb_per_nat)]
-        changes = "; ".join(self.changes) or "nothing that changes a model"
-        lines += [f"A and B differ in {changes} (A -> B)", *self.a.notes("A"), *self.b.notes("B"), ""]
+        changes = f"A and B differ in {'; '.join(self.changes)} (A -> B)"
+        lines += [changes if self.changes else SAME, *self.a.notes("A"), *self.b.notes("B", self.a.left_out), ""]
         lines += _words(self.difference, "B", self.bpb_per_nat, (len(self.a.seeds), len(self.b.seeds)))
-        lines.append(self.pairing)
+        lines += [*self.next, self.pairing]
         if self.welch and self.welch.claims:
             p = ", ".join(f"p = {c.p:.2g} for a gain above {c.margin:g}" for c in self.welch.claims)
             lines.append(f"Welch's test, which does not decide here: {p}")
@@ -273,12 +278,15 @@ class TargetComparison:
     track3: float
     """(target - mean) * sqrt(n)"""
     track3_passed: bool
+    next: tuple[str, ...]
+    """Commands that train what a test lacks."""
 
     def __str__(self) -> str:
         head = ("side", "run", "seed", "val_bpb", "nats/token", "steps")
         verdict = "passed" if self.track3_passed else "not passed"
         lines = [table(head, self.a.rows("A")), _unit(self.label, self.bpb_per_nat), *self.a.notes("A"), ""]
         lines += _words(self.difference, f"{self.target:g} nats/token", self.bpb_per_nat, (len(self.a.seeds),))
+        lines += self.next
         lines.append(
             f"track 3: ({self.target:g} - {self.a.mean_loss:.5f}) * sqrt({len(self.a.seeds)}) = {self.track3:.5f}, "
             f"expected at least {TRACK3_MARGIN}: {verdict}"
@@ -304,7 +312,7 @@ def compare(
     of_a = {run.path.resolve() for run in a}
     if twice := [run.path for run in b if run.path.resolve() in of_a]:
         raise InputError(f"{twice[0]} is on both sides; expected a run on one side only")
-    side_a, side_b = one_side(a, kind), one_side(b, kind)
+    side_a, side_b = one_side(a, kind, b), one_side(b, kind, a)
     _same_text([a[0], b[0]], kind, RULE if kind == "plain" else TEXT)
     different = differences(as_configured(a[0], MEASURED), as_configured(b[0], MEASURED))
     changes = tuple(d for d in different if not d.startswith(("seed:", "runtime.")))
@@ -320,6 +328,7 @@ def compare(
         welch=by_welch if paired_test else None,
         pairing=pairing,
         changes=changes,
+        next=(*_next_seed("A", side_a, a, b), *_next_seed("B", side_b, b, a)) if changes else (),
     )
 
 
@@ -340,7 +349,34 @@ def compare_target(
         difference=one_sample(side.losses, target, criteria),
         track3=track3,
         track3_passed=track3 >= TRACK3_MARGIN,
+        next=tuple(_next_seed("A", side, a)),
     )
+
+
+SAME = (
+    "A and B have the same configuration: unless golfgpt itself was changed between them, a difference shows only how "
+    "much seeds vary"
+)
+
+
+def _next_seed(name: str, side: Side, runs: Sequence[Run], other: Sequence[Run] = ()) -> Iterator[str]:
+    """How to train a second seed of a side that has one: its run's command with another seed, one of the other side's
+    if there is one. Nothing if there are runs that were left out."""
+    (run, *more), words = runs, runs[0].env.get("command", ())
+    if more or side.left_out or list(words[:2]) != ["golfgpt", "train"]:
+        return
+    seed = min({each.config.seed for each in other} - {run.config.seed}, default=run.config.seed + 1)
+    path = run.path.with_name(f"{run.name.removesuffix(f'-s{run.config.seed}')}-s{seed}")
+    if not path.exists() and path.parent.resolve().is_relative_to(RUNS.resolve()):
+        folder = path.resolve().relative_to(RUNS.resolve())
+        options = _without(words, "--seed", "--name")
+        yield f"  one more of {name}: {shlex.join([*options, '--seed', str(seed), '--name', str(folder)])}"
+
+
+def _without(words: Sequence[str], *options: str) -> list[str]:
+    """A command line without some options and their values."""
+    pairs = zip(("", *words), words, strict=False)
+    return [word for before, word in pairs if not {word.partition("=")[0], before} & {*options}]
 
 
 TEXT = ("dataset", "tokens", "bytes")
@@ -377,14 +413,28 @@ def _same_text(runs: Sequence[Run], kind: Kind, fields: Sequence[str]) -> None:
         for field in fields:
             if first.get(field) != other.get(field):
                 what = "validation data" if field in TEXT else "rules of scoring"
+                again = "" if field == "dataset" else _rescore(run, runs[0], kind)
                 raise InputError(
                     f"{runs[0].path} and {run.path} have other {what}: {field} is {first.get(field)!r} and "
-                    f"{other.get(field)!r}; expected scores of the same text by the same rules"
+                    f"{other.get(field)!r}; expected scores of the same text by the same rules{again}"
                 )
 
 
-def one_side(runs: Sequence[Run], kind: Kind) -> Side:
-    """Check that the runs differ in their seeds only."""
+def _rescore(run: Run, like: Run, kind: Kind) -> str:
+    """The command that scores `run` by the rules of `like`; empty if their rules are equal."""
+    options = space.changes(run.config, replace(run.config, eval=like.config.eval))
+    without = ("eval.batch_tokens", *(("eval.ttt.",) if kind == "plain" else ()))
+    options = {name: value for name, value in options.items() if not name.startswith(without)}
+    if like.config.window != run.config.window:  # a default that data.seq_len decides
+        options |= {"eval.window": like.config.window, "eval.stride": like.config.stride}
+    if not options:
+        return ""
+    command = shlex.join(["golfgpt", "train", "--resume", str(run.path), *space.flags(options)])
+    return f": {command} (scores it again, trains nothing)"
+
+
+def one_side(runs: Sequence[Run], kind: Kind, against: Sequence[Run] = ()) -> Side:
+    """Check that the runs differ in their seeds only. `against`: the runs of the other side."""
     if not runs:
         raise InputError("expected at least one run, on each side: golfgpt compare RUN… --against RUN…")
     first = runs[0]
@@ -415,7 +465,7 @@ def one_side(runs: Sequence[Run], kind: Kind) -> Side:
         mean_bpb=statistics.fmean(seed.val_bpb for seed in seeds),
         sd_loss=statistics.stdev(losses) if len(losses) > 1 else None,
         varied=tuple(varied),
-        left_out=tuple(_left_out(runs)),
+        left_out=tuple(_left_out(runs, against)),
     )
 
 
@@ -433,9 +483,10 @@ def _by_value(runs: Sequence[Run]) -> str:
     return "; ".join(parts)
 
 
-def _left_out(runs: Sequence[Run]) -> list[str]:
-    """Runs of the same configuration in the folders of `runs`: a comparison of chosen seeds proves nothing."""
-    given = {run.path.resolve() for run in runs}
+def _left_out(runs: Sequence[Run], against: Sequence[Run]) -> list[str]:
+    """Runs of the same configuration in the folders of `runs` that are on neither side: a comparison of chosen seeds
+    proves nothing."""
+    given = {run.path.resolve() for run in (*runs, *against)}
     config = json.loads(json.dumps(to_dict(runs[0].config)))  # tuples become lists, as in config.json
 
     def relevant(values: dict[str, Any]) -> dict[str, Any]:

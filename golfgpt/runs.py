@@ -161,6 +161,19 @@ def as_written(path: Path) -> Iterator[None]:
         ) from error
 
 
+def last_step(path: Path) -> dict[str, Any] | None:
+    """The last object of kind train in metrics.jsonl of the run in `path`, as `Run.steps` has it; None before the first
+    step. It reads from the end: a list of many runs needs it."""
+    file, most = path / "metrics.jsonl", None
+    for line in reversed(file.read_bytes().split(b"\n")[:-1] if file.is_file() else []):
+        value = metric(line) or {}
+        if value.get("kind") == "resume":
+            most = value["step"] if most is None else min(most, value["step"])
+        elif value.get("kind") == "train" and (most is None or value["step"] <= most):
+            return value
+    return None
+
+
 def add_metric(path: Path, kind: str, **values: Any) -> None:
     """Append one object to metrics.jsonl of the run in `path`, which no process needs to hold: a line is one write."""
     line = json.dumps({"kind": kind, "time": round(time.time(), 3), **values})
@@ -271,7 +284,8 @@ class ListedRun:
     status: Literal["finished", "running", "stopped", "broken"]
     """finished: it has a result. running: a process holds the folder. broken: a file cannot be read."""
     values: dict[str, Any]
-    """What is in config.json, result.json and env.json, and run, status, recipe, val_bpb and val_loss."""
+    """What is in config.json, result.json and env.json, and run, status, recipe, val_bpb and val_loss; and the steps so
+    far of a run without a result."""
     problem: str | None = None
     """What is broken."""
 
@@ -303,17 +317,20 @@ def listed_run(path: Path) -> ListedRun:
     """The run in `path`, as `list_runs` has it."""
     try:
         config, env, result = _read_config(path), _read(path / "env.json") or {}, read_stored_result(path)
+        with as_written(path):
+            reached = (last_step(path) if result is None else None) or {}
+            trained = {"steps": reached["step"]} if reached else {}
     except (InputError, OSError) as error:
         values = {"run": str(path), "status": "broken"}
         return ListedRun(path=path, status="broken", values=values, problem=str(error))
-    status = "finished" if result is not None else "running" if _locked(path) else "stopped"
-    values = config | (result or {}) | env | {"run": str(path), "status": status, "recipe": recipe_name(env)}
+    status = "finished" if result is not None else "running" if locked(path) else "stopped"
+    values = config | trained | (result or {}) | env | {"run": str(path), "status": status, "recipe": recipe_name(env)}
     run = ListedRun(path=path, status=status, values=values)
     values |= {name: run.get(f"score.{name}") for name in ("val_bpb", "val_loss")}
     return run
 
 
-def _locked(path: Path) -> bool:
+def locked(path: Path) -> bool:
     """Whether a process writes to the run. A shared lock, held for an instant, asks without creating the file."""
     import fcntl  # not on Windows
 

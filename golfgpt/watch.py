@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from golfgpt.config import RunConfig
-from golfgpt.runs import as_written, listed_run, metric, read_config
+from golfgpt.runs import as_written, locked, metric, read_config, read_stored_result
 from golfgpt.train.status import seconds_left, status
 
 RECENT = 32
@@ -55,6 +55,11 @@ class State:
             return sum(self.durations) / len(self.durations)
         return self.train["train_seconds"] / self.train["step"]  # of a run whose metrics lack durations
 
+    def _left(self, config: RunConfig) -> float | None:
+        if self.over or not self.train:
+            return 0.0 if self.over else None
+        return seconds_left(config, self.train["step"], self.train["train_seconds"], self.mean)
+
     def facts(self, config: RunConfig) -> dict[str, Any]:
         """The state as plain values, for --json; None for what is not known yet."""
         last, val, result = self.train or {}, self.val or {}, self.result or {}
@@ -70,14 +75,14 @@ class State:
             "train_seconds": last.get("train_seconds"),
             "step_ms": mean and 1000 * mean,
             "tokens_per_second": mean and config.data.batch_tokens / mean,
-            "seconds_left": seconds_left(config, last["step"], last["train_seconds"], mean) if last else None,
+            "seconds_left": self._left(config),
             "forecast_bytes": (self.checkpoint or {}).get("projected_artifact_bytes"),
             "val_step": val.get("step"),
             "val_bpb": val.get("val_bpb"),
             "score_bpb": (result.get("score") or {}).get("val_bpb"),
             "score_label": (result.get("score") or {}).get("label"),
             "total_bytes": result.get("total_bytes"),
-            "ended": self.end["reason"] if self.end else "finished" if self.result else None,
+            "ended": "finished" if self.result else self.end["reason"] if self.end else None,
         }
 
     def line(self, config: RunConfig) -> str:
@@ -86,10 +91,7 @@ class State:
             words = ["no step yet: the run is being set up"]
         else:
             row = self.train
-            words = [
-                status(config, row, self.mean),
-                f"last loss {row['loss']:.4f}",
-            ]
+            words = [status(config, row, self.mean, ended=self.over), f"last loss {row['loss']:.4f}"]
         if self.checkpoint and self.checkpoint["projected_artifact_bytes"]:
             words.append(f"model.golf about {self.checkpoint['projected_artifact_bytes']:,} bytes")
         if self.val:
@@ -100,7 +102,7 @@ class State:
                 f"finished: {score['label']} {score['val_bpb']:.4f}, {self.result['total_bytes']:,} bytes in all"
             )
         if self.end:
-            words.append(f"ended: {self.end['reason']}")
+            words.append(f"{'a later resume ' if self.result else ''}ended: {self.end['reason']}")
         return "  ".join(words)
 
 
@@ -131,8 +133,9 @@ def watch(
     silence: float = 30.0,
 ) -> dict[str, Any]:
     """Show the state of `run` until it ends, every `every` seconds on a terminal, elsewhere as lines at least `quiet`
-    seconds apart. With `once`, show it and return. A killed run says nothing: after `silence` seconds without a line
-    it has ended if no process holds the folder. Returns the last `State.facts`. Raises InputError if there is no run.
+    seconds apart. With `once`, show it and return. A killed run says nothing: after `silence` seconds without a line,
+    with `once` at once, it has ended if no process holds the folder. A run with a result is finished, whatever came of
+    a later resume, as `golfgpt runs` has it. Returns the last `State.facts`. Raises InputError if there is no run.
     """
     config, lines, state = read_config(run), Lines(run / "metrics.jsonl"), State()
     from rich.console import Console
@@ -149,10 +152,12 @@ def watch(
                 for value in lines.new():
                     state.add(value)
                     heard = time.monotonic()
-            if not state.over and time.monotonic() - heard >= silence and listed_run(run).status == "stopped":
+            if not state.over and (once or time.monotonic() - heard >= silence) and not locked(run):
                 state.end = {
                     "reason": f"no process trains it; golfgpt train --resume {shlex.quote(str(run))} continues it"
                 }
+            if state.end:  # of scoring a finished run again, perhaps
+                state.result = read_stored_result(run)
             config = read_config(run)  # a run writes what it chose before its first step
             last = once or state.over
             with as_written(run):

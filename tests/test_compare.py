@@ -323,6 +323,37 @@ def test_left_out_seeds_are_named(folders, capsys):
     assert "b1 (seed" not in out
 
 
+def test_two_sides_of_one_configuration(folders, capsys):
+    assert main(["compare", "runs/a1", "runs/a4", "--against", "runs/a2"]) == 0
+    out = capsys.readouterr().out
+    assert "A and B have the same configuration" in out and "one more of" not in out
+    assert out.count("is not in the comparison") == 1 and "runs/a3 (seed 3, finished)" in out
+
+
+def test_one_seed_names_the_command_that_trains_another(folders, capsys):
+    for name in ("a2", "a3", "a4", "b1", "b3", "b4"):
+        (folders / f"runs/{name}/config.json").unlink()
+    command = ["golfgpt", "train", "--recipe", "small", "--seed=1", "--name", "x", "--data.path", "my data"]
+    for name in ("a1", "b2"):
+        (folders / f"runs/{name}/env.json").write_text(json.dumps({"command": command}))
+    (folders / "runs/b2").rename(folders / "runs/b-s2")
+    assert main(["compare", "runs/a1", "--against", "runs/b-s2"]) == 0
+    out, start = capsys.readouterr().out, "golfgpt train --recipe small --data.path 'my data'"
+    assert f"  one more of A: {start} --seed 2 --name a1-s2\n  one more of B: {start} --seed 1 --name b-s1\n" in out
+    (folders / "runs/b-s1").mkdir()
+    assert main(["compare", "runs/a1", "--against", "runs/b-s2"]) == 0
+    assert "one more of B" not in capsys.readouterr().out
+
+
+def test_other_rules_of_scoring_have_a_way_out():
+    (a,), (b,) = seeds_of(RunConfig(), {1: 3.0}), seeds_of(replace(OTHER, eval=EvalConfig(window=512)), {1: 3.0}, "b")
+    b.result["score"]["window"] = 512
+    with pytest.raises(InputError, match=r"golfgpt train --resume b1 --eval.window=1024 --eval.stride=1024 \("):
+        compare([a], [b])
+    with pytest.raises(InputError, match=r"golfgpt train --resume a1 --eval.window=512 --eval.stride=512 \("):
+        compare([b], [a])
+
+
 def test_command_refuses(folders, capsys):
     (folders / "runs/a3/result.json").unlink()
     for argv, message in (

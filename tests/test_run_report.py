@@ -21,7 +21,7 @@ from models import metrics, tiny_config
 
 from golfgpt.cli import main
 from golfgpt.errors import InputError
-from golfgpt.runs import read_run
+from golfgpt.runs import listed_run, read_run
 from golfgpt.train.run_folder import RunFolder
 from golfgpt.train.train import train
 from golfgpt.watch import watch
@@ -367,11 +367,13 @@ def test_watch_once(runs, copies, capsys):
     assert f" s left  mean loss {rows[-1]['loss_ema']:.4f}  {rows[-1]['bpb_ema']:.4f} bits/byte  " in line
     for text in (f"last loss {rows[-1]['loss']:.4f}", f"val_bpb {val['val_bpb']:.4f} at step 12", f"{score:.4f}"):
         assert text in line
+    assert " s left" not in line
     (copies / "narrow" / "metrics.jsonl").unlink()
+    (copies / "narrow" / "result.json").unlink()
     assert main(["watch", str(copies / "narrow"), "--once", "--json"]) == 0
     out = capsys.readouterr()
     facts = json.loads(out.out)
-    assert facts["step"] is None and facts["ended"] is None and "no step yet" in out.err
+    assert facts["step"] is None and facts["ended"].startswith("no process trains it") and "no step yet" in out.err
     assert main(["watch", str(copies / "nothing")]) == 3
 
 
@@ -407,8 +409,10 @@ def test_watch_ends_where_a_run_stopped(copies):
     lines = (run / "metrics.jsonl").read_text().splitlines()[:3]
     (run / "metrics.jsonl").write_text("\n".join([*lines, '{"kind": "end", "reason": "stopped by SIGTERM"}']) + "\n")
     out = io.StringIO()
-    assert watch(run, once=False, out=out)["ended"] == "stopped by SIGTERM"
+    assert watch(run, once=False, out=out)["ended"] == listed_run(run).status == "finished"  # it was scored before
+    assert "finished: val_bpb" in out.getvalue() and "a later resume ended: stopped by SIGTERM" in out.getvalue()
     (run / "result.json").unlink()
+    assert watch(run, once=False, out=out)["ended"] == "stopped by SIGTERM"
     (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")  # as a kill leaves it
     assert watch(run, once=False, out=out, every=0.001, silence=0)["ended"].startswith("no process trains it")
 

@@ -190,6 +190,19 @@ def test_show(folder, capsys):
     assert "runs holds no run: runs are in folders below it, which golfgpt runs runs lists" in capsys.readouterr().err
 
 
+def test_a_stopped_run_says_how_far_it_came(folder, capsys):
+    """After a resume that took back the last step."""
+    lines = [{"kind": "train", "step": step, "loss": 6.0 - step, "train_seconds": 1.0 * step} for step in (1, 2, 3)]
+    lines.append({"kind": "resume", "step": 2})
+    (folder / "half/metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert main(["runs", "--where", "steps=2"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[:5] == ["runs/half", "baseline", "1337", "2", "stopped"]
+    assert main(["runs", "show", "runs/half"]) == 0
+    out = capsys.readouterr().out
+    assert "step           2\n" in out and "train_seconds  2.0\n" in out and "loss           4\n" in out
+    assert out.endswith("\nnext: golfgpt train --resume runs/half continues it\n")
+
+
 def test_numbers_are_short_for_a_reader_and_whole_in_json(folder, capsys):
     values = {"score": {"val_bpb": 1.23456789, "nats": 20615.820268}, "seconds": {"train": 9.87654}}
     (folder / "one/result.json").write_text(json.dumps(values))

@@ -633,6 +633,17 @@ def test_a_score_of_a_part_of_the_text_is_not_packed(runs, short):
     refused(runs, InputError, r"run42 is val_bpb \(first 9 tokens\).*golfgpt train --resume .*run42 --eval")
 
 
+def test_a_score_that_golfgpt_eval_added_is_no_part_of_a_submission(runs, short):
+    """Pack and check follow one rule: the runs were made without test-time training, and so is the program."""
+    result = json.loads((runs[0] / "result.json").read_text())
+    adapted = result["score"] | {"val_loss": 9.5, "val_bpb": 5.5, "partial": True, "label": "val_bpb (adapted: sgd)"}
+    (runs[0] / "result.json").write_text(json.dumps(result | {"adapted": adapted}))
+    packed = pack(runs, runs[0].parent / "sub", ABOUT)
+    assert any("the score val_bpb (adapted: sgd) of golfgpt eval, which is left out" in note for note in packed.notes)
+    assert not failed(check(runs[0].parent / "sub"))
+    assert json.loads((runs[0] / "result.json").read_text())["adapted"] == adapted
+
+
 def test_a_run_given_twice(runs, short):
     refused([*runs, runs[0]], InputError, "both have seed 1337")
 

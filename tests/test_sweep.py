@@ -53,6 +53,7 @@ def spec(**values) -> space.Spec:
         ({"space": {}}, "the space is empty"),
         ({"space": {"optim.matrix_lr": ()}}, "optim.matrix_lr has no values"),
         ({"space": {"optim.matrx_lr": (1.0,)}}, "did you mean optim.matrix_lr?"),
+        ({"space": {"optim.lr": (1.0,)}}, "did you mean optim.matrix_lr or optim.scalar_lr or optim.tied_embed_lr?"),
         ({"space": {"optimm.matrix_lr": (1.0,)}}, "did you mean optim?"),
         ({"space": {"seed.x": (1,)}}, "seed is a field, not a section"),
         ({"space": {"seed": (1, 2)}}, "use seeds"),
@@ -280,6 +281,44 @@ def test_an_estimate_says_what_trains_the_runs():
         "all            30 minutes",
         "nothing was started; the same command without --dry-run trains them",
     ]
+
+
+def test_a_dry_run_leaves_no_run(tmp_path):
+    pytest.importorskip("optuna")
+    from golfgpt.sweep.run import estimate
+
+    def killed(config):
+        raise Interrupted("stopped", signal.SIGTERM)
+
+    for end in (killed, lambda config: 1.0):
+        (tmp_path / ".dry-run").mkdir()  # as kill -9 leaves it
+        (tmp_path / ".dry-run.log").touch()
+        scripted = Scripted(end)
+        scripted.signum = signal.SIGTERM if end is killed else 0
+        try:
+            assert estimate(tmp_path, spec(), 1, scripted, None).runs == 2
+        except Interrupted as error:
+            assert str(error) == "stopped by SIGTERM; nothing was started, and the run that was timed is deleted"
+        assert scripted.trained == [".dry-run"] and not list(tmp_path.iterdir())
+
+
+def test_the_table_has_the_steps_and_the_end_has_the_next_command(tmp_path):
+    from golfgpt.cli.sweep import _next, _table
+
+    def end(config):
+        found = outcome(lr(config))
+        found.result["steps"] = 15 if config.seed == 1337 else 1
+        return found
+
+    of = spec(space={"optim.matrix_lr": (0.3, 0.1)}, seeds=2)
+    rows, study, _ = run_sweep(tmp_path, of, end)
+    assert "  1 to 15  " in _table(rows, study.noise)
+    a, b = (f"{tmp_path}/000{i}-s1337 {tmp_path}/000{i}-s1338" for i in (1, 0))
+    assert _next(of, rows) == [
+        f"best: trial 1, {a}",
+        f"next, whether it is better than trial 0: golfgpt compare {a} --against {b}",
+    ]
+    assert len(_next(of, rows[:1])) == 1 and not _next(of, [])
 
 
 def test_workers_share_a_study(tmp_path):

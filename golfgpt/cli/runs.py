@@ -104,12 +104,14 @@ class ShowRun:
 
 def show(args: ShowRun) -> int:
     run, status = read_run(args.run), listed_run(args.run).status
-    evals = run.metrics("eval")
+    evals, steps = run.metrics("eval"), run.steps()
+    reached = {name: steps[-1].get(name) for name in REACHED} if steps and run.result is None else {}
     if args.json:
         facts = {"run": str(args.run), "status": status, "recipe": recipe_name(run.env)}
-        print_json(facts | {"config": to_dict(run.config), "env": run.env, "result": run.result, "evals": evals})
+        facts |= reached | {"config": to_dict(run.config), "env": run.env, "result": run.result, "evals": evals}
+        print_json(facts)
         return 0
-    values = flatten(run.result or {}) | flatten(run.env)
+    values = reached | flatten(run.result or {}) | flatten(run.env)
     values["command"] = shlex.join(run.env.get("command", ()))
     print(f"{args.run}: {status}, seed {run.config.seed}\n")
     shown = [(name, _shown(name, value)) for name, value in values.items() if value is not None]
@@ -120,7 +122,13 @@ def show(args: ShowRun) -> int:
     changed = differences(start_config(run.env), as_configured(run))
     print(f"\nchanged from {f'recipe {recipe}' if recipe in recipes.RECIPES else 'the defaults'}:")
     print("\n".join(f"  {line}" for line in changed) or "  nothing")
+    if status == "stopped":
+        print(f"\nnext: golfgpt train --resume {shlex.quote(str(args.run))} continues it")
     return 0
+
+
+REACHED = ("step", "train_seconds", "loss", "loss_ema")
+"""What `runs show` says of the last step of a run without a result."""
 
 
 def _shown(name: str, value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -79,7 +80,7 @@ def sweep(args: Sweep) -> int:
         values = {"folder": str(folder), "best": best and best.number, "noise": study.noise}
         print_json(values | {"trials": [asdict(row) for row in rows]})
     else:
-        print(_table(rows, study.noise))
+        print("\n".join([_table(rows, study.noise), *_next(spec, rows)]))
     if best is None:
         raise InputError(f"no trial of {folder} has a score within the limits; the table has the reasons")
     return 0
@@ -128,7 +129,7 @@ def _plan(args: Sweep) -> tuple[Spec, int, Path]:
 def _table(rows: list[Row], noise: float | None) -> str:
     names = list(rows[0].values)
     labels = dict.fromkeys(row.label for row in rows if row.score is not None)
-    head = ["trial", *names, " | ".join(labels) or "val_bpb", "seeds", "bytes", "seconds", "state"]
+    head = ["trial", *names, " | ".join(labels) or "val_bpb", "seeds", "steps", "bytes", "seconds", "state"]
     cells = []
     for row in rows:
         score = "" if row.score is None else f"{row.score:.4f}"
@@ -136,9 +137,24 @@ def _table(rows: list[Row], noise: float | None) -> str:
         state = f"{row.state}: {row.message}" if row.message else row.state
         values = [str(row.values.get(name, "")) for name in names]
         bytes_ = "" if row.bytes is None else f"{row.bytes:,}"
-        cells.append([row.number, *values, score, len(row.scores), bytes_, seconds, state])
+        steps = " to ".join(f"{count:,}" for count in sorted({min(row.steps), max(row.steps)})) if row.steps else ""
+        cells.append([row.number, *values, score, len(row.scores), steps, bytes_, seconds, state])
     spread = "not known (one seed, no noise)" if noise is None else f"{noise:.4f} bits per byte"
     return f"{table(head, cells)}\nstandard deviation over seeds: {spread}"
+
+
+def _next(spec: Spec, rows: list[Row]) -> list[str]:
+    """The best trial, and the command that tests whether it is better than the second best."""
+    complete = [row for row in rows if row.state == "complete"]
+    lines = [f"best: trial {row.number}, {shlex.join(row.runs)}" for row in complete[:1]]
+    if len(complete) > 1 and not any(name.startswith("eval.") for name in spec.space):  # scores by other rules
+        best, second = (shlex.join(row.runs) for row in complete[:2])
+        kind = "" if spec.config.eval.ttt.kind == "off" else " --score adapted"
+        lines.append(
+            f"next, whether it is better than trial {complete[1].number}: golfgpt compare {best} --against "
+            f"{second}{kind}"
+        )
+    return lines
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 
 from golfgpt.errors import GolfError, InputError
 from golfgpt.files import parse_json, sha256_file
-from golfgpt.submit.folder import ARTIFACT, PACKAGES, PROGRAM, READABLE, SCHEMA, SEEDS, is_record
+from golfgpt.submit.folder import ARTIFACT, PACKAGES, PROGRAM, READABLE, SCHEMA, SEEDS, is_record, score_of
 from golfgpt.submit.pack import execution, imports, minified
 from golfgpt.submit.reader import Code
 from golfgpt.submit.unwrap import NETWORK, read_code
@@ -385,8 +385,7 @@ COPIED = {"val_bpb", "val_loss", "artifact_bytes", "artifact_sha256", "steps"}
 
 
 def _same_as_result(found: dict[str, Any], result: dict[str, Any], file: str) -> None:
-    score = found.get("adapted") or found.get("score") or {}
-    for name, value in {**score, **found}.items():
+    for name, value in {**score_of(found), **found}.items():
         if name in COPIED and value != result.get(name, value):
             raise Failed(f"{file} has {name} {value}, submission.json has {result[name]}")
 

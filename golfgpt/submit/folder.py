@@ -16,7 +16,7 @@ import shlex
 import shutil
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -73,8 +73,12 @@ def pack(paths: Sequence[Path], out: Path, about: About, *, kernels: bool = Fals
     _may_write(out, overwrite)
     runs = sorted(map(read_result, paths), key=lambda run: run.config.seed)
     kind = "plain" if runs and runs[0].config.eval.ttt.kind == "off" else "adapted"
+    notes = []
+    if kind == "plain":
+        notes = [_left_out(run) for run in runs if run.result.get("adapted")]
+        runs = [replace(run, result=run.result | {"adapted": None}) for run in runs]
     for run in runs:
-        _check_whole(run, kind)
+        _check_whole(run)
     side = one_side(runs, kind)
     if is_record(about.track) and len(side.seeds) < SEEDS:
         raise InputError(
@@ -89,7 +93,7 @@ def pack(paths: Sequence[Path], out: Path, about: About, *, kernels: bool = Fals
 
     readable = source(_program_config(shown, kernels))
     program = packed(readable)
-    submission = _submission(side, runs, shown, about, len(program), kind)
+    submission = _submission(side, runs, shown, about, len(program))
     cap = shown.config.budget.artifact_bytes
     if submission["bytes_total"] > cap:
         most = submission["bytes_total"] - len(program)
@@ -97,7 +101,7 @@ def pack(paths: Sequence[Path], out: Path, about: About, *, kernels: bool = Fals
             f"{submission['bytes_total']:,} bytes = {PROGRAM} {len(program):,} + largest artifact {most:,}; the cap "
             f"budget.artifact_bytes is {cap:,}: nothing was written"
         )
-    notes = _notes(side, shown, kernels)
+    notes += _notes(side, shown, kernels)
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     beside.chmod(0o755)
@@ -125,9 +129,22 @@ def is_record(track: str) -> bool:
     return not re.search(r"non.?record|unlimited", track, re.IGNORECASE)
 
 
-def _check_whole(run: Run, kind: str) -> None:
+def score_of(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The score of a submission in the result.json of a seed: with test-time training if it is there. Runs without
+    test-time training are packed without such a score, which `golfgpt eval` may have added."""
+    return result.get("adapted") or result.get("score") or {}
+
+
+def _left_out(run: Run) -> str:
+    return (
+        f"{run.path} has the score {run.result['adapted']['label']} of golfgpt eval, which is left out: the program "
+        "does as the run did, with eval.ttt.kind off"
+    )
+
+
+def _check_whole(run: Run) -> None:
     """Raise InputError for the score of a part of the text, which `golfgpt submit check` lets fail."""
-    score = run.result.get("score" if kind == "plain" else "adapted") or {}
+    score = score_of(run.result)
     if not score.get("partial"):
         return
     option = "--eval.ttt.max-seconds SECONDS"
@@ -194,7 +211,7 @@ def _program_config(run: Run, kernels: bool) -> RunConfig:
     return replace(config, runtime=chosen, data=replace(config.data, path=path))
 
 
-def _submission(side: Side, runs: Sequence[Run], shown: Run, about: About, code: int, kind: str) -> dict[str, Any]:
+def _submission(side: Side, runs: Sequence[Run], shown: Run, about: About, code: int) -> dict[str, Any]:
     results = {}
     for seed, run in zip(side.seeds, runs, strict=True):
         seconds = run.result["seconds"]
@@ -219,7 +236,7 @@ def _submission(side: Side, runs: Sequence[Run], shown: Run, about: About, code:
         "val_bpb": side.mean_bpb,
         "val_bpb_std": statistics.stdev(scores) if len(scores) > 1 else None,
         "val_loss": side.mean_loss,
-        "score": shown.result["score" if kind == "plain" else "adapted"]["label"],
+        "score": score_of(shown.result)["label"],
         "bytes_total": code + max(result["artifact_bytes"] for result in results.values()),
         "bytes_code": code,
         "artifact_seed": shown.config.seed,

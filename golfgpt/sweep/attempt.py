@@ -92,7 +92,7 @@ def attempt(folder: Path, loop: Loop, changed: RunConfig, children: Children, sa
     arms, scores, steps, test, note = (loop.config, changed), ([], []), ([], []), None, ""
     runs = tuple(str(folder / digest(config)) for config in arms)
     decision = "discard"
-    with children.forwarding("The same command continues."):
+    with children.forwarding():
         for index in range(loop.looks[-1]):
             for arm, config in enumerate(arms):
                 seeded = with_seed(config, index)

@@ -64,9 +64,9 @@ class Children:
         self._running: set[subprocess.Popen] = set()
 
     @contextmanager
-    def forwarding(self, how: str) -> Iterator[None]:
-        """Pass SIGINT and SIGTERM on to the children in the block; then it raises Interrupted, which says `how` to
-        continue. Only in the main thread, which Python gives the signals to."""
+    def forwarding(self, left: str = "the runs are saved. The same command continues.") -> Iterator[None]:
+        """Pass SIGINT and SIGTERM on to the children in the block; then it raises Interrupted, which says what is
+        `left`. Only in the main thread, which Python gives the signals to."""
 
         def stop(signum: int, frame: Any) -> None:
             self.signum = signum
@@ -84,7 +84,7 @@ class Children:
                 signal.signal(kind, handler)
         if self.signum:
             name = signal.Signals(self.signum).name
-            raise Interrupted(f"stopped by {name}; the runs are saved. {how}", self.signum)
+            raise Interrupted(f"stopped by {name}; {left}", self.signum)
 
     def check(self) -> None:
         """Raises Interrupted if all are to end."""

@@ -44,13 +44,15 @@ class Row:
     """Artifact and code, the largest of the seeds."""
     seconds: float | None
     """Training time, the longest of the seeds."""
+    steps: list[int]
+    """Of each seed."""
     message: str
     runs: list[str]
 
 
 def sweep(study: Study, jobs: int, children: Children, say: Callable[[str], None]) -> list[Row]:
     """Train all trials that are left, `jobs` at once. Returns all trials of the study, best first."""
-    with children.forwarding("The same command continues."), ThreadPoolExecutor(jobs) as pool:
+    with children.forwarding(), ThreadPoolExecutor(jobs) as pool:
         for worker in as_completed([pool.submit(_work, study, children, say) for _ in range(jobs)]):
             worker.result()
     return rows(study)
@@ -103,6 +105,7 @@ def _try_out(study: Study, claim: Claim, children: Children, say: Callable[[str]
     if results:
         trial.set_user_attr("bytes", max(result["total_bytes"] for result in results))
         trial.set_user_attr("seconds", max(result["seconds"]["train"] for result in results))
+        trial.set_user_attr("steps", [result["steps"] for result in results])
     trial.set_user_attr("walls", walls)
     if state == TrialState.COMPLETE:
         for name in limits.keys() - trial.constraints.keys():  # a killed process may have told them
@@ -171,6 +174,7 @@ def _row(study: Study, trial: FrozenTrial) -> Row:
         scores=scores,
         bytes=attrs.get("bytes"),
         seconds=attrs.get("seconds"),
+        steps=attrs.get("steps", []),
         message=attrs.get("message", ""),
         runs=[str(path) for path in sorted(study.folder.glob(f"{trial.number:04d}-s*")) if path.is_dir()],
     )
@@ -197,7 +201,7 @@ def estimate(folder: Path, spec: Spec, jobs: int, children: Children, study: Stu
     if walls := [wall for trial in done for wall in trial.user_attrs.get("walls", ())]:
         seconds, source = statistics.fmean(walls), f"{len(walls)} finished runs"
     else:
-        with children.forwarding("Nothing was started."):
+        with children.forwarding("nothing was started, and the run that was timed is deleted"):
             seconds, source = _time_a_probe(folder, spec, children)
     return Estimate(runs=runs, seconds_per_run=seconds, hours=runs * seconds / jobs / 3600, source=source)
 
@@ -212,11 +216,18 @@ def _time_a_probe(folder: Path, spec: Spec, children: Children) -> tuple[float, 
         schedule=replace(config.schedule, max_steps=few),
         runtime=replace(config.runtime, val_every=min(every, few)),
     )
-    path = folder / "dry-run"
-    shutil.rmtree(path, ignore_errors=True)
-    outcome = children.train(path, spec.recipe, probe)
+    path, log = folder / ".dry-run", folder / ".dry-run.log"  # no glob over the runs finds them
+    shutil.rmtree(path, ignore_errors=True)  # of a dry run that was killed
+    log.unlink(missing_ok=True)
+    outcome = None
+    try:
+        outcome = children.train(path, spec.recipe, probe)
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        if outcome is None or outcome.score is not None:
+            log.unlink(missing_ok=True)
     if outcome.score is None:
-        raise InputError(f"the run that was to be timed failed: {outcome.message} ({path}.log)")
+        raise InputError(f"the run that was to be timed failed: {outcome.message} ({log})")
     seconds, did = outcome.result["seconds"], outcome.result["steps"]
     train = seconds["train"] / did * steps
     if config.schedule.max_seconds is not None:
@@ -224,8 +235,6 @@ def _time_a_probe(folder: Path, spec: Spec, children: Children) -> tuple[float, 
     validate = 0.0
     if every and did >= probe.runtime.val_every:
         validate = seconds["validate"] / (did // probe.runtime.val_every) * (train / seconds["train"] * did // every)
-    shutil.rmtree(path)
-    Path(f"{path}.log").unlink()
     rest = outcome.wall - seconds["train"] - seconds.get("validate", 0.0)
     which = "the first point" if spec.sampler == "grid" else "the config that the points change"
     return rest + train + validate, f"a run of {did} steps of {which}"

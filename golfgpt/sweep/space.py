@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -121,7 +122,17 @@ def with_values(config: RunConfig, values: dict[str, Any], *, alone: bool = Fals
         if alone and not any(str(error).startswith(start) for start in ("unknown key", *values)):
             return config
         shown = ", ".join(f"{name}={value}" for name, value in values.items())
-        raise InputError(f"{error} (in {shown})") from error
+        message = re.sub(r"^(unknown key ([^\s;]+)).*", lambda key: _meant(key[2], key[1]) or key[0], str(error))
+        raise InputError(f"{message} (in {shown})") from error
+
+
+def _meant(name: str, message: str) -> str | None:
+    """`message` about an unknown field with the first three fields, of its section if there are any, that end in its
+    last word; None if there are none."""
+    section, _, leaf = name.rpartition(".")
+    ends = [field for field in flat(to_dict(RunConfig())) if f".{field}".endswith((f".{leaf}", f"_{leaf}"))]
+    ends = [field for field in ends if field.startswith(f"{section}.")] or ends
+    return f"{message}; did you mean {' or '.join(ends[:3])}?" if ends else None
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
