@@ -86,7 +86,7 @@ def adapted_lines(score: Score, adapted: AdaptedScore) -> str:
     if adapted.published_bpb is not None:
         lines.insert(1, f"val_bpb (published bytes) {adapted.published_bpb:.4f}")
     if adapted.stopped:
-        lines.insert(1, f"stopped: {adapted.stopped}; what was scored before is kept")
+        lines.insert(1, f"stopped: {adapted.stopped}; the score is of what came before")
     elif not adapted.compliance.learned_after_scored:
         chunk = adapted.settings["sgd"]["chunk_tokens"]
         lines.insert(

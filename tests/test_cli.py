@@ -205,6 +205,15 @@ def test_evals_are_kept_and_say_what_they_leave_out(trained, corpus, capsys):
     ]  # fmt: skip
 
 
+def test_a_whole_score_does_not_replace_the_partial_one_of_the_run(trained, capsys):
+    assert main(["eval", str(trained)]) == 0
+    assert "the run keeps" not in capsys.readouterr().out
+    result = json.loads((trained / "result.json").read_text())
+    (trained / "result.json").write_text(json.dumps(result | {"score": result["score"] | {"partial": True}}))
+    assert main(["eval", str(trained)]) == 0
+    assert f"train --resume {trained} --eval.max-tokens None replaces it" in capsys.readouterr().out
+
+
 def test_text_of_another_tokenizer_is_to_be_prepared_with_the_runs(trained, corpus, capsys):
     """Of another size, of the same, and text that nobody prepared: one piece of advice, which works."""
     model = trained / "tokenizer.model"

@@ -267,8 +267,8 @@ def _export_hf(args: Export, file: Path, window: int) -> int:
             print(f"{size:>12,}  {out / name}")
         print(
             f'next: AutoModelForCausalLM.from_pretrained("{out}", trust_remote_code=True), or\n'
-            f"      lm_eval --model hf --model_args pretrained={shlex.quote(str(out))},trust_remote_code=True "
-            "--tasks TASK"
+            f"      lm_eval --model hf --model_args pretrained={shlex.quote(str(out))},trust_remote_code=True,"
+            "add_bos_token=False --tasks TASK"
         )
     return 0
 

@@ -318,6 +318,10 @@ def evaluate(args: Eval) -> int:
             print(score_lines(score, known))
             if adapted:
                 print(adapted_lines(score, adapted))
+            trained = read_stored_result(folder) if file == "model.golf" and not score.partial else None
+            if trained and trained["score"]["partial"]:
+                again = shlex.join(["golfgpt", "train", "--resume", str(folder), "--eval.max-tokens", "None"])
+                print(f"the run keeps its partial score, which runs, compare and submit read; {again} replaces it")
         check_adapted(adapted)
     return 0
 

@@ -370,8 +370,8 @@ def triton(machine: Machine) -> Iterator[Answer]:
 @check("dtype")
 def dtype(machine: Machine) -> Iterator[Answer]:
     choice = machine.dtype
-    whys = {"bfloat16": "clearly faster than float32", "float32": "bfloat16 is not clearly faster"}
-    why = f" ({whys[choice.name]} on this CPU, in recipe small)" if machine.best.type == "cpu" else ""
+    faster = "are clearly faster than in float32" if choice.name == "bfloat16" else "in bfloat16 are not clearly faster"
+    why = f" (forward and backward of recipe small {faster} on this CPU)" if machine.best.type == "cpu" else ""
     old = machine.best.type == "cuda" and choice.dtype == torch.float32
     yield (
         f"a run computes in {choice.name}{why}",

@@ -99,8 +99,8 @@ class BudgetReport:
     file_bytes: int
     code_bytes: int | None
     """None: not counted."""
-    artifact_bytes: int
-    """The limit."""
+    limit_bytes: int
+    """On both together."""
 
     @property
     def total_bytes(self) -> int:
@@ -109,13 +109,13 @@ class BudgetReport:
     @property
     def margin_bytes(self) -> int:
         """Bytes left under the limit; negative when over it."""
-        return self.artifact_bytes - self.total_bytes
+        return self.limit_bytes - self.total_bytes
 
     def __str__(self) -> str:
         code = "not counted" if self.code_bytes is None else f"{self.code_bytes:,}"
         return (
             f"{self.total_bytes:,} bytes = model {self.file_bytes:,} + code {code}; "
-            f"limit {self.artifact_bytes:,}, margin {self.margin_bytes:,}"
+            f"limit {self.limit_bytes:,}, margin {self.margin_bytes:,}"
         )
 
 

@@ -218,7 +218,8 @@ def evaluate(
                 now = time.perf_counter()
                 if now - told >= PROGRESS_SECONDS or stop == mine.stop:
                     told = now
-                    progress(_progress_line(sums, resumed, windows.num_targets(mine), now - began))
+                    line = _progress_line(sums, resumed, windows.num_targets(mine), now - began)
+                    progress(line + f" (1 of {ranks.world} processes)" * (ranks.world > 1))
                     keep.save(sums, every=SAVE_SECONDS)
             if ranks.world > 1:
                 keep.save(sums)  # another rank may still be stopped

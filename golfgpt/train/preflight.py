@@ -242,7 +242,7 @@ class _Checks:
             size = forecast_bytes(Quantizer(config.model, config.quant))
         with self.row("byte budget", "after training") as row:
             report, most = (budget_report(round(n), config.budget) for n in (size, size / LEAST_FORECAST))
-            row.found = f"forecast {report.total_bytes:,} of {report.artifact_bytes:,} bytes"
+            row.found = f"forecast {report.total_bytes:,} of {report.limit_bytes:,} bytes"
             check_budget(size, config.budget)
             if most.margin_bytes < 0:
                 row.advice = (
@@ -294,7 +294,8 @@ class _Checks:
                 ranks.synchronize()
         everything = plan_windows(self.dataset, self.whole)
         parts = len(everything) * everything.window / (len(middle) * windows.window * ranks.world)
-        return f"{score.key} {score.val_bpb:.4f}; all of the text takes {parts * (time.perf_counter() - begun):,.0f} s"
+        seconds = parts * (time.perf_counter() - begun)
+        return f"{score.label} {score.val_bpb:.4f} after two steps; the score of the run takes {seconds:,.0f} s"
 
     def clock(self) -> None:
         with self.row("clock", "all the time") as row:

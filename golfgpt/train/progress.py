@@ -53,7 +53,7 @@ def announce(config: RunConfig, dataset: Dataset, step: TrainStep, attention: Se
     if budget.margin_bytes < 0:
         reporter.line(
             f"warning: the artifact is going to be over its budget, by this forecast: {budget}. golfgpt budget shows "
-            "what takes the bytes; --budget.fit mlp_hidden finds a width that fits"
+            "what takes the bytes; --budget.fit mlp_hidden finds the width that fits, if there is one"
         )
     if c.quant.qat != "off":
         when = f"from {c.quant.qat_start:.0%} of the budget" if c.quant.qat_start else "from step 0"
