@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-import zstandard
-
 from golfgpt.data.manifest import MANIFEST
 from golfgpt.errors import InputError
 
@@ -167,6 +165,8 @@ def _lines(path: Path, advance: Advance) -> Iterator[bytes]:
 def _pieces(file: BinaryIO, path: Path) -> Iterator[bytes]:
     """Content of a file, decompressed if it is .zst. Frame by frame, because zstandard's `stream_reader`, which reads
     across frames, ends without an error where the last frame is cut off."""
+    import zstandard  # which data.shards, that imports SUFFIXES from here, does not need
+
     frame = None
     while piece := file.read(1 << 17):
         if path.suffix != ".zst":

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from golfgpt.config import (
     AverageConfig,
+    BigramConfig,
     BudgetConfig,
     DataConfig,
     EvalConfig,
@@ -49,8 +50,9 @@ _golf2 = replace(
     average=AverageConfig(kind="ema", ema_decay=0.9965),
 )
 
+_pairs = BigramConfig(rows=8192, dim=64)
 _demo = RunConfig(
-    model=ModelConfig(num_layers=2, model_dim=192, num_heads=3, num_kv_heads=1, mlp_hidden=384),
+    model=ModelConfig(num_layers=2, model_dim=192, num_heads=3, num_kv_heads=1, mlp_hidden=384, bigram=_pairs),
     optim=OptimConfig(matrix_lr=0.02, scalar_lr=0.02, tied_embed_lr=0.025, muon_momentum_warmup_steps=100),
     schedule=ScheduleConfig(max_seconds=115.0, warmdown_frac=0.85),
     data=DataConfig(batch_tokens=2048, seq_len=256, microbatch_tokens=1024),
@@ -61,7 +63,7 @@ _demo = RunConfig(
 
 _small = replace(
     _demo,
-    model=ModelConfig(num_layers=6, model_dim=192, num_heads=3, num_kv_heads=1, mlp_hidden=384),
+    model=replace(_demo.model, num_layers=6),
     schedule=replace(_demo.schedule, max_seconds=600.0, warmdown_frac=0.6),
     data=DataConfig(batch_tokens=4096, seq_len=512, microbatch_tokens=2048),
     eval=EvalConfig(batch_tokens=8192),
@@ -106,6 +108,6 @@ OURS = (
             "budget.fit replaces model.mlp_hidden before training (golfgpt budget --recipe golf2 shows the new value)",
         ),
     ),
-    Recipe("small", "1.7 M parameters, ten minutes of training on two CPU cores.", _small),
-    Recipe("demo", "0.7 M parameters, two minutes of training on two CPU cores.", _demo),
+    Recipe("small", "2.2 M parameters, ten minutes of training on two CPU cores.", _small),
+    Recipe("demo", "1.2 M parameters, two minutes of training on two CPU cores.", _demo),
 )
