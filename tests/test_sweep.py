@@ -493,9 +493,9 @@ def test_a_change_that_was_overtaken_is_not_the_incumbent(tmp_path):
     assert read_loop(tmp_path).config.model.num_layers == 3
 
 
-@pytest.mark.parametrize("change", [{"optim.matrix_lr": 0.02}, {"seed": 5}])
+@pytest.mark.parametrize("change", [{"optim.matrix_lr": 0.02}, {"seed": 5}, {"schedule.max_steps": 9}])
 def test_changes_that_cannot_be_tried(tmp_path, change):
-    with pytest.raises(InputError, match=r"changes nothing|sets seed"):
+    with pytest.raises(InputError, match=r"changes nothing|sets seed|sets schedule.max_steps, the budget"):
         try_change(tmp_path, noisy, **change)
 
 
@@ -534,6 +534,9 @@ def test_try_from_the_command_line(here, monkeypatch, capsys):
     ):
         assert main(bad) == 3, bad
         assert message in capsys.readouterr().err
+    assert main(["try", "--", "--optim.matrx-lr", "0.4"]) == 2
+    err = capsys.readouterr().err
+    assert "golfgpt: unknown option --optim.matrx-lr; did you mean --optim.matrix-lr?" in err and "│" not in err
     assert not (here / "runs/new/incumbent.json").exists()
 
 

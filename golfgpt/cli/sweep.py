@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_type_hints
 
-import tyro
 from tyro.conf import Positional
 
 from golfgpt.cli.common import RUNS, Config, print_json, run_name
+from golfgpt.cli.parse import parse
 from golfgpt.config import RunConfig, differences
 from golfgpt.errors import InputError
 from golfgpt.files import from_json
@@ -252,7 +252,4 @@ class Change:
 def _changed(config: RunConfig, options: tuple[str, ...]) -> RunConfig:
     if not options:
         raise InputError("there is no change to try; expected options after --, such as -- --optim.matrix-lr 0.03")
-    try:
-        return tyro.cli(Change, prog="golfgpt try …", args=options, default=Change(config=config)).config
-    except ValueError as error:  # fields that are valid alone but not together
-        raise InputError(str(error)) from error
+    return parse(Change, "try", list(options), Change(config=config)).config

@@ -34,6 +34,10 @@ COLUMNS = ("date", "decision", "change", "mean", "low", "high", "confidence", "s
            "incumbent_steps", "change_steps", "incumbent", "candidate", "note")  # fmt: skip
 
 
+BUDGET = ("schedule.max_steps", "schedule.max_seconds")
+"""The fields that incumbent and change share."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Loop:
     """What all tries in a folder share."""
@@ -89,6 +93,11 @@ def attempt(folder: Path, loop: Loop, changed: RunConfig, children: Children, sa
         raise InputError("the change changes nothing; expected an option with another value than the incumbent's")
     if "seed" in change:
         raise InputError("the change sets seed; a try chooses the seeds, the same for incumbent and change")
+    if longer := [name for name in BUDGET if name in change]:
+        raise InputError(
+            f"the change sets {longer[0]}, the budget of every run, which the first try fixed (--steps or --budget); "
+            "leave it out, or begin with another budget under another --name"
+        )
     arms, scores, steps, test, note = (loop.config, changed), ([], []), ([], []), None, ""
     runs = tuple(str(folder / digest(config)) for config in arms)
     decision = "discard"
