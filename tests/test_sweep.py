@@ -327,6 +327,17 @@ def test_workers_share_a_study(tmp_path):
     assert [row.values["optim.matrix_lr"] for row in rows] == list(range(12))
 
 
+def test_the_table_names_scores_that_are_newer_than_the_study(tmp_path, monkeypatch):
+    pytest.importorskip("optuna")
+    from golfgpt.sweep import run
+
+    rows, study, _ = run_sweep(tmp_path, spec(space={"optim.matrix_lr": (0.1,)}), lr)
+    assert rows[0].message == ""
+    monkeypatch.setattr(run, "finished", lambda path: outcome(1.25))
+    assert run.rows(study)[0].message == "seed 1337 was scored again: val_bpb 1.2500, not counted here"
+    assert run.rows(study)[0].score == 0.1
+
+
 @pytest.mark.parametrize("sampler", ["random", "tpe"])
 def test_drawn_points_are_those_of_a_sweep_that_was_never_stopped(tmp_path, sampler):
     axes = {
@@ -409,6 +420,10 @@ def test_another_sweep_on_one_study_is_refused(tmp_path):
     for message, values in others.items():
         with pytest.raises(InputError, match=message):
             run_sweep(tmp_path, spec(**({"space": GRID} | values)), lr)
+    with pytest.raises(
+        InputError, match=r"is the folder of a sweep; .* continues it \(.*space.optim.matrix_lr \[0.1, "
+    ):
+        space.read_spec(tmp_path)
     assert (tmp_path / "study.journal").read_bytes() == before
 
 
