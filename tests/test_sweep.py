@@ -539,6 +539,10 @@ def test_try_from_the_command_line(here, monkeypatch, capsys):
         (["try", "--steps", "9", *change], "schedule.max_steps: 4 -> 9; give only the change"),
         (["try", "--looks", "2", *change], "got --looks (2,); give only the change"),
         (["try", "--name", "new", *change], "has no incumbent yet"),
+        (
+            ["try", "--name", "new", "--recipe", "demo", "--steps", "4", "--", "--schedule.max-steps", "9"],
+            "sets schedule.max_steps",
+        ),
         (["try", "--name", "new", "--recipe", "demo", *change], "expected the budget"),
         (["try", "--name", "new", "--recipe", "demo", "--budget", "2x", *change], "expected a time such as 120s"),
         (["try", "--name", "new", "--recipe", "demo", "--steps", "4", "--looks", "1", *change], "from 2 on"),

@@ -181,7 +181,7 @@ class Try:
 
 
 def try_change(args: Try) -> int:
-    from golfgpt.sweep.attempt import Loop, as_json, attempt, read_loop, summary
+    from golfgpt.sweep.attempt import Loop, as_json, attempt, read_loop, summary, tried
     from golfgpt.sweep.children import Children
     from golfgpt.sweep.decide import LOOKS, under_null
 
@@ -199,8 +199,9 @@ def try_change(args: Try) -> int:
         except ValueError as error:
             raise InputError(f"--looks: {error}") from error
         loop = Loop(recipe=args.recipe or "baseline", config=config, looks=looks or LOOKS)
-        folder.mkdir(parents=True, exist_ok=True)
         changed = _changed(config, args.arguments[len(run) :])
+        tried(loop, changed)  # a change that is refused fixes no incumbent
+        folder.mkdir(parents=True, exist_ok=True)
         loop.save(folder)
     else:
         other = differences(loop.config, config)
