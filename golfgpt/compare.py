@@ -116,7 +116,7 @@ def one_sample(a: Mapping[int, float], target: float, criteria: Criteria = Crite
     return _of_gains("one-sample", [target - value for value in a.values()], criteria)
 
 
-ONE_SEED = "one seed shows no spread; train at least two seeds per side"
+ONE_SEED = "one seed shows no spread; train at least two"
 NO_SPREAD = "all seeds have the same value, so there is no spread to test against"
 
 
@@ -259,7 +259,7 @@ class Comparison:
         changes = f"A and B differ in {'; '.join(self.changes)} (A -> B)"
         lines += [changes if self.changes else SAME, *self.a.notes("A"), *self.b.notes("B", self.a.left_out), ""]
         lines += _words(self.difference, "B", self.bpb_per_nat, (len(self.a.seeds), len(self.b.seeds)))
-        lines += [*self.next, self.pairing]
+        lines += [*self.next, *((self.pairing,) if self.difference.untested is None else ())]
         if self.welch and self.welch.claims:
             p = ", ".join(f"p = {c.p:.2g} for a gain above {c.margin:g}" for c in self.welch.claims)
             lines.append(f"Welch's test, which does not decide here: {p}")
@@ -410,10 +410,14 @@ def _same_text(runs: Sequence[Run], kind: Kind, fields: Sequence[str]) -> None:
     first = _score(runs[0], kind)
     for run in runs[1:]:
         other = _score(run, kind)
+        parts = bool(first.get("partial")), bool(other.get("partial"))
         for field in fields:
             if first.get(field) != other.get(field):
                 what = "validation data" if field in TEXT else "rules of scoring"
-                again = "" if field == "dataset" else _rescore(run, runs[0], kind)
+                if any(parts) and field in ("label", "tokens", "bytes"):
+                    what = "parts of the validation text"
+                pair = (runs[0], run) if parts == (True, False) else (run, runs[0])  # the part is scored again
+                again = "" if field == "dataset" else _rescore(*pair, kind)
                 raise InputError(
                     f"{runs[0].path} and {run.path} have other {what}: {field} is {first.get(field)!r} and "
                     f"{other.get(field)!r}; expected scores of the same text by the same rules{again}"
@@ -429,8 +433,12 @@ def _rescore(run: Run, like: Run, kind: Kind) -> str:
         options |= {"eval.window": like.config.window, "eval.stride": like.config.stride}
     if not options:
         return ""
-    command = shlex.join(["golfgpt", "train", "--resume", str(run.path), *space.flags(options)])
-    return f": {command} (scores it again, trains nothing)"
+    return f": {scored_again(run, *space.flags(options))} (scores it again, trains nothing)"
+
+
+def scored_again(run: Run, *options: str) -> str:
+    """The command that scores a finished run by other rules."""
+    return shlex.join(["golfgpt", "train", "--resume", str(run.path), *options])
 
 
 def one_side(runs: Sequence[Run], kind: Kind, against: Sequence[Run] = ()) -> Side:
@@ -440,12 +448,9 @@ def one_side(runs: Sequence[Run], kind: Kind, against: Sequence[Run] = ()) -> Si
     first = runs[0]
     by_seed: dict[int, Run] = {}
     varied: dict[str, None] = {}  # in order
+    check_one_configuration(runs)
     for run in runs:
         changed = differences(as_configured(first, MEASURED), as_configured(run, MEASURED))
-        if any(not d.startswith(NO_EFFECT) for d in changed):
-            raise InputError(
-                f"expected runs of one configuration that differ in their seed, got several: {_by_value(runs)}"
-            )
         if (other := by_seed.setdefault(run.config.seed, run)) is not run:
             raise InputError(
                 f"{other.path} and {run.path} both have seed {run.config.seed}; a seed counts once: leave out the run "
@@ -467,6 +472,16 @@ def one_side(runs: Sequence[Run], kind: Kind, against: Sequence[Run] = ()) -> Si
         varied=tuple(varied),
         left_out=tuple(_left_out(runs, against)),
     )
+
+
+def check_one_configuration(runs: Sequence[Run]) -> None:
+    """Raise InputError for runs that differ in more than `NO_EFFECT`."""
+    for run in runs[1:]:
+        changed = differences(as_configured(runs[0], MEASURED), as_configured(run, MEASURED))
+        if any(not d.startswith(NO_EFFECT) for d in changed):
+            raise InputError(
+                f"expected runs of one configuration that differ in their seed, got several: {_by_value(runs)}"
+            )
 
 
 def _by_value(runs: Sequence[Run]) -> str:
@@ -532,7 +547,8 @@ def _words(difference: Difference, other: str, bpb_per_nat: float, counts: Seque
     side = "lower than" if gain > 0 else "higher than" if gain < 0 else "away from"
     seen = f"the mean of A is {both(abs(gain))} {side} {other} (lower is better)"
     if difference.untested:
-        return [f"no test, so not known whether A is better or worse than {other}: {difference.untested}", seen]
+        why = difference.untested + " per side" * (difference.untested == ONE_SEED and len(counts) > 1)
+        return [f"no test, so not known whether A is better or worse than {other}: {why}", seen]
     if difference.claims[0].significant:
         verdict = f"A is better than {other}"
     elif difference.high < 0:
@@ -550,8 +566,9 @@ def _words(difference: Difference, other: str, bpb_per_nat: float, counts: Seque
             lines.append("  the gain seen is not above this, so more seeds like these would not show it")
         elif not claim.significant:
             more = [f"{max(0, claim.seeds - n)} more of {side}" for n, side in zip(counts, "AB", strict=False)]
+            per_side = " per side" * (len(counts) > 1)
             lines.append(
-                f"  for a power of {criteria.power:g} at this gain and spread: {claim.seeds} seeds per side, "
+                f"  for a power of {criteria.power:g} at this gain and spread: {claim.seeds} seeds{per_side}, "
                 f"{' and '.join(more)}"
             )
     return lines

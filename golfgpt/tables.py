@@ -88,12 +88,9 @@ def adapted_lines(score: Score, adapted: AdaptedScore) -> str:
     if adapted.stopped:
         lines.insert(1, f"stopped: {adapted.stopped}; the score is of what came before")
     elif not adapted.compliance.learned_after_scored:
-        chunk = adapted.settings["sgd"]["chunk_tokens"]
-        lines.insert(
-            1,
-            f"warning: nothing was learned, because the text is not longer than eval.ttt.sgd.chunk_tokens {chunk:,}: "
-            "lower it, or score more text",
-        )
+        part, what = ("sgd", "the text is") if adapted.kind == "sgd" else ("lora", "all documents are")
+        chunk = f"eval.ttt.{part}.chunk_tokens {adapted.settings[part]['chunk_tokens']:,}"
+        lines.insert(1, f"warning: nothing was learned, as {what} not longer than {chunk}: lower it, or score more text")
     elif adapted.tokens == score.tokens:
         gain = score.val_bpb - adapted.val_bpb
         lines.insert(

@@ -233,6 +233,10 @@ def test_what_is_not_significant_is_said_in_words():
     assert "more seeds like these would not show it" in worse
     alone = str(compare(seeds_of(RunConfig(), {1: 3.0}), seeds_of(OTHER, {1: 3.1}, "b")))
     assert "\n\nno test, so not known whether A is better or worse than B: one seed shows no spread" in alone
+    assert "train at least two per side" in alone and "paired by seed" not in alone
+    target = str(compare_target(seeds_of(RunConfig(), {1: 3.0}), 3.1))
+    assert "train at least two\n" in target and "per side" not in target
+    assert "per side" not in str(compare_target(seeds_of(RunConfig(), A), 3.13))
 
 
 @pytest.mark.parametrize(
@@ -241,7 +245,7 @@ def test_what_is_not_significant_is_said_in_words():
         ({"tokens": 5}, "other validation data: tokens is 1000000 and 5"),
         ({"dataset": "d2"}, "other validation data: dataset is 'd1' and 'd2'"),
         ({"stride": 128}, "other rules of scoring: stride is 64 and 128"),
-        ({"label": "val_bpb (first 5 tokens)"}, "other rules of scoring: label"),
+        ({"label": "val_bpb (first 5 tokens)", "partial": True}, "other parts of the validation text: label"),
         ({"val_loss": math.nan}, "score's val_loss as nan; expected a finite number above 0"),
         ({"bytes": None}, "score's bytes as None; expected a finite number"),
     ],
@@ -352,6 +356,10 @@ def test_other_rules_of_scoring_have_a_way_out():
         compare([a], [b])
     with pytest.raises(InputError, match=r"golfgpt train --resume a1 --eval.window=512 --eval.stride=512 \("):
         compare([b], [a])
+    part = seeds_of(replace(OTHER, eval=EvalConfig(max_tokens=5)), {1: 3.0}, "b", tokens=5, partial=True)
+    for sides in (([a], part), (part, [a])):
+        with pytest.raises(InputError, match=r"parts of .*: golfgpt train --resume b1 --eval.max-tokens=None \("):
+            compare(*sides)
 
 
 def test_command_refuses(folders, capsys):

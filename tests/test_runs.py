@@ -95,6 +95,11 @@ def test_a_condition_shows_its_field(folder, capsys):
     assert head.split()[-1] == "model.num_layers" and row.split()[-1] == "10"
 
 
+def test_where_no_run_matches_the_values_are_named(folder, capsys):
+    assert main(["runs", "--where", "status=finish"]) == 0
+    assert capsys.readouterr().out.endswith("0 of 4 runs below runs\nstatus is finished, stopped in these runs\n")
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

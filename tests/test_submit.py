@@ -293,7 +293,7 @@ READS = (
 def test_reads_of_computed_names(program, sub):
     write(PROGRAM, f"\n{program}")(sub)
     found = {finding.check: finding for finding in check(sub)}["files read"]
-    assert found.result == "not checked" and "line 2: " in found.detail
+    assert found.result == "not checked" and "line 2 of train_gpt.py: " in found.detail
 
 
 def test_reads_of_given_names(tmp_path):
@@ -627,10 +627,15 @@ def test_runs_of_two_configurations(runs, short):
 
 
 def test_a_score_of_a_part_of_the_text_is_not_packed(runs, short):
-    result = json.loads((runs[1] / "result.json").read_text())
-    result["score"] |= {"partial": True, "label": "val_bpb (first 9 tokens)"}
-    (runs[1] / "result.json").write_text(json.dumps(result))
+    for run in runs[:2]:
+        result = json.loads((run / "result.json").read_text())
+        result["score"] |= {"partial": True, "label": "val_bpb (first 9 tokens)"}
+        (run / "result.json").write_text(json.dumps(result))
     refused(runs, InputError, r"run42 is val_bpb \(first 9 tokens\).*golfgpt train --resume .*run42 --eval")
+    refused(runs, InputError, r"--resume .*run1337 --eval")
+    config = tiny_config(runs[0].parent / "data")
+    write_config(runs[0], replace(config, seed=1337, optim=replace(config.optim, matrix_lr=0.5)))
+    refused(runs, InputError, "got several: optim.matrix_lr")  # before a long evaluation
 
 
 def test_a_score_that_golfgpt_eval_added_is_no_part_of_a_submission(runs, short):

@@ -327,6 +327,17 @@ def test_workers_share_a_study(tmp_path):
     assert [row.values["optim.matrix_lr"] for row in rows] == list(range(12))
 
 
+def test_the_table_names_scores_that_are_newer_than_the_study(tmp_path, monkeypatch):
+    pytest.importorskip("optuna")
+    from golfgpt.sweep import run
+
+    rows, study, _ = run_sweep(tmp_path, spec(space={"optim.matrix_lr": (0.1,)}), lr)
+    assert rows[0].message == ""
+    monkeypatch.setattr(run, "finished", lambda path: outcome(1.25))
+    assert run.rows(study)[0].message == "seed 1337 was scored again: val_bpb 1.2500, not counted here"
+    assert run.rows(study)[0].score == 0.1
+
+
 @pytest.mark.parametrize("sampler", ["random", "tpe"])
 def test_drawn_points_are_those_of_a_sweep_that_was_never_stopped(tmp_path, sampler):
     axes = {
@@ -409,6 +420,10 @@ def test_another_sweep_on_one_study_is_refused(tmp_path):
     for message, values in others.items():
         with pytest.raises(InputError, match=message):
             run_sweep(tmp_path, spec(**({"space": GRID} | values)), lr)
+    with pytest.raises(
+        InputError, match=r"is the folder of a sweep; .* continues it \(.*space.optim.matrix_lr \[0.1, "
+    ):
+        space.read_spec(tmp_path)
     assert (tmp_path / "study.journal").read_bytes() == before
 
 
@@ -493,9 +508,9 @@ def test_a_change_that_was_overtaken_is_not_the_incumbent(tmp_path):
     assert read_loop(tmp_path).config.model.num_layers == 3
 
 
-@pytest.mark.parametrize("change", [{"optim.matrix_lr": 0.02}, {"seed": 5}])
+@pytest.mark.parametrize("change", [{"optim.matrix_lr": 0.02}, {"seed": 5}, {"schedule.max_steps": 9}])
 def test_changes_that_cannot_be_tried(tmp_path, change):
-    with pytest.raises(InputError, match=r"changes nothing|sets seed"):
+    with pytest.raises(InputError, match=r"changes nothing|sets seed|sets schedule.max_steps, the budget"):
         try_change(tmp_path, noisy, **change)
 
 
@@ -524,6 +539,10 @@ def test_try_from_the_command_line(here, monkeypatch, capsys):
         (["try", "--steps", "9", *change], "schedule.max_steps: 4 -> 9; give only the change"),
         (["try", "--looks", "2", *change], "got --looks (2,); give only the change"),
         (["try", "--name", "new", *change], "has no incumbent yet"),
+        (
+            ["try", "--name", "new", "--recipe", "demo", "--steps", "4", "--", "--schedule.max-steps", "9"],
+            "sets schedule.max_steps",
+        ),
         (["try", "--name", "new", "--recipe", "demo", *change], "expected the budget"),
         (["try", "--name", "new", "--recipe", "demo", "--budget", "2x", *change], "expected a time such as 120s"),
         (["try", "--name", "new", "--recipe", "demo", "--steps", "4", "--looks", "1", *change], "from 2 on"),
@@ -534,6 +553,9 @@ def test_try_from_the_command_line(here, monkeypatch, capsys):
     ):
         assert main(bad) == 3, bad
         assert message in capsys.readouterr().err
+    assert main(["try", "--", "--optim.matrx-lr", "0.4"]) == 2
+    err = capsys.readouterr().err
+    assert "golfgpt: unknown option --optim.matrx-lr; did you mean --optim.matrix-lr?" in err and "│" not in err
     assert not (here / "runs/new/incumbent.json").exists()
 
 

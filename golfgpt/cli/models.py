@@ -87,6 +87,7 @@ def budget(args: Budget) -> int:
     config = args.config
     if args.run:
         return _budget_of_artifact(args.run, args.json, config)
+    measured = config.budget.code_bytes is None
     config = fitted(counted(config))
     quantizer = Quantizer(config.model, config.quant)
     shapes = parameter_shapes(config.model).values()
@@ -113,7 +114,7 @@ def budget(args: Budget) -> int:
     print(
         f"\n{parameters:,} parameters, payload {quantizer.payload_bytes:,} bytes before compression\n"
         f"room for model.golf: {room:,} bytes = {config.budget.artifact_bytes:,} - code "
-        f"{config.budget.code_bytes:,}, the program with this configuration in it"
+        f"{config.budget.code_bytes:,}{', the program with this configuration in it' * measured}"
     )
     print(
         f"forecast for Gaussian weights: {forecast:,} bytes, {forecast / quantizer.payload_bytes:.3f} of the payload; "

@@ -30,6 +30,8 @@ from golfgpt.runs import (
 from golfgpt.tables import table
 
 COLUMNS = ("run", "recipe", "seed", "val_bpb", "total_bytes", "steps", "status", "started")
+SHOWN = 5
+"""Values of a field that are named where no run matches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,10 @@ def list_all(args: ListRuns) -> int:
     for run in broken:
         print(f"broken: {run.problem}")
     print(f"{len(shown):,} of {len(found):,} runs below {args.folder}")
+    if found and not matching:
+        for field in dict.fromkeys(condition.field for condition in conditions):
+            values = sorted({str(run.get(field)) for run in found})
+            print(f"{field} is {', '.join(values[:SHOWN])}{', …' if len(values) > SHOWN else ''} in these runs")
     return 0
 
 

@@ -110,4 +110,9 @@ def check(args: SubmitCheck) -> int:
         open_ = sum(finding.result == "not checked" for finding in findings)
         rest = f", {open_} not checked" if open_ else ""
         print(f"{len(failed)} of {len(findings)} checks failed{rest}" if failed else f"no check failed{rest}")
+        if open_:
+            print(
+                "not checked: reading cannot decide these, so a reviewer must; that is no fault of the folder "
+                "(docs/submission.md, golfgpt submit check)"
+            )
     return 6 if failed else 0

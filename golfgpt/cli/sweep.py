@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_type_hints
 
-import tyro
 from tyro.conf import Positional
 
 from golfgpt.cli.common import RUNS, Config, print_json, run_name
+from golfgpt.cli.parse import parse
 from golfgpt.config import RunConfig, differences
 from golfgpt.errors import InputError
 from golfgpt.files import from_json
@@ -181,7 +181,7 @@ class Try:
 
 
 def try_change(args: Try) -> int:
-    from golfgpt.sweep.attempt import Loop, as_json, attempt, read_loop, summary
+    from golfgpt.sweep.attempt import Loop, as_json, attempt, read_loop, summary, tried
     from golfgpt.sweep.children import Children
     from golfgpt.sweep.decide import LOOKS, under_null
 
@@ -199,8 +199,9 @@ def try_change(args: Try) -> int:
         except ValueError as error:
             raise InputError(f"--looks: {error}") from error
         loop = Loop(recipe=args.recipe or "baseline", config=config, looks=looks or LOOKS)
-        folder.mkdir(parents=True, exist_ok=True)
         changed = _changed(config, args.arguments[len(run) :])
+        tried(loop, changed)  # a change that is refused fixes no incumbent
+        folder.mkdir(parents=True, exist_ok=True)
         loop.save(folder)
     else:
         other = differences(loop.config, config)
@@ -252,7 +253,4 @@ class Change:
 def _changed(config: RunConfig, options: tuple[str, ...]) -> RunConfig:
     if not options:
         raise InputError("there is no change to try; expected options after --, such as -- --optim.matrix-lr 0.03")
-    try:
-        return tyro.cli(Change, prog="golfgpt try …", args=options, default=Change(config=config)).config
-    except ValueError as error:  # fields that are valid alone but not together
-        raise InputError(str(error)) from error
+    return parse(Change, "try", list(options), Change(config=config)).config

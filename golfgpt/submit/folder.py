@@ -12,7 +12,6 @@ them fit the cap if it does. Every number comes from the runs; `golfgpt submit c
 from __future__ import annotations
 
 import re
-import shlex
 import shutil
 import statistics
 import tempfile
@@ -22,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from golfgpt.compare import Side, one_side
+from golfgpt.compare import Side, check_one_configuration, one_side, scored_again
 from golfgpt.config import RunConfig, differences
 from golfgpt.errors import BudgetError, InputError, VerificationError
 from golfgpt.files import sha256_file, write_json
@@ -77,8 +76,8 @@ def pack(paths: Sequence[Path], out: Path, about: About, *, kernels: bool = Fals
     if kind == "plain":
         notes = [_left_out(run) for run in runs if run.result.get("adapted")]
         runs = [replace(run, result=run.result | {"adapted": None}) for run in runs]
-    for run in runs:
-        _check_whole(run)
+    check_one_configuration(runs)
+    _check_whole(runs)
     side = one_side(runs, kind)
     if is_record(about.track) and len(side.seeds) < SEEDS:
         raise InputError(
@@ -142,20 +141,26 @@ def _left_out(run: Run) -> str:
     )
 
 
-def _check_whole(run: Run) -> None:
-    """Raise InputError for the score of a part of the text, which `golfgpt submit check` lets fail."""
-    score = score_of(run.result)
-    if not score.get("partial"):
+def _check_whole(runs: Sequence[Run]) -> None:
+    """Raise InputError for scores of a part of the text, which `golfgpt submit check` lets fail."""
+    partial = [run for run in runs if score_of(run.result).get("partial")]
+    if not partial:
         return
-    option = "--eval.ttt.max-seconds SECONDS"
-    if run.config.eval.max_tokens is not None:
-        option = "--eval.max-tokens None"
-    elif run.config.eval.rule != "every_token":
-        option = "--eval.rule every_token"
+    scores = ", ".join(f"{run.path} is {score_of(run.result)['label']}" for run in partial)
+    commands = "; ".join(_scored_whole(run) for run in partial)
     raise InputError(
-        f"the score of {run.path} is {score['label']}, of a part of the validation text; a submission needs that of "
-        f"all of it: golfgpt train --resume {shlex.quote(str(run.path))} {option} (scores again, trains nothing)"
+        f"the score of {scores}, of a part of the validation text; a submission needs that of all of it: {commands} "
+        "(scores again, trains nothing)"
     )
+
+
+def _scored_whole(run: Run) -> str:
+    """The command that scores a run on the whole text."""
+    if run.config.eval.max_tokens is not None:
+        return scored_again(run, "--eval.max-tokens", "None")
+    if run.config.eval.rule != "every_token":
+        return scored_again(run, "--eval.rule", "every_token")
+    return scored_again(run, "--eval.ttt.max-seconds", "SECONDS")
 
 
 def _seeds(side: Side) -> str:

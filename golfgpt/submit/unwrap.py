@@ -43,7 +43,7 @@ def _follow(code: Code, folder: Path, text: str, name: str) -> None:
     reader = Reader(folder, code, tree)
     code.bound.append(bindings(tree, plain_imports=False))
     code.files |= _named(tree, folder)
-    _survey(reader)
+    _survey(reader, name)
     calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call)]
     executing = [call for call in calls if reader.spellings(call.func) & EXECUTE]
     once = len(executing) == 1 and any(isinstance(s, ast.Expr) and s.value is executing[0] for s in tree.body)
@@ -104,8 +104,8 @@ _READ |= {"torch.from_file", *(f"numpy.{name}" for name in ("load", "fromfile", 
 _READ_METHODS = {"read_bytes", "read_text", "iterdir", "glob", "rglob", "walk", "open"}
 
 
-def _survey(reader: Reader) -> None:
-    """Note the imports, loaders, aliases, connections and reads of files in one text."""
+def _survey(reader: Reader, name: str) -> None:
+    """Note the imports, loaders, aliases, connections and reads of files in one text, called `name`."""
     code = reader.code
     called = {id(n.func) for n in ast.walk(reader.tree) if isinstance(n, ast.Call)}
     calls = [n for n in ast.walk(reader.tree) if isinstance(n, ast.Call) and reader.spellings(n.func) & EXECUTE]
@@ -120,7 +120,7 @@ def _survey(reader: Reader) -> None:
             code.unread.append(ast.unparse(n)[:100])
         if not isinstance(n, ast.Name | ast.Attribute | ast.Call):
             continue
-        names, shown = reader.spellings(n), f"line {n.lineno}: {ast.unparse(n)[:100]}"
+        names, shown = reader.spellings(n), f"line {n.lineno} of {name}: {ast.unparse(n)[:100]}"
         reached = isinstance(n, ast.Name) and names & {"globals", "locals"} and id(n) not in passed
         inside = _gives_inside(reader, n)
         if reached or inside or _hides_code(n, names, id(n) in called, id(n) in owners):

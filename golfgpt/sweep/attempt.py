@@ -34,6 +34,10 @@ COLUMNS = ("date", "decision", "change", "mean", "low", "high", "confidence", "s
            "incumbent_steps", "change_steps", "incumbent", "candidate", "note")  # fmt: skip
 
 
+BUDGET = ("schedule.max_steps", "schedule.max_seconds")
+"""The fields that incumbent and change share."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Loop:
     """What all tries in a folder share."""
@@ -80,15 +84,26 @@ class Result:
     """What the scores are of."""
 
 
-def attempt(folder: Path, loop: Loop, changed: RunConfig, children: Children, say: Callable[[str], None]) -> Result:
-    """Train incumbent and change with the seeds of each look until one decides. Appends a line to results.tsv, and
-    stores the change as the incumbent if it is kept. Raises InputError for a change that changes no field and for an
-    incumbent that does not train; then no line is written."""
-    change, label = changes(loop.config, changed), "val_bpb"
+def tried(loop: Loop, changed: RunConfig) -> dict[str, Any]:
+    """The fields that a change sets. Raises InputError if there are none, and for those that a try fixes."""
+    change = changes(loop.config, changed)
     if not change:
         raise InputError("the change changes nothing; expected an option with another value than the incumbent's")
     if "seed" in change:
         raise InputError("the change sets seed; a try chooses the seeds, the same for incumbent and change")
+    if longer := [name for name in BUDGET if name in change]:
+        raise InputError(
+            f"the change sets {longer[0]}, the budget of every run, which the first try fixed (--steps or --budget); "
+            "leave it out, or begin with another budget under another --name"
+        )
+    return change
+
+
+def attempt(folder: Path, loop: Loop, changed: RunConfig, children: Children, say: Callable[[str], None]) -> Result:
+    """Train incumbent and change with the seeds of each look until one decides. Appends a line to results.tsv, and
+    stores the change as the incumbent if it is kept. Raises InputError for a change that changes no field and for an
+    incumbent that does not train; then no line is written."""
+    change, label = tried(loop, changed), "val_bpb"
     arms, scores, steps, test, note = (loop.config, changed), ([], []), ([], []), None, ""
     runs = tuple(str(folder / digest(config)) for config in arms)
     decision = "discard"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from golfgpt.config import RunConfig
 from golfgpt.errors import InputError
 from golfgpt.runs import Run
-from golfgpt.sweep.children import Children
+from golfgpt.sweep.children import Children, finished
 from golfgpt.sweep.space import Spec, with_seed, with_values
 from golfgpt.sweep.study import Claim, Study
 
@@ -175,9 +175,17 @@ def _row(study: Study, trial: FrozenTrial) -> Row:
         bytes=attrs.get("bytes"),
         seconds=attrs.get("seconds"),
         steps=attrs.get("steps", []),
-        message=attrs.get("message", ""),
+        message="; ".join(filter(None, (attrs.get("message"), *_scored_again(study, trial.number, scores)))),
         runs=[str(path) for path in sorted(study.folder.glob(f"{trial.number:04d}-s*")) if path.is_dir()],
     )
+
+
+def _scored_again(study: Study, number: int, scores: dict[str, float]) -> Iterator[str]:
+    """The scores of a trial's runs that are newer than those of the study, as golfgpt train --resume makes them."""
+    for seed, score in scores.items():
+        again = finished(study.folder / f"{number:04d}-s{seed}")
+        if again and again.score not in (None, score):
+            yield f"seed {seed} was scored again: {again.label} {again.score:.4f}, not counted here"
 
 
 @dataclass(frozen=True, kw_only=True)

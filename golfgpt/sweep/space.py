@@ -11,6 +11,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -200,6 +201,11 @@ def read_spec(path: Path) -> SpecFile:
         import tomllib
     except ModuleNotFoundError:  # Python 3.10
         import tomli as tomllib
+    if (path / "study.journal").is_file():
+        raise InputError(
+            f"{path} is the folder of a sweep; expected a SPEC.toml, or --grid section.field=value,value: the command "
+            f"that began this sweep continues it{_settings(path)}"
+        )
     if not path.is_file():
         raise InputError(f"there is no {path}; expected a SPEC.toml, or --grid section.field=value,value")
     try:
@@ -216,6 +222,16 @@ def read_spec(path: Path) -> SpecFile:
     if not (isinstance(space, dict) and isinstance(fixed, dict)):
         raise InputError(f"{path}: space and fixed expected a table each, got {space!r} and {fixed!r}")
     return SpecFile(values=values, fixed=flat(fixed), space=_axes(space, path))
+
+
+def _settings(folder: Path) -> str:
+    """What the journal of the sweep in `folder` says that it began with; empty if it cannot be read."""
+    for line in (folder / "study.journal").read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError, AttributeError):
+            if found := parse_json(line, dict).get("user_attr", {}).get("golfgpt"):
+                shown = [f"{name} {json.dumps(value)}" for name, value in found.items() if value is not None]
+                return f" ({', '.join(words for words in shown if not words.startswith('version '))})"
+    return ""
 
 
 def _axes(values: dict[str, Any], path: Path, prefix: str = "") -> dict[str, Axis]:

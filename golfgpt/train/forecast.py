@@ -46,16 +46,23 @@ class Forecast:
 
 def forecast(step: TrainStep) -> Forecast:
     """The forecast of `step`, whose state is as before afterwards. All ranks must call it together; rank 0's times
-    count. Where the run may choose its threads, one is tried too: on two busy cores, a step of 3 s with one thread was
-    forecast to take 125 s with two, which wait for each other."""
-    free, threads = step.config.runtime.threads == 0, torch.get_num_threads()
+    count. Where the run may choose its threads, one is tried too, and taken from here on if it is more than twice as fast:
+    on two busy cores, a step of 3 s with one thread was forecast to take 125 s with two, which wait for each other."""
+    runtime, threads = step.config.runtime, torch.get_num_threads()
+    tries = step.ranks.broadcast_object([threads, 1] if runtime.threads == 0 and threads > 1 else [threads])
     found = []
-    with step.undone():
-        for count in step.ranks.broadcast_object({threads, 1} if free else {threads}):
-            torch.set_num_threads(count)
-            found.append(_measured(step))
-    torch.set_num_threads(threads)
-    return min(found, key=lambda each: each.seconds)
+    try:
+        with step.undone():
+            for count in tries:
+                torch.set_num_threads(count)
+                found.append(_measured(step))
+    finally:
+        torch.set_num_threads(threads)
+    if 2 * found[-1].seconds >= found[0].seconds:
+        return found[0]
+    torch.set_num_threads(1)
+    step.execute(replace(runtime, threads=1))
+    return found[-1]
 
 
 def _measured(step: TrainStep) -> Forecast:
@@ -85,7 +92,7 @@ def _measured(step: TrainStep) -> Forecast:
 
 
 def forecast_recipe(config: RunConfig) -> Forecast:
-    """The forecast of a step of `config` on the CPU, by this process alone, with the threads that torch has now. With
+    """The forecast of a step of `config` on the CPU, by this process alone. With
     runtime.dtype "auto" the dtype is chosen as a run chooses it."""
     text = torch.arange(2 * config.data.seq_len).remainder(config.model.vocab_size).numpy().astype("uint16")
     data = replace(config.data, path=None, order="sequential", document_start=None)
