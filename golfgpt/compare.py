@@ -370,7 +370,9 @@ def _next_seed(name: str, side: Side, runs: Sequence[Run], other: Sequence[Run] 
     if not path.exists() and path.parent.resolve().is_relative_to(RUNS.resolve()):
         folder = path.resolve().relative_to(RUNS.resolve())
         options = _without(words, "--seed", "--name")
-        yield f"  one more of {name}: {shlex.join([*options, '--seed', str(seed), '--name', str(folder)])}"
+        world = runs[0].env.get("world_size", 1)
+        start = ["torchrun", "--standalone", "--nproc-per-node", str(world), "-m"] if world > 1 else []
+        yield f"  one more of {name}: {shlex.join([*start, *options, '--seed', str(seed), '--name', str(folder)])}"
 
 
 def _without(words: Sequence[str], *options: str) -> list[str]:
@@ -439,6 +441,15 @@ def _rescore(run: Run, like: Run, kind: Kind) -> str:
 def scored_again(run: Run, *options: str) -> str:
     """The command that scores a finished run by other rules."""
     return shlex.join(["golfgpt", "train", "--resume", str(run.path), *options])
+
+
+def scored_whole(run: Run) -> str:
+    """The command that scores a finished run on the whole text."""
+    if run.config.eval.max_tokens is not None:
+        return scored_again(run, "--eval.max-tokens", "None")
+    if run.config.eval.rule != "every_token":
+        return scored_again(run, "--eval.rule", "every_token")
+    return scored_again(run, "--eval.ttt.max-seconds", "SECONDS")
 
 
 def one_side(runs: Sequence[Run], kind: Kind, against: Sequence[Run] = ()) -> Side:

@@ -163,7 +163,7 @@ def as_written(path: Path) -> Iterator[None]:
 
 def last_step(path: Path) -> dict[str, Any] | None:
     """The last object of kind train in metrics.jsonl of the run in `path`, as `Run.steps` has it; None before the first
-    step. It reads from the end: a list of many runs needs it."""
+    step. Only the last lines are parsed: a list of many runs needs it."""
     file, most = path / "metrics.jsonl", None
     for line in reversed(file.read_bytes().split(b"\n")[:-1] if file.is_file() else []):
         value = metric(line) or {}
@@ -199,6 +199,14 @@ def resume_hint(path: Path) -> str:
     """The sentence that follows the reason why a run ended early; empty if the run has saved nothing."""
     saved = any((path / "checkpoints").glob("step_*.safetensors"))
     return f" Resume with: {launcher()} train --resume {shlex.quote(str(path))}" if saved else ""
+
+
+def going_on(path: Path) -> str:
+    """What to do with a run that has no result, and its command."""
+    quoted, words = shlex.quote(str(path)), read_env(path).get("command")
+    if isinstance(words, list) and words[1:2] == ["import"]:
+        return f"golfgpt eval {quoted} --data.path DIR scores it"
+    return f"golfgpt train --resume {quoted} continues it"
 
 
 def write_config(path: Path, config: RunConfig) -> None:
@@ -237,7 +245,7 @@ def _instead(path: Path) -> str:
         return "it is a prepared data folder; expected the folder of a run"
     if path.is_file():
         return "it is a file; expected the folder of a run"
-    if path.is_dir() and list_runs(path):
+    if any(path.glob("*/config.json")):
         return f"runs are in folders below it, which golfgpt runs {quoted} lists; expected one of them"
     meant = _meant(path, "expected a folder that golfgpt train or import created")
     return f"there is no {path / 'config.json'}; {meant}"

@@ -90,7 +90,7 @@ def adapted_lines(score: Score, adapted: AdaptedScore) -> str:
     elif not adapted.compliance.learned_after_scored:
         part, what = ("sgd", "the text is") if adapted.kind == "sgd" else ("lora", "all documents are")
         chunk = f"eval.ttt.{part}.chunk_tokens {adapted.settings[part]['chunk_tokens']:,}"
-        lines.insert(1, f"warning: nothing was learned, as {what} not longer than {chunk}: lower it, or score more text")
+        lines.insert(1, f"warning: nothing was learned: {what} not longer than {chunk}: lower it, or score more text")
     elif adapted.tokens == score.tokens:
         gain = score.val_bpb - adapted.val_bpb
         lines.insert(

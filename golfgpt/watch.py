@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 import sys
 import time
 from collections import deque
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from golfgpt.config import RunConfig
-from golfgpt.runs import as_written, locked, metric, read_config, read_stored_result
+from golfgpt.runs import as_written, going_on, locked, metric, read_config, read_stored_result
 from golfgpt.train.status import seconds_left, status
 
 RECENT = 32
@@ -31,6 +30,8 @@ class State:
     result: dict[str, Any] | None = None
     end: dict[str, Any] | None = None
     """Why the run stopped; None while it goes on."""
+    earlier: bool = False
+    """Whether `result` is of an execution before the last one, which ended without."""
     durations: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
 
     def add(self, line: dict[str, Any]) -> None:
@@ -38,7 +39,7 @@ class State:
         if kind in ("train", "val", "checkpoint", "result", "end"):
             setattr(self, kind, line)
         if kind == "resume":
-            self.end = self.result = None
+            self.end, self.result, self.earlier = None, None, False
         if kind == "train" and "step_seconds" in line:
             if line["step"] == 2:
                 self.durations.clear()  # the first step has one-time work
@@ -82,13 +83,13 @@ class State:
             "score_bpb": (result.get("score") or {}).get("val_bpb"),
             "score_label": (result.get("score") or {}).get("label"),
             "total_bytes": result.get("total_bytes"),
-            "ended": "finished" if self.result else self.end["reason"] if self.end else None,
+            "ended": self.end["reason"] if self.end and not self.earlier else "finished" if self.result else None,
         }
 
     def line(self, config: RunConfig) -> str:
         """The state in one line: that of the run itself, the last loss, forecast, validation, and how it ended."""
         if not self.train:
-            words = ["no step yet: the run is being set up"]
+            words = ["no step yet" if self.over else "no step yet: the run is being set up"]
         else:
             row = self.train
             words = [status(config, row, self.mean, ended=self.over), f"last loss {row['loss']:.4f}"]
@@ -102,7 +103,7 @@ class State:
                 f"finished: {score['label']} {score['val_bpb']:.4f}, {self.result['total_bytes']:,} bytes in all"
             )
         if self.end:
-            words.append(f"{'a later resume ' if self.result else ''}ended: {self.end['reason']}")
+            words.append(f"{'a later resume ' if self.earlier else ''}ended: {self.end['reason']}")
         return "  ".join(words)
 
 
@@ -153,11 +154,10 @@ def watch(
                     state.add(value)
                     heard = time.monotonic()
             if not state.over and (once or time.monotonic() - heard >= silence) and not locked(run):
-                state.end = {
-                    "reason": f"no process trains it; golfgpt train --resume {shlex.quote(str(run))} continues it"
-                }
-            if state.end:  # of scoring a finished run again, perhaps
+                state.end = {"reason": f"no process trains it; {going_on(run)}"}
+            if state.end and not state.result:  # of scoring a finished run again, perhaps
                 state.result = read_stored_result(run)
+                state.earlier = state.result is not None
             config = read_config(run)  # a run writes what it chose before its first step
             last = once or state.over
             with as_written(run):

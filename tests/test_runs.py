@@ -225,7 +225,7 @@ def test_what_a_run_chose_or_measured_is_no_change(folder, capsys):
     assert main(["runs", "show", "runs/one"]) == 0
     assert capsys.readouterr().out.endswith("changed from recipe small:\n  nothing\n")
     assert main(["runs", "diff", "runs/one", "runs/two"]) == 0
-    assert capsys.readouterr().out.split("chosen or measured by the runs, not configured:\n") == [
+    assert capsys.readouterr().out.split("chosen or measured by the runs, or given at a resume:\n") == [
         "seed: 1337 -> 7\n", "  budget.code_bytes: 25580 -> None\n  runtime.dtype: 'float32' -> 'auto'\n"
         "  runtime.threads: 1 -> 0\n"
     ]  # fmt: skip

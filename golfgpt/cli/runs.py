@@ -20,6 +20,7 @@ from golfgpt.runs import (
     as_configured,
     check_fields,
     flatten,
+    going_on,
     list_runs,
     listed_run,
     read_run,
@@ -129,7 +130,7 @@ def show(args: ShowRun) -> int:
     print(f"\nchanged from {f'recipe {recipe}' if recipe in recipes.RECIPES else 'the defaults'}:")
     print("\n".join(f"  {line}" for line in changed) or "  nothing")
     if status == "stopped":
-        print(f"\nnext: golfgpt train --resume {shlex.quote(str(args.run))} continues it")
+        print(f"\nnext: {going_on(args.run)}")
     return 0
 
 
@@ -182,7 +183,7 @@ def diff(args: DiffRuns) -> int:
     names = {line.partition(":")[0] for line in given}
     chosen = [line for line in differences(a.config, b.config) if line.partition(":")[0] not in names]
     if chosen:
-        print("\n".join(("chosen or measured by the runs, not configured:", *(f"  {line}" for line in chosen))))
+        print("\n".join(("chosen or measured by the runs, or given at a resume:", *(f"  {line}" for line in chosen))))
     return 0
 
 

@@ -147,7 +147,9 @@ def _next(spec: Spec, rows: list[Row]) -> list[str]:
     """The best trial, and the command that tests whether it is better than the second best."""
     complete = [row for row in rows if row.state == "complete"]
     lines = [f"best: trial {row.number}, {shlex.join(row.runs)}" for row in complete[:1]]
-    if len(complete) > 1 and not any(name.startswith("eval.") for name in spec.space):  # scores by other rules
+    rules = ("eval.", "data.seq_len") if spec.config.eval.window is None else ("eval.",)  # of the score
+    tested = all(len(row.scores) > 1 for row in complete[:2]) and not any(name.startswith(rules) for name in spec.space)
+    if len(complete) > 1 and tested:
         best, second = (shlex.join(row.runs) for row in complete[:2])
         kind = "" if spec.config.eval.ttt.kind == "off" else " --score adapted"
         lines.append(

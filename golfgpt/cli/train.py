@@ -18,7 +18,7 @@ from golfgpt.cli.common import RUNS, Config, begun_before, check_tokenizer, prin
 from golfgpt.cli.data import DataPrepare, prepare_folder
 from golfgpt.config import EvalConfig, RunConfig
 from golfgpt.errors import BudgetError, InputError, Interrupted
-from golfgpt.runs import launcher, read_result, read_stored_result
+from golfgpt.runs import launcher, read_result, read_run, read_stored_result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +215,7 @@ def evaluate(args: Eval) -> int:
     import torch
 
     from golfgpt import distributed
+    from golfgpt.compare import scored_whole
     from golfgpt.files import sha256_file, write_json
     from golfgpt.runs import add_metric, artifact_file
     from golfgpt.score.compressors import compressors_bpb
@@ -319,8 +320,8 @@ def evaluate(args: Eval) -> int:
             if adapted:
                 print(adapted_lines(score, adapted))
             trained = read_stored_result(folder) if file == "model.golf" and not score.partial else None
-            if trained and trained["score"]["partial"]:
-                again = shlex.join(["golfgpt", "train", "--resume", str(folder), "--eval.max-tokens", "None"])
+            if trained and trained["score"].get("partial"):
+                again = scored_whole(read_run(folder))
                 print(f"the run keeps its partial score, which runs, compare and submit read; {again} replaces it")
         check_adapted(adapted)
     return 0

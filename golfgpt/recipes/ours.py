@@ -50,9 +50,16 @@ _golf2 = replace(
     average=AverageConfig(kind="ema", ema_decay=0.9965),
 )
 
-_pairs = BigramConfig(rows=8192, dim=64)
 _demo = RunConfig(
-    model=ModelConfig(num_layers=2, model_dim=192, num_heads=3, num_kv_heads=1, mlp_hidden=384, bigram=_pairs, document_start=1),
+    model=ModelConfig(
+        num_layers=2,
+        model_dim=192,
+        num_heads=3,
+        num_kv_heads=1,
+        mlp_hidden=384,
+        bigram=BigramConfig(rows=8192, dim=64),
+        document_start=1,
+    ),
     optim=OptimConfig(matrix_lr=0.02, scalar_lr=0.02, tied_embed_lr=0.025, muon_momentum_warmup_steps=100),
     schedule=ScheduleConfig(max_seconds=115.0, warmdown_frac=0.85),
     data=DataConfig(batch_tokens=2048, seq_len=256, microbatch_tokens=1024),

@@ -21,11 +21,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from golfgpt.compare import Side, check_one_configuration, one_side, scored_again
+from golfgpt.compare import Side, check_one_configuration, one_side, scored_whole
 from golfgpt.config import RunConfig, differences
 from golfgpt.errors import BudgetError, InputError, VerificationError
 from golfgpt.files import sha256_file, write_json
-from golfgpt.runs import Run, artifact_file, as_configured, read_result, recipe_name, start_config
+from golfgpt.runs import MEASURED, Run, artifact_file, as_configured, read_result, recipe_name, start_config
 from golfgpt.submit.pack import imports, packed
 
 PROGRAM, READABLE, ARTIFACT = "train_gpt.py", "train_gpt_readable.py", "model.golf"
@@ -118,7 +118,8 @@ def pack(paths: Sequence[Path], out: Path, about: About, *, kernels: bool = Fals
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
-    counted = shown.result.get("code_bytes")
+    measured = as_configured(shown, MEASURED).budget.code_bytes is None
+    counted = shown.result.get("code_bytes") if measured else None
     size = len(readable.encode())
     return Packed(submission=submission, readable_bytes=size, cap=cap, counted_bytes=counted, notes=notes)
 
@@ -147,20 +148,11 @@ def _check_whole(runs: Sequence[Run]) -> None:
     if not partial:
         return
     scores = ", ".join(f"{run.path} is {score_of(run.result)['label']}" for run in partial)
-    commands = "; ".join(_scored_whole(run) for run in partial)
+    commands = "; ".join(scored_whole(run) for run in partial)
     raise InputError(
         f"the score of {scores}, of a part of the validation text; a submission needs that of all of it: {commands} "
         "(scores again, trains nothing)"
     )
-
-
-def _scored_whole(run: Run) -> str:
-    """The command that scores a run on the whole text."""
-    if run.config.eval.max_tokens is not None:
-        return scored_again(run, "--eval.max-tokens", "None")
-    if run.config.eval.rule != "every_token":
-        return scored_again(run, "--eval.rule", "every_token")
-    return scored_again(run, "--eval.ttt.max-seconds", "SECONDS")
 
 
 def _seeds(side: Side) -> str:

@@ -46,8 +46,9 @@ class Forecast:
 
 def forecast(step: TrainStep) -> Forecast:
     """The forecast of `step`, whose state is as before afterwards. All ranks must call it together; rank 0's times
-    count. Where the run may choose its threads, one is tried too, and taken from here on if it is more than twice as fast:
-    on two busy cores, a step of 3 s with one thread was forecast to take 125 s with two, which wait for each other."""
+    count. Where the run may choose its threads, one is tried too, and is used from here on if it is more than twice as
+    fast: on two busy cores, a step of 3 s with one thread was forecast to take 125 s with two, which wait for each
+    other."""
     runtime, threads = step.config.runtime, torch.get_num_threads()
     tries = step.ranks.broadcast_object([threads, 1] if runtime.threads == 0 and threads > 1 else [threads])
     found = []
