@@ -52,8 +52,9 @@ PARENT = vary(
     eval=dict(max_tokens=131_072, batch_tokens=8192),
     runtime=dict(device="cpu", dtype="float32", threads=1, compile="off"),
 )
-"""The shape of recipe small before it had a pair table, 1.7 M parameters, with relu², Muon and a warmdown to zero. float32, because a CPU without
-bfloat16 instructions takes several times as long in bfloat16, and lines of several machines must be comparable."""
+"""The shape of recipe small before it had a pair table, 1.7 M parameters, with relu², Muon and a warmdown to zero.
+float32, because a CPU without bfloat16 instructions takes several times as long in bfloat16, and lines of several
+machines must be comparable."""
 
 STACK = vary(
     PARENT,
