@@ -48,7 +48,8 @@ WINDOWS, STRIDE = 16, 64
 def setup_of(recipe: str, tokens: int, dtype: torch.dtype) -> Setup:
     setup = Setup.of(recipe, small=False, device=CPU, dtype=dtype)
     data = replace(setup.config.data, batch_tokens=tokens, seq_len=min(tokens, setup.config.data.seq_len))
-    return replace(setup, config=replace(setup.config, data=data))
+    model = replace(setup.config.model, document_start=None)  # published pair tables do not know documents
+    return replace(setup, config=replace(setup.config, data=data, model=model))
 
 
 def forms(setup: Setup, compiled: bool) -> dict[str, Form]:
