@@ -257,7 +257,11 @@ class Comparison:
         head = ("side", "run", "seed", "val_bpb", "nats/token", "steps")
         lines = [table(head, [*self.a.rows("A"), *self.b.rows("B")]), _unit(self.label, self.bpb_per_nat)]
         changes = f"A and B differ in {'; '.join(self.changes)} (A -> B)"
-        lines += [changes if self.changes else SAME, *self.a.notes("A"), *self.b.notes("B", self.a.left_out), ""]
+        lines.append(changes if self.changes else SAME)
+        steps = [seed.steps for side in (self.a, self.b) for seed in side.seeds if seed.steps]
+        if steps and max(steps) > MORE_STEPS * min(steps):
+            lines.append(f"the runs took {min(steps):,} to {max(steps):,} steps: the difference may come from these")
+        lines += [*self.a.notes("A"), *self.b.notes("B", self.a.left_out), ""]
         lines += _words(self.difference, "B", self.bpb_per_nat, (len(self.a.seeds), len(self.b.seeds)))
         lines += [*self.next, *((self.pairing,) if self.difference.untested is None else ())]
         if self.welch and self.welch.claims:
@@ -353,6 +357,8 @@ def compare_target(
     )
 
 
+MORE_STEPS = 1.5
+"""Times the fewest steps: a difference worth a note. Under a cap by time, the load of the machine decides them."""
 SAME = (
     "A and B have the same configuration: unless golfgpt itself was changed between them, a difference shows only how "
     "much seeds vary"

@@ -79,7 +79,7 @@ def test_train_eval_sample_budget_inspect_export(trained, corpus, capsys):
     plain = {"input_scale": 1.0, "xsa": False, "residual": "sequential"}
     assert info["plan"][1] == {"row": 1, "skip_source": 0, "skip_row": 0} | plain
     assert run_json(capsys, "budget", trained)["file_bytes"] == result["artifact_bytes"]
-    assert run_json(capsys, "export", trained, "--to", "safetensors")["tensors"] == 22
+    assert run_json(capsys, "export", trained, "--to", "safetensors")["tensors"] == 25
     tensors = load_file(trained / "model.safetensors")
     assert tensors["blocks.1.attn.c_k.weight"].shape == (16, 32)
 
@@ -210,7 +210,9 @@ def test_a_whole_score_does_not_replace_the_partial_one_of_the_run(trained, caps
     assert "the run keeps" not in capsys.readouterr().out
     result = json.loads((trained / "result.json").read_text())
     (trained / "result.json").write_text(json.dumps(result | {"score": result["score"] | {"partial": True}}))
-    assert main(["eval", str(trained)]) == 0
+    config = read_config(trained)
+    write_config(trained, replace(config, eval=replace(config.eval, max_tokens=900)))
+    assert main(["eval", str(trained), "--eval.max-tokens", "None"]) == 0
     assert f"train --resume {trained} --eval.max-tokens None replaces it" in capsys.readouterr().out
 
 

@@ -229,7 +229,7 @@ def test_round_trip_check_has_teeth(tmp_path, source, monkeypatch):
     [
         ({"val_fraction": 0.0}, "val_fraction is 0.0; expected a number between 0 and 1"),
         ({"val": ["x"], "val_fraction": 0.1}, "exclude each other"),
-        ({"vocab_size": 100}, "100 is too small for this text: choose at least"),
+        ({"vocab_size": 100}, "100 is too small for this text: with"),
         ({"vocab_size": 60_000}, "60000 is too large for this text: choose at most"),
         ({"tokenizer": "none.model"}, "cannot read the tokenizer none.model"),
         ({"shard_tokens": 0}, "shard_tokens 0"),

@@ -225,7 +225,9 @@ def test_what_a_run_chose_or_measured_is_no_change(folder, capsys):
     assert main(["runs", "show", "runs/one"]) == 0
     assert capsys.readouterr().out.endswith("changed from recipe small:\n  nothing\n")
     assert main(["runs", "diff", "runs/one", "runs/two"]) == 0
-    assert capsys.readouterr().out.split("chosen or measured by the runs, or given at a resume:\n") == [
+    assert capsys.readouterr().out.split("results:")[0].split(
+        "chosen or measured by the runs, or given at a resume:\n"
+    ) == [
         "seed: 1337 -> 7\n", "  budget.code_bytes: 25580 -> None\n  runtime.dtype: 'float32' -> 'auto'\n"
         "  runtime.threads: 1 -> 0\n"
     ]  # fmt: skip
@@ -267,7 +269,8 @@ def test_a_place_without_a_run_names_what_was_meant(folder, capsys, argv, hint):
 
 def test_diff(folder, capsys):
     assert main(["runs", "diff", "runs/one", "runs/two"]) == 0
-    assert capsys.readouterr().out == "seed: 1337 -> 7\n"
+    results = "results:\n  steps: 10 -> 20\n  score.val_bpb: 1.5 -> 1.25\n  total_bytes: 1001 -> 1002\n"
+    assert capsys.readouterr().out == f"seed: 1337 -> 7\n{results}"
     assert main(["runs", "diff", "runs/one", "runs/two", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["differences"] == {"seed": [1337, 7]}
     assert main(["runs", "diff", "runs/one", "runs/one"]) == 0

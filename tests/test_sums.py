@@ -98,7 +98,10 @@ def test_another_evaluation_starts_over(tiny, tmp_path, interrupted, model, plan
         (tmp_path / "eval_partial_0.json").write_text('{"key": 3')
     said = []
     got = score(tiny, keep=PartialSums(tmp_path, 0, model or "model", said.append), **(PLAN | plan))
-    assert len(said) == 1 and said[0].endswith(f"{why}: starting over")
+    lasting = model == "model"
+    then = "kept until this one is stopped or takes 10 s" if lasting else "starting over"
+    assert len(said) == 1 and said[0].endswith(f"{why}: {then}")
+    assert (tmp_path / "eval_partial_0.json").exists() == lasting
     assert got.nats == score(tiny, **(PLAN | plan)).nats
 
 

@@ -103,6 +103,8 @@ def _meant(cls: type, word: str) -> str | None:
         return same
     ends = [flag for flag in flags if f".{flag}".endswith((f".{word}", f"-{word}"))]
     ends += [flag for flag in flags if flag.startswith(f"{word}.") and f"--{flag} " in used]
+    section, _, leaf = word.rpartition(".")
+    ends += [flag for flag in flags if section and flag.startswith(f"{section}.") and flag.endswith(f"-{leaf}")]
     return min(ends, key=lambda flag: (f"--{flag} " not in used, len(re.split("[.-]", flag))), default=None)
 
 

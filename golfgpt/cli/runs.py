@@ -160,8 +160,8 @@ def _eval_table(evals: list[dict[str, Any]]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class DiffRuns:
-    """List the fields in which the configurations of two runs differ, and what the runs chose or measured
-    differently."""
+    """List the fields in which the configurations of two runs differ, what the runs chose or measured differently, and
+    their results."""
 
     a: Positional[Path]
     """Run folder."""
@@ -169,6 +169,10 @@ class DiffRuns:
     """Run folder to compare it with."""
     json: bool = False
     """Print the fields as JSON."""
+
+
+RESULTS = ("steps", "score.label", "score.val_bpb", "total_bytes")
+"""What `runs diff` shows of two results."""
 
 
 def diff(args: DiffRuns) -> int:
@@ -184,6 +188,10 @@ def diff(args: DiffRuns) -> int:
     chosen = [line for line in differences(a.config, b.config) if line.partition(":")[0] not in names]
     if chosen:
         print("\n".join(("chosen or measured by the runs, or given at a resume:", *(f"  {line}" for line in chosen))))
+    x, y = flatten(a.result or {}), flatten(b.result or {})
+    results = [f"  {name}: {x.get(name)} -> {y.get(name)}" for name in RESULTS if x.get(name) != y.get(name)]
+    if results:
+        print("\n".join(("results:", *results)))
     return 0
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import math
 import os
 import re
 import signal
@@ -306,7 +307,12 @@ def _even_sample(items: Iterable[str], max_chars: int) -> list[str]:
 
 def _explain(message: str, vocab_size: int) -> str:
     if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
-        return f"vocabulary size {vocab_size} is too small for this text: choose at least {found[1]} (--vocab-size)"
+        least = int(found[1])
+        ample = 2 ** math.ceil(math.log2(1.25 * least))
+        return (
+            f"vocabulary size {vocab_size} is too small for this text: with {least:,} each piece would be a character "
+            f"or a byte, so choose more, such as {ample} (--vocab-size), or leave out files with rare characters"
+        )
     if found := re.search(r"set it to a value <= (\d+)", message):
         most = f"at most {found[1]} (--vocab-size)"
         return f"vocabulary size {vocab_size} is too large for this text: choose {most}, or give more text"

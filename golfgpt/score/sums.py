@@ -61,7 +61,8 @@ class PartialSums:
     """One rank's sums in `folder`/eval_partial_RANK.json while an evaluation runs; folder None: nowhere.
 
     The file belongs to one evaluation: of one model (its digest), text, plan of windows, dtype and number of ranks.
-    `say` gets lines for the user.
+    That of another evaluation of the same model stays until this one has something to save in its place. `say` gets
+    lines for the user.
     """
 
     def __init__(
@@ -69,6 +70,8 @@ class PartialSums:
     ):
         self._file = folder and folder / f"eval_partial_{rank}.json"
         self._model, self._say, self._warned = model_digest, say, False
+        self._mine = True
+        """Whether the file, if there is one, is not of another evaluation that can still continue."""
         self._begun = self._saved = time.monotonic()
 
     @property
@@ -84,14 +87,16 @@ class PartialSums:
         try:
             stored = read_json(self._file, _Stored)
             changed = [name for name, value in self._key.items() if stored.key.get(name) != value]
+            self._mine = not changed or "model" in changed
             problem = f"is of another evaluation ({', '.join(changed)} changed)" if changed else ""
             _, tokens, nbytes = stored.values
             if min(stored.next, stored.seconds, tokens, nbytes) < 0:
-                problem = "is damaged"
+                problem, self._mine = "is damaged", True
         except (OSError, ValueError):
             problem = "is damaged"
         if problem:
-            self._say(f"{self._file} {problem}: starting over")
+            then = "starting over" if self._mine else "kept until this one is stopped or takes 10 s"
+            self._say(f"{self._file} {problem}: {then}")
             return fresh
         sums = Sums.start(stored.next, fresh.values.device, stored.values)
         self._begun -= stored.seconds
@@ -107,13 +112,14 @@ class PartialSums:
             return
         try:
             write_json(self._file, asdict(_Stored(self._key, sums.next, tuple(values), self.seconds)))
+            self._mine = True
         except OSError as error:
             if not self._warned:
                 self._say(f"warning: {self._file}: {error.strerror}; an interrupted evaluation would start over")
             self._warned = True
 
     def clear(self) -> None:
-        """Delete the file."""
-        if self._file:
+        """Delete the file, unless it is of another evaluation."""
+        if self._file and self._mine:
             with contextlib.suppress(OSError):
                 self._file.unlink()
