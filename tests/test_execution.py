@@ -319,7 +319,7 @@ def test_a_cpu_tries_threads_and_a_compilation_that_pays(tiny, monkeypatch):
 
 def test_a_run_stores_what_was_chosen_and_does_not_try_again(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(
+    monkeypatch.setattr(  # all equal
         "golfgpt.train.forecast._least", lambda work, rounds=None: work() or 0.01
     )  # no thread is faster
     auto = replace(tiny, runtime=replace(tiny.runtime, threads=0, compile="off"))
