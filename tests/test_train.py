@@ -30,7 +30,7 @@ from golfgpt.quant.quantizer import Quantizer
 from golfgpt.recipes import RECIPES
 from golfgpt.train import checkpoint
 from golfgpt.train.clock import Ledger
-from golfgpt.train.forecast import forecast, forecast_recipe
+from golfgpt.train.forecast import Forecast, forecast, forecast_recipe
 from golfgpt.train.kernels import choose_kernels
 from golfgpt.train.memory import activation_bytes
 from golfgpt.train.progress import DECAY, announce_time
@@ -425,6 +425,20 @@ def test_the_forecast_of_a_step(tiny, corpus, monkeypatch):
     with pytest.raises(BudgetError, match=r"0\.7 is too short for one step, forecast to take about 2\.2 s for 1,024 t"):
         announce_time(hopeless, found, SimpleNamespace(line=told.append))
     assert told[3].endswith("or 0 steps in 0.7 s") and len(told) == 4
+
+
+@pytest.mark.parametrize(("alone", "threads"), [(0.4, 1), (0.6, 0)])
+def test_one_thread_is_taken_where_it_is_more_than_twice_as_fast(tiny, corpus, monkeypatch, alone, threads):
+    used = [4]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: used[-1])
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    seconds = {4: 1.0, 1: alone}
+    monkeypatch.setattr(
+        "golfgpt.train.forecast._measured", lambda step: Forecast(seconds[used[-1]], 1024, 64, "float32")
+    )
+    step = TrainStep(replace(tiny, runtime=replace(tiny.runtime, threads=0)), Dataset.open(corpus), CPU)
+    assert forecast(step).seconds == (alone if threads else 1.0)
+    assert (step.config.runtime.threads, used[-1]) == (threads, 1 if threads else 4)
 
 
 def test_a_cap_too_short_for_one_step(tiny, tmp_path):
