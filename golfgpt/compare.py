@@ -368,7 +368,8 @@ SAME = (
 def _next_seed(name: str, side: Side, runs: Sequence[Run], other: Sequence[Run] = ()) -> Iterator[str]:
     """How to train a second seed of a side that has one: its run's command with another seed, one of the other side's
     if there is one. Nothing if there are runs that were left out."""
-    (run, *more), words = runs, runs[0].env.get("command", ())
+    run, *more = runs
+    words, world = run.env.get("command", ()), run.env.get("world_size", 1)
     if more or side.left_out or list(words[:2]) != ["golfgpt", "train"]:
         return
     seed = min({each.config.seed for each in other} - {run.config.seed}, default=run.config.seed + 1)
@@ -376,7 +377,6 @@ def _next_seed(name: str, side: Side, runs: Sequence[Run], other: Sequence[Run] 
     if not path.exists() and path.parent.resolve().is_relative_to(RUNS.resolve()):
         folder = path.resolve().relative_to(RUNS.resolve())
         options = _without(words, "--seed", "--name")
-        world = runs[0].env.get("world_size", 1)
         start = ["torchrun", "--standalone", "--nproc-per-node", str(world), "-m"] if world > 1 else []
         yield f"  one more of {name}: {shlex.join([*start, *options, '--seed', str(seed), '--name', str(folder)])}"
 

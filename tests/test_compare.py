@@ -327,6 +327,19 @@ def test_left_out_seeds_are_named(folders, capsys):
     assert "b1 (seed" not in out
 
 
+def test_steps_that_differ_are_named(folders, capsys):
+    for seed, steps in (("1", 140), ("2", 100)):
+        file = folders / f"runs/a{seed}/result.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"steps": steps}))
+    command = ["compare", "runs/a1", "runs/a2", "--against", "runs/b1", "runs/b2"]
+    for seed, steps, noted in (("1", 149, False), ("1", 151, True)):
+        for each in ("1", "2"):
+            file = folders / f"runs/b{each}/result.json"
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"steps": steps if each == seed else 120}))
+        assert main(command) == 0
+        assert (f"the runs took 100 to {steps} steps" in capsys.readouterr().out) == noted
+
+
 def test_two_sides_of_one_configuration(folders, capsys):
     assert main(["compare", "runs/a1", "runs/a4", "--against", "runs/a2"]) == 0
     out = capsys.readouterr().out
@@ -345,8 +358,10 @@ def test_one_seed_names_the_command_that_trains_another(folders, capsys):
     out, start = capsys.readouterr().out, "golfgpt train --recipe small --data.path 'my data'"
     assert f"  one more of A: {start} --seed 2 --name a1-s2\n  one more of B: {start} --seed 1 --name b-s1\n" in out
     (folders / "runs/b-s1").mkdir()
+    (folders / "runs/a1/env.json").write_text(json.dumps({"command": command, "world_size": 8}))
     assert main(["compare", "runs/a1", "--against", "runs/b-s2"]) == 0
-    assert "one more of B" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "one more of B" not in out and "A: torchrun --standalone --nproc-per-node 8 -m golfgpt train" in out
 
 
 def test_other_rules_of_scoring_have_a_way_out():

@@ -209,6 +209,11 @@ def test_a_run_may_move_and_its_evaluation_change(tiny, tmp_path, corpus):
     shutil.copytree(corpus, tmp_path / "moved")
     moved = replace(tiny, data=replace(tiny.data, path=str(tmp_path / "moved")))
     assert train(moved, tmp_path / "run", resume=True)["score"]["tokens"] == 4000
+    assert "replaces the score" not in (tmp_path / "run" / "train.log").read_text()
+    train(replace(moved, eval=replace(tiny.eval, max_tokens=600)), tmp_path / "run", resume=True)
+    assert [row["tokens"] for row in metrics(tmp_path / "run", "eval")] == [500, 4000], "that were replaced"
+    whole = "warning: val_bpb (first 600 tokens) replaces the score of the whole text"
+    assert (whole in (tmp_path / "run" / "train.log").read_text()) == (tiny.eval.max_tokens is None)
 
 
 def test_without_a_checkpoint_the_stored_config_still_rules(tiny, tmp_path):

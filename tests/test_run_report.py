@@ -410,10 +410,17 @@ def test_watch_ends_where_a_run_stopped(copies):
     out = io.StringIO()
     assert watch(run, once=False, out=out)["ended"] == listed_run(run).status == "finished"  # it was scored before
     assert "finished: val_bpb" in out.getvalue() and "a later resume ended: stopped by SIGTERM" in out.getvalue()
+    over = [*lines, json.dumps({"kind": "result", **read_run(run).result}), '{"kind": "end", "reason": "over budget"}']
+    (run / "metrics.jsonl").write_text("\n".join(over) + "\n")
+    assert watch(run, once=False, out=(out := io.StringIO()))["ended"] == "over budget"
+    assert "finished: val_bpb" in out.getvalue() and "  ended: over budget" in out.getvalue()
+    (run / "metrics.jsonl").write_text("\n".join([*lines, '{"kind": "end", "reason": "stopped by SIGTERM"}']) + "\n")
     (run / "result.json").unlink()
     assert watch(run, once=False, out=out)["ended"] == "stopped by SIGTERM"
     (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")  # as a kill leaves it
     assert watch(run, once=False, out=out, every=0.001, silence=0)["ended"].startswith("no process trains it")
+    (run / "env.json").write_text('{"command": ["golfgpt", "import", "final_model.pt"]}')
+    assert "--data.path DIR scores it" in watch(run, once=True, out=out)["ended"]
 
 
 def test_a_stopped_run_says_why(corpus, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from tyro.conf import Positional
 
 from golfgpt import recipes
 from golfgpt.cli.common import RUNS, print_json
-from golfgpt.config import RunConfig, differences, to_dict
+from golfgpt.config import differences, to_dict
 from golfgpt.errors import InputError
 from golfgpt.runs import (
     Condition,
@@ -177,24 +177,23 @@ RESULTS = ("steps", "score.label", "score.val_bpb", "total_bytes")
 
 def diff(args: DiffRuns) -> int:
     a, b = read_run(args.a), read_run(args.b)
+    given = _differing(to_dict(as_configured(a)), to_dict(as_configured(b)))
+    chosen = {
+        name: pair for name, pair in _differing(to_dict(a.config), to_dict(b.config)).items() if name not in given
+    }
+    scored = _differing(a.result or {}, b.result or {})
+    results = {name: scored[name] for name in RESULTS if name in scored}
     if args.json:
-        given, filled = _differing(as_configured(a), as_configured(b)), _differing(a.config, b.config)
-        chosen = {name: pair for name, pair in filled.items() if name not in given}
-        print_json({"a": str(args.a), "b": str(args.b), "differences": given, "chosen": chosen})
+        found = {"differences": given, "chosen": chosen, "results": results}
+        print_json({"a": str(args.a), "b": str(args.b), **found})
         return 0
-    given = differences(as_configured(a), as_configured(b))
-    print("\n".join(given) or "the configurations are equal")
-    names = {line.partition(":")[0] for line in given}
-    chosen = [line for line in differences(a.config, b.config) if line.partition(":")[0] not in names]
-    if chosen:
-        print("\n".join(("chosen or measured by the runs, or given at a resume:", *(f"  {line}" for line in chosen))))
-    x, y = flatten(a.result or {}), flatten(b.result or {})
-    results = [f"  {name}: {x.get(name)} -> {y.get(name)}" for name in RESULTS if x.get(name) != y.get(name)]
-    if results:
-        print("\n".join(("results:", *results)))
+    print("\n".join(f"{name}: {x!r} -> {y!r}" for name, (x, y) in given.items()) or "the configurations are equal")
+    for title, pairs in (("chosen or measured by the runs, or given at a resume", chosen), ("results", results)):
+        if pairs:
+            print("\n".join((f"{title}:", *(f"  {name}: {x!r} -> {y!r}" for name, (x, y) in pairs.items()))))
     return 0
 
 
-def _differing(a: RunConfig, b: RunConfig) -> dict[str, list[Any]]:
-    x, y = flatten(to_dict(a)), flatten(to_dict(b))
-    return {name: [x[name], y[name]] for name in x if x[name] != y[name]}
+def _differing(a: dict[str, Any], b: dict[str, Any]) -> dict[str, list[Any]]:
+    x, y = flatten(a), flatten(b)
+    return {name: [x.get(name), y.get(name)] for name in x | y if x.get(name) != y.get(name)}

@@ -45,10 +45,10 @@ class Forecast:
 
 
 def forecast(step: TrainStep) -> Forecast:
-    """The forecast of `step`, whose state is as before afterwards. All ranks must call it together; rank 0's times
-    count. Where the run may choose its threads, one is tried too, and is used from here on if it is more than twice as
-    fast: on two busy cores, a step of 3 s with one thread was forecast to take 125 s with two, which wait for each
-    other."""
+    """The forecast of `step`, whose weights and optimizers are as before afterwards. All ranks must call it together;
+    rank 0's times count. Where the run may choose its threads, one is tried too, and is used from here on if it is more
+    than twice as fast: on two busy cores, a step of 3 s with one thread was forecast to take 125 s with two, which wait
+    for each other."""
     runtime, threads = step.config.runtime, torch.get_num_threads()
     tries = step.ranks.broadcast_object([threads, 1] if runtime.threads == 0 and threads > 1 else [threads])
     found = []
@@ -93,14 +93,16 @@ def _measured(step: TrainStep) -> Forecast:
 
 
 def forecast_recipe(config: RunConfig) -> Forecast:
-    """The forecast of a step of `config` on the CPU, by this process alone. With
-    runtime.dtype "auto" the dtype is chosen as a run chooses it."""
+    """The forecast of a step of `config` on the CPU, by this process alone, whose threads are as before afterwards.
+    With runtime.dtype "auto" the dtype is chosen as a run chooses it."""
     text = torch.arange(2 * config.data.seq_len).remainder(config.model.vocab_size).numpy().astype("uint16")
     data = replace(config.data, path=None, order="sequential", document_start=None)
     step = TrainStep(replace(config, data=data), SimpleNamespace(train=[text]), Ranks(0, 1, torch.device("cpu")))
+    threads = torch.get_num_threads()
     try:
         return forecast(step)
     finally:
+        torch.set_num_threads(threads)
         step.data.close()
 
 

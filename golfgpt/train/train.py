@@ -20,9 +20,9 @@ from golfgpt.quant.budget import budget_report, check_budget, fitted
 from golfgpt.quant.calibration import check_tokens, seconds_needed
 from golfgpt.quant.codecs import require_compressor
 from golfgpt.quant.quantizer import Quantizer
-from golfgpt.runs import resume_hint, write_config
+from golfgpt.runs import read_stored_result, resume_hint, write_config
 from golfgpt.score.compressors import compressors_bpb
-from golfgpt.score.evaluate import open_dataset, scored_shape
+from golfgpt.score.evaluate import Score, open_dataset, scored_shape
 from golfgpt.score.sums import PartialSums
 from golfgpt.score.ttt.evaluate import check_adapted, learned_shapes
 from golfgpt.tables import adapted_lines, plural, score_lines, table
@@ -221,6 +221,21 @@ def warm_up(config: RunConfig, step: TrainStep, ledger: Ledger, reporter: Report
     reporter.log(f"compile_time:{ledger.seconds['compile']:.1f}s graphs:{compile_cache.graphs()} cache:{cache} {file}")
 
 
+def keep_replaced(folder: RunFolder, score: Score, config: RunConfig, say: Callable[[str], None]) -> None:
+    """Before `score` replaces another one in result.json: list that one with those of golfgpt eval."""
+    result = read_stored_result(folder.path)
+    old = result and result["score"]
+    if not old or all(old.get(name) == getattr(score, name) for name in ("label", "window", "stride", "nats")):
+        return
+    facts = {"artifact": folder.artifact.name, "data": config.data.path, "dataset": result.get("dataset")}
+    folder.metric("eval", **facts, **old, adapted=result.get("adapted"))
+    if score.partial and not old.get("partial"):
+        say(
+            f"warning: {score.label} replaces the score of the whole text in result.json (runs show lists both); "
+            "golfgpt eval scores a part and replaces nothing"
+        )
+
+
 def export_and_score(
     config: RunConfig, path: Path, dataset: Dataset, exporter: Exporter, scorer: ModelScorer, steps: int
 ) -> dict:
@@ -251,6 +266,7 @@ def export_and_score(
         with ledger.phase("eval"):
             scorer.adapted("adapting to the text")
         return {}
+    keep_replaced(exporter.folder, score, config, say)
     stage = f"final_{exporter.quantizer.label.replace('/', '_')}_{info.compressor.replace('/', '_')}_roundtrip"
     ms = score.seconds * 1000
     again = config.quant.method == "gptq" and config.quant.qat != "off"
