@@ -162,7 +162,7 @@ def demo(args: Demo) -> int:
         steps = read_result(path).result["steps"]
         if steps < 300:
             advice = " On a busy one, use `golfgpt demo --runtime.threads 1`." if config.runtime.threads != 1 else ""
-            print(f"\nonly {steps} steps fit into the time, few: this machine is slow or busy.{advice}")
+            print(f"\nonly {steps} steps fit into the time: this machine is slow or busy.{advice}")
         prompt = "    def __init__(self"
         print(f"\n--- a sample: {shlex.join(['golfgpt', 'sample', str(path), '--prompt', prompt])} ---")
         sample(Sample(run=path, prompt=prompt, tokens=150))
