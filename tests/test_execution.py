@@ -12,10 +12,10 @@ import torch
 from golfgpt_kernels import set_implementation
 from models import latest_record
 
-from golfgpt.config import RuntimeConfig
+from golfgpt.config import BigramConfig, RuntimeConfig
 from golfgpt.data.shards import Dataset
 from golfgpt.distributed import Ranks
-from golfgpt.errors import InputError, Interrupted
+from golfgpt.errors import InputError, Interrupted, VerificationError
 from golfgpt.runs import read_config
 from golfgpt.train import execution
 from golfgpt.train.attention_backend import Selection
@@ -112,6 +112,64 @@ def test_the_compiled_step_of_a_cpu_is_the_plain_one(tiny):
     assert execution.check_step(config) is None
 
 
+@pytest.mark.slow
+def test_compiled_steps_of_a_cpu_are_equal_and_read_the_weights_only(tiny, corpus, monkeypatch):
+    """With two threads. torch 2.13 compiles `factor * ones` of a skip into a backward that writes over the parameter
+    that `factor` is a row of, and the gradients of embeddings into atomic sums."""
+    model = replace(tiny.model, num_layers=2, bigram=BigramConfig(rows=64, dim=32))
+    config = replace(tiny, model=model, runtime=replace(PLAIN, device="cpu", dtype="float32", threads=2, compile="on"))
+    monkeypatch.setattr(execution, "enable_backend", lambda backend: None)
+    threads, step = torch.get_num_threads(), TrainStep(config, Dataset.open(corpus), CPU)
+    with torch.no_grad():  # what starts at zero would hide gradients
+        for p in step.model.parameters():
+            p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    try:
+        execution.use(step, config.runtime)
+        with step.undone():
+            assert step.overwritten(looping=True) is None
+            grads = []
+            for _ in range(5):
+                step.launch(0)
+                grads.append({name: p.grad.clone() for name, p in step.model.named_parameters()})
+        assert not torch.are_deterministic_algorithms_enabled()
+        step.execute(replace(config.runtime, compile="off"))
+        step.launch(0)
+    finally:
+        torch.set_num_threads(threads)
+        step.data.close()
+    for again in grads[1:]:
+        assert all(torch.equal(again[name], grad) for name, grad in grads[0].items())
+    for name, p in step.model.named_parameters():
+        torch.testing.assert_close(grads[0][name], p.grad, rtol=1e-3, atol=1e-3 * p.grad.abs().max().item(), msg=name)
+
+
+@pytest.mark.parametrize(
+    "fault, verdict", [(0.0, "it overwrites resid_mix"), (2.0, "the gradient of q_gain differs by")]
+)
+def test_a_cpu_keeps_no_wrongly_compiled_step(step, monkeypatch, fault, verdict):
+    """The run goes on without it; where compilation was asked for, it does not start."""
+    plain = step.loss
+
+    def wrong(loss, device):
+        def program(*args):
+            if not fault:
+                step.model.resid_mix.data.zero_()
+                return plain(*args)
+            gain = step.model.q_gain
+            return plain(*args) + fault * (gain - gain.detach()).sum()
+
+        return program
+
+    monkeypatch.setattr("golfgpt.train.step.compile_loss", wrong)
+    monkeypatch.setattr(execution, "CPU_COMPILATION", 0.0)
+    found = Trials(step, PLAIN, lambda text: None).run([Alternative("compile", {"compile": "on"})])
+    assert found.runtime.compile == "off" and found.trials[0].verdict.startswith(f"failed: RuntimeError: {verdict}")
+    step.execute(replace(PLAIN, compile="on", warmup_steps=1))
+    if not fault:
+        with pytest.raises(VerificationError, match=r"overwrites resid_mix.*--runtime\.compile off"):
+            step.warm_up(1)
+
+
 def test_a_wrongly_compiled_step_is_not_compiled(step, monkeypatch):
     """And nothing else is tried; a child that only ran out of time says nothing about the step."""
     answers = {}
@@ -121,7 +179,12 @@ def test_a_wrongly_compiled_step_is_not_compiled(step, monkeypatch):
     monkeypatch.setattr(execution, "use", lambda step, runtime: None)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     step.cuda, compiled = True, replace(PLAIN, compile="on")
-    for verdict in ("step: the gradient of q_gain errs by nan", "step: losses [9.1, nan]", "ended by SIGSEGV"):
+    for verdict in (
+        "step: the gradient of q_gain errs by nan",
+        "step: losses [9.1, nan]",
+        "step: it overwrites mix",
+        "ended by SIGSEGV",
+    ):
         step.cuda = step.compiled = True
         answers["compiled step"] = f"refused: {verdict}"
         found = Trials(step, compiled, lambda text: None).run(kernels("mlp"))

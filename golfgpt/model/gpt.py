@@ -155,9 +155,9 @@ class GPT(nn.Module):
     def _skip(self, output: Tensor, row: int, weights: Mapping[str, Tensor]) -> Skip:
         weight = weights["skip_weights"][row]
         if not self.config.skip_gates:
-            return Skip(output, torch.ones_like(weight), weight)
+            return Skip(output, weight)
         gate = weights["skip_gates"][row].sigmoid()
-        return Skip(output, gate, (1 - gate) * weight)
+        return Skip(output, (1 - gate) * weight, gate)
 
     def _one_stream(self, x: Tensor, lane: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         """What two lanes end as."""

@@ -143,14 +143,19 @@ class Skip(NamedTuple):
     """The output of an earlier layer (B, T, D) that is mixed into x: keep x + add output."""
 
     output: Tensor
-    keep: Tensor
     add: Tensor
-    """Vectors (D,)."""
+    """(D,), like `keep`."""
+    keep: Tensor | None = None
+    """None: all of x. Not ones: torch 2.13 compiles factor * ones into a backward that writes over the parameter in
+    which factor lies (LOG.md)."""
 
-    def into(self, x: Tensor, factor: Tensor | float = 1.0) -> Tensor:
+    def into(self, x: Tensor, factor: Tensor | None = None) -> Tensor:
         """factor (keep x + add output), by one vector for each of both tensors: the gradient of every factor follows
         from two sums over the tokens, and x with the skip is no tensor that the backward needs."""
-        return scaled(x, factor * self.keep) + scaled(self.output, factor * self.add)
+        kept, add = self.keep, self.add
+        if factor is not None:
+            kept, add = factor.expand_as(add) if kept is None else factor * kept, factor * add
+        return (x if kept is None else scaled(x, kept)) + scaled(self.output, add)
 
 
 Streams = tuple[Tensor, Tensor | None]

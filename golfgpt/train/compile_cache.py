@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -44,6 +44,24 @@ def compile_loss(loss: Callable[..., Tensor], device: torch.device) -> Callable[
     known = torch._inductor.list_options() if device.type == "cuda" else ()
     options = {name: value for name, value in _GPU_OPTIONS.items() if name in known}  # not all torch versions have both
     return torch.compile(program, dynamic=False, fullgraph=True, options=options or None)
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    """Inside, what a CPU compiles adds in a fixed order. Otherwise its threads add the gradients of embeddings with
+    atomics, and equal steps differ by rounding (LOG.md)."""
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = before[2]
 
 
 def cache_file(config: RunConfig, dtype: torch.dtype, device: torch.device) -> Path:

@@ -30,7 +30,7 @@ from golfgpt_kernels import cannot_run
 
 from golfgpt.config import RunConfig, RuntimeConfig, from_dict, to_dict
 from golfgpt.distributed import Ranks
-from golfgpt.errors import GolfError, interruption
+from golfgpt.errors import GolfError, VerificationError, interruption
 from golfgpt.train import compile_cache
 from golfgpt.train.attention_backend import MAX_ERROR, Selection, enable_backend
 from golfgpt.train.children import settled, verdicts
@@ -46,10 +46,12 @@ CHILD_SECONDS = 180.0
 TURNS, SHORT, TURN_SECONDS = 5, 3, 0.2
 """Turns of each, fewer where a step takes more than a second; a turn has as many steps as fit into TURN_SECONDS."""
 TAKEN, COMPILED = "taken", "compiled step"
-UNUSABLE = ("the gradient of", "losses", "ended by")
+UNUSABLE = ("the gradient of", "losses", "overwrites", "ended by")
 """What the child of the compiled step says if the run must not use that step. torch 2.13 can compile a sum that is
-never written (LOG.md)."""
+never written, and a backward that writes over a weight (LOG.md)."""
 CHECKED_TOKENS = 8192
+MOST_CPU_ERROR = 0.25
+"""Of a gradient's norm, of the compiled step on a CPU: what is not computed at all errs by more, rounding by less."""
 LEAST_GAIN = 0.01
 SLOW_STEP = 20.0
 """Seconds. Where a step takes longer (of a GPU's recipe on a CPU), nothing is timed."""
@@ -311,6 +313,8 @@ class Trials:
         step = self.step
 
         def forward_and_backward() -> None:
+            if runtime.compile != self.best.compile:  # on a CPU; a child has checked a GPU's compiled step
+                self._check_compiled(runtime)
             self._use(runtime)
             for looping in step.ways():
                 for _ in step.backward(0, looping):
@@ -328,6 +332,21 @@ class Trials:
             return f"failed: {why}"
         why = self._fails(step.capture)
         return why and f"failed: {why}"
+
+    def _check_compiled(self, runtime: RuntimeConfig) -> None:
+        """Raises RuntimeError if gradients differ from those of the best so far, or a weight is overwritten."""
+        step, gradients = self.step, []
+        for each in (self.best, runtime):
+            self._use(each)
+            gradients.append({})
+            for looping in step.ways():
+                if name := step.overwritten(looping):
+                    raise RuntimeError(f"it overwrites {name}")
+                gradients[-1] |= {(name, looping): p.grad.clone() for name, p in step.model.named_parameters()}
+        for (name, looping), gradient in gradients[0].items():
+            norm, error = gradient.norm().item(), (gradients[1][name, looping] - gradient).norm().item()
+            if not error <= MOST_CPU_ERROR * norm + 1e-12:
+                raise RuntimeError(f"the gradient of {name} differs by {error:.2g} of {norm:.2g}")
 
     def _fails(self, work: Callable[[], None]) -> str | None:
         """Why `work`, which needs no other rank, fails here or elsewhere."""
@@ -379,7 +398,10 @@ def check_step(config: RunConfig) -> str | None:
             for p in step.model.parameters():
                 p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())).to(p.device)
         use(step, runtime)
-        step.warm_up(3 if step.compiled else 0)
+        try:
+            step.warm_up(3 if step.compiled else 0)
+        except VerificationError as error:
+            return str(error)
         found = {}
         for looping in step.ways():
             step.launch(0, looping=looping)

@@ -214,7 +214,10 @@ class _Checks:
                 raise VerificationError(f"{wrong[0]} does not come back from the checkpoint bit for bit")
             again, _ = self.take(1)
             if again != second and not (step.cuda and abs(again.loss / second.loss - 1) < ROUNDING):
-                raise VerificationError(f"after a resume the step has the loss {again.loss}, without one {second.loss}")
+                raise VerificationError(
+                    "after a resume the step has loss and gradient norm "
+                    f"{again.loss}, {again.grad_norm}, without one {second.loss}, {second.grad_norm}"
+                )
             row.found = "the same step again, " + ("bit for bit" if again == second else "within rounding")
 
     def take(self, number: int) -> tuple[StepResult, float]:

@@ -31,7 +31,7 @@ from golfgpt.config import RunConfig, RuntimeConfig, ScheduleConfig
 from golfgpt.data.shards import Dataset
 from golfgpt.data.stream import Prefetcher, Tokens, spans_of_rank
 from golfgpt.distributed import Ranks
-from golfgpt.errors import InputError, NonFiniteError
+from golfgpt.errors import InputError, NonFiniteError, VerificationError
 from golfgpt.model.gpt import GPT
 from golfgpt.model.segments import Segments
 from golfgpt.optim.averaging import Average
@@ -47,7 +47,7 @@ from golfgpt.optim.schedule import (
 from golfgpt.quant.compute_copies import ComputeCopies
 from golfgpt.quant.quantizer import Quantizer
 from golfgpt.train.clock import Pace
-from golfgpt.train.compile_cache import compile_loss
+from golfgpt.train.compile_cache import compile_loss, deterministic
 from golfgpt.train.compute_dtype import select_dtype
 
 _CONTROL = 6  # loss, clock, stop, save, signaled, abandoned
@@ -258,8 +258,9 @@ class TrainStep:
                 segments = Segments.of(tokens.boundaries[done], length, data.seq_len, self.dtype)
                 if self.compiled:
                     torch._dynamo.maybe_mark_dynamic(segments.boundaries, 0)
-            part = self._loss(x, y, segments, looping) * (y.numel() / data.batch_tokens)
-            gradients = torch.autograd.grad(part, self.compute_copies.leaves)
+            with deterministic() if self.compiled and not self.cuda else contextlib.nullcontext():
+                part = self._loss(x, y, segments, looping) * (y.numel() / data.batch_tokens)
+                gradients = torch.autograd.grad(part, self.compute_copies.leaves)
             self.flat.accumulate_(gradients, first=done % group == 0)
             self._loss_sum += part.detach()
             if by_span and (done + 1) % group == 0:
@@ -362,6 +363,16 @@ class TrainStep:
         self.launch(0, looping=looping)
         self.optimizers.step(1.0, self.config.optim.muon_momentum)
 
+    def overwritten(self, looping: bool) -> str | None:
+        """The first weight that forward and backward of step 0 change, although they only read it; None if they change
+        none. torch 2.13 can compile a backward that does (LOG.md). Only in `undone`."""
+        weights = [*self.model.named_parameters(), *self.compute_copies.banks.items()]
+        before = [weight.detach().clone() for _, weight in weights]
+        for _ in self.backward(0, looping):
+            pass
+        changed = (name for (name, weight), old in zip(weights, before, strict=True) if not torch.equal(weight, old))
+        return next(changed, None)
+
     @contextlib.contextmanager
     def undone(self) -> Iterator[None]:
         """Parameters, optimizers, votes and clock are after the block what they were before it."""
@@ -382,10 +393,16 @@ class TrainStep:
 
     def warm_up(self, steps: int, say: Callable[[str], None] = lambda text: None) -> None:
         """Run `steps` full steps to compile everything, then undo them, and capture the graphs; the same again with
-        the loop, if it begins later. `say` receives a progress message for each step."""
+        the loop, if it begins later. `say` receives a progress message for each step. Raises VerificationError if the
+        compiled step overwrites a weight."""
         with self.undone():
             for looping in self.ways():  # no compilation is left for the step at which the loop begins
                 for step in range(steps):
                     say(f"compiling and warming up ({step + 1} of {steps})")
                     self.rehearse(looping)
+                if steps and (name := self.overwritten(looping)):
+                    raise VerificationError(
+                        f"the step that torch {torch.__version__} compiled overwrites {name}, which it only reads, so "
+                        "it would train another model: use --runtime.compile off"
+                    )
             self.capture()
