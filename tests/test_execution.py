@@ -20,9 +20,10 @@ from golfgpt.runs import read_config
 from golfgpt.train import execution
 from golfgpt.train.attention_backend import Selection
 from golfgpt.train.children import verdicts
+from golfgpt.train.clock import Ledger
 from golfgpt.train.execution import Alternative, Trials, alternatives, available, select_execution
 from golfgpt.train.step import TrainStep
-from golfgpt.train.train import train
+from golfgpt.train.train import train, warm_up
 
 CPU = Ranks(0, 1, torch.device("cpu"))
 GPU = torch.device("cuda", 0)
@@ -164,10 +165,12 @@ def test_a_cpu_keeps_no_wrongly_compiled_step(step, monkeypatch, fault, verdict)
     monkeypatch.setattr(execution, "CPU_COMPILATION", 0.0)
     found = Trials(step, PLAIN, lambda text: None).run([Alternative("compile", {"compile": "on"})])
     assert found.runtime.compile == "off" and found.trials[0].verdict.startswith(f"failed: RuntimeError: {verdict}")
-    step.execute(replace(PLAIN, compile="on", warmup_steps=1))
     if not fault:
+        asked = replace(PLAIN, compile="on", warmup_steps=1)
+        step.execute(asked)
         with pytest.raises(VerificationError, match=r"overwrites resid_mix.*--runtime\.compile off"):
-            step.warm_up(1)
+            reporter = SimpleNamespace(status=lambda text: None, log=lambda text: None)
+            warm_up(replace(step.config, runtime=asked), step, Ledger(), reporter)
 
 
 def test_a_wrongly_compiled_step_is_not_compiled(step, monkeypatch):

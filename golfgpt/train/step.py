@@ -31,7 +31,7 @@ from golfgpt.config import RunConfig, RuntimeConfig, ScheduleConfig
 from golfgpt.data.shards import Dataset
 from golfgpt.data.stream import Prefetcher, Tokens, spans_of_rank
 from golfgpt.distributed import Ranks
-from golfgpt.errors import InputError, NonFiniteError, VerificationError
+from golfgpt.errors import InputError, NonFiniteError
 from golfgpt.model.gpt import GPT
 from golfgpt.model.segments import Segments
 from golfgpt.optim.averaging import Average
@@ -393,16 +393,10 @@ class TrainStep:
 
     def warm_up(self, steps: int, say: Callable[[str], None] = lambda text: None) -> None:
         """Run `steps` full steps to compile everything, then undo them, and capture the graphs; the same again with
-        the loop, if it begins later. `say` receives a progress message for each step. Raises VerificationError if the
-        compiled step overwrites a weight."""
+        the loop, if it begins later. `say` receives a progress message for each step."""
         with self.undone():
             for looping in self.ways():  # no compilation is left for the step at which the loop begins
                 for step in range(steps):
                     say(f"compiling and warming up ({step + 1} of {steps})")
                     self.rehearse(looping)
-                if steps and (name := self.overwritten(looping)):
-                    raise VerificationError(
-                        f"the step that torch {torch.__version__} compiled overwrites {name}, which it only reads, so "
-                        "it would train another model: use --runtime.compile off"
-                    )
             self.capture()

@@ -13,7 +13,7 @@ from golfgpt import distributed
 from golfgpt.config import RunConfig
 from golfgpt.data.shards import Dataset
 from golfgpt.distributed import Ranks
-from golfgpt.errors import BudgetError, InputError, interruption
+from golfgpt.errors import BudgetError, InputError, VerificationError, interruption
 from golfgpt.files import sha256_file, write_json
 from golfgpt.quant import artifact
 from golfgpt.quant.budget import budget_report, check_budget, fitted
@@ -209,13 +209,19 @@ def reserve_time(config: RunConfig, step: TrainStep, dataset: Dataset, reporter:
 
 
 def warm_up(config: RunConfig, step: TrainStep, ledger: Ledger, reporter: Reporter) -> None:
-    """Compile the step before the clock starts."""
+    """Compile the step before the clock starts. Raises VerificationError if it then overwrites a weight."""
     if not (step.compiled and config.runtime.warmup_steps):
         return
     with ledger.phase("compile"), memory_advice(config, step.dtype.itemsize):
         file = compile_cache.cache_file(config, step.dtype, step.ranks.device)
         cache = "loaded" if file.exists() else "new"
         step.warm_up(config.runtime.warmup_steps, reporter.status)
+        with step.undone():
+            if name := next(filter(None, map(step.overwritten, step.ways())), None):
+                raise VerificationError(
+                    f"the step that torch {torch.__version__} compiled overwrites {name}, which it only reads, so it "
+                    "would train another model: use --runtime.compile off"
+                )
         if step.ranks.is_main:
             compile_cache.save(file)
     reporter.log(f"compile_time:{ledger.seconds['compile']:.1f}s graphs:{compile_cache.graphs()} cache:{cache} {file}")
