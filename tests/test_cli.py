@@ -353,6 +353,12 @@ def test_a_bad_option_is_named_last(capsys, flags, code, message):
     assert about[0] == "golfgpt train --help lists all options"
 
 
+def test_an_option_of_train_is_known_elsewhere(capsys):
+    assert main(["doctor", "--schedule.max-seconds=5"]) == 2
+    wanted = "golfgpt: --schedule.max-seconds is an option of golfgpt train; golfgpt doctor does not take it"
+    assert capsys.readouterr().err.splitlines()[-1] == wanted
+
+
 @pytest.mark.parametrize(
     ("typed", "meant"),
     [

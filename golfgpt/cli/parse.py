@@ -23,6 +23,7 @@ import tyro
 from tyro.conf import Positional
 
 from golfgpt import recipes
+from golfgpt.config import RunConfig
 from golfgpt.errors import InputError, UsageError
 
 
@@ -139,7 +140,9 @@ def _reject(cls: type, name: str, box: str) -> NoReturn:
         if not found[1]:
             flag = _placed(cls, found[2]) or flag
             message += "; the files or runs to work on come before the options" if not flag and _takes_many(cls) else ""
-        elif (meant := _meant(cls, found[2].lstrip("-").partition("=")[0])) and flag != f"--{meant}":
+        elif (word := found[2].lstrip("-").partition("=")[0]) in dict(_flags(RunConfig)):
+            flag, about, message = "", [], f"--{word} is an option of golfgpt train; golfgpt {name} does not take it"
+        elif (meant := _meant(cls, word)) and flag != f"--{meant}":
             flag, about = f"--{meant}", [f"--{meant}", dict(_flags(cls))[meant]]
         message += f"; did you mean {flag}?" if flag else ""
     elif message.startswith("Missing from"):

@@ -8,7 +8,7 @@ least. Not every combination is tried.
 Kernels and graphs run first in child processes, which compare their results with PyTorch's: within the error budget of
 `golfgpt_kernels.testing`, bit for bit where codes or fake-quantized weights are concerned. A child that fails, crashes
 or hangs costs that alternative only: the run's own process never launches it. The compiled step itself is compared with
-a plain one in the same way.
+a plain one in the same way, on a CPU in the run's own process.
 
 The result is kept under $XDG_CACHE_HOME/golfgpt/execution, by device, versions and everything that shapes a step.
 """
