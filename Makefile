@@ -1,3 +1,4 @@
+# make install   into .venv, without a demo
 # make demo   train, compress, prove and sample a small model (three minutes after installation)
 # make test   lint and test, in JOBS processes (2; each test takes one thread and up to 2 GB)
 # make test-full   every published recipe at full size, one step each, from data to score (10 GB, minutes)
@@ -30,7 +31,9 @@ OUT ?= bench/results
 LIMIT ?= 400
 GPU = PYTHONPATH=kernels:.$(if $(PYTHONPATH),:$(PYTHONPATH)) PYTHONUNBUFFERED=1 timeout --kill-after=10
 
-.PHONY: demo test test-full test-cpus test-faults test-install lint clean gpu-check gpu-test gpu-bench gpu-tune gpu-choose gpu-step
+.PHONY: install demo test test-full test-cpus test-faults test-install lint clean gpu-check gpu-test gpu-bench gpu-tune gpu-choose gpu-step
+
+install: $(VENV)/installed
 
 demo: $(VENV)/installed
 	$(BIN)/golfgpt demo

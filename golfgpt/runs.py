@@ -275,9 +275,13 @@ def artifact_file(path: Path) -> Path:
     """The artifact of a run folder, or `path` itself if it is a file. Raises InputError if there is none."""
     file = path / "model.golf" if path.is_dir() else path
     if not file.is_file():
+        if (path / "model.safetensors").exists():
+            raise InputError(f"{path} is an export for other programs; expected the run that it was made of")
         if (path / "config.json").exists():
-            finish = f"finish the run with golfgpt train --resume {shlex.quote(str(path))}"
-            raise InputError(f"there is no {file}; {finish}")
+            quoted = shlex.quote(str(path))
+            if locked(path):
+                raise InputError(f"there is no {file} before the run has ended; golfgpt watch {quoted} follows it")
+            raise InputError(f"there is no {file}; finish the run with golfgpt train --resume {quoted}")
         if path.is_dir():
             raise InputError(f"{path} holds no run: {_instead(path)}")
         raise InputError(f"there is no {file}; {_meant(path, 'expected a run folder or a .golf file')}")

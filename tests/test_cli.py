@@ -353,6 +353,19 @@ def test_a_bad_option_is_named_last(capsys, flags, code, message):
     assert about[0] == "golfgpt train --help lists all options"
 
 
+def test_an_unknown_option_comes_before_a_missing_one(here, capsys):
+    (here / "text.txt").write_text("text")
+    assert main(["data", "prepare", "text.txt", "--output", "x"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "golfgpt: unknown option --output; did you mean --out?"
+    assert main(["data", "prepare", "text.txt", "--vocab-size", "300"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "golfgpt: expected --out PATH, got none"
+
+
+def test_code_alone_over_the_budget_is_a_budget_error(capsys):
+    assert main(["budget", "--recipe", "small", "--budget.artifact-bytes", "1000"]) == 4
+    assert "leaves nothing of budget.artifact_bytes 1,000 for a model" in capsys.readouterr().err
+
+
 def test_an_option_of_train_is_known_elsewhere(capsys):
     assert main(["doctor", "--schedule.max-seconds=5"]) == 2
     wanted = "golfgpt: --schedule.max-seconds is an option of golfgpt train; golfgpt doctor does not take it"

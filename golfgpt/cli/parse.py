@@ -53,7 +53,7 @@ def parse(cls: type, name: str, argv: list[str], default: Any) -> Any:
     except SystemExit as stop:
         if not stop.code:
             raise
-        _reject(cls, name, box.getvalue())
+        _reject(cls, name, argv, box.getvalue())
 
 
 @functools.cache
@@ -72,16 +72,16 @@ _KINDS = {"INT": "a whole number", "FLOAT": "a number", "{None}": "None"}
 
 
 _ELSEWHERE = {
-    "batch-size": "data.batch-tokens",
-    "config": "recipe",
-    "data-dir": "data.path",
-    "epochs": "schedule.max-seconds",
-    "learning-rate": "optim.matrix-lr",
-    "n": "name",
-    "out": "name",
-    "out-dir": "name",
-    "output": "name",
-    "output-dir": "name",
+    "batch-size": ("data.batch-tokens",),
+    "config": ("recipe",),
+    "data-dir": ("data.path",),
+    "epochs": ("schedule.max-seconds",),
+    "learning-rate": ("optim.matrix-lr",),
+    "n": ("name",),
+    "out": ("name", "out"),
+    "out-dir": ("name", "out"),
+    "output": ("name", "out"),
+    "output-dir": ("name", "out"),
 }
 """What other trainers call the options of ours that have no word in common with theirs."""
 
@@ -100,13 +100,21 @@ def _meant(cls: type, word: str) -> str | None:
     """The option that ends in `word`, or whose section it is: one of the "most used" first, then that of the fewest
     words, then the first."""
     used, flags = cls.__doc__ or "", [flag for flag, _ in _flags(cls)]
-    if (same := _ELSEWHERE.get(word)) in flags:
-        return same
+    if same := [flag for flag in _ELSEWHERE.get(word, ()) if flag in flags]:
+        return same[0]
     ends = [flag for flag in flags if f".{flag}".endswith((f".{word}", f"-{word}"))]
     ends += [flag for flag in flags if flag.startswith(f"{word}.") and f"--{flag} " in used]
     section, _, leaf = word.rpartition(".")
     ends += [flag for flag in flags if section and flag.startswith(f"{section}.") and flag.endswith(f"-{leaf}")]
     return min(ends, key=lambda flag: (f"--{flag} " not in used, len(re.split("[.-]", flag))), default=None)
+
+
+def _unknown(cls: type, argv: list[str]) -> str | None:
+    """The first option in `argv` that the command does not have."""
+    own = argv[: argv.index("--")] if "--" in argv else argv
+    names = {name for flag, _ in _flags(cls) for name in (flag, ".no-".join(flag.rsplit(".", 1)), f"no-{flag}")}
+    options = (word.partition("=")[0] for word in own if word.startswith("--"))
+    return next((word for word in options if word[2:].replace("_", "-") not in names), None)
 
 
 def _takes_many(cls: type) -> bool:
@@ -123,8 +131,9 @@ def _placed(cls: type, word: str) -> str | None:
     return f"--{flag} {shlex.quote(word)}" if flag in dict(_flags(cls)) else None
 
 
-def _reject(cls: type, name: str, box: str) -> NoReturn:
-    """Raise the error in tyro's message `box`: the message, a line, and below it the option that it concerns."""
+def _reject(cls: type, name: str, argv: list[str], box: str) -> NoReturn:
+    """Raise the error in tyro's message `box`: the message, a line, and below it the option that it concerns. An
+    unknown option in `argv` comes before one that is missing."""
     rows = [line.strip("│╰╯ ") for line in re.sub(r"\x1b\[[\d;]*m", "", box).splitlines()[1:]]  # without the title
     parts = [
         [*part] for rule, part in itertools.groupby(filter(None, rows), lambda row: not row.strip("─-")) if not rule
@@ -132,6 +141,8 @@ def _reject(cls: type, name: str, box: str) -> NoReturn:
     message, about = " ".join(parts[0]) if parts else box, parts[1][1:] if len(parts) > 2 else []
     if message.startswith("Missing from"):
         about = parts[0][1:]
+        if unknown := _unknown(cls, argv):
+            message, about = f"Unrecognized options: {unknown}", []
     flag, _, kinds = about[0].partition(" ") if about else ("", "", "")
     error: type[InputError | UsageError] = InputError
     if found := re.match(r"Unrecognized options: (-?)([^,]+)", message):
@@ -139,8 +150,11 @@ def _reject(cls: type, name: str, box: str) -> NoReturn:
         message = f"unknown option -{found[2]}" if found[1] else f"unexpected argument {found[2]}"
         if not found[1]:
             flag = _placed(cls, found[2]) or flag
-            message += "; the files or runs to work on come before the options" if not flag and _takes_many(cls) else ""
-        elif (word := found[2].lstrip("-").partition("=")[0]) in dict(_flags(RunConfig)):
+            if not flag and _takes_many(cls):
+                message += "; the files or runs to work on come before the options"
+            elif not flag and Path(found[2], "config.json").exists():
+                message += f"; golfgpt {name} takes one run at a time"
+        elif (word := found[2].lstrip("-").partition("=")[0]) in {*dict(_flags(RunConfig)), "recipe", "resume"}:
             flag, about, message = "", [], f"--{word} is an option of golfgpt train; golfgpt {name} does not take it"
         elif (meant := _meant(cls, word)) and flag != f"--{meant}":
             flag, about = f"--{meant}", [f"--{meant}", dict(_flags(cls))[meant]]

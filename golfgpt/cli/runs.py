@@ -188,6 +188,7 @@ def diff(args: DiffRuns) -> int:
         print_json({"a": str(args.a), "b": str(args.b), **found})
         return 0
     print("\n".join(f"{name}: {x!r} -> {y!r}" for name, (x, y) in given.items()) or "the configurations are equal")
+    results = {name: [round(x, 4) if isinstance(x, float) else x for x in pair] for name, pair in results.items()}
     for title, pairs in (("chosen or measured by the runs, or given at a resume", chosen), ("results", results)):
         if pairs:
             print("\n".join((f"{title}:", *(f"  {name}: {x!r} -> {y!r}" for name, (x, y) in pairs.items()))))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, get_type_hints
 
 from tyro.conf import Positional
 
-from golfgpt.cli.common import RUNS, Config, print_json, run_name
+from golfgpt.cli.common import RUNS, Config, print_json, run_name, stored_config
 from golfgpt.cli.parse import parse
 from golfgpt.config import RunConfig, differences
 from golfgpt.errors import InputError
@@ -166,7 +166,7 @@ class Try:
 
     arguments: Positional[tuple[str, ...]] = ()
     """For the first try under a name: the run whose config is the incumbent (or use --recipe). Then -- and the options
-    that make the change: golfgpt try --recipe small --budget 120s -- --optim.matrix-lr 0.03"""
+    that make the change: golfgpt try --recipe small --data.path DIR --budget 120s -- --optim.matrix-lr 0.03"""
     config: Config
     recipe: str | None = None
     """For the first try under a name: the recipe that is the incumbent."""
@@ -202,13 +202,14 @@ def try_change(args: Try) -> int:
             raise InputError(f"--looks: {error}") from error
         loop = Loop(recipe=args.recipe or "baseline", config=config, looks=looks or LOOKS)
         changed = _changed(config, args.arguments[len(run) :])
-        tried(loop, changed)  # a change that is refused fixes no incumbent
+        tried(loop, changed)  # a change that is refused makes no folder
         folder.mkdir(parents=True, exist_ok=True)
-        loop.save(folder)
     else:
         other = differences(loop.config, config)
-        if run or args.recipe or other or looks not in (None, loop.looks):
-            what = "; ".join(other) or f"{' '.join(run) or args.recipe or f'--looks {looks}'}"
+        if run and not other:
+            other = differences(loop.config, _at_budget(replace(args, config=stored_config(Path(run[0])))))
+        if other or args.recipe not in (None, loop.recipe) or looks not in (None, loop.looks):
+            what = "; ".join(other) or (f"--looks {looks}" if args.recipe in (None, loop.recipe) else args.recipe)
             raise InputError(
                 f"{folder} has an incumbent, a budget and looks {loop.looks} already, got {what}; give only the "
                 "change, after --, or choose another --name"

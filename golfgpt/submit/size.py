@@ -16,13 +16,15 @@ import golfgpt_kernels
 
 import golfgpt
 from golfgpt.config import RunConfig, to_dict
+from golfgpt.errors import BudgetError
 from golfgpt.files import read_json, write_json
 
 
 def counted(config: RunConfig) -> RunConfig:
     """`config` with the size of its program without kernels in budget.code_bytes, if no number is given. It takes some
     ten seconds, once for each configuration: the size is kept under $XDG_CACHE_HOME/golfgpt/code, by configuration and
-    version of the package. Raises ImportError if python-minifier is not installed."""
+    version of the package. Raises ImportError if python-minifier is not installed, BudgetError if the program alone is
+    over the budget."""
     if config.budget.code_bytes is not None:
         return config
     from golfgpt.submit.bundle import resolved, source
@@ -41,6 +43,11 @@ def counted(config: RunConfig) -> RunConfig:
         with contextlib.suppress(OSError):
             cache.mkdir(parents=True, exist_ok=True)
             write_json(file, {"bytes": size})
+    if size >= config.budget.artifact_bytes:
+        raise BudgetError(
+            f"the code takes {size:,} bytes and leaves nothing of budget.artifact_bytes "
+            f"{config.budget.artifact_bytes:,} for a model; raise it"
+        )
     return replace(config, budget=replace(config.budget, code_bytes=size))
 
 

@@ -100,9 +100,9 @@ def tried(loop: Loop, changed: RunConfig) -> dict[str, Any]:
 
 
 def attempt(folder: Path, loop: Loop, changed: RunConfig, children: Children, say: Callable[[str], None]) -> Result:
-    """Train incumbent and change with the seeds of each look until one decides. Appends a line to results.tsv, and
-    stores the change as the incumbent if it is kept. Raises InputError for a change that changes no field and for an
-    incumbent that does not train; then no line is written."""
+    """Train incumbent and change with the seeds of each look until one decides. Appends a line to results.tsv. Stores
+    the loop after the first run of its incumbent, and the change as the incumbent if it is kept. Raises InputError for
+    a change that changes no field and for an incumbent that does not train; then no line is written."""
     change, label = tried(loop, changed), "val_bpb"
     arms, scores, steps, test, note = (loop.config, changed), ([], []), ([], []), None, ""
     runs = tuple(str(folder / digest(config)) for config in arms)
@@ -122,6 +122,8 @@ def attempt(folder: Path, loop: Loop, changed: RunConfig, children: Children, sa
                         raise InputError(f"the incumbent {path} failed: {what} ({path}.log)")
                     note = f"{what} ({path}.log)"
                     break
+                if not (folder / "incumbent.json").exists():  # one that does not train can be replaced
+                    loop.save(folder)
                 scores[arm].append(outcome.score)
                 label = outcome.label
                 steps[arm].append(outcome.result["steps"])

@@ -38,6 +38,8 @@ class Forecast:
     """Tokens tried at once on each rank: from one row up to a microbatch."""
     dtype: str
     """Name of the dtype of the matmuls."""
+    slower: str = ""
+    """What is slower with more threads, if one was chosen."""
 
     def __str__(self) -> str:
         seconds = f"{self.seconds:,.0f}" if self.seconds >= 10 else f"{self.seconds:.2g}"
@@ -63,7 +65,7 @@ def forecast(step: TrainStep) -> Forecast:
         return found[0]
     torch.set_num_threads(1)
     step.execute(replace(runtime, threads=1))
-    return found[-1]
+    return replace(found[-1], slower=f"{threads} threads were forecast to take {found[0].seconds:.2g} s a step")
 
 
 def _measured(step: TrainStep) -> Forecast:

@@ -76,13 +76,13 @@ def announce_time(config: RunConfig, expected: Forecast, reporter: Reporter) -> 
         steps, most = int(c.cap / expected.seconds), c.cap
     time = f"{most:,.{0 if most >= 10 else 1}f} s"
     reporter.line(f"forecast: a step takes {expected}, or {plural(steps, 'step')} in {time}")
+    if expected.slower:
+        reporter.line(f"1 thread, because {expected.slower}; --runtime.threads decides otherwise, also at a resume")
     if capped and expected.seconds > HOPELESS * c.cap:
         raise too_short(config, torch.device("cpu"), f"one step, forecast to take {expected}")
     if capped and steps < FEW:
-        reporter.line(
-            f"warning: training for {plural(steps, 'step')} is next to nothing: "
-            f"{more_steps(config, torch.device('cpu'))}"
-        )
+        what = f"training for {plural(steps, 'step')} is next to nothing" if steps else "not one step may fit"
+        reporter.line(f"warning: {what}: {more_steps(config, torch.device('cpu'))}")
 
 
 def more_steps(config: RunConfig, device: torch.device) -> str:

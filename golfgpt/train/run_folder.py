@@ -48,7 +48,8 @@ class RunFolder:
             self._lock.acquire(timeout=0)
         except filelock.Timeout:
             raise BusyError(
-                f"{path} is in use by another process; wait until it ends or choose another --name"
+                f"{path} is in use by another process; wait until it ends (golfgpt watch follows a run), or start "
+                "another run under another --name"
             ) from None
         for left in (*path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):  # of a process killed while writing
             left.unlink(missing_ok=True)
@@ -63,7 +64,9 @@ class RunFolder:
         folder = cls(path)
         if (path / "config.json").exists():
             folder.close()
-            raise InputError(f"{path} already holds a run; choose another --name, or continue it with --resume")
+            over = (path / "result.json").exists()
+            hint = "" if over else ", or continue it with --resume"
+            raise InputError(f"{path} already holds a run; choose another --name{hint}")
         folder.checkpoints.mkdir(exist_ok=True)
         write_json(path / "env.json", environment())
         write_bytes(path / "tokenizer.model", tokenizer)
