@@ -15,7 +15,16 @@ from golfgpt import recipes
 from golfgpt.cli import main
 from golfgpt.config import ModelConfig, RunConfig, to_dict
 from golfgpt.errors import InputError
-from golfgpt.runs import Condition, check_fields, list_runs, read_result, recipe_name, sort_runs, write_config
+from golfgpt.runs import (
+    Condition,
+    artifact_file,
+    check_fields,
+    list_runs,
+    read_result,
+    recipe_name,
+    sort_runs,
+    write_config,
+)
 
 
 def add(path: Path, config: RunConfig, *, bpb: float | None = None, day: int = 1, recipe: str = "small") -> Path:
@@ -150,6 +159,17 @@ def test_broken_runs_are_listed_with_the_reason(folder, capsys):
     for name, _, _, message in broken:
         assert main(["runs", "show", f"runs/{name}"]) == 3
         assert message in capsys.readouterr().err
+
+
+def test_why_a_folder_has_no_artifact(tmp_path):
+    with pytest.raises(InputError, match="finish the run with golfgpt train --resume"):
+        (tmp_path / "config.json").touch()
+        artifact_file(tmp_path)
+    with filelock.FileLock(tmp_path / ".lock"), pytest.raises(InputError, match="before the run has ended; golfgpt wa"):
+        artifact_file(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(InputError, match="is an export for other programs"):
+        artifact_file(tmp_path)
 
 
 def test_a_locked_run_is_running_and_asking_does_not_disturb_it(folder):

@@ -291,15 +291,16 @@ def test_a_dry_run_leaves_no_run(tmp_path):
         raise Interrupted("stopped", signal.SIGTERM)
 
     for end in (killed, lambda config: 1.0):
-        (tmp_path / ".dry-run").mkdir()  # as kill -9 leaves it
-        (tmp_path / ".dry-run.log").touch()
+        folder = tmp_path / "sweep"
+        (folder / ".dry-run").mkdir(parents=True)  # as kill -9 leaves it
+        (folder / ".dry-run.log").touch()
         scripted = Scripted(end)
         scripted.signum = signal.SIGTERM if end is killed else 0
         try:
-            assert estimate(tmp_path, spec(), 1, scripted, None).runs == 2
+            assert estimate(folder, spec(), 1, scripted, None).runs == 2
         except Interrupted as error:
             assert str(error) == "stopped by SIGTERM; nothing was started, and the run that was timed is deleted"
-        assert scripted.trained == [".dry-run"] and not list(tmp_path.iterdir())
+        assert scripted.trained == [".dry-run"] and not folder.exists()
 
 
 def test_the_table_has_the_steps_and_the_end_has_the_next_command(tmp_path):
@@ -557,6 +558,23 @@ def test_try_from_the_command_line(here, monkeypatch, capsys):
     err = capsys.readouterr().err
     assert "golfgpt: unknown option --optim.matrx-lr; did you mean --optim.matrix-lr?" in err and "│" not in err
     assert not (here / "runs/new/incumbent.json").exists()
+
+
+def test_the_same_first_try_goes_on_and_an_incumbent_that_does_not_train_is_not_kept(here, monkeypatch, capsys):
+    ends = iter([Outcome(code=3, result=None, message="no data"), 1.0, Interrupted("stopped", signal.SIGTERM)])
+
+    def end(config):
+        if isinstance(found := next(ends, None), Exception):
+            raise found
+        return found or noisy(config)
+
+    monkeypatch.setattr(children, "Children", lambda: Scripted(end))
+    first = ["try", "--recipe", "demo", "--steps", "4", "--", "--optim.matrix-lr", "0.5"]
+    assert main(first) == 3 and "failed: exit code 3 at seed 1337: no data" in capsys.readouterr().err
+    assert not (here / "runs/try/incumbent.json").exists()
+    assert main(first) != 0 and (here / "runs/try/incumbent.json").exists(), "stopped in the first run of the change"
+    assert main(first) == 0 and "keep: --optim.matrix-lr=0.5" in capsys.readouterr().out
+    assert main(["try", "--recipe", "small", *first[3:]]) == 3
 
 
 @pytest.mark.long

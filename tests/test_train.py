@@ -437,7 +437,9 @@ def test_one_thread_is_taken_where_it_is_more_than_twice_as_fast(tiny, corpus, m
         "golfgpt.train.forecast._measured", lambda step: Forecast(seconds[used[-1]], 1024, 64, "float32")
     )
     step = TrainStep(replace(tiny, runtime=replace(tiny.runtime, threads=0)), Dataset.open(corpus), CPU)
-    assert forecast(step).seconds == (alone if threads else 1.0)
+    found = forecast(step)
+    assert found.seconds == (alone if threads else 1.0)
+    assert found.slower == ("4 threads were forecast to take 1 s a step" if threads else "")
     assert (step.config.runtime.threads, used[-1]) == (threads, 1 if threads else 4)
 
 

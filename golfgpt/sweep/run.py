@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import statistics
 from collections.abc import Callable, Iterator
@@ -232,8 +233,11 @@ def _time_a_probe(folder: Path, spec: Spec, children: Children) -> tuple[float, 
         outcome = children.train(path, spec.recipe, probe)
     finally:
         shutil.rmtree(path, ignore_errors=True)
+        (folder / f".{path.name}.lock").unlink(missing_ok=True)
         if outcome is None or outcome.score is not None:
             log.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a sweep is in it
+            folder.rmdir()
     if outcome.score is None:
         raise InputError(f"the run that was to be timed failed: {outcome.message} ({log})")
     seconds, did = outcome.result["seconds"], outcome.result["steps"]
