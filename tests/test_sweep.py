@@ -561,18 +561,21 @@ def test_try_from_the_command_line(here, monkeypatch, capsys):
 
 
 def test_the_same_first_try_goes_on_and_an_incumbent_that_does_not_train_is_not_kept(here, monkeypatch, capsys):
-    ends = iter([Outcome(code=3, result=None, message="no data"), 1.0, Interrupted("stopped", signal.SIGTERM)])
+    ends = iter([Outcome(code=3, result=None, message="no data"), 1.0, "stopped"])
 
     def end(config):
-        if isinstance(found := next(ends, None), Exception):
-            raise found
+        if (found := next(ends, None)) == "stopped":
+            scripted.signum = signal.SIGTERM
+            scripted.check()
         return found or noisy(config)
 
-    monkeypatch.setattr(children, "Children", lambda: Scripted(end))
+    scripted = Scripted(end)
+    monkeypatch.setattr(children, "Children", lambda: scripted)
     first = ["try", "--recipe", "demo", "--steps", "4", "--", "--optim.matrix-lr", "0.5"]
     assert main(first) == 3 and "failed: exit code 3 at seed 1337: no data" in capsys.readouterr().err
     assert not (here / "runs/try/incumbent.json").exists()
-    assert main(first) != 0 and (here / "runs/try/incumbent.json").exists(), "stopped in the first run of the change"
+    assert main(first) == 128 + signal.SIGTERM and (here / "runs/try/incumbent.json").exists()
+    scripted.signum = 0
     assert main(first) == 0 and "keep: --optim.matrix-lr=0.5" in capsys.readouterr().out
     assert main(["try", "--recipe", "small", *first[3:]]) == 3
 
