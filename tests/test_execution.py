@@ -145,7 +145,7 @@ def test_compiled_steps_of_a_cpu_are_equal_and_read_the_weights_only(tiny, corpu
 
 
 @pytest.mark.parametrize(
-    "fault, verdict", [(0.0, "it overwrites resid_mix"), (2.0, "the gradient of q_gain differs by")]
+    "fault, verdict", [(0.0, "it overwrites resid_mix"), (2.0, "the gradient of attn_scale differs by")]
 )
 def test_a_cpu_keeps_no_wrongly_compiled_step(step, monkeypatch, fault, verdict):
     """The run goes on without it; where compilation was asked for, it does not start."""
@@ -156,7 +156,7 @@ def test_a_cpu_keeps_no_wrongly_compiled_step(step, monkeypatch, fault, verdict)
             if not fault:
                 step.model.resid_mix.data.zero_()
                 return plain(*args)
-            gain = step.model.q_gain
+            gain = step.model.attn_scale
             return plain(*args) + fault * (gain - gain.detach()).sum()
 
         return program

@@ -51,7 +51,8 @@ UNUSABLE = ("the gradient of", "losses", "overwrites", "ended by")
 never written, and a backward that writes over a weight (LOG.md)."""
 CHECKED_TOKENS = 8192
 MOST_CPU_ERROR = 0.25
-"""Of a gradient's norm, of the compiled step on a CPU: what is not computed at all errs by more, rounding by less."""
+"""Of a gradient's norm, of the compiled step on a CPU: what is not computed at all errs by more, rounding by less, but
+in gradients of fewer than 64 elements, which are sums that may cancel and are not compared."""
 LEAST_GAIN = 0.01
 SLOW_STEP = 20.0
 """Seconds. Where a step takes longer (of a GPU's recipe on a CPU), nothing is timed."""
@@ -345,7 +346,7 @@ class Trials:
                 gradients[-1] |= {(name, looping): p.grad.clone() for name, p in step.model.named_parameters()}
         for (name, looping), gradient in gradients[0].items():
             norm, error = gradient.norm().item(), (gradients[1][name, looping] - gradient).norm().item()
-            if not error <= MOST_CPU_ERROR * norm + 1e-12:
+            if gradient.numel() >= 64 and not error <= MOST_CPU_ERROR * norm + 1e-12:
                 raise RuntimeError(f"the gradient of {name} differs by {error:.2g} of {norm:.2g}")
 
     def _fails(self, work: Callable[[], None]) -> str | None:
