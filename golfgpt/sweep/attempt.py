@@ -107,6 +107,7 @@ def attempt(folder: Path, loop: Loop, changed: RunConfig, children: Children, sa
     arms, scores, steps, test, note = (loop.config, changed), ([], []), ([], []), None, ""
     runs = tuple(str(folder / digest(config)) for config in arms)
     decision = "discard"
+    say(f"the first decision is after {2 * loop.looks[0]} runs; each has a log, {folder}/*.log")
     with children.forwarding():
         for index in range(loop.looks[-1]):
             for arm, config in enumerate(arms):
