@@ -39,7 +39,7 @@ class Forecast:
     dtype: str
     """Name of the dtype of the matmuls."""
     slower: str = ""
-    """What is slower with more threads, if one was chosen."""
+    """Why one thread was chosen, if it was: a sentence about the time with more."""
 
     def __str__(self) -> str:
         seconds = f"{self.seconds:,.0f}" if self.seconds >= 10 else f"{self.seconds:.2g}"
