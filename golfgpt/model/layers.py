@@ -150,8 +150,9 @@ class Skip(NamedTuple):
     which factor lies (LOG.md)."""
 
     def into(self, x: Tensor, factor: Tensor | None = None) -> Tensor:
-        """factor (keep x + add output), factor 0-d or (D,), None for 1: by one vector for each of both tensors: the gradient of every factor follows
-        from two sums over the tokens, and x with the skip is no tensor that the backward needs."""
+        """factor (keep x + add output), factor 0-d or (D,), None for 1: by one vector for each of both tensors. The
+        gradient of every factor follows from two sums over the tokens, and x with the skip is no tensor that the
+        backward needs."""
         kept, add = self.keep, self.add
         if factor is not None:
             kept, add = factor.expand_as(add) if kept is None else factor * kept, factor * add
