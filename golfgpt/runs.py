@@ -197,8 +197,12 @@ def launcher() -> str:
 
 def resume_hint(path: Path) -> str:
     """The sentence that follows the reason why a run ended early; empty if the run has saved nothing."""
-    saved = any((path / "checkpoints").glob("step_*.safetensors"))
-    return f" Resume with: {launcher()} train --resume {shlex.quote(str(path))}" if saved else ""
+    return f" Resume with: {launcher()} train --resume {shlex.quote(str(path))}" if saved(path) else ""
+
+
+def saved(path: Path) -> bool:
+    """Whether the run has a checkpoint."""
+    return any((path / "checkpoints").glob("step_*.safetensors"))
 
 
 def going_on(path: Path) -> str:
@@ -279,9 +283,9 @@ def artifact_file(path: Path) -> Path:
             raise InputError(f"{path} is an export for other programs; expected the run that it was made of")
         if (path / "config.json").exists():
             quoted = shlex.quote(str(path))
-            if locked(path):
-                raise InputError(f"there is no {file} before the run has ended; golfgpt watch {quoted} follows it")
-            raise InputError(f"there is no {file}; finish the run with golfgpt train --resume {quoted}")
+            end = f"watch {quoted} follows it" if locked(path) else f"train --resume {quoted} finishes it"
+            export = f", golfgpt export {quoted} --to golf writes what it has saved to a file" * saved(path)
+            raise InputError(f"there is no {file} before the run has ended: golfgpt {end}{export}")
         if path.is_dir():
             raise InputError(f"{path} holds no run: {_instead(path)}")
         raise InputError(f"there is no {file}; {_meant(path, 'expected a run folder or a .golf file')}")

@@ -105,7 +105,7 @@ def test_any_value_fits_a_shape_or_is_a_value_error(value, shape):
 
 
 def test_a_type_is_named_with_its_path():
-    with pytest.raises(ValueError, match=r"^score.val_bpb = 'low', expected float$"):
+    with pytest.raises(ValueError, match=r"^score.val_bpb = 'low', expected a number$"):
         parse_json('{"score": {"val_bpb": "low"}, "later": 1}', Result)
 
 

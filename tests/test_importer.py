@@ -20,7 +20,7 @@ from golfgpt.published.names import from_published, to_published
 from golfgpt.quant import artifact
 from golfgpt.quant.formats import decode
 from golfgpt.quant.quantizer import Quantizer
-from golfgpt.train.run_folder import trained_weights
+from golfgpt.train.run_folder import newest_weights
 from golfgpt.train.train import train
 
 QUANT = QuantConfig(bits=6, keep_numel=1000, control_dtype="float16", compressor="zlib")
@@ -38,7 +38,7 @@ def trained(corpus, tmp_path_factory) -> Path:
 @pytest.fixture
 def state(trained) -> dict[str, torch.Tensor]:
     """Its weights, as published scripts save them."""
-    return {name: tensor.clone() for name, tensor in to_published(trained_weights(trained)).items()}
+    return {name: tensor.clone() for name, tensor in to_published(newest_weights(trained).model).items()}
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def mixed(trained: Path) -> dict:
     """R5's dict: int6 codes with float16 scales, the rest in float16."""
     w, m = {}, {}
     model = artifact.inspect(trained / "model.golf").model
-    for bank, tensor in Quantizer(model, QUANT).encode(trained_weights(trained)).items():
+    for bank, tensor in Quantizer(model, QUANT).encode(newest_weights(trained).model).items():
         for name, values in to_published({bank: tensor.values}).items():
             if tensor.scale is None:
                 w[name], m[name] = values.half(), "passthrough"
@@ -117,7 +117,7 @@ def test_a_later_record_is_imported_scored_exported_and_imported_again(import_ar
     assert "model.parallel.kind" not in out and "value_embedding" not in out
     model = artifact.inspect("runs/a/model.golf").model
     assert model == RECORD
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in trained_weights(Path("runs/a")).items())
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in newest_weights(Path("runs/a")).model.items())
     tail = ["--data.path", str(corpus), "--eval.max-tokens", "500", "--eval.window", "64", "--runtime.device", "cpu"]
     assert math.isfinite(run_json(capsys, "eval", "runs/a", *tail)["score"]["val_bpb"])
     assert main(["sample", "runs/a", "--tokens", "5"]) == 0
@@ -131,12 +131,13 @@ def test_codes_are_taken_over_and_not_quantized_twice(trained, import_argv, caps
     torch.save(mixed(trained), "m.pt")
     run_json(capsys, *import_argv, "--average.kind", "swa")  # as the recipe that a user names may have it
     export, info = read_export("m.pt"), artifact.inspect("runs/a/model.golf")
-    ours, theirs = Quantizer(info.model, QUANT).encode(trained_weights(trained)), layer_groups_of(export, info.model)
+    ours = Quantizer(info.model, QUANT).encode(newest_weights(trained).model)
+    theirs = layer_groups_of(export, info.model)
     assert theirs.keys() == ours.keys() and info.formats == {name: group.format for name, group in theirs.items()}
     for name, group in ours.items():
         assert torch.equal(theirs[name].values, group.values), name
         assert group.scale is None or torch.equal(theirs[name].scale, group.scale), name
-    decoded, weights = artifact.read("runs/a/model.golf").state, trained_weights(Path("runs/a"))
+    decoded, weights = artifact.read("runs/a/model.golf").state, newest_weights(Path("runs/a")).model
     for name, tensor in from_published(export.state, info.model).items():
         assert torch.equal(weights[name], tensor), name
         torch.testing.assert_close(decoded[name], tensor, rtol=2**-8, atol=0)  # bfloat16 rounds the embedding
@@ -218,7 +219,7 @@ def test_a_run_is_stored_in_other_formats_from_its_trained_weights(trained, caps
         assert main(argv) == 3 and "replace it with --overwrite" in capsys.readouterr().err
         assert run_json(capsys, *argv, "--overwrite")["bytes"] == sizes[bits]
         expected = Quantizer(artifact.inspect(out).model, replace(QUANT, bits=bits))
-        decoded = decode(expected.encode(trained_weights(trained)))
+        decoded = decode(expected.encode(newest_weights(trained).model))
         assert all(torch.equal(tensor, decoded[name]) for name, tensor in artifact.read(out).state.items())
     assert sizes[5] < sizes[8]
     config = json.loads((trained / "config.json").read_text())

@@ -194,7 +194,7 @@ def test_a_folder_without_a_run_is_an_error_and_the_old_page_stays(copies, capsy
         assert error in capsys.readouterr().err
     (copies / "wide" / "result.json").write_text('{"score": {"val_bpb": "low"}}')
     assert main(["report", str(copies / "wide"), "-o", str(out)]) == 3
-    assert "result.json: score.val_bpb = 'low', expected float; restore" in capsys.readouterr().err
+    assert "result.json: score.val_bpb = 'low', expected a number; restore" in capsys.readouterr().err
     assert main(["report", str(copies / "narrow"), "-o", str(copies / "no" / "page.html")]) == 3
     assert "there is no such folder" in capsys.readouterr().err
     assert out.read_text() == "old"

@@ -229,7 +229,7 @@ def two_models(folder):
         (remove("*"), InputError, r"holds no \*_train_\*\.bin"),
         (edit_manifest(lambda m: m.update(extra=1)), InputError, "unknown key extra"),
         (edit_manifest(lambda m: m.pop("val_below")), InputError, "missing key val_below"),
-        (edit_manifest(lambda m: m["train"].update(tokens="9")), InputError, "train.tokens = '9', expected int"),
+        (edit_manifest(lambda m: m["train"].update(tokens="9")), InputError, "train.tokens = '9', expected a whole"),
         (edit_manifest(lambda m: m["val"]["shards"][0].pop("sha256")), InputError, "missing key val.shards.sha256"),
         (edit_manifest(lambda m: m.update(format=2)), InputError, "manifest format 2 is not 1"),
         (edit_manifest(lambda m: m.update(val=[])), InputError, r"val: expected an object, got \[\]"),

@@ -58,7 +58,7 @@ def spec(**values) -> space.Spec:
         ({"space": {"seed.x": (1,)}}, "seed is a field, not a section"),
         ({"space": {"seed": (1, 2)}}, "use seeds"),
         ({"space": {"optim.matrix_lr": (0.02, -1.0)}}, r"expected >= 0 \(in optim.matrix_lr=-1.0\)"),
-        ({"space": {"model.num_layers": ("two",)}}, "model.num_layers = 'two', expected int"),
+        ({"space": {"model.num_layers": ("two",)}}, "model.num_layers = 'two', expected a whole number"),
         ({"space": {"model.num_layers": (2, 2)}}, "a value twice"),
         ({"space": {"optim.matrix_lr": space.Range(low=1, high=2)}}, "sampler grid expected a list"),
         ({"space": {"optim.matrix_lr": space.Range(low=2, high=1)}, "sampler": "tpe", "trials": 2}, "low < high"),
@@ -108,7 +108,7 @@ def test_spec_file(tmp_path):
     [
         ("recipe = ", "Invalid value"),
         ('recipe = "demo"\nsedes = 2', "unknown key sedes; did you mean seeds?"),
-        ('recipe = "demo"\nseeds = "2"', "seeds = '2', expected int"),
+        ('recipe = "demo"\nseeds = "2"', "seeds = '2', expected a whole number"),
         ('recipe = "demo"\n[space]\noptim.matrix_lr = 3', "expected a list of values"),
         ('recipe = "demo"\n[space]\noptim.matrix_lr = {low = 1, hihg = 3}', "expected low, high"),
         ('recipe = "demo"\n[fixed]\noptim.matrix_lx = 3', "unknown key optim.matrix_lx; did you mean"),

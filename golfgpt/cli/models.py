@@ -9,7 +9,7 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from tyro.conf import Positional
 
@@ -19,7 +19,9 @@ from golfgpt.errors import BudgetError, InputError
 from golfgpt.runs import flatten
 
 if TYPE_CHECKING:
-    from golfgpt.quant.artifact import ArtifactInfo
+    from torch import Tensor
+
+    from golfgpt.config import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,8 +166,8 @@ class Export:
     to: Literal["safetensors", "hf", "golf"] = "safetensors"
     """Format to write."""
     source: Literal["artifact", "checkpoint"] | None = None
-    """artifact: the weights decoded from model.golf; checkpoint: the trained weights, not quantized. Default: artifact
-    for safetensors, checkpoint for golf; hf is always the artifact."""
+    """artifact: the weights decoded from model.golf; checkpoint: the trained weights, not quantized, also of a run that
+    has not ended. Default: artifact for safetensors, checkpoint for golf; hf is always the artifact."""
     out: Path | None = None
     """File to write; None: export.golf in the run folder, or the name of the artifact with .safetensors. Folder to
     write for hf; None: hf beside the artifact."""
@@ -188,13 +190,11 @@ def export(args: Export) -> int:
     from golfgpt.quant.quantizer import Quantizer
     from golfgpt.runs import artifact_file
     from golfgpt.tables import tensor_table
-    from golfgpt.train.run_folder import trained_weights
 
     folder = args.run.parent if args.run.is_file() else args.run
     whole = not args.run.is_file() or (args.run.name == "model.golf" and (folder / "config.json").exists())
     source = args.source or ("checkpoint" if args.to == "golf" and whole else "artifact")
-    file = artifact_file(args.run)
-    info = artifact.inspect(file)
+    file = folder / "model.golf" if source == "checkpoint" else artifact_file(args.run)
     started = stored_config(args.run).quant if (folder / "config.json").exists() else args.quant
     if args.to != "golf" and (changed := differences(started, args.quant, "quant.")):
         raise InputError(
@@ -206,8 +206,7 @@ def export(args: Export) -> int:
             f"{trained[0]} has no effect on export, because fake quantization is part of training; drop it"
         )
     if args.to == "hf":
-        return _export_hf(args, file, info.seq_len)
-    state = artifact.read(file).state if source == "artifact" else trained_weights(folder)
+        return _export_hf(args, file)
     out = args.out or (folder / "export.golf" if args.to == "golf" else file.with_suffix(".safetensors"))
     suffix, place = ".golf" if args.to == "golf" else ".safetensors", out.resolve().parent
     if out.suffix != suffix:
@@ -218,22 +217,24 @@ def export(args: Export) -> int:
         raise InputError(f"{out} already exists; choose another --out, or replace it with --overwrite")
     if place.name == "checkpoints" and (place.parent / "config.json").exists():
         raise InputError(f"--out {out} is in the checkpoints folder of a run; choose another folder")
+    found = _weights(folder) if source == "checkpoint" else _decoded(file)
+    state, model, digest = found.state, found.model, found.tokenizer_sha256
     if args.to == "golf":
-        options = {"tokenizer_sha256": info.tokenizer_sha256, "seq_len": info.seq_len}
-        found = _hessians(args, info, state) if args.quant.method == "gptq" else None
+        hessians = _hessians(args, found) if args.quant.method == "gptq" else None
         print(f"compressing ({args.quant.compressor})", file=sys.stderr)
-        encoded = Quantizer(info.model, args.quant).encode(state, found)
-        written = artifact.write(out, encoded, model=info.model, quant=args.quant, **options)
+        encoded = Quantizer(model, args.quant).encode(state, hessians)
+        options = {"model": model, "quant": args.quant, "tokenizer_sha256": digest, "seq_len": found.seq_len}
+        written = artifact.write(out, encoded, **options)
     else:
         tensors = {name: tensor.contiguous() for name, tensor in to_published(state).items()}
-        meta = {"config": json.dumps(to_dict(info.model)), "tokenizer_sha256": info.tokenizer_sha256}
+        meta = {"config": json.dumps(to_dict(model)), "tokenizer_sha256": digest}
         write_bytes(out, safetensors.torch.save(tensors, meta))
     size = out.stat().st_size
     if args.json:
         print_json({"file": str(out), "source": source, "tensors": len(to_published(state)), "bytes": size})
     elif args.to == "golf":
         print(tensor_table(written.table()))
-        print(f"\n{out}: {size:,} bytes, {written.packing}, from the {source}'s weights")
+        print(f"\n{out}: {size:,} bytes, {written.packing}, from {found.label}")
         here = out.resolve().parent == folder.resolve()
         print(
             f"next: golfgpt eval {shlex.quote(str(out))}"
@@ -241,13 +242,45 @@ def export(args: Export) -> int:
             else f"to score it with golfgpt eval, move it into the run folder {folder}"
         )
     else:
-        print(f"{out}: {len(tensors)} float32 tensors, {size:,} bytes, from the {source}'s weights")
+        print(f"{out}: {len(tensors)} float32 tensors, {size:,} bytes, from {found.label}")
     return 0
 
 
-def _export_hf(args: Export, file: Path, window: int) -> int:
+class _Weights(NamedTuple):
+    """What is exported."""
+
+    state: dict[str, Tensor]
+    model: ModelConfig
+    tokenizer_sha256: str
+    seq_len: int
+    label: str
+
+
+def _decoded(file: Path) -> _Weights:
+    """The weights that an artifact decodes to."""
+    from golfgpt.quant import artifact
+
+    loaded = artifact.read(file)
+    info = loaded.info
+    return _Weights(loaded.state, info.model, info.tokenizer_sha256, info.seq_len, "the artifact's weights")
+
+
+def _weights(folder: Path) -> _Weights:
+    """The weights of a run's newest checkpoint."""
+    from golfgpt.data.tokenizer import Tokenizer
+    from golfgpt.runs import read_config
+    from golfgpt.train.run_folder import newest_weights
+
+    config, saved = read_config(folder), newest_weights(folder)
+    digest = Tokenizer.from_file(folder / "tokenizer.model").digest
+    label = "the checkpoint's weights" + f" after step {saved.step}: training has not ended" * (not saved.finished)
+    return _Weights(saved.model, config.model, digest, config.data.seq_len, label)
+
+
+def _export_hf(args: Export, file: Path) -> int:
     from golfgpt.files import sha256_file
     from golfgpt.hf.export import model_card, write_folder
+    from golfgpt.quant import artifact
     from golfgpt.runs import read_run
     from golfgpt.train.run_folder import load
 
@@ -255,7 +288,7 @@ def _export_hf(args: Export, file: Path, window: int) -> int:
         raise InputError(
             "--source checkpoint has no effect on --to hf, which writes the weights of the artifact; drop it"
         )
-    out, digest = args.out or file.parent / "hf", sha256_file(file)
+    out, digest, window = args.out or file.parent / "hf", sha256_file(file), artifact.inspect(file).seq_len
     model, tokenizer = load(file)
     result = read_run(file.parent).result if (file.parent / "config.json").exists() else None
     scored = result if result and result["artifact_sha256"] == digest else None
@@ -274,22 +307,22 @@ def _export_hf(args: Export, file: Path, window: int) -> int:
     return 0
 
 
-def _hessians(args: Export, info: ArtifactInfo, state: dict[str, Any]) -> dict[str, Any]:
-    """GPTQ's Hessians of the training data, for the unquantized weights `state` of `info`'s model."""
+def _hessians(args: Export, weights: _Weights) -> dict[str, Tensor]:
+    """GPTQ's Hessians of the training data, for unquantized weights."""
     from golfgpt import distributed
     from golfgpt.model.gpt import GPT
     from golfgpt.quant import calibration
     from golfgpt.score.evaluate import open_dataset
     from golfgpt.train.compute_dtype import select_dtype
 
-    config = replace(stored_config(args.run), quant=args.quant, model=info.model)
+    config = replace(stored_config(args.run), quant=args.quant, model=weights.model)
     if args.data:
         config = replace(config, data=replace(config.data, path=str(args.data)))
-    check_tokenizer(args.run, info.tokenizer_sha256, config.data.path)
+    check_tokenizer(args.run, weights.tokenizer_sha256, config.data.path)
     ranks = distributed.start(config.runtime.device)
     try:
-        dataset, gpt = open_dataset(config, ranks), GPT(info.model)
-        gpt.load_state_dict(state)
+        dataset, gpt = open_dataset(config, ranks), GPT(weights.model)
+        gpt.load_state_dict(weights.state)
         gpt = gpt.to(ranks.device)
         dtype = select_dtype(config.runtime.dtype, gpt, config.data, ranks).dtype
 

@@ -15,12 +15,13 @@ import os
 import platform
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import filelock
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from golfgpt.config import RunConfig
 from golfgpt.data.tokenizer import Tokenizer
@@ -30,7 +31,7 @@ from golfgpt.model.gpt import GPT
 from golfgpt.model.parameters import of_kind, parameter_table
 from golfgpt.optim.averaging import Average
 from golfgpt.quant import artifact
-from golfgpt.runs import artifact_file, read_config, resume_hint, torchrun_id, write_config
+from golfgpt.runs import artifact_file, read_config, torchrun_id, write_config
 from golfgpt.train import checkpoint
 
 
@@ -159,21 +160,20 @@ def load(path: str | os.PathLike) -> tuple[GPT, Tokenizer]:
     return model.eval(), tokenizer
 
 
-def trained_weights(path: Path) -> dict[str, Tensor]:
-    """The weights that the export of the run quantized: those of its newest intact checkpoint, or their average if the
-    run averages.
+def newest_weights(path: Path) -> checkpoint.Checkpoint:
+    """The newest intact checkpoint of the run, its `model` being what an export at that step quantizes: the average of
+    the weights if the run averages.
 
-    Raises InputError if there is no intact checkpoint or if training has not ended.
+    Raises InputError if there is no intact checkpoint.
     """
     saved, refused = checkpoint.latest(path / "checkpoints")
     if saved is None:
         reasons = f" ({'; '.join(refused.values())})" if refused else ""
-        raise InputError(f"{path} has no intact checkpoint{reasons}; use --source artifact")
-    if not saved.finished:
-        raise InputError(f"{path} stopped at step {saved.step}; finish it first.{resume_hint(path)}")
+        hint = "; use --source artifact" if (path / "model.golf").exists() else ""
+        raise InputError(f"{path} has no intact checkpoint{reasons}{hint}")
     config = read_config(path)
     embeddings = of_kind(parameter_table(config.model), "embedding")
     bf16_params = frozenset(embeddings if config.optim.embed_dtype == "bfloat16" else ())
     average = Average({name: nn.Parameter(w) for name, w in saved.model.items()}, config.average, bf16_params)
     average.load_state(saved.average)
-    return saved.model | average.weights()
+    return replace(saved, model=saved.model | average.weights())
