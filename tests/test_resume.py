@@ -15,10 +15,14 @@ import pytest
 import torch
 from models import final_weights, metrics, packed
 
+from golfgpt.cli import main
 from golfgpt.config import BudgetConfig, DataConfig, ScheduleConfig, to_dict
 from golfgpt.distributed import Ranks
 from golfgpt.errors import BusyError, InputError, Interrupted
 from golfgpt.model.gpt import GPT
+from golfgpt.quant.artifact import read
+from golfgpt.quant.formats import decode
+from golfgpt.quant.quantizer import Quantizer
 from golfgpt.runs import read_config
 from golfgpt.train import checkpoint
 from golfgpt.train.run_folder import RunFolder
@@ -61,8 +65,8 @@ def test_resume_is_bit_identical(tiny, tmp_path, monkeypatch, capfd, record):
     assert (path / "model.golf").read_bytes() == (tmp_path / "unbroken" / "model.golf").read_bytes()
 
 
-def test_killed_outright_and_resumed(tiny, tmp_path, monkeypatch):
-    """SIGKILL in the middle of the run: the last interval checkpoint continues."""
+def test_killed_outright_and_resumed(tiny, tmp_path, monkeypatch, capsys):
+    """SIGKILL in the middle of the run: the last interval checkpoint continues. Unfinished, it is exported."""
     config = replace(
         tiny,
         schedule=ScheduleConfig(max_steps=400, max_seconds=None),
@@ -102,6 +106,14 @@ def test_killed_outright_and_resumed(tiny, tmp_path, monkeypatch):
     assert error.value.exit_code == 130
     again, _ = checkpoint.latest(path / "checkpoints")
     assert again.step > found.step
+    assert main(["sample", str(path)]) == 3
+    assert f"golfgpt export {path} --to golf writes what it has saved to a file" in capsys.readouterr().err
+    assert main(["export", str(path), "--to", "golf"]) == 0
+    assert f"the checkpoint's weights after step {again.step}: training has not ended" in capsys.readouterr().out
+    decoded = decode(Quantizer(config.model, config.quant).encode(again.model))
+    assert all(torch.equal(tensor, decoded[name]) for name, tensor in read(path / "export.golf").state.items())
+    assert main(["sample", str(path / "export.golf"), "--tokens", "3"]) == 0
+    assert main(["eval", str(path / "export.golf"), "--eval.max-tokens", "100", "--runtime.device", "cpu"]) == 0
 
 
 def test_a_fitted_run_keeps_its_width_when_the_budget_changes(tiny, tmp_path):
@@ -146,8 +158,6 @@ def test_full_disk_during_training_is_a_warning(tiny, tmp_path, monkeypatch):
 
 
 def test_run_config_is_what_the_folder_holds(tiny, tmp_path):
-    from golfgpt.runs import read_config
-
     folder = RunFolder.create(tmp_path / "run", tiny, b"")
     folder.close()
     assert read_config(tmp_path / "run") == tiny
