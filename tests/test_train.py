@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -46,7 +48,7 @@ def test_end_to_end(tiny, tmp_path, capsys):
     path = tmp_path / "run"
     result = train(tiny, path)
     printed = capsys.readouterr().out
-    assert printed.startswith(f"run {path}: ") and printed.count("60,000; limit 16,000,000") == 1
+    assert f"run {path}: " in printed and printed.count("60,000; limit 16,000,000") == 1
     assert printed.splitlines()[-1].startswith(f"val_bpb (first 4,000 tokens) {result['score']['val_bpb']:.4f}")
     assert "train_loss:" not in printed and "Serialized" not in printed, "the published format is for train.log"
     assert {p.name for p in path.iterdir()} >= {
@@ -669,3 +671,17 @@ def test_activations_are_estimated_near_the_published_peaks():
     ):
         estimate = activation_bytes(RECIPES[name].config.model, tokens, 2) / 2**20
         assert 1.05 < estimate / peak < 1.08, name
+
+
+def test_without_a_terminal_a_silence_is_broken_by_what_goes_on(capsys):
+    reporter, said = Reporter(None), ""
+    with contextlib.closing(reporter):
+        reporter.status("counting")
+        reporter.show("ready")
+        reporter.status("compressing")
+        reporter._told -= 5  # seconds of silence
+        deadline = time.monotonic() + 60
+        while said.count("\n") < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+            said += capsys.readouterr().out
+    assert said == "ready\ncompressing\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from functools import partial
 from typing import Any
@@ -17,17 +18,21 @@ class Reporter:
     """Prints what people read (`show`), logs what scripts read (`log`: train.log, in the published scripts' format), or
     both (`line`); writes numbers to metrics.jsonl and a tracker.
 
-    On a terminal, a live status line is shown below the printed lines; otherwise there are only plain lines. With
-    `quiet` (--json), lines go to standard error. Ranks other than 0 have `folder=None` and print nothing. `close` also
-    closes the folder.
+    On a terminal, a live status line is shown below the printed lines. Elsewhere there are only plain lines, and a
+    thread prints the newest status if nothing was printed for 5 seconds, after that for 30 seconds, because set-up and
+    export can take longer. With `quiet` (--json), lines go to standard error. Ranks other than 0 have `folder=None` and
+    print nothing. `close` also closes the folder.
     """
 
     def __init__(self, folder: RunFolder | None, *, speak: bool = True, quiet: bool = False):
         self.folder, self._speak = folder, speak
-        self._told, self._patience = time.monotonic(), 5.0
+        self._told, self._patience, self._newest = time.monotonic(), 5.0, ""
         self._file = sys.stderr if quiet else sys.stdout
         self._status = self._tracking = None
-        if speak and self._file.isatty():
+        self._closed = threading.Event()
+        if speak and not self._file.isatty():
+            threading.Thread(target=self._break_silences, daemon=True).start()
+        elif speak:
             from rich.console import Console
             from rich.text import Text
 
@@ -49,25 +54,30 @@ class Reporter:
         """Print a line."""
         if not self._speak:
             return
-        self._told, self._patience = time.monotonic(), 5.0
+        self._told, self._patience, self._newest = time.monotonic(), 5.0, ""
         if self._status:
             self._status.console.print(text, markup=False)
         else:
             self._print(text)
 
     def status(self, text: str) -> None:
-        """Update the live line, cut to the width of the terminal. Without a live line, print the text if nothing was
-        printed for 5 seconds, after that for 30 seconds."""
+        """Say what goes on now: on the live line, cut to the width of the terminal, or after a silence."""
+        self._newest = text
         if self._status:
             self._status.update(self._one_line(text))
-        elif self._speak and time.monotonic() - self._told >= self._patience:
-            self._told, self._patience = time.monotonic(), 30.0
-            self._print(text)
+
+    def _break_silences(self) -> None:
+        while not self._closed.wait(0.5):
+            text, now = self._newest, time.monotonic()
+            if text and now - self._told >= self._patience:
+                self._told, self._patience, self._newest = now, 30.0, ""
+                self._print(text)
 
     def _print(self, text: str) -> None:
         """A disk that is full or a reader that is gone silences a run, which goes on: train.log has its lines too."""
         try:
-            print(text, file=self._file, flush=True)
+            self._file.write(f"{text}\n")  # at once, because two threads write
+            self._file.flush()
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._file.fileno())
 
@@ -84,6 +94,7 @@ class Reporter:
             self._tracking.metric(kind, values)
 
     def close(self) -> None:
+        self._closed.set()
         if self._tracking:
             self._tracking.finish(None)
         if self._status:
