@@ -279,6 +279,11 @@ def evaluate(args: Eval) -> int:
                 reporter.line(
                     f"eval.max_tokens {config.eval.max_tokens} is kept from training; --eval.max-tokens None scores all"
                 )
+            if ((read_stored_result(folder) or {}).get("dataset") or dataset.digest) != dataset.digest:
+                reporter.line(
+                    "note: these are not the run's data; a score of text that the model was trained on says nothing "
+                    "about other text"
+                )
             with choose_kernels(config, ranks):
                 model = model.to(ranks.device)
                 score = evaluate(model, dataset, config, ranks, dtype=dtype, progress=reporter.status, keep=keep)
