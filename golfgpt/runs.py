@@ -27,7 +27,7 @@ RUNS = Path("runs")
 FORMAT = 4
 """Of config.json; runs without one count as 1. A release with new or changed fields of RunConfig raises it."""
 
-_ADDED = {"runtime": {"tracker": "none", "val_tokens": None, "peer_seconds": 600.0}}
+_ADDED = {"runtime": {"tracker": "none", "val_tokens": None, "peer_seconds": 600.0}, "eval": {"compile": "auto"}}
 """Fields that a config of this format may lack, since they are newer than it, with the value that runs had then."""
 
 

@@ -56,11 +56,24 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def triton_cache(tmp_path_factory) -> str:
-    """TRITON_CACHE_DIR of tests that compile for a GPU, some the same kernels; one for all workers of pytest-xdist."""
+def shared(tmp_path_factory) -> Path:
+    """A folder for all workers of pytest-xdist."""
     base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "triton"
-    return os.environ.get("TRITON_CACHE_DIR", str(folder))
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cache(shared):
+    """What earlier runs of this machine chose or compiled decides nothing, and tests leave nothing there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(shared / "cache"))
+        yield
+
+
+@pytest.fixture(scope="session")
+def triton_cache(shared) -> str:
+    """TRITON_CACHE_DIR of tests that compile for a GPU, some the same kernels."""
+    return os.environ.get("TRITON_CACHE_DIR", str(shared / "triton"))
 
 
 @pytest.fixture(scope="session")

@@ -113,7 +113,7 @@ def tiny_config(corpus: Path) -> RunConfig:
         quant=QuantConfig(keep_numel=1000),
         eval=EvalConfig(window=64, stride=48, max_tokens=4000),
         budget=BudgetConfig(code_bytes=60_000),  # counting takes ten seconds
-        runtime=RuntimeConfig(device="cpu", dtype="float32", checkpoint_seconds=0),
+        runtime=RuntimeConfig(device="cpu", dtype="float32", checkpoint_seconds=0, compile="off"),
     )
 
 

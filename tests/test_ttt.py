@@ -244,8 +244,11 @@ def short_documents(tiny: RunConfig, monkeypatch) -> RunConfig:
     return tiny
 
 
-def adapted(tiny: RunConfig, ttt: TTTConfig, model: GPT | None = None, *, ranks=CPU, aware=False, **options):
-    config = replace(tiny, eval=EvalConfig(window=64, stride=16, max_tokens=650, document_aware=aware, ttt=ttt))
+def adapted(
+    tiny: RunConfig, ttt: TTTConfig, model: GPT | None = None, *, ranks=CPU, aware=False, compile="auto", **options
+):
+    plan = EvalConfig(window=64, stride=16, max_tokens=650, document_aware=aware, compile=compile, ttt=ttt)
+    config = replace(tiny, eval=plan)
     model, data = model or lively(config.model), Dataset.open(config.data.path)
     return evaluate_adapted(model, data, config, ranks, dtype=torch.float32, **options)
 
@@ -376,7 +379,7 @@ def test_compiled_adapted_scores_are_those_of_eager(tiny, monkeypatch, kind):
     eager = adapted(config, KINDS[kind])
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled = adapted(replace(config, runtime=replace(config.runtime, compile="on")), KINDS[kind])
+    compiled = adapted(config, KINDS[kind], compile="on")
     assert compiled.nats == pytest.approx(eager.nats, rel=1e-4)
     assert compiled.ledger_sha256 == eager.ledger_sha256
     assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] < 16

@@ -191,8 +191,6 @@ class EvalRuntime:
     which scoring uses the first three), or auto: where `python -m golfgpt_kernels tune` found them faster."""
     attention: Literal["auto", "cudnn", "flash", "flash3", "efficient", "math"]
     """Backend of scaled_dot_product_attention; auto: on a GPU the fastest backend that agrees with math."""
-    compile: Literal["auto", "on", "off"]
-    """torch.compile of the forward; auto: on cuda only."""
     threads: int
     """CPU threads for torch; 0: torch's default."""
 

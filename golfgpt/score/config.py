@@ -110,6 +110,9 @@ class EvalConfig(Section):
     by every short window. varlen, the diagnostic of the records from 2026-04-10 on: rows of 32 windows, in which tokens
     attend within their document, cut every `window` tokens; what does not fill a row in its eighth of the text is not
     scored. `stride` and `batch_tokens` are not used then."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of the forward; auto: on cuda unless runtime.compile is off. A CPU compiles for half a minute,
+    which only a long text repays."""
     ttt: TTTConfig = TTTConfig()
 
     def __post_init__(self) -> None:

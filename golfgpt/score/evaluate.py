@@ -140,7 +140,9 @@ def within_documents(config: RunConfig) -> bool:
 
 def compiles(config: RunConfig, ranks: Ranks) -> bool:
     """Whether forwards are compiled."""
-    return config.runtime.compile == "on" or (config.runtime.compile == "auto" and ranks.device.type == "cuda")
+    if config.eval.compile == "auto":
+        return ranks.device.type == "cuda" and config.runtime.compile != "off"
+    return config.eval.compile == "on"
 
 
 def scored_shape(config: RunConfig, ranks: Ranks) -> tuple[int, ...]:

@@ -57,8 +57,8 @@ LEAST_GAIN = 0.01
 SLOW_STEP = 20.0
 """Seconds. Where a step takes longer (of a GPU's recipe on a CPU), nothing is timed."""
 CPU_COMPILATION, CPU_GAIN = 60.0, 1.2
-"""Seconds that Inductor's C++ takes, and what a compiled step has gained on a CPU (LOG.md): a compilation is tried
-where the time left would repay it."""
+"""Seconds that Inductor's C++ takes, half of it where torch kept an earlier compilation, and what a compiled step has
+gained on a CPU (LOG.md): a compilation is tried where training would repay it."""
 FIELDS = ("kernels", "attention", "graph", "threads", "compile")
 """Of RuntimeConfig: what is chosen here."""
 
@@ -130,7 +130,8 @@ def alternatives(runtime: RuntimeConfig, step: TrainStep, attention: Selection) 
 def repays_compilation(step: TrainStep, seconds: float) -> bool:
     """Whether training for so long may repay the compilation of a CPU's step."""
     here = compile_cache.cache_file(step.config, step.dtype, step.ranks.device).exists()
-    return step.ranks.broadcast_object(here) or seconds * (1 - 1 / CPU_GAIN) >= CPU_COMPILATION
+    cost = CPU_COMPILATION / 2 if step.ranks.broadcast_object(here) else CPU_COMPILATION
+    return seconds * (1 - 1 / CPU_GAIN) >= cost
 
 
 def starting_point(runtime: RuntimeConfig, step: TrainStep, attention: Selection) -> RuntimeConfig:
