@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from models import SMALL, lively
 
 from golfgpt import distributed
-from golfgpt.config import BigramConfig, EvalConfig, RunConfig, from_dict, to_dict
+from golfgpt.config import BigramConfig, EvalConfig, RunConfig, RuntimeConfig, from_dict, to_dict
 from golfgpt.data.shards import Dataset
 from golfgpt.distributed import Ranks
 from golfgpt.errors import GolfError, InputError, Interrupted, NonFiniteError, VerificationError
@@ -26,7 +26,7 @@ from golfgpt.model.gpt import GPT
 from golfgpt.score import checks
 from golfgpt.score import evaluate as evaluation
 from golfgpt.score import windows as scoring
-from golfgpt.score.evaluate import Score, evaluate
+from golfgpt.score.evaluate import Score, compiles, evaluate
 from golfgpt.score.sums import PartialSums
 from golfgpt.score.windows import Scorer, Windows, cut, score_windows
 
@@ -174,6 +174,22 @@ def test_the_compiled_forward_scores_alike(options):
     tokens = np.random.default_rng(4).integers(0, 97, 100)
     eager, compiled = (nats_of(model, tokens, windows, 4, compiled=on, **options) for on in (False, True))
     torch.testing.assert_close(compiled, eager, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("scoring", "training", "device", "expected"),
+    [
+        ("auto", "on", "cpu", False),
+        ("auto", "on", "cuda", True),
+        ("auto", "auto", "cuda", True),
+        ("auto", "off", "cuda", False),
+        ("on", "off", "cpu", True),
+        ("off", "on", "cuda", False),
+    ],
+)
+def test_what_is_compiled(scoring, training, device, expected):
+    config = RunConfig(eval=EvalConfig(compile=scoring), runtime=RuntimeConfig(compile=training))
+    assert compiles(config, Ranks(0, 1, torch.device(device))) is expected
 
 
 def score(tiny: RunConfig, model: GPT | None = None, *, ranks=CPU, keep=None, progress=print, **plan) -> Score:

@@ -17,7 +17,7 @@ from golfgpt.data.shards import Dataset
 from golfgpt.distributed import Ranks
 from golfgpt.errors import InputError, Interrupted, VerificationError
 from golfgpt.runs import read_config
-from golfgpt.train import execution
+from golfgpt.train import compile_cache, execution
 from golfgpt.train.attention_backend import Selection
 from golfgpt.train.children import verdicts
 from golfgpt.train.clock import Ledger
@@ -273,6 +273,15 @@ def test_a_time_limit_ends_the_trials(trial, monkeypatch):
     assert chosen == PLAIN and verdicts == {"mlp": "not tried: -1 s are over"}
     monkeypatch.setattr(execution, "SLOW_STEP", 0.5)
     assert trial(kernels("mlp"), lambda r: 1000.0)[1] == {"mlp": "not tried: a step takes 1 s"}
+
+
+def test_a_kept_compilation_costs_half(step):
+    """Of 200 s, a compiled step saves 33."""
+    kept = compile_cache.cache_file(step.config, step.dtype, step.ranks.device)
+    assert [execution.repays_compilation(step, seconds) for seconds in (200, 400)] == [False, True]
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    assert [execution.repays_compilation(step, seconds) for seconds in (100, 200)] == [False, True]
 
 
 def test_fewer_threads_are_tried_until_they_are_no_faster(trial):
