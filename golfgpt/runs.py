@@ -283,9 +283,9 @@ def artifact_file(path: Path) -> Path:
             raise InputError(f"{path} is an export for other programs; expected the run that it was made of")
         if (path / "config.json").exists():
             quoted = shlex.quote(str(path))
-            end = f"watch {quoted} follows it" if locked(path) else f"train --resume {quoted} finishes it"
-            export = f", golfgpt export {quoted} --to golf writes what it has saved to a file" * saved(path)
-            raise InputError(f"there is no {file} before the run has ended: golfgpt {end}{export}")
+            end = "follow it with golfgpt watch" if locked(path) else "finish it with golfgpt train --resume"
+            export = f"; golfgpt export {quoted} --to golf writes what it has saved to a file" * saved(path)
+            raise InputError(f"there is no {file} before the run has ended{export}; {end} {quoted}")
         if path.is_dir():
             raise InputError(f"{path} holds no run: {_instead(path)}")
         raise InputError(f"there is no {file}; {_meant(path, 'expected a run folder or a .golf file')}")
