@@ -190,7 +190,7 @@ def test_program_does_not_depend_on_the_order_of_sets(corpus, tmp_path):
     code = (
         "import sys; sys.path.insert(0, 'tests'); from pathlib import Path; from test_bundle import toy; "
         "from golfgpt.submit.bundle import source; "
-        f"Path(sys.argv[1]).write_text(source(toy('baseline', Path({str(corpus)!r}))))"
+        f"Path(sys.argv[1]).write_text(source(toy('frontier', Path({str(corpus)!r}))))"
     )
     root, texts = Path(__file__).parent.parent, []
     for seed in ("1", "2"):

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from golfgpt.submit.source import Package
+from golfgpt.submit.trees import walk
 
 
 class UNKNOWN:
@@ -69,8 +70,8 @@ class Facts:
 
     def only_raises(self, node: ast.FunctionDef) -> bool:
         """Whether all that a function does is to raise errors about the input."""
-        raises = [n for n in ast.walk(node) if isinstance(n, ast.Raise)]
-        stores = [n for n in ast.walk(node) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)]
+        raises = [n for n in walk(node) if isinstance(n, ast.Raise)]
+        stores = [n for n in walk(node) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)]
         return bool(raises) and not stores and all(map(dropped, raises))
 
     def type_of_annotation(self, node: ast.expr | None) -> str | None:

@@ -13,7 +13,6 @@ whose only effect is an error about the input (`DROPPED`) are left out: packing 
 from __future__ import annotations
 
 import ast
-import copy
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from typing import Any
 
 from golfgpt.submit.facts import SEED, UNKNOWN, Facts, dropped, is_literal, literal
 from golfgpt.submit.source import bound_in
+from golfgpt.submit.trees import clone, walk
 from golfgpt.submit.values import Scope, Values, asks, pure
 
 DISPLAYS = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)
@@ -137,12 +137,12 @@ class Fold(Values, ast.NodeTransformer):
         if index is not UNKNOWN and isinstance(table, ast.Dict) and isinstance(node.ctx, ast.Load):
             for key, value in zip(table.keys, table.values, strict=True):
                 if key is not None and self.value(key) == index:
-                    return copy.deepcopy(value)
+                    return clone(value)
         return node
 
     def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.AST:
         node = self.generic_visit(node)
-        inside = [n for part in node.values if isinstance(part, ast.FormattedValue) for n in ast.walk(part.value)]
+        inside = [n for part in node.values if isinstance(part, ast.FormattedValue) for n in walk(part.value)]
         if not any(isinstance(n, ast.Constant) and "\\" in repr(n.value) for n in inside):
             return node
         parts = []  # Python before 3.12 has no backslashes inside the braces
@@ -252,7 +252,7 @@ class Fold(Values, ast.NodeTransformer):
 
     def _parameters(self, node: ast.FunctionDef | ast.Lambda, known: Mapping[str, Any]) -> None:
         scope = self.scopes[-1]
-        stores = Counter(n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
+        stores = Counter(n.id for n in walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
         for arg in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs):
             cls = self.facts.type_of_annotation(arg.annotation)
             if cls and not stores[arg.arg]:
@@ -303,16 +303,13 @@ class Fold(Values, ast.NodeTransformer):
     def visit_Assign(self, node: ast.Assign) -> Any:
         target = node.targets[0]
         if len(node.targets) == 1 and isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
-            names = {n.id for n in ast.walk(target) if isinstance(n, ast.Name)}
-            read = {n.id for n in ast.walk(node.value) if isinstance(n, ast.Name)}
+            names = {n.id for n in walk(target) if isinstance(n, ast.Name)}
+            read = {n.id for n in walk(node.value) if isinstance(n, ast.Name)}
             stored_attributes = {ast.unparse(t) for t in target.elts if isinstance(t, ast.Attribute)}
-            reads = {ast.unparse(n) for n in ast.walk(node.value) if isinstance(n, ast.Attribute)}
+            reads = {ast.unparse(n) for n in walk(node.value) if isinstance(n, ast.Attribute)}
             simple = not any(isinstance(part, ast.Starred) for part in (*target.elts, *node.value.elts))
             stores = {
-                n.id
-                for t in target.elts
-                for n in ast.walk(t)
-                if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+                n.id for t in target.elts for n in walk(t) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
             }
             if simple and not (stores & read) and not (stored_attributes & reads) and names:
                 pairs = zip(target.elts, node.value.elts, strict=True)
@@ -379,11 +376,11 @@ class Fold(Values, ast.NodeTransformer):
         node.body, node.orelse = self.block(node.body), self.block(node.orelse)
         *before, last = node.body or [ast.Pass()]
         only_raises = dropped(last) and all(isinstance(part, ast.Assign) and pure(part.value) for part in before)
-        walrus = any(isinstance(n, ast.NamedExpr) for n in ast.walk(node.test))
+        walrus = any(isinstance(n, ast.NamedExpr) for n in walk(node.test))
         if only_raises and not walrus and asks(node.test):
             return node.orelse
         if only_raises and walrus and not node.orelse and asks(node.test):
-            names = {n.target.id for n in ast.walk(node.test) if isinstance(n, ast.NamedExpr)}
+            names = {n.target.id for n in walk(node.test) if isinstance(n, ast.NamedExpr)}
             scope = next((s for s in reversed(self.scopes) if s.owner), None)
             if scope and not any(self.read_elsewhere(name, node) for name in names):
                 return None
@@ -396,7 +393,7 @@ class Fold(Values, ast.NodeTransformer):
         return node
 
     def read_elsewhere(self, name: str, node: ast.AST) -> bool:
-        inside = sum(isinstance(n, ast.Name) and n.id == name for n in ast.walk(node))
+        inside = sum(isinstance(n, ast.Name) and n.id == name for n in walk(node))
         return self.reads[name] > inside
 
     def visit_Raise(self, node: ast.Raise) -> ast.AST:
@@ -458,15 +455,15 @@ class Fold(Values, ast.NodeTransformer):
         if found is None or not isinstance(found.node, ast.FunctionDef):
             return False
         name = found.id.replace(".", ":").rpartition(":")[2].lstrip("_")
-        raises = [n for n in ast.walk(found.node) if isinstance(n, ast.Raise)]
-        calls = [n.value for n in ast.walk(found.node) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Call)]
+        raises = [n for n in walk(found.node) if isinstance(n, ast.Raise)]
+        calls = [n.value for n in walk(found.node) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Call)]
         return name.startswith("check") and all(map(dropped, raises)) and (
             bool(raises) or all(self.only_checks(call) for call in calls)
         )  # fmt: skip
 
     def run(self, node: ast.stmt) -> ast.stmt:
         """Fold a top-level statement, in place."""
-        self.reads = Counter(n.id for n in ast.walk(node) if isinstance(n, ast.Name))
+        self.reads = Counter(n.id for n in walk(node) if isinstance(n, ast.Name))
         found = self.visit(node)
         return found
 
@@ -481,9 +478,9 @@ def hint(node: ast.AST) -> str:
 
 def stores_of(node: ast.FunctionDef) -> Counter:
     """How often each name is bound in a function, as a parameter too, its scopes inside included."""
-    found = Counter(n.id for n in ast.walk(node) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load))
-    found.update(n.target.id for n in ast.walk(node) if isinstance(n, ast.AugAssign) and isinstance(n.target, ast.Name))
-    for n in ast.walk(node):
+    found = Counter(n.id for n in walk(node) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load))
+    found.update(n.target.id for n in walk(node) if isinstance(n, ast.AugAssign) and isinstance(n.target, ast.Name))
+    for n in walk(node):
         if isinstance(n, ast.Global | ast.Nonlocal):
             found.update(n.names)
         elif isinstance(n, ast.arg):
@@ -503,11 +500,9 @@ def stays(node: ast.expr | None, value: Any) -> bool:
 def tidy(node: ast.FunctionDef) -> None:
     """Drop assignments to local names that nothing reads, and give an empty body a statement."""
     while True:
-        read = Counter(n.id for n in ast.walk(node) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Store))
-        read.update(
-            n.target.id for n in ast.walk(node) if isinstance(n, ast.AugAssign) and isinstance(n.target, ast.Name)
-        )
-        kept = {name for n in ast.walk(node) if isinstance(n, ast.Global | ast.Nonlocal) for name in n.names}
+        read = Counter(n.id for n in walk(node) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Store))
+        read.update(n.target.id for n in walk(node) if isinstance(n, ast.AugAssign) and isinstance(n.target, ast.Name))
+        kept = {name for n in walk(node) if isinstance(n, ast.Global | ast.Nonlocal) for name in n.names}
         dropper = _Drop({*read, *kept})
         dropper.body_of(node)
         if not dropper.dropped:
@@ -522,7 +517,7 @@ class _Drop(ast.NodeTransformer):
         node.body = [found for part in node.body if (found := self.visit(part)) is not None] or [ast.Pass()]
 
     def visit_Assign(self, node: ast.Assign) -> ast.AST | None:
-        names = [n for target in node.targets for n in ast.walk(target) if not isinstance(n, ast.expr_context)]
+        names = [n for target in node.targets for n in walk(target) if not isinstance(n, ast.expr_context)]
         local = all(isinstance(n, ast.Name | ast.Tuple | ast.Starred) for n in names)
         read = any(isinstance(n, ast.Name) and n.id in self.read for n in names)
         if local and not read and pure(node.value):

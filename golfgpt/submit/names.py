@@ -7,12 +7,14 @@ import builtins
 import sys
 from collections import Counter
 
+from golfgpt.submit.trees import walk
+
 
 def bindings(tree: ast.AST, *, plain_imports: bool = True) -> Counter[str]:
     """How often a program binds each name, in any scope, or sets or deletes an attribute of that name. Without
     `plain_imports`, `import zlib` binds nothing: it gives the name the same value everywhere."""
     found: Counter[str] = Counter()
-    for n in ast.walk(tree):
+    for n in walk(tree):
         match n:
             case ast.Name(id=name, ctx=ast.Store() | ast.Del()) | ast.arg(arg=name):
                 found[name] += 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import copy
 import importlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import Any
 from golfgpt.submit.facts import NOTHING, UNKNOWN, Facts, is_literal
 from golfgpt.submit.fold import Fold, Seen
 from golfgpt.submit.source import is_jit
+from golfgpt.submit.trees import clone, walk
 from golfgpt.submit.values import pure
 
 ENTRY = "golfgpt.submit.script:main"
@@ -71,7 +71,7 @@ class Program:
 
     def uses(self, key: str) -> set[str]:
         """Names that facts which the definition depends on can have."""
-        return {key} | {n.id if isinstance(n, ast.Name) else n.attr for n in ast.walk(self.nodes[key])
+        return {key} | {n.id if isinstance(n, ast.Name) else n.attr for n in walk(self.nodes[key])
                         if isinstance(n, ast.Name | ast.Attribute)}  # fmt: skip
 
     def reached(self) -> set[str]:
@@ -94,14 +94,14 @@ class Program:
                 if isinstance(self.nodes[key], ast.ClassDef):
                     classes.add(key)
             new.update(method for cls in classes for method in self.methods(cls))
-            waiting = sorted(key for key in new - found if self.take(key))
+            waiting = [key for key in sorted(new - found) if self.take(key)]  # sorted: modules are read in this order
         return found
 
     def references(self, part: ast.stmt) -> tuple:
         if self.known.get(id(part), (None,))[0] is not part:
             ids, attributes = references(part)
             hoisted = self.hoisted_in(set(ids))
-            ids += [n.id for name in hoisted for n in ast.walk(self.facts.hoisted[name][0]) if isinstance(n, ast.Name)]
+            ids += [n.id for name in hoisted for n in walk(self.facts.hoisted[name][0]) if isinstance(n, ast.Name)]
             self.known[id(part)] = part, (ids, attributes)
         return self.known[id(part)][1]
 
@@ -112,12 +112,12 @@ class Program:
         definition = None if key in self.facts.decided else self.facts.package.find(key)
         if definition is None:
             return False
-        node = copy.deepcopy(definition.node)
+        node = clone(definition.node)
         if isinstance(node, ast.ClassDef):
             node.body = [part for part in node.body if not isinstance(part, ast.FunctionDef)] or [ast.Pass()]
         self.nodes[key] = node
         if definition.more:
-            self.more[key] = copy.deepcopy(definition.more)
+            self.more[key] = clone(definition.more)
         return True
 
     def methods(self, cls: str) -> list[str]:
@@ -132,7 +132,7 @@ class Program:
             if used or self.called_outside(cls, node):
                 key = f"{cls}.{node.name}"
                 if key not in self.nodes:
-                    self.nodes[key] = copy.deepcopy(node)
+                    self.nodes[key] = clone(node)
                 found.append(key)
         return found
 
@@ -186,7 +186,7 @@ class Program:
             else:
                 by_name[name].append((positional, named))
         for quoted, _ in facts.hoisted.values():  # objects that are made there, with any values
-            for n in ast.walk(quoted):
+            for n in walk(quoted):
                 if isinstance(n, ast.Call) and isinstance(n.func, ast.Name):
                     calls[n.func.id].append((None, {None: UNKNOWN}))
         escapes = {key for each in seen for key in each.escapes}
@@ -219,12 +219,12 @@ class Program:
 
     def _bases(self, classes: list[str]) -> Iterator[str]:
         for cls in classes:
-            yield from (n.id for base in self.nodes[cls].bases for n in ast.walk(base) if isinstance(n, ast.Name))
+            yield from (n.id for base in self.nodes[cls].bases for n in walk(base) if isinstance(n, ast.Name))
 
     def _is_made_by_itself(self, cls: str) -> bool:
         """Whether a method of the class makes objects of it through the name cls."""
         methods = [self.nodes[key] for key in self.nodes if key.startswith(f"{cls}.")]
-        return any(isinstance(n, ast.Name) and n.id == "cls" for method in methods for n in ast.walk(method))
+        return any(isinstance(n, ast.Name) and n.id == "cls" for method in methods for n in walk(method))
 
     def _arguments(self, key: str, node: ast.FunctionDef, calls: dict, by_name: dict, escaped: set, bases: set) -> None:
         """Parameters that have one constant value in all calls."""
@@ -340,13 +340,13 @@ class Program:
         return any(
             isinstance(n, ast.Name) and n.id in ("import:dataclasses:dataclass", "import:typing:NamedTuple")
             for part in (*node.decorator_list, *node.bases)
-            for n in ast.walk(part)
+            for n in walk(part)
         )
 
     def drop_parameters(self) -> None:
         """Take away parameters of functions that nothing reads, with what calls give for them."""
         keys = sorted(self.reached())
-        hoisted = [n for quoted, _ in self.facts.hoisted.values() for n in ast.walk(quoted)]
+        hoisted = [n for quoted, _ in self.facts.hoisted.values() for n in walk(quoted)]
         used = Counter(n.id for n in hoisted if isinstance(n, ast.Name))
         calls: dict[str, list[ast.Call]] = defaultdict(list)
         for part in [*(self.nodes[key] for key in keys), *(p for key in keys for p in self.more.get(key, []))]:
@@ -361,7 +361,7 @@ class Program:
             for key in keys:
                 if self.may_drop(key, calls[key], used[key]):
                     node = self.nodes[key]
-                    read = {n.id for part in node.body for n in ast.walk(part) if isinstance(n, ast.Name)}
+                    read = {n.id for part in node.body for n in walk(part) if isinstance(n, ast.Name)}
                     for arg in [*node.args.args, *node.args.kwonlyargs]:
                         dropped |= arg.arg not in read and _without(node, arg, calls[key])
 
@@ -381,7 +381,7 @@ class Program:
             name = waiting.pop()
             if name not in found:
                 found.add(name)
-                inside = {n.id for n in ast.walk(self.facts.hoisted[name][0]) if isinstance(n, ast.Name)}
+                inside = {n.id for n in walk(self.facts.hoisted[name][0]) if isinstance(n, ast.Name)}
                 waiting += [other for other in self.facts.hoisted if other in inside]
         return [name for name in self.facts.hoisted if name in found]
 
@@ -432,7 +432,7 @@ def returned(node: ast.FunctionDef) -> Any:
 def references(node: ast.stmt) -> tuple[list[str], tuple[set[str], bool]]:
     """Ids that a statement uses, and its attribute names with whether only these tell what it reads; annotations are
     left out unless a decorator reads them."""
-    nodes = list(walk(node))
+    nodes = list(read_by(node))
     by_name = {"getattr", "hasattr", "import:operator:attrgetter"}
     computed = any(isinstance(n, ast.Name) and n.id in by_name for n in nodes)
     attributes = {n.attr for n in nodes if isinstance(n, ast.Attribute)}
@@ -441,7 +441,7 @@ def references(node: ast.stmt) -> tuple[list[str], tuple[set[str], bool]]:
     return [n.id for n in nodes if isinstance(n, ast.Name) and ":" in n.id], (attributes, not computed)
 
 
-def walk(node: ast.AST, annotations: bool = False) -> Iterator[ast.AST]:
+def read_by(node: ast.AST, annotations: bool = False) -> Iterator[ast.AST]:
     """The nodes of a tree, without annotations; those of a custom op are read when it is registered, those of a kernel
     when it is compiled."""
     yield node
@@ -452,4 +452,4 @@ def walk(node: ast.AST, annotations: bool = False) -> Iterator[ast.AST]:
             continue
         for child in value if isinstance(value, list) else [value]:
             if isinstance(child, ast.AST):
-                yield from walk(child, annotations)
+                yield from read_by(child, annotations)

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from golfgpt.submit.trees import clone, walk
+
 PACKAGES = ("golfgpt", "golfgpt_kernels")
 SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
@@ -79,7 +81,7 @@ class Package:
         node = next((m for m in owner.body if isinstance(m, ast.FunctionDef) and m.name == name), None)
         if node is None:
             return None
-        node = copy.deepcopy(node)
+        node = clone(node)
         node.args.args[0].annotation = ast.Name(f"{module}:{cls}", ast.Load())
         node.decorator_list = []
         return Definition(f"{module}:{cls}.{name}", node)
@@ -116,7 +118,7 @@ class Package:
                 qualify.visit(node)
             for node in module.unnamed:
                 qualify.visit(node)
-                used = [n.id for part in getattr(node, "decorator_list", [node]) for n in ast.walk(part) if _global(n)]
+                used = [n.id for part in getattr(node, "decorator_list", [node]) for n in walk(part) if _global(n)]
                 for owner in {u for u in used if u.startswith(f"{name}:")}:
                     module.definitions[owner.split(":")[1]].more.append(_registered(node, owner))
         return module
@@ -148,7 +150,7 @@ def _registered(node: ast.stmt, owner: str) -> ast.stmt:
     """A function that several ops register, as one that `owner` alone does."""
     if isinstance(node, ast.FunctionDef):
         node = copy.copy(node)
-        node.decorator_list = [d for d in node.decorator_list if any(_global(n) and n.id == owner for n in ast.walk(d))]
+        node.decorator_list = [d for d in node.decorator_list if any(_global(n) and n.id == owner for n in walk(d))]
     return node
 
 
@@ -186,7 +188,7 @@ def binds(node: ast.stmt) -> list[str]:
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
         return [node.name]
     targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-    return [n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)]
+    return [n.id for target in targets for n in walk(target) if isinstance(n, ast.Name)]
 
 
 def bound_in(scope: ast.AST) -> set[str]:
@@ -194,7 +196,7 @@ def bound_in(scope: ast.AST) -> set[str]:
     found: set[str] = set()
     outside: set[str] = set()
 
-    def walk(node: ast.AST) -> None:
+    def look(node: ast.AST) -> None:
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.Name) and isinstance(child.ctx, ast.Store | ast.Del):
                 found.add(child.id)
@@ -207,17 +209,17 @@ def bound_in(scope: ast.AST) -> set[str]:
             if isinstance(child, ast.FunctionDef | ast.ClassDef):
                 found.add(child.name)
             elif isinstance(child, COMPREHENSIONS):  # a walrus inside binds out here
-                found.update(n.target.id for n in ast.walk(child) if isinstance(n, ast.NamedExpr))
+                found.update(n.target.id for n in walk(child) if isinstance(n, ast.NamedExpr))
             elif not isinstance(child, ast.Lambda):
-                walk(child)
+                look(child)
 
     if isinstance(scope, SCOPES):
-        found.update(arg.arg for arg in ast.walk(scope.args) if isinstance(arg, ast.arg))
+        found.update(arg.arg for arg in walk(scope.args) if isinstance(arg, ast.arg))
         for part in scope.body if isinstance(scope.body, list) else [scope.body]:
-            walk(ast.Module([part], []))
+            look(ast.Module([part], []))
     else:
         for generator in scope.generators:
-            found.update(n.id for n in ast.walk(generator.target) if isinstance(n, ast.Name))
+            found.update(n.id for n in walk(generator.target) if isinstance(n, ast.Name))
     return found - outside
 
 
@@ -258,13 +260,13 @@ class _Qualify(ast.NodeTransformer):
         args.defaults = [self.visit(part) for part in args.defaults]
         args.kw_defaults = [part and self.visit(part) for part in args.kw_defaults]
         node.returns = node.returns and self.visit(node.returns)
-        for arg in ast.walk(args):
+        for arg in walk(args):
             if isinstance(arg, ast.arg) and arg.annotation:
                 arg.annotation = self.visit(arg.annotation)
         names = bound_in(node)
         inside = {}  # modules of the package that the function imports are global from here on
         package = self.module.package
-        for part in ast.walk(node):
+        for part in walk(node):
             for name, id in imported(part, package):
                 if not id.startswith("import:"):
                     inside[name] = self.package.resolve(id)

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from golfgpt.submit.facts import BUILTINS, NOTHING, OUTSIDE, SEED, UNKNOWN, Facts, is_literal
+from golfgpt.submit.trees import walk
 
 BINARY = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
@@ -262,7 +263,7 @@ def is_plain(value: Any) -> bool:
 
 def pure(node: ast.AST) -> bool:
     """Whether evaluating the expression has no effect."""
-    for n in ast.walk(node):
+    for n in walk(node):
         if isinstance(n, ast.NamedExpr | ast.Await | ast.Yield | ast.YieldFrom):
             return False
         if isinstance(n, ast.Call):
@@ -301,7 +302,7 @@ FUNCTIONS = BUILTINS | {"isinstance", "zip", "set", "_prefix", "cannot_run", "pa
 def asks(node: ast.AST) -> bool:
     """Whether evaluating a test has no effect: beside what is `pure` it may call ASKING and FUNCTIONS, and name
     results."""
-    for n in ast.walk(node):
+    for n in walk(node):
         if isinstance(n, ast.Await | ast.Yield | ast.YieldFrom):
             return False
         if isinstance(n, ast.Call):
