@@ -370,10 +370,13 @@ def test_code_alone_over_the_budget_is_a_budget_error(capsys):
     assert "leaves nothing of budget.artifact_bytes 1,000 for a model" in capsys.readouterr().err
 
 
-def test_an_option_of_train_is_known_elsewhere(capsys):
+def test_an_option_of_train_is_known_elsewhere(tmp_path, capsys):
     assert main(["doctor", "--schedule.max-seconds=5"]) == 2
     wanted = "golfgpt: --schedule.max-seconds is an option of golfgpt train; golfgpt doctor does not take it"
     assert capsys.readouterr().err.splitlines()[-1] == wanted
+    write_config(tmp_path, RunConfig())
+    assert main(["eval", str(tmp_path), "--runtime.compile", "on"]) == 2
+    assert capsys.readouterr().err.endswith("golfgpt eval does not take it; did you mean --eval.compile?\n")
 
 
 @pytest.mark.parametrize(

@@ -82,8 +82,10 @@ _ELSEWHERE = {
     "out-dir": ("name", "out"),
     "output": ("name", "out"),
     "output-dir": ("name", "out"),
+    "runtime.compile": ("eval.compile",),
 }
-"""What other trainers call the options of ours that have no word in common with theirs."""
+"""What other trainers call the options of ours that have no word in common with theirs; and what is another option
+elsewhere."""
 
 
 def _flags(cls: type, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -155,7 +157,8 @@ def _reject(cls: type, name: str, argv: list[str], box: str) -> NoReturn:
             elif not flag and Path(found[2], "config.json").exists():
                 message += f"; golfgpt {name} takes one run at a time"
         elif (word := found[2].lstrip("-").partition("=")[0]) in {*dict(_flags(RunConfig)), "recipe", "resume"}:
-            flag, about, message = "", [], f"--{word} is an option of golfgpt train; golfgpt {name} does not take it"
+            about, message = [], f"--{word} is an option of golfgpt train; golfgpt {name} does not take it"
+            flag = next((f"--{own}" for own in _ELSEWHERE.get(word, ()) if own in dict(_flags(cls))), "")
         elif (meant := _meant(cls, word)) and flag != f"--{meant}":
             flag, about = f"--{meant}", [f"--{meant}", dict(_flags(cls))[meant]]
         message += f"; did you mean {flag}?" if flag else ""
