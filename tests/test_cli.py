@@ -17,6 +17,7 @@ import pytest
 from safetensors.torch import load_file
 
 from golfgpt.cli import COMMANDS, main
+from golfgpt.config import RunConfig
 from golfgpt.data.tokenizer import Tokenizer
 from golfgpt.errors import missing_package
 from golfgpt.model.gpt import GPT
