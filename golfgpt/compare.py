@@ -319,7 +319,7 @@ def compare(
     side_a, side_b = one_side(a, kind, b), one_side(b, kind, a)
     _same_text([a[0], b[0]], kind, RULE if kind == "plain" else TEXT)
     different = differences(as_configured(a[0], MEASURED), as_configured(b[0], MEASURED))
-    changes = tuple(d for d in different if not d.startswith(("seed:", "runtime.")))
+    changes = tuple(d for d in different if not d.startswith(("seed:", "runtime.", "eval.compile:")))
     paired_test, pairing = _pairing(side_a.losses, side_b.losses, changes, test)
     by_welch = welch(side_a.losses, side_b.losses, criteria)
     labels = dict.fromkeys(str(_score(side[0], kind).get("label")) for side in (a, b))
@@ -435,7 +435,7 @@ def _same_text(runs: Sequence[Run], kind: Kind, fields: Sequence[str]) -> None:
 def _rescore(run: Run, like: Run, kind: Kind) -> str:
     """The command that scores `run` by the rules of `like`; empty if their rules are equal."""
     options = space.changes(run.config, replace(run.config, eval=like.config.eval))
-    without = ("eval.batch_tokens", *(("eval.ttt.",) if kind == "plain" else ()))
+    without = ("eval.batch_tokens", "eval.compile", *(("eval.ttt.",) if kind == "plain" else ()))
     options = {name: value for name, value in options.items() if not name.startswith(without)}
     if like.config.window != run.config.window:  # a default that data.seq_len decides
         options |= {"eval.window": like.config.window, "eval.stride": like.config.stride}

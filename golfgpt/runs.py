@@ -28,7 +28,8 @@ FORMAT = 4
 """Of config.json; runs without one count as 1. A release with new or changed fields of RunConfig raises it."""
 
 _ADDED = {"runtime": {"tracker": "none", "val_tokens": None, "peer_seconds": 600.0}, "eval": {"compile": "auto"}}
-"""Fields that a config of this format may lack, since they are newer than it, with the value that runs had then."""
+"""Fields that a config of this format may lack, since they are newer than it, with the value that runs had then (a CPU
+also compiled scores where runtime.compile was on, which may round otherwise)."""
 
 
 class StoredScore(TypedDict, total=False):
@@ -279,13 +280,15 @@ def artifact_file(path: Path) -> Path:
     """The artifact of a run folder, or `path` itself if it is a file. Raises InputError if there is none."""
     file = path / "model.golf" if path.is_dir() else path
     if not file.is_file():
+        quoted = shlex.quote(str(path))
+        if (path / "result.json").exists():
+            raise InputError(f"there is no {file} any more; to write it again: golfgpt train --resume {quoted}")
+        if (path / "config.json").exists():
+            export = f"; to make a file of what it has saved: golfgpt export {quoted} --to golf" * saved(path)
+            end = "follow it: golfgpt watch" if locked(path) else "finish it: golfgpt train --resume"
+            raise InputError(f"there is no {file} before the run has ended{export}; to {end} {quoted}")
         if (path / "model.safetensors").exists():
             raise InputError(f"{path} is an export for other programs; expected the run that it was made of")
-        if (path / "config.json").exists():
-            quoted = shlex.quote(str(path))
-            end = "follow it with golfgpt watch" if locked(path) else "finish it with golfgpt train --resume"
-            export = f"; golfgpt export {quoted} --to golf writes what it has saved to a file" * saved(path)
-            raise InputError(f"there is no {file} before the run has ended{export}; {end} {quoted}")
         if path.is_dir():
             raise InputError(f"{path} holds no run: {_instead(path)}")
         raise InputError(f"there is no {file}; {_meant(path, 'expected a run folder or a .golf file')}")

@@ -64,7 +64,7 @@ def shared(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True, scope="session")
 def _cache(shared):
-    """What earlier runs of this machine chose or compiled decides nothing, and tests leave nothing there."""
+    """What earlier runs of this machine chose or compiled decides nothing."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(shared / "cache"))
         yield

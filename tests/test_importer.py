@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +15,14 @@ from models import in_banks, latest_record, lively, tiny_config
 
 from golfgpt.cli import main
 from golfgpt.config import AverageConfig, QuantConfig
+from golfgpt.files import write_bytes
 from golfgpt.importer import layer_groups_of
 from golfgpt.published.files import read_export
 from golfgpt.published.names import from_published, to_published
 from golfgpt.quant import artifact
 from golfgpt.quant.formats import decode
 from golfgpt.quant.quantizer import Quantizer
+from golfgpt.train import checkpoint
 from golfgpt.train.run_folder import newest_weights
 from golfgpt.train.train import train
 
@@ -38,7 +41,7 @@ def trained(corpus, tmp_path_factory) -> Path:
 @pytest.fixture
 def state(trained) -> dict[str, torch.Tensor]:
     """Its weights, as published scripts save them."""
-    return {name: tensor.clone() for name, tensor in to_published(newest_weights(trained).model).items()}
+    return {name: tensor.clone() for name, tensor in to_published(newest_weights(trained)[0].model).items()}
 
 
 @pytest.fixture
@@ -52,7 +55,7 @@ def mixed(trained: Path) -> dict:
     """R5's dict: int6 codes with float16 scales, the rest in float16."""
     w, m = {}, {}
     model = artifact.inspect(trained / "model.golf").model
-    for bank, tensor in Quantizer(model, QUANT).encode(newest_weights(trained).model).items():
+    for bank, tensor in Quantizer(model, QUANT).encode(newest_weights(trained)[0].model).items():
         for name, values in to_published({bank: tensor.values}).items():
             if tensor.scale is None:
                 w[name], m[name] = values.half(), "passthrough"
@@ -117,7 +120,7 @@ def test_a_later_record_is_imported_scored_exported_and_imported_again(import_ar
     assert "model.parallel.kind" not in out and "value_embedding" not in out
     model = artifact.inspect("runs/a/model.golf").model
     assert model == RECORD
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in newest_weights(Path("runs/a")).model.items())
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in newest_weights(Path("runs/a"))[0].model.items())
     tail = ["--data.path", str(corpus), "--eval.max-tokens", "500", "--eval.window", "64", "--runtime.device", "cpu"]
     assert math.isfinite(run_json(capsys, "eval", "runs/a", *tail)["score"]["val_bpb"])
     assert main(["sample", "runs/a", "--tokens", "5"]) == 0
@@ -131,13 +134,13 @@ def test_codes_are_taken_over_and_not_quantized_twice(trained, import_argv, caps
     torch.save(mixed(trained), "m.pt")
     run_json(capsys, *import_argv, "--average.kind", "swa")  # as the recipe that a user names may have it
     export, info = read_export("m.pt"), artifact.inspect("runs/a/model.golf")
-    ours = Quantizer(info.model, QUANT).encode(newest_weights(trained).model)
+    ours = Quantizer(info.model, QUANT).encode(newest_weights(trained)[0].model)
     theirs = layer_groups_of(export, info.model)
     assert theirs.keys() == ours.keys() and info.formats == {name: group.format for name, group in theirs.items()}
     for name, group in ours.items():
         assert torch.equal(theirs[name].values, group.values), name
         assert group.scale is None or torch.equal(theirs[name].scale, group.scale), name
-    decoded, weights = artifact.read("runs/a/model.golf").state, newest_weights(Path("runs/a")).model
+    decoded, weights = artifact.read("runs/a/model.golf").state, newest_weights(Path("runs/a"))[0].model
     for name, tensor in from_published(export.state, info.model).items():
         assert torch.equal(weights[name], tensor), name
         torch.testing.assert_close(decoded[name], tensor, rtol=2**-8, atol=0)  # bfloat16 rounds the embedding
@@ -219,13 +222,31 @@ def test_a_run_is_stored_in_other_formats_from_its_trained_weights(trained, caps
         assert main(argv) == 3 and "replace it with --overwrite" in capsys.readouterr().err
         assert run_json(capsys, *argv, "--overwrite")["bytes"] == sizes[bits]
         expected = Quantizer(artifact.inspect(out).model, replace(QUANT, bits=bits))
-        decoded = decode(expected.encode(newest_weights(trained).model))
+        decoded = decode(expected.encode(newest_weights(trained)[0].model))
         assert all(torch.equal(tensor, decoded[name]) for name, tensor in artifact.read(out).state.items())
     assert sizes[5] < sizes[8]
     config = json.loads((trained / "config.json").read_text())
     tail = ["--eval.max-tokens", "2000", "--runtime.device", "cpu", "--data.path", config["data"]["path"]]
     scores = [run_json(capsys, "eval", str(trained / name), *tail)["score"] for name in ("int5.golf", "model.golf")]
     assert not math.isclose(scores[0]["val_bpb"], scores[1]["val_bpb"])
+
+
+def test_a_damaged_end_of_a_run_is_not_replaced_by_an_earlier_step(trained, tmp_path, capsys):
+    """And what an artifact says of itself comes from the artifact, not from what lies beside it."""
+    run = shutil.copytree(trained, tmp_path / "run")
+    (run / "tokenizer.model").unlink()
+    assert main(["export", str(run), "--to", "golf"]) == 0
+    assert (
+        artifact.inspect(run / "export.golf").tokenizer_sha256 == artifact.inspect(run / "model.golf").tokenizer_sha256
+    )
+    saved, _ = checkpoint.latest(run / "checkpoints")
+    checkpoint.save(run / "checkpoints", replace(saved, step=saved.step - 1, finished=False))
+    write_bytes(run / "checkpoints" / f"step_{saved.step:08d}.safetensors", b"cut off")  # `saved` maps the other file
+    capsys.readouterr()
+    assert main(["export", str(run), "--to", "golf", "--overwrite"]) == 3
+    refused = capsys.readouterr().err
+    assert f"no intact checkpoint of its end, only one of step {saved.step - 1} (" in refused
+    assert "use --source artifact" in refused
 
 
 @pytest.mark.parametrize(

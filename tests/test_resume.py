@@ -107,13 +107,24 @@ def test_killed_outright_and_resumed(tiny, tmp_path, monkeypatch, capsys):
     again, _ = checkpoint.latest(path / "checkpoints")
     assert again.step > found.step
     assert main(["sample", str(path)]) == 3
-    assert f"golfgpt export {path} --to golf writes what it has saved to a file" in capsys.readouterr().err
+    assert f"what it has saved: golfgpt export {path} --to golf; to finish it: " in capsys.readouterr().err
     assert main(["export", str(path), "--to", "golf"]) == 0
     assert f"the checkpoint's weights after step {again.step}: training has not ended" in capsys.readouterr().out
     decoded = decode(Quantizer(config.model, config.quant).encode(again.model))
     assert all(torch.equal(tensor, decoded[name]) for name, tensor in read(path / "export.golf").state.items())
     assert main(["sample", str(path / "export.golf"), "--tokens", "3"]) == 0
     assert main(["eval", str(path / "export.golf"), "--eval.max-tokens", "100", "--runtime.device", "cpu"]) == 0
+    (path / "checkpoints" / "step_00000399.safetensors").write_bytes(b"cut off")
+    (path / "tokenizer.model").rename(tmp_path / "tokenizer.model")
+    assert main(["export", str(path), "--source", "checkpoint"]) == 3
+    (tmp_path / "tokenizer.model").rename(path / "tokenizer.model")
+    capsys.readouterr()
+    assert main(["export", str(path), "--source", "checkpoint", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert "step_00000399.safetensors" in captured.err and "; an older checkpoint is used" in captured.err
+    assert json.loads(captured.out)["step"] == again.step and not json.loads(captured.out)["finished"]
+    assert main(["sample", str(path)]) == 3
+    assert "before the run has ended" in capsys.readouterr().err, "although the folder has model.safetensors"
 
 
 def test_a_fitted_run_keeps_its_width_when_the_budget_changes(tiny, tmp_path):
@@ -234,9 +245,9 @@ def test_without_a_checkpoint_the_stored_config_still_rules(tiny, tmp_path):
 
 
 def test_a_run_without_the_newest_fields_resumes(tiny, tmp_path, monkeypatch):
-    """Its config.json and checkpoint lack runtime.tracker and val_tokens."""
+    """Its config.json and checkpoint lack runtime.tracker and val_tokens, and eval.compile."""
     path, old = tmp_path / "run", to_dict(tiny)
-    del old["runtime"]["tracker"], old["runtime"]["val_tokens"]
+    del old["runtime"]["tracker"], old["runtime"]["val_tokens"], old["eval"]["compile"]
     monkeypatch.setattr("golfgpt.train.saver.to_dict", lambda config: old)
     monkeypatch.setattr("golfgpt.runs.to_dict", lambda config: old)
     train(tiny, path)

@@ -162,11 +162,16 @@ def test_broken_runs_are_listed_with_the_reason(folder, capsys):
 
 
 def test_why_a_folder_has_no_artifact(tmp_path):
-    with pytest.raises(InputError, match="before the run has ended; finish it with golfgpt train --resume"):
+    with pytest.raises(InputError, match="before the run has ended; to finish it: golfgpt train --resume"):
         (tmp_path / "config.json").touch()
         artifact_file(tmp_path)
-    with filelock.FileLock(tmp_path / ".lock"), pytest.raises(InputError, match="ended; follow it with golfgpt watch"):
+    with filelock.FileLock(tmp_path / ".lock"), pytest.raises(InputError, match="ended; to follow it: golfgpt watch"):
         artifact_file(tmp_path)
+    (tmp_path / "result.json").touch()
+    with pytest.raises(InputError, match="any more; to write it again: golfgpt train --resume"):
+        artifact_file(tmp_path)
+    for name in ("config.json", "result.json"):
+        (tmp_path / name).unlink()
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(InputError, match="is an export for other programs"):
         artifact_file(tmp_path)

@@ -495,6 +495,19 @@ def test_runs_of_a_change_that_fail(tmp_path):
         try_change(tmp_path, lambda config: ends["failed"])
 
 
+def test_an_incumbent_without_the_newest_fields_is_read(tmp_path):
+    from golfgpt.sweep.attempt import Loop, digest, read_loop
+
+    loop = Loop(recipe="demo", config=RunConfig(), looks=(2,))
+    loop.save(tmp_path)
+    values = json.loads((tmp_path / "incumbent.json").read_text())
+    del values["config"]["eval"]["compile"]
+    (tmp_path / "incumbent.json").write_text(json.dumps(values))
+    assert read_loop(tmp_path) == loop
+    compiled = replace(loop.config, eval=replace(loop.config.eval, compile="on"))
+    assert digest(compiled) == digest(loop.config), "its runs are those of the incumbent"
+
+
 def test_a_change_that_was_overtaken_is_not_the_incumbent(tmp_path):
     from golfgpt.sweep.attempt import read_loop
 

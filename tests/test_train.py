@@ -676,10 +676,11 @@ def test_activations_are_estimated_near_the_published_peaks():
 def test_without_a_terminal_a_silence_is_broken_by_what_goes_on(capsys):
     reporter, said = Reporter(None), ""
     with contextlib.closing(reporter):
-        reporter.status("counting")
+        reporter.status("ready")  # of a step: its line
         reporter.show("ready")
-        reporter.status("compressing")
         reporter._told -= 5  # seconds of silence
+        time.sleep(1.5)
+        reporter.status("compressing")
         deadline = time.monotonic() + 60
         while said.count("\n") < 2 and time.monotonic() < deadline:
             time.sleep(0.05)

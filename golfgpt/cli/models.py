@@ -6,6 +6,7 @@ import json
 import math
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from operator import attrgetter
 from pathlib import Path
@@ -194,7 +195,8 @@ def export(args: Export) -> int:
     folder = args.run.parent if args.run.is_file() else args.run
     whole = not args.run.is_file() or (args.run.name == "model.golf" and (folder / "config.json").exists())
     source = args.source or ("checkpoint" if args.to == "golf" and whole else "artifact")
-    file = folder / "model.golf" if source == "checkpoint" else artifact_file(args.run)
+    file = args.run if args.run.is_file() else folder / "model.golf"
+    file = file if source == "checkpoint" else artifact_file(args.run)
     started = stored_config(args.run).quant if (folder / "config.json").exists() else args.quant
     if args.to != "golf" and (changed := differences(started, args.quant, "quant.")):
         raise InputError(
@@ -217,7 +219,9 @@ def export(args: Export) -> int:
         raise InputError(f"{out} already exists; choose another --out, or replace it with --overwrite")
     if place.name == "checkpoints" and (place.parent / "config.json").exists():
         raise InputError(f"--out {out} is in the checkpoints folder of a run; choose another folder")
-    found = _weights(folder) if source == "checkpoint" else _decoded(file)
+    found = _trained(folder, file) if source == "checkpoint" else _decoded(file)
+    for note in found.notes:
+        print(f"warning: {note}", file=sys.stderr)
     state, model, digest = found.state, found.model, found.tokenizer_sha256
     if args.to == "golf":
         hessians = _hessians(args, found) if args.quant.method == "gptq" else None
@@ -231,7 +235,8 @@ def export(args: Export) -> int:
         write_bytes(out, safetensors.torch.save(tensors, meta))
     size = out.stat().st_size
     if args.json:
-        print_json({"file": str(out), "source": source, "tensors": len(to_published(state)), "bytes": size})
+        facts = {"file": str(out), "source": source, "tensors": len(to_published(state)), "bytes": size}
+        print_json(facts | {"step": found.step, "finished": found.finished})
     elif args.to == "golf":
         print(tensor_table(written.table()))
         print(f"\n{out}: {size:,} bytes, {written.packing}, from {found.label}")
@@ -254,6 +259,10 @@ class _Weights(NamedTuple):
     tokenizer_sha256: str
     seq_len: int
     label: str
+    notes: Sequence[str] = ()
+    step: int | None = None
+    """Of the checkpoint."""
+    finished: bool = True
 
 
 def _decoded(file: Path) -> _Weights:
@@ -265,16 +274,22 @@ def _decoded(file: Path) -> _Weights:
     return _Weights(loaded.state, info.model, info.tokenizer_sha256, info.seq_len, "the artifact's weights")
 
 
-def _weights(folder: Path) -> _Weights:
-    """The weights of a run's newest checkpoint."""
+def _trained(folder: Path, file: Path) -> _Weights:
+    """The weights of a run's newest checkpoint. What an artifact says about them comes from `file` if it exists."""
     from golfgpt.data.tokenizer import Tokenizer
+    from golfgpt.quant import artifact
     from golfgpt.runs import read_config
     from golfgpt.train.run_folder import newest_weights
 
-    config, saved = read_config(folder), newest_weights(folder)
-    digest = Tokenizer.from_file(folder / "tokenizer.model").digest
+    config = read_config(folder)
+    saved, notes = newest_weights(folder)
+    if file.is_file():
+        info = artifact.inspect(file)
+        facts = info.model, info.tokenizer_sha256, info.seq_len
+    else:
+        facts = config.model, Tokenizer.from_file(folder / "tokenizer.model").digest, config.data.seq_len
     label = "the checkpoint's weights" + f" after step {saved.step}: training has not ended" * (not saved.finished)
-    return _Weights(saved.model, config.model, digest, config.data.seq_len, label)
+    return _Weights(saved.model, *facts, label, notes, saved.step, saved.finished)
 
 
 def _export_hf(args: Export, file: Path) -> int:

@@ -277,10 +277,10 @@ def evaluate(args: Eval) -> int:
                 reporter.line(
                     f"eval.max_tokens {config.eval.max_tokens} is kept from training; --eval.max-tokens None scores all"
                 )
-            if ((read_stored_result(folder) or {}).get("dataset") or dataset.digest) != dataset.digest:
+            if _other_data(folder, started, config, dataset.digest):
                 reporter.line(
-                    "note: these are not the run's data; a score of text that the model was trained on says nothing "
-                    "about other text"
+                    "note: this data folder differs from the run's; a score of text that the model was trained on says "
+                    "nothing about other text"
                 )
             with choose_kernels(config, ranks):
                 model = model.to(ranks.device)
@@ -298,6 +298,7 @@ def evaluate(args: Eval) -> int:
                         say=reporter.line,
                         deferred=signals.deferring("the adapted score ends where all ranks meet"),
                     )
+        reporter.status("compressing the text with gzip, xz and zstd for comparison")
         known = compressors_bpb(dataset) if ranks.is_main and not score.partial else None
     except Interrupted as error:
         signum = error.exit_code - 128
@@ -328,6 +329,15 @@ def evaluate(args: Eval) -> int:
                 print(f"the run keeps its partial score, which runs, compare and submit read; {again} replaces it")
         check_adapted(adapted)
     return 0
+
+
+def _other_data(folder: Path, started: RunConfig, config: RunConfig, digest: str) -> bool:
+    """Whether the run is known to have been trained on other data than `digest`; before it has a result, whether their
+    path is another one."""
+    with contextlib.suppress(InputError):
+        if known := (read_stored_result(folder) or {}).get("dataset"):
+            return known != digest
+    return started.data.path not in (None, config.data.path)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -111,8 +111,8 @@ class EvalConfig(Section):
     attend within their document, cut every `window` tokens; what does not fill a row in its eighth of the text is not
     scored. `stride` and `batch_tokens` are not used then."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of the forward; auto: on cuda unless runtime.compile is off. A CPU compiles for half a minute,
-    which only a long text repays."""
+    """torch.compile of the forward, except under rule varlen. auto: on cuda unless runtime.compile is off. A CPU
+    compiles for half a minute, which only a long text repays."""
     ttt: TTTConfig = TTTConfig()
 
     def __post_init__(self) -> None:

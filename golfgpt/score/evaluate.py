@@ -140,9 +140,11 @@ def within_documents(config: RunConfig) -> bool:
 
 def compiles(config: RunConfig, ranks: Ranks) -> bool:
     """Whether forwards are compiled."""
-    if config.eval.compile == "auto":
-        return ranks.device.type == "cuda" and config.runtime.compile != "off"
-    return config.eval.compile == "on"
+    if config.eval.compile == "on":
+        return True
+    if config.eval.compile == "off" or config.runtime.compile == "off":
+        return False
+    return ranks.device.type == "cuda"
 
 
 def scored_shape(config: RunConfig, ranks: Ranks) -> tuple[int, ...]:

@@ -517,7 +517,7 @@ class _Drop(ast.NodeTransformer):
         node.body = [found for part in node.body if (found := self.visit(part)) is not None] or [ast.Pass()]
 
     def visit_Assign(self, node: ast.Assign) -> ast.AST | None:
-        names = [n for target in node.targets for n in walk(target) if not isinstance(n, ast.expr_context)]
+        names = [n for target in node.targets for n in walk(target)]
         local = all(isinstance(n, ast.Name | ast.Tuple | ast.Starred) for n in names)
         read = any(isinstance(n, ast.Name) and n.id in self.read for n in names)
         if local and not read and pure(node.value):

@@ -25,6 +25,7 @@ import filelock
 from golfgpt.config import RunConfig, to_dict
 from golfgpt.errors import InputError
 from golfgpt.files import from_json, read_json, write_json
+from golfgpt.runs import stored
 from golfgpt.sweep.children import Children
 from golfgpt.sweep.decide import ALPHA, Decision, decide
 from golfgpt.sweep.space import changes, flags, with_seed
@@ -61,6 +62,8 @@ def read_loop(folder: Path) -> Loop | None:
         values = read_json(file, dict)
         if (version := values.pop("version", None)) != VERSION:
             raise ValueError(f"it has version {version!r}, expected {VERSION}")
+        if isinstance(config := values.get("config"), dict):
+            values["config"] = to_dict(stored(config))
         return from_json(Loop, values)
     except ValueError as error:
         raise InputError(f"{file}: {error}; choose another --name") from error
@@ -187,8 +190,10 @@ def line(result: Result) -> list[str]:
 
 
 def digest(config: RunConfig) -> str:
-    """Names a config without its seed."""
-    values = json.dumps(to_dict(replace(config, seed=0)), sort_keys=True)
+    """Names a config without its seed, and without eval.compile, which changes scores by rounding only."""
+    tree = to_dict(replace(config, seed=0))
+    del tree["eval"]["compile"]
+    values = json.dumps(tree, sort_keys=True)
     return hashlib.sha256(values.encode()).hexdigest()[:10]
 
 

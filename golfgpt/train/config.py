@@ -23,7 +23,7 @@ KERNELS = {
 @dataclass(frozen=True, kw_only=True)
 class RuntimeConfig(Section):
     """Where and how a run executes. These fields change results only by rounding. What "auto" chose is stored with the
-    run, so that a resumed run and its scores use the same."""
+    run, so that a resumed run and its scores use the same; compilation of scores is eval.compile."""
 
     device: Device = "auto"
     """auto: cuda if available, else cpu."""
@@ -32,7 +32,7 @@ class RuntimeConfig(Section):
     it is clearly faster than float32, which is timed at the start and remembered. Parameters are float32."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the forward and backward. auto: on cuda; on a CPU where the run is long enough to repay the
-    compilation, if the compiled step is faster."""
+    compilation, if the compiled step is faster. off: nor what is scored on cuda."""
     optimizer: Literal["replicated", "sharded"] = "replicated"
     """replicated: gradients are all-reduced, and every rank updates every matrix. sharded: each rank gets the gradients
     of its shard of the matrices, updates them, and sends the new weights to the other ranks."""

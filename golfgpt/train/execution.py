@@ -165,6 +165,7 @@ def select_execution(
     if tries:
         facts = to_dict(replace(config, data=replace(config.data, path=None), seed=0))
         facts |= {"eval": None, "world": ranks.world, "step_dtype": str(step.dtype), "cores": torch.get_num_threads()}
+        facts |= {"tries": [each.name for each in tries]}
 
         def read(kept: dict[str, Any] | None) -> Execution | None:
             if not kept:

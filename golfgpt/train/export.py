@@ -53,6 +53,7 @@ class Exporter:
         """Write a plainly rounded model.golf, which stays if calibration fails. All ranks must call it."""
         with self.step.ranks.raise_on_any():
             if self.folder:
+                self.reporter.status("quantizing and compressing")
                 artifact.write(self.folder.artifact, self.quantizer.encode(self.step.exported()), **self._options)
 
     def calibrate(self) -> dict[str, Tensor]:
@@ -93,9 +94,8 @@ class Exporter:
         if encoded is not None:
             again = ", quantized again after fake quantization" if c.quant.qat != "off" else ""
             say(f"gptq:codes chosen on {c.quant.calibration_tokens:,} tokens of {c.quant.calibration}{again}")
-        else:
-            encoded = self.quantizer.encode(state)
-        self.reporter.status("compressing")
+        self.reporter.status("quantizing and compressing")
+        encoded = self.quantizer.encode(state) if encoded is None else encoded
         info = artifact.write(self.folder.artifact, encoded, **self._options)
         label = f"{self.quantizer.label}+{info.compressor}"
         raw = sum(value.numel() * value.element_size() for value in state.values())

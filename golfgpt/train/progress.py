@@ -152,10 +152,10 @@ class Progress:
         }
         text, shown = status(c, row, mean), done <= 10 or done % c.runtime.log_every == 0 or last
         self.reporter.metric("train", tracked=shown, **row)
+        self.reporter.status(f"{text}  {projection}".rstrip())
         if shown:
             self.reporter.show(text)
             self.reporter.log(
                 f"step:{done}/{c.schedule.max_steps} train_loss:{result.loss:.4f} train_time:{seconds * 1000:.0f}ms "
                 f"step_avg:{seconds / done * 1000:.2f}ms train_loss_ema:{smooth:.4f}"
             )
-        self.reporter.status(f"{text}  {projection}".rstrip())

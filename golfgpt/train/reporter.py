@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
@@ -28,10 +29,11 @@ class Reporter:
         self.folder, self._speak = folder, speak
         self._told, self._patience, self._newest = time.monotonic(), 5.0, ""
         self._file = sys.stderr if quiet else sys.stdout
-        self._status = self._tracking = None
+        self._status = self._tracking = self._breaker = None
         self._closed = threading.Event()
         if speak and not self._file.isatty():
-            threading.Thread(target=self._break_silences, daemon=True).start()
+            self._breaker = threading.Thread(target=self._break_silences, daemon=True)
+            self._breaker.start()
         elif speak:
             from rich.console import Console
             from rich.text import Text
@@ -70,8 +72,11 @@ class Reporter:
         while not self._closed.wait(0.5):
             text, now = self._newest, time.monotonic()
             if text and now - self._told >= self._patience:
-                self._told, self._patience, self._newest = now, 30.0, ""
-                self._print(text)
+                self._told, self._patience = now, 30.0
+                if self._newest is text:  # not a newer one
+                    self._newest = ""
+                with contextlib.suppress(ValueError):  # such as a closed file
+                    self._print(text)
 
     def _print(self, text: str) -> None:
         """A disk that is full or a reader that is gone silences a run, which goes on: train.log has its lines too."""
@@ -95,6 +100,8 @@ class Reporter:
 
     def close(self) -> None:
         self._closed.set()
+        if self._breaker:
+            self._breaker.join(5.0)
         if self._tracking:
             self._tracking.finish(None)
         if self._status:

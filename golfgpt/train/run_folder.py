@@ -160,20 +160,25 @@ def load(path: str | os.PathLike) -> tuple[GPT, Tokenizer]:
     return model.eval(), tokenizer
 
 
-def newest_weights(path: Path) -> checkpoint.Checkpoint:
+def newest_weights(path: Path) -> tuple[checkpoint.Checkpoint, list[str]]:
     """The newest intact checkpoint of the run, its `model` being what an export at that step quantizes: the average of
-    the weights if the run averages.
+    the weights if the run averages. And what is to be said about it: damaged newer ones, an average of too few steps.
 
-    Raises InputError if there is no intact checkpoint.
+    Raises InputError if there is no intact checkpoint, or none of the end of a run that has ended.
     """
     saved, refused = checkpoint.latest(path / "checkpoints")
-    if saved is None:
+    over = (path / "result.json").exists()
+    if saved is None or (over and not saved.finished):
         reasons = f" ({'; '.join(refused.values())})" if refused else ""
+        which = f" of its end, only one of step {saved.step}" if saved else ""
         hint = "; use --source artifact" if (path / "model.golf").exists() else ""
-        raise InputError(f"{path} has no intact checkpoint{reasons}{hint}")
+        raise InputError(f"{path} has no intact checkpoint{which}{reasons}{hint}")
     config = read_config(path)
     embeddings = of_kind(parameter_table(config.model), "embedding")
     bf16_params = frozenset(embeddings if config.optim.embed_dtype == "bfloat16" else ())
     average = Average({name: nn.Parameter(w) for name, w in saved.model.items()}, config.average, bf16_params)
     average.load_state(saved.average)
-    return replace(saved, model=saved.model | average.weights())
+    notes = [f"{reason}; an older checkpoint is used" for reason in refused.values()]
+    if config.average.kind != "none" and saved.average and not average.ready:
+        notes.append(f"{average.count} of {saved.step} steps are in the average, too few: these are the last weights")
+    return replace(saved, model=saved.model | average.weights()), notes
