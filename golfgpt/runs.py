@@ -201,6 +201,12 @@ def resume_hint(path: Path) -> str:
     return f" Resume with: {launcher()} train --resume {shlex.quote(str(path))}" if saved(path) else ""
 
 
+def taken(path: Path) -> InputError:
+    """The error of a new run whose folder holds a run."""
+    hint = "" if (path / "result.json").exists() else ", or continue it with --resume"
+    return InputError(f"{path} already holds a run; choose another --name{hint}")
+
+
 def saved(path: Path) -> bool:
     """Whether the run has a checkpoint."""
     return any((path / "checkpoints").glob("step_*.safetensors"))

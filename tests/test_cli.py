@@ -371,6 +371,38 @@ def test_code_alone_over_the_budget_is_a_budget_error(capsys):
     assert "leaves nothing of budget.artifact_bytes 1,000 for a model" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            "--eval.ttt.lora.rank 8",
+            "lora.rank has no effect on eval.ttt.kind off; drop it, or add --eval.ttt.kind lora or",
+        ),
+        ("--eval.ttt.kind sgd --eval.ttt.lora.rank 8", "lora.rank has no effect on eval.ttt.kind sgd"),
+        (
+            "--eval.ttt.kind lora --eval.ttt.phases 2",
+            "phases has no effect on eval.ttt.kind lora; drop it, or add --eval.ttt.kind phased",
+        ),
+    ],
+)
+def test_options_of_another_test_time_training_are_refused(here, options, message, capsys):
+    write_config(here, RunConfig())
+    for command in (["eval", "."], ["train", "--recipe", "small"]):
+        assert main([*command, *options.split()]) == 3
+        assert message in capsys.readouterr().err
+
+
+def test_what_cannot_go_on_is_said_before_the_work(trained, capsys):
+    """A name that is taken, a folder that is not there, and data of a sweep, whose name stays free."""
+    assert main(["train", "--recipe", "demo", "--name", "first"]) == 3
+    assert "runs/first already holds a run; choose another --name" in capsys.readouterr().err
+    assert main(["export", str(trained), "--to", "golf", "--out", "none/x.golf"]) == 3
+    captured = capsys.readouterr().err
+    assert "there is no folder" in captured and "compressing" not in captured
+    assert main(["sweep", "--recipe", "small", "--grid", "optim.matrix_lr=0.1,0.2", "--data.path", "none"]) == 3
+    assert "none" in capsys.readouterr().err and not Path("runs/sweep").exists()
+
+
 def test_an_option_of_train_is_known_elsewhere(tmp_path, capsys):
     assert main(["doctor", "--schedule.max-seconds=5"]) == 2
     wanted = "golfgpt: --schedule.max-seconds is an option of golfgpt train; golfgpt doctor does not take it"

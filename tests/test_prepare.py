@@ -267,6 +267,16 @@ def test_a_file_that_is_named_again_is_said(tmp_path):
     assert said == [f"each file is read once; named again by 2 of 3 inputs: {file}, {file}"]
 
 
+def test_files_of_other_kinds_in_a_folder_are_named(tmp_path):
+    for name in ("a.txt", "b.md", "c/d.pdf"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text")
+    said: list[str] = []
+    assert find_inputs([tmp_path], said.append) == [tmp_path / "a.txt"]
+    kinds = "left out, because only .txt, .jsonl, .jsonl.zst are read: 2 files: "
+    assert said == [f"{kinds}{tmp_path / 'b.md'}, {tmp_path / 'c/d.pdf'}"]
+
+
 def test_full_disk_leaves_the_old_folder(tmp_path, source, monkeypatch):
     old = prepare([source], tmp_path / "out", vocab_size=320, val_fraction=0.3, workers=1)
 

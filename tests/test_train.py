@@ -357,6 +357,18 @@ def stalls(tiny, monkeypatch):
     return stalls
 
 
+def test_the_last_step_is_logged_also_if_only_the_next_one_is_past_the_cap(stalls, tmp_path):
+    """Else submit check finds a log that ends before its result."""
+    config, path = stalls["config"], tmp_path / "run"
+    stalls[11, 7] = lambda: 30
+    schedule = replace(config.schedule, max_steps=400, max_seconds=110.0)
+    assert train(replace(config, schedule=schedule), path)["steps"] == 12
+    log = (path / "train.log").read_text()
+    assert "training ended at 126.00 s of 110, after step 12: step 12 took longer than those before it" in log
+    steps = [line for line in log.splitlines() if line.startswith("step:")]
+    assert len(steps) == 11 and steps[-1].startswith("step:12/400 train_loss:"), "ten, then one of 50, then the last"
+
+
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_no_microbatch_begins_after_the_cap(stalls, tmp_path, monkeypatch, ahead):
     """A step has eight. The fourth step stalls in its third, beyond what any forecast allows: it is not applied."""

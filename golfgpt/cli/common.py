@@ -13,7 +13,7 @@ from typing import Annotated, Any, TextIO
 
 import tyro
 
-from golfgpt.config import RunConfig
+from golfgpt.config import EvalConfig, RunConfig, differences
 from golfgpt.errors import InputError
 from golfgpt.runs import RUNS, read_config, read_run, torchrun_id
 
@@ -37,6 +37,20 @@ def check_tokenizer(run: Path, sha256: str, data: str | None) -> None:
             f"{data} was not prepared with the tokenizer of {run}: golfgpt data prepare {source} --tokenizer "
             f"{shlex.quote(str(model))} --out DIR, then use DIR"
         )
+
+
+def check_ttt(before: EvalConfig, after: EvalConfig) -> None:
+    """Raise InputError for a changed field of test-time training that its kind does not read."""
+    reads = {"off": (), "sgd": ("sgd.", "max_seconds"), "lora": ("lora.", "max_seconds"), "phased": ("",)}
+    kind = after.ttt.kind
+    for change in differences(before.ttt, after.ttt):
+        name = change.partition(":")[0]
+        if name != "kind" and not name.startswith(reads[kind]):
+            kinds = " or ".join(each for each in reads if name.startswith(reads[each]))
+            raise InputError(
+                f"--eval.ttt.{name.replace('_', '-')} has no effect on eval.ttt.kind {kind}; drop it, or add "
+                f"--eval.ttt.kind {kinds}"
+            )
 
 
 def begun_before(path: Path) -> bool:

@@ -217,6 +217,8 @@ def export(args: Export) -> int:
         raise InputError(f"--out {out} is the exported file itself or the artifact of a run; choose another --out")
     if out.exists() and not args.overwrite:
         raise InputError(f"{out} already exists; choose another --out, or replace it with --overwrite")
+    if not place.is_dir():
+        raise InputError(f"--out {out}: there is no folder {place}; create it, or choose another --out")
     if place.name == "checkpoints" and (place.parent / "config.json").exists():
         raise InputError(f"--out {out} is in the checkpoints folder of a run; choose another folder")
     found = _trained(folder, file) if source == "checkpoint" else _decoded(file)

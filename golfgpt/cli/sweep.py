@@ -106,6 +106,8 @@ def _say(json: bool) -> Callable[[str], None]:
 
 def _plan(args: Sweep) -> tuple[Spec, int, Path]:
     """The sweep, its jobs and its folder, from SPEC.toml and the options."""
+    from golfgpt.data.shards import Dataset
+
     file = read_spec(args.spec) if args.spec else SpecFile()
     hints, values = get_type_hints(Sweep), {}
     for key in SPEC_KEYS:
@@ -123,7 +125,10 @@ def _plan(args: Sweep) -> tuple[Spec, int, Path]:
         raise InputError(f"jobs is {jobs}; expected at least 1")
     space = parse_grid(args.grid) if args.grid else file.space
     name = run_name(args.name or (args.spec.stem if args.spec else "sweep"), "")
-    return Spec(config=args.config, space=space, **values), jobs, RUNS / name
+    spec = Spec(config=args.config, space=space, **values)
+    if args.config.data.path and "data.path" not in spec.space:
+        Dataset.open(Path(args.config.data.path))
+    return spec, jobs, RUNS / name
 
 
 def _table(rows: list[Row], noise: float | None) -> str:

@@ -14,11 +14,21 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from golfgpt.cli.common import RUNS, Config, begun_before, check_tokenizer, print_json, run_name, stored_config
+from golfgpt import recipes
+from golfgpt.cli.common import (
+    RUNS,
+    Config,
+    begun_before,
+    check_tokenizer,
+    check_ttt,
+    print_json,
+    run_name,
+    stored_config,
+)
 from golfgpt.cli.data import DataPrepare, prepare_folder
 from golfgpt.config import EvalConfig, RunConfig
 from golfgpt.errors import BudgetError, InputError, Interrupted
-from golfgpt.runs import launcher, read_result, read_run, read_stored_result
+from golfgpt.runs import launcher, read_result, read_run, read_stored_result, taken
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +66,11 @@ def train(args: Train) -> int:
     if not args.resume:
         _need_recipe(args.recipe)
     path, config = args.resume or RUNS / run_name(args.name, args.recipe), args.config
+    check_ttt((stored_config(path) if args.resume else recipes.get(args.recipe).config).eval, config.eval)
     if again := not args.resume and begun_before(path):
         config = stored_config(path)
+    elif not args.resume and (path / "config.json").exists():  # before the seconds that set-up takes
+        raise taken(path)
     code = _train(config, path, resume=again or args.resume is not None, as_json=args.json)
     if not args.json and int(os.environ.get("RANK", 0)) == 0:
         print(f"run folder: {path}    next: golfgpt sample {shlex.quote(str(path))}")
@@ -230,6 +243,7 @@ def evaluate(args: Eval) -> int:
     from golfgpt.train.signals import Signals
 
     started = stored_config(args.run)
+    check_ttt(started.eval, args.eval)
     data = replace(started.data, path=args.data.path)
     try:
         runtime = replace(started.runtime, **asdict(args.runtime))

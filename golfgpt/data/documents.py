@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 from golfgpt.data.manifest import MANIFEST
 from golfgpt.errors import InputError
+from golfgpt.tables import plural
 
 PathLike = str | os.PathLike
 Advance = Callable[[int], None]
@@ -27,7 +28,7 @@ _ZSTD_WINDOW = 1 << 27  # `zstd --long` up to 27, 128 MiB
 
 def find_inputs(inputs: Sequence[PathLike], say: Callable[[str], None] = lambda line: None) -> list[Path]:
     """Files named by `inputs`: files, folders (searched below, sorted) and globs; each file once. `say` gets a line
-    about those that are named again.
+    about those that are named again, and about files of other kinds in a folder.
 
     Raises InputError for what is missing, of another kind, or names no file.
     """
@@ -35,7 +36,11 @@ def find_inputs(inputs: Sequence[PathLike], say: Callable[[str], None] = lambda 
     for item in map(os.fspath, inputs):
         path = Path(item)
         if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file())
+            inside = sorted(file for file in path.rglob("*") if file.is_file())
+            files = [file for file in inside if file.name.endswith(SUFFIXES)]
+            if files and (others := [str(file) for file in inside if not file.name.endswith(SUFFIXES)]):
+                names = ", ".join(others[:3]) + (", …" if len(others) > 3 else "")
+                say(f"left out, because only {', '.join(SUFFIXES)} are read: {plural(len(others), 'file')}: {names}")
         elif path.exists():
             files = [path]
         else:

@@ -144,8 +144,11 @@ class _Checker:
         if not expected.isfinite().all():
             return  # the evaluation names the token
         allowed = 0.0 if torch.equal(expected, again) else ROUNDING[self.scorer.dtype]
-        if not (expected - again).abs().max() <= allowed:
-            raise VerificationError("scoring the same windows twice gives two results: the model keeps state; no score")
+        if not (apart := float((expected - again).abs().max())) <= allowed:
+            raise VerificationError(
+                f"scoring the same windows twice gives two results, {apart:.2g} nats apart: the model keeps state, or "
+                "this machine makes errors; no score"
+            )
         self.sums_to_one(base)
         for name, (changed, same) in changes.items():
             change = (self.scorer(changed) - expected).abs().where(same, 0).double().nan_to_num(nan=torch.inf)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TextIO
 
-TRANSIENT = ("no result in time", "ended by", "exit code", "OutOfMemory", "are over")
+TRANSIENT = ("no result in time", "ended by", "exit code", "OutOfMemory", "are over", "do not repay")
 """What a verdict says that another try need not say."""
 
 

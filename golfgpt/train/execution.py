@@ -163,8 +163,11 @@ def select_execution(
     start, tries = ranks.broadcast_object((start, tries))
     found = Execution(start)
     if tries:
-        facts = to_dict(replace(config, data=replace(config.data, path=None), seed=0))
-        facts |= {"eval": None, "world": ranks.world, "step_dtype": str(step.dtype), "cores": torch.get_num_threads()}
+        tree = to_dict(replace(config, data=replace(config.data, path=None)))
+        facts = {name: tree[name] for name in ("model", "quant", "data", "average", "runtime")}
+        # Of rates only whether they are 0: others take the same steps.
+        facts["optim"] = {name: bool(v) if isinstance(v, float) else v for name, v in tree["optim"].items()}
+        facts |= {"world": ranks.world, "step_dtype": str(step.dtype), "cores": torch.get_num_threads()}
         facts |= {"tries": [each.name for each in tries]}
 
         def read(kept: dict[str, Any] | None) -> Execution | None:

@@ -126,9 +126,11 @@ class Loop:
         and the step takes long."""
         seconds, cap = self.ledger.elapsed("train"), self.config.schedule.cap
         if cap is not None and seconds > cap:
-            if microbatch or not self._why:
+            if microbatch:
                 taken = f"{microbatch} of {of} microbatches, {seconds - begun:.1f} s"
                 self._why = f"step {number + 1} was abandoned after {taken}"
+            elif not self._why:
+                self._why = f"step {number} took longer than those before it"
             return True
         return self.progress.within(number, microbatch, of, seconds - begun) and bool(self.signals.caught)
 
@@ -200,6 +202,7 @@ class Loop:
     def _say_how_it_ended(self) -> None:
         c, pace = self.config, self.step.pace
         seconds, cap = self.ledger.seconds["train"], c.schedule.cap
+        self.progress.end()
         if pace.taken == 0 and not self._why:
             self.reporter.line(f"training was over at step {self.done}: exporting and scoring again")
         elif self.done < c.schedule.max_steps:

@@ -114,6 +114,8 @@ class Progress:
     def __init__(self, config: RunConfig, dataset: Dataset, reporter: Reporter):
         self.config, self.reporter, self._manifest = config, reporter, dataset.manifest
         self._sum = self._weight = 0.0
+        self._unsaid: tuple[str, str] | None = None
+        """Lines of the last step for people and for train.log, if they were not written."""
 
     def within(self, step: int, done: int, of: int, waited: float) -> bool:
         """Show progress within a step that takes long. Returns whether it does."""
@@ -153,9 +155,20 @@ class Progress:
         text, shown = status(c, row, mean), done <= 10 or done % c.runtime.log_every == 0 or last
         self.reporter.metric("train", tracked=shown, **row)
         self.reporter.status(f"{text}  {projection}".rstrip())
-        if shown:
-            self.reporter.show(text)
-            self.reporter.log(
+        self._unsaid = (
+            text,
+            (
                 f"step:{done}/{c.schedule.max_steps} train_loss:{result.loss:.4f} train_time:{seconds * 1000:.0f}ms "
                 f"step_avg:{seconds / done * 1000:.2f}ms train_loss_ema:{smooth:.4f}"
-            )
+            ),
+        )
+        if shown:
+            self.end()
+
+    def end(self) -> None:
+        """Write the lines of the last step, which was not known to be the last one if the next was abandoned."""
+        if self._unsaid:
+            shown, logged = self._unsaid
+            self.reporter.show(shown)
+            self.reporter.log(logged)
+        self._unsaid = None

@@ -31,7 +31,7 @@ from golfgpt.model.gpt import GPT
 from golfgpt.model.parameters import of_kind, parameter_table
 from golfgpt.optim.averaging import Average
 from golfgpt.quant import artifact
-from golfgpt.runs import artifact_file, read_config, torchrun_id, write_config
+from golfgpt.runs import artifact_file, read_config, taken, torchrun_id, write_config
 from golfgpt.train import checkpoint
 
 
@@ -65,9 +65,7 @@ class RunFolder:
         folder = cls(path)
         if (path / "config.json").exists():
             folder.close()
-            over = (path / "result.json").exists()
-            hint = "" if over else ", or continue it with --resume"
-            raise InputError(f"{path} already holds a run; choose another --name{hint}")
+            raise taken(path)
         folder.checkpoints.mkdir(exist_ok=True)
         write_json(path / "env.json", environment())
         write_bytes(path / "tokenizer.model", tokenizer)
