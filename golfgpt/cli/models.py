@@ -326,7 +326,7 @@ def _export_hf(args: Export, file: Path) -> int:
 
 def _hessians(args: Export, weights: _Weights) -> dict[str, Tensor]:
     """GPTQ's Hessians of the training data, for unquantized weights."""
-    from golfgpt import distributed
+    from golfgpt import distributed, vector_math
     from golfgpt.model.gpt import GPT
     from golfgpt.quant import calibration
     from golfgpt.score.evaluate import open_dataset
@@ -336,6 +336,7 @@ def _hessians(args: Export, weights: _Weights) -> dict[str, Tensor]:
     if args.data:
         config = replace(config, data=replace(config.data, path=str(args.data)))
     check_tokenizer(args.run, weights.tokenizer_sha256, config.data.path)
+    vector_math.resolve()
     ranks = distributed.start(config.runtime.device)
     try:
         dataset, gpt = open_dataset(config, ranks), GPT(weights.model)

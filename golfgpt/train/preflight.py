@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from golfgpt import distributed
+from golfgpt import distributed, vector_math
 from golfgpt.config import RunConfig
 from golfgpt.data.shards import Dataset
 from golfgpt.data.stream import Prefetcher, spans_of_rank
@@ -107,6 +107,7 @@ def preflight(config: RunConfig, count: Callable[[RunConfig], RunConfig]) -> lis
         path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".preflight-", dir=home)))
         signals = stack.enter_context(Signals(path / "none"))
         stack.enter_context(distributed.lost_peers(str))
+        vector_math.resolve()
         ranks = distributed.start(config.runtime.device, config.runtime.peer_seconds)
         stack.callback(ranks.close)
         checks = _Checks(config, path, ranks, signals, stack)

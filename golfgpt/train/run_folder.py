@@ -23,6 +23,7 @@ import filelock
 import torch
 from torch import nn
 
+from golfgpt import vector_math
 from golfgpt.config import RunConfig
 from golfgpt.data.tokenizer import Tokenizer
 from golfgpt.errors import BusyError, InputError
@@ -141,6 +142,7 @@ def load(path: str | os.PathLike) -> tuple[GPT, Tokenizer]:
     `path` is a run folder, or a .golf file with tokenizer.model in the same folder. The model is in float32 on the CPU.
     Raises InputError if a file is missing or damaged, or if the tokenizer is not the one used in training.
     """
+    vector_math.resolve()
     file = artifact_file(Path(path))
     loaded = artifact.read(file)
     tokenizer_file = file.parent / "tokenizer.model"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from golfgpt import distributed
+from golfgpt import distributed, vector_math
 from golfgpt.config import RunConfig
 from golfgpt.data.shards import Dataset
 from golfgpt.distributed import Ranks
@@ -65,6 +65,7 @@ def train(
     too short for one step, or, after scoring, if the artifact exceeds its budget (the artifact is kept).
     """
     ledger = Ledger()
+    vector_math.resolve()
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(Signals(path))
         stack.enter_context(distributed.lost_peers(lambda: resume_hint(path)))
