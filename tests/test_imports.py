@@ -61,7 +61,7 @@ def test_no_message_names_a_command_of_the_checkout(path):
 
 
 LAYERS = (
-    {"errors", "files", "distributed", "fields"},
+    {"errors", "files", "distributed", "fields", "vector_math"},
     {"config"},
     {"bpb", "data", "recipes", "runs"},
     {"model"},

@@ -273,8 +273,8 @@ def test_files_of_other_kinds_in_a_folder_are_named(tmp_path):
         (tmp_path / name).write_text("text")
     said: list[str] = []
     assert find_inputs([tmp_path], said.append) == [tmp_path / "a.txt"]
-    kinds = "left out, because only .txt, .jsonl, .jsonl.zst are read: 2 files: "
-    assert said == [f"{kinds}{tmp_path / 'b.md'}, {tmp_path / 'c/d.pdf'}"]
+    left_out = f"2 of 3 files in {tmp_path} are left out, of other kinds: "
+    assert said == [f"{left_out}{tmp_path / 'b.md'}, {tmp_path / 'c/d.pdf'}"]
 
 
 def test_full_disk_leaves_the_old_folder(tmp_path, source, monkeypatch):

@@ -15,7 +15,6 @@ from typing import BinaryIO
 
 from golfgpt.data.manifest import MANIFEST
 from golfgpt.errors import InputError
-from golfgpt.tables import plural
 
 PathLike = str | os.PathLike
 Advance = Callable[[int], None]
@@ -40,7 +39,7 @@ def find_inputs(inputs: Sequence[PathLike], say: Callable[[str], None] = lambda 
             files = [file for file in inside if file.name.endswith(SUFFIXES)]
             if files and (others := [str(file) for file in inside if not file.name.endswith(SUFFIXES)]):
                 names = ", ".join(others[:3]) + (", …" if len(others) > 3 else "")
-                say(f"left out, because only {', '.join(SUFFIXES)} are read: {plural(len(others), 'file')}: {names}")
+                say(f"{len(others)} of {len(inside)} files in {item} are left out, of other kinds: {names}")
         elif path.exists():
             files = [path]
         else:
