@@ -69,8 +69,8 @@ def train(args: Train) -> int:
     check_ttt((stored_config(path) if args.resume else recipes.get(args.recipe).config).eval, config.eval)
     if again := not args.resume and begun_before(path):
         config = stored_config(path)
-    elif not (args.resume or torchrun_id()) and (path / "config.json").exists():  # of several workers one creates it
-        raise taken(path)
+    elif not (args.resume or torchrun_id() or "RANK" in os.environ) and (path / "config.json").exists():
+        raise taken(path)  # of several workers one creates it
     code = _train(config, path, resume=again or args.resume is not None, as_json=args.json)
     if not args.json and int(os.environ.get("RANK", 0)) == 0:
         print(f"run folder: {path}    next: golfgpt sample {shlex.quote(str(path))}")
