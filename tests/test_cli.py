@@ -490,6 +490,7 @@ def test_a_worker_that_torchrun_restarts_resumes_the_run_it_began(here, tiny, mo
     calls = []
     monkeypatch.setattr("golfgpt.train.train.train", lambda config, path, **kw: calls.append((config, kw["resume"])))
     command = ["train", "--recipe", "demo", "--name", "first"]
+    monkeypatch.setenv("RANK", "0")
     for begun_by in ("none", "b", "a"):
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", begun_by)
         RunFolder.create(here / "runs" / "first", tiny, b"").close()

@@ -8,6 +8,11 @@ import sys
 import pytest
 import torch
 
+from golfgpt import vector_math
+from golfgpt.config import RunConfig
+from golfgpt.train.preflight import preflight
+from golfgpt.train.run_folder import load
+from golfgpt.train.train import train
 from golfgpt.vector_math import FUNCTIONS
 
 BEFORE_A_FORWARD = """
@@ -44,3 +49,25 @@ def test_every_function_of_vector_math_is_called_on_one_element_first():
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_half_is_in_the_domain(name):
     assert getattr(torch, name)(torch.tensor(0.5)).isfinite()
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda path: train(RunConfig(), path),
+        lambda path: preflight(RunConfig(), lambda config: config),
+        load,  # of eval, sample and exports
+    ],
+    ids=["train", "preflight", "load"],
+)
+def test_what_computes_resolves_it_first(use, tmp_path, monkeypatch):
+    class ResolvedError(Exception):
+        pass
+
+    def resolve():
+        raise ResolvedError
+
+    monkeypatch.setattr(vector_math, "resolve", resolve)
+    with pytest.raises(ResolvedError):
+        use(tmp_path / "run")
+    assert not (tmp_path / "run").exists()

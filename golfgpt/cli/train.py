@@ -28,7 +28,7 @@ from golfgpt.cli.common import (
 from golfgpt.cli.data import DataPrepare, prepare_folder
 from golfgpt.config import EvalConfig, RunConfig
 from golfgpt.errors import BudgetError, InputError, Interrupted
-from golfgpt.runs import launcher, read_result, read_run, read_stored_result, taken, torchrun_id
+from golfgpt.runs import launcher, read_result, read_run, read_stored_result, taken
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +69,8 @@ def train(args: Train) -> int:
     check_ttt((stored_config(path) if args.resume else recipes.get(args.recipe).config).eval, config.eval)
     if again := not args.resume and begun_before(path):
         config = stored_config(path)
-    elif not (args.resume or torchrun_id() or "RANK" in os.environ) and (path / "config.json").exists():
-        raise taken(path)  # of several workers one creates it
+    elif not args.resume and "RANK" not in os.environ and (path / "config.json").exists():
+        raise taken(path)  # before the seconds of set-up; of several workers one creates the folder
     code = _train(config, path, resume=again or args.resume is not None, as_json=args.json)
     if not args.json and int(os.environ.get("RANK", 0)) == 0:
         print(f"run folder: {path}    next: golfgpt sample {shlex.quote(str(path))}")
