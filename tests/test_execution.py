@@ -405,8 +405,12 @@ def test_a_run_stores_what_was_chosen_and_does_not_try_again(tiny, tmp_path, mon
     assert "execution:kernels:auto attention:flash graph:off threads:2 compile:off" in log, "the number that torch has"
     assert "  threads 1: " in log and "ms a step against" in log
     monkeypatch.setattr(Trials, "run", None)
-    train(auto, tmp_path / "again")
-    assert "compile:off (trials of an earlier run)" in (tmp_path / "again" / "train.log").read_text()
+    rates = replace(auto.optim, matrix_lr=0.02), replace(auto.schedule, max_steps=2)
+    for name, config in (("again", auto), ("rates", replace(auto, optim=rates[0], schedule=rates[1], seed=1))):
+        train(config, tmp_path / name)
+        assert "compile:off (trials of an earlier run)" in (tmp_path / name / "train.log").read_text()
+    with pytest.raises(TypeError, match="not callable"):  # other steps
+        train(replace(auto, optim=replace(auto.optim, muon_ns_steps=4)), tmp_path / "steps")
     train(read_config(tmp_path / "run"), tmp_path / "run", resume=True)
 
 
