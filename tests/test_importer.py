@@ -231,6 +231,19 @@ def test_a_run_is_stored_in_other_formats_from_its_trained_weights(trained, caps
     assert not math.isclose(scores[0]["val_bpb"], scores[1]["val_bpb"])
 
 
+def test_an_average_of_too_few_steps_is_not_exported_and_said(trained, tmp_path, capsys):
+    run = shutil.copytree(trained, tmp_path / "run")
+    saved, _ = checkpoint.latest(run / "checkpoints")
+    empty = saved.average | {"count": torch.zeros(())}
+    checkpoint.save(run / "checkpoints", replace(saved, step=saved.step + 1, average=empty))
+    assert main(["export", str(run), "--source", "checkpoint"]) == 0
+    assert f"warning: 0 of {saved.step + 1} steps are in the average, too few" in capsys.readouterr().err
+    state = from_published(
+        safetensors.torch.load_file(run / "model.safetensors"), artifact.inspect(run / "model.golf").model
+    )
+    assert all(torch.equal(tensor, state[name]) for name, tensor in saved.model.items())
+
+
 def test_a_damaged_end_of_a_run_is_not_replaced_by_an_earlier_step(trained, tmp_path, capsys):
     """And what an artifact says of itself comes from the artifact, not from what lies beside it."""
     run = shutil.copytree(trained, tmp_path / "run")
