@@ -401,12 +401,18 @@ def test_what_cannot_go_on_is_said_before_the_work(trained, capsys):
     assert "there is no folder" in captured and "compressing" not in captured
     assert main(["sweep", "--recipe", "small", "--grid", "optim.matrix_lr=0.1,0.2", "--data.path", "none"]) == 3
     assert "none" in capsys.readouterr().err and not Path("runs/sweep").exists()
+    data = ["--data.path", read_config(trained).data.path, "--grid", "model.vocab_size=1000,2000"]
+    for options, said in (([], "no data: expected"), (data, "model.vocab_size is 1000; expected")):
+        assert main(["sweep", "--recipe", "small", "--grid", "optim.matrix_lr=0.1,0.2", *options]) == 3
+        assert said in capsys.readouterr().err and not Path("runs/sweep").exists()
 
 
 def test_an_option_of_train_is_known_elsewhere(tmp_path, capsys):
     assert main(["doctor", "--schedule.max-seconds=5"]) == 2
     wanted = "golfgpt: --schedule.max-seconds is an option of golfgpt train; golfgpt doctor does not take it"
     assert capsys.readouterr().err.splitlines()[-1] == wanted
+    assert main(["sample", str(tmp_path), "--eval.stride", "64"]) == 2
+    assert "--eval.stride is an option of golfgpt train and eval;" in capsys.readouterr().err
     write_config(tmp_path, RunConfig())
     assert main(["eval", str(tmp_path), "--runtime.compile", "on"]) == 2
     assert capsys.readouterr().err.endswith("golfgpt eval does not take it; did you mean --eval.compile?\n")

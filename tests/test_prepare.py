@@ -267,6 +267,31 @@ def test_a_file_that_is_named_again_is_said(tmp_path):
     assert said == [f"each file is read once; named again by 2 of 3 inputs: {file}, {file}"]
 
 
+def test_files_with_the_same_text_are_said(tmp_path, source):
+    copy, said = tmp_path / "copy.jsonl", []
+    copy.write_bytes(source.read_bytes())
+    (tmp_path / "other.txt").write_text("other")
+    prepare([tmp_path], tmp_path / "out", vocab_size=320, workers=1, say=said.append)
+    assert said == [f"1 of 3 files repeat another one, whose text counts again: {source} is {copy}"]
+
+
+def test_every_faulty_file_is_named_at_once(tmp_path):
+    for number in range(13):
+        (tmp_path / f"{number:02}.txt").write_bytes(b"" if number % 2 else b"a\xff" if number else b"good")
+    with pytest.raises(InputError) as caught:
+        prepare([tmp_path], tmp_path / "out")
+    first, second, *_, last = str(caught.value).splitlines()
+    assert first == f"{tmp_path / '01.txt'} holds no text; remove it from the inputs"
+    assert second.startswith(f"  {tmp_path / '02.txt'}: byte 1 (0xff) is not UTF-8")
+    assert last == "  … and 2 more files"
+
+
+def test_more_shards_than_a_folder_should_hold(tmp_path, source, monkeypatch):
+    monkeypatch.setattr("golfgpt.data.prepare.MAX_SHARDS", 100)
+    with pytest.raises(InputError, match="shards of 10 tokens would be more than 100 files of train"):
+        prepare([source], tmp_path / "out", vocab_size=320, shard_tokens=10, workers=1)
+
+
 def test_files_of_other_kinds_in_a_folder_are_named(tmp_path):
     for name in ("a.txt", "b.md", "c/d.pdf"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

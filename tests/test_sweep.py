@@ -320,6 +320,7 @@ def test_the_table_has_the_steps_and_the_end_has_the_next_command(tmp_path):
         f"next, whether it is better than trial 0: golfgpt compare {a} --against {b}",
     ]
     assert len(_next(of, rows[:1])) == 1 and not _next(of, [])
+    assert "--seeds 3" in _next(spec(space={"optim.matrix_lr": (0.3, 0.1)}), rows)[1]
 
 
 def test_workers_share_a_study(tmp_path):

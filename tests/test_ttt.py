@@ -28,7 +28,7 @@ from golfgpt.errors import InputError, Interrupted, NonFiniteError, PeerError, V
 from golfgpt.model.gpt import GPT
 from golfgpt.published.names import split_banks, to_published
 from golfgpt.score import windows as scoring
-from golfgpt.score.evaluate import evaluate
+from golfgpt.score.evaluate import evaluate, fitting_dataset
 from golfgpt.score.ttt import evaluate as adapted_module
 from golfgpt.score.ttt import plan
 from golfgpt.score.ttt.adapter import Step, run
@@ -487,6 +487,8 @@ def test_a_text_with_too_few_documents_for_a_phase_is_refused(tiny, monkeypatch)
     few = replace(KINDS["phased"], phase_documents=60)
     with pytest.raises(InputError, match=r"the text has 13 documents and the first phase comes after 30 or more"):
         adapted(short_documents(tiny, monkeypatch), few)
+    with pytest.raises(InputError, match="the text has 13 documents"):  # before anything is trained or scored
+        fitting_dataset(replace(tiny, eval=EvalConfig(window=64, max_tokens=650, ttt=few)))
 
 
 def test_a_rank_whose_time_is_over_leaves_its_steps_out_until_all_meet(tiny):

@@ -16,7 +16,7 @@ from golfgpt.cli.parse import parse
 from golfgpt.config import RunConfig, differences
 from golfgpt.errors import InputError
 from golfgpt.files import from_json
-from golfgpt.sweep.space import SPEC_KEYS, Spec, SpecFile, parse_grid, read_spec
+from golfgpt.sweep.space import SPEC_KEYS, Spec, SpecFile, parse_grid, read_spec, with_values
 from golfgpt.tables import table
 
 if TYPE_CHECKING:  # Optuna is imported when a sweep runs
@@ -106,8 +106,6 @@ def _say(json: bool) -> Callable[[str], None]:
 
 def _plan(args: Sweep) -> tuple[Spec, int, Path]:
     """The sweep, its jobs and its folder, from SPEC.toml and the options."""
-    from golfgpt.data.shards import Dataset
-
     file = read_spec(args.spec) if args.spec else SpecFile()
     hints, values = get_type_hints(Sweep), {}
     for key in SPEC_KEYS:
@@ -126,9 +124,24 @@ def _plan(args: Sweep) -> tuple[Spec, int, Path]:
     space = parse_grid(args.grid) if args.grid else file.space
     name = run_name(args.name or (args.spec.stem if args.spec else "sweep"), "")
     spec = Spec(config=args.config, space=space, **values)
-    if args.config.data.path and "data.path" not in spec.space:
-        Dataset.open(Path(args.config.data.path))
+    _check_data(spec)
     return spec, jobs, RUNS / name
+
+
+def _check_data(spec: Spec) -> None:
+    """Raises InputError if the data fit no point; that of random and tpe is not known if it changes what must fit."""
+    from golfgpt.score.evaluate import fitting_dataset
+
+    if spec.sampler != "grid" and any(name.startswith(("data.", "model.", "eval.")) for name in spec.space):
+        return
+    faults = []
+    for point in spec.points if spec.sampler == "grid" else ({},):
+        try:
+            fitting_dataset(with_values(spec.config, point))
+            return
+        except InputError as error:
+            faults.append(error)
+    raise faults[0]
 
 
 def _table(rows: list[Row], noise: float | None) -> str:
@@ -154,6 +167,8 @@ def _next(spec: Spec, rows: list[Row]) -> list[str]:
     lines = [f"best: trial {row.number}, {shlex.join(row.runs)}" for row in complete[:1]]
     rules = ("eval.", "data.seq_len") if spec.config.eval.window is None else ("eval.",)  # of the score
     tested = all(len(row.scores) > 1 for row in complete[:2]) and not any(name.startswith(rules) for name in spec.space)
+    if len(complete) > 1 and spec.seeds == 1:
+        lines.append("one seed does not tell better from noise; to know, sweep again with --seeds 3 and a new --name")
     if len(complete) > 1 and tested:
         best, second = (shlex.join(row.runs) for row in complete[:2])
         kind = "" if spec.config.eval.ttt.kind == "off" else " --score adapted"

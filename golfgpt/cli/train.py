@@ -383,11 +383,7 @@ class Sample:
 
 
 def sample(args: Sample) -> int:
-    import torch
-
-    from golfgpt.quant import artifact
     from golfgpt.runs import artifact_file
-    from golfgpt.train.run_folder import load
 
     for name, value, low, high in (
         ("samples", args.samples, 1, 10**6),
@@ -399,9 +395,15 @@ def sample(args: Sample) -> int:
     ):
         if not low <= value <= high:
             raise InputError(f"--{name} is {value}; expected {low} to {high}")
-    prompt = _prompt(args)
+    prompt, file = _prompt(args), artifact_file(args.run)
+
+    import torch  # which takes seconds
+
+    from golfgpt.quant import artifact
+    from golfgpt.train.run_folder import load
+
     model, tokenizer = load(args.run)
-    window, bos = artifact.inspect(artifact_file(args.run)).seq_len, tokenizer.bos_id
+    window, bos = artifact.inspect(file).seq_len, tokenizer.bos_id
     ids = [bos, *tokenizer.encode(prompt)]
     shown = prompt
     if len(ids) > window:

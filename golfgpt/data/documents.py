@@ -9,12 +9,14 @@ import mmap
 import os
 import re
 import shlex
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 from golfgpt.data.manifest import MANIFEST
 from golfgpt.errors import InputError
+from golfgpt.files import sha256_file
 
 PathLike = str | os.PathLike
 Advance = Callable[[int], None]
@@ -22,6 +24,8 @@ Advance = Callable[[int], None]
 SUFFIXES = (".txt", ".jsonl", ".jsonl.zst")
 LEAST_DOCUMENT_BYTES = 2000
 """A .txt is cut at a separator only once the document has this many bytes."""
+SHOWN_FAULTS = 10
+"""Faulty files that an error names."""
 _ZSTD_WINDOW = 1 << 27  # `zstd --long` up to 27, 128 MiB
 
 
@@ -65,6 +69,18 @@ def find_inputs(inputs: Sequence[PathLike], say: Callable[[str], None] = lambda 
     return list(once.values())
 
 
+def same_content(files: Sequence[Path]) -> list[tuple[Path, Path]]:
+    """Pairs of an earlier and a later file of `files` with the same bytes."""
+    sizes = Counter(file.stat().st_size for file in files)
+    once: dict[str, Path] = {}
+    pairs = []
+    for file in files:
+        if sizes[file.stat().st_size] > 1:
+            first = once.setdefault(sha256_file(file), file)
+            pairs += [(first, file)] if first is not file else []
+    return pairs
+
+
 def read_documents(
     inputs: Sequence[PathLike], separator: str | None = None, advance: Advance = lambda count: None
 ) -> Iterator[str]:
@@ -73,22 +89,41 @@ def read_documents(
     .txt is cut after `separator` (default: blank lines) wherever that leaves at least 2 kB on both sides; the
     pieces, separators included, join to the file's text. .jsonl and .jsonl.zst hold {"text": ...} a line.
     Raises InputError naming file and place for bytes that are not UTF-8, bad JSON, a missing "text", lone
-    surrogates, truncated zstd and files without text.
+    surrogates, truncated zstd and files without text; it names each file that has one of these.
     """
     if separator == "":
         raise InputError("the document separator is empty; leave it out to cut at blank lines")
-    for path in find_inputs(inputs):
-        documents = _read_txt(path, separator, advance) if path.suffix == ".txt" else _read_jsonl(path, advance)
-        empty = True
+    files = find_inputs(inputs)
+    for index, path in enumerate(files):
         try:
-            for text in documents:
-                if text:
-                    empty = False
-                    yield text
-        except OSError as error:
-            raise InputError(f"cannot read {path}: {error.strerror}") from error
-        if empty:
-            raise InputError(f"{path} holds no text; remove it from the inputs")
+            yield from _read_file(path, separator, advance)
+        except InputError as error:
+            faults = [str(error), *_faults(files[index + 1 :], separator)]
+            more = [f"… and {len(faults) - SHOWN_FAULTS} more files"] if len(faults) > SHOWN_FAULTS else []
+            raise InputError("\n  ".join([*faults[:SHOWN_FAULTS], *more])) from error
+
+
+def _faults(files: Sequence[Path], separator: str | None) -> Iterator[str]:
+    """What is wrong with `files`, at most one fault of each."""
+    for path in files:
+        try:
+            deque(_read_file(path, separator, lambda count: None), maxlen=0)
+        except InputError as error:
+            yield str(error)
+
+
+def _read_file(path: Path, separator: str | None, advance: Advance) -> Iterator[str]:
+    documents = _read_txt(path, separator, advance) if path.suffix == ".txt" else _read_jsonl(path, advance)
+    empty = True
+    try:
+        for text in documents:
+            if text:
+                empty = False
+                yield text
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    if empty:
+        raise InputError(f"{path} holds no text; remove it from the inputs")
 
 
 def split_text(data: bytes | mmap.mmap, separator: bytes | None = None) -> Iterator[tuple[int, int]]:

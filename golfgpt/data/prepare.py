@@ -41,6 +41,7 @@ from golfgpt.data.documents import (
     document_hash,
     find_inputs,
     read_documents,
+    same_content,
     split_text,
 )
 from golfgpt.data.manifest import MANIFEST, Manifest, ShardFile, Split
@@ -51,6 +52,8 @@ from golfgpt.files import sha256_file, write_bytes, write_json
 
 VAL_FRACTION = 0.05
 """Fraction of the documents that go to val when val has no inputs of its own."""
+MAX_SHARDS = 10_000
+"""Of a split. Published data have 80 or 195 of 100 million tokens; training maps each shard."""
 _MIX_CHARS = 64_000_000
 _BATCH_BYTES = 1 << 20
 _BYTES_PER_WORKER = 2_000_000  # of input; starting a process costs as much as encoding about 1 MB
@@ -255,6 +258,11 @@ class _SplitWriter:
             self._flush(self._shard_tokens)
 
     def _flush(self, tokens: int) -> None:
+        if len(self._shards) == MAX_SHARDS:
+            raise InputError(
+                f"shards of {self._shard_tokens:,} tokens would be more than {MAX_SHARDS:,} files of {self._split}: "
+                "leave --shard-tokens out, or give more"
+            )
         path = self._folder / f"golf_{self._split}_{len(self._shards):06d}.bin"
         sidecar = path.with_suffix(".bytes")
         write_shard(path, np.frombuffer(self._ids, np.uint16, tokens))
@@ -364,7 +372,8 @@ def prepare(
     be lossy. `case_ops` trains it on CaseOps text (`golfgpt.data.caseops`); a given one must then have the pieces of
     CaseOps, and one that has them is used so in any case. Val is `val`, inputs of its own, or `val_fraction` of the
     documents (default 0.05; at least one), chosen by document hash, so that identical documents fall on the same side.
-    `progress(stage, done, total)` counts bytes of input files; `say` gets a line about inputs that name a file again.
+    `progress(stage, done, total)` counts bytes of input files; `say` gets a line about inputs that name a file again
+    and about files with the same bytes.
 
     Raises InputError for bad input, a single document without `val`, or documents that are in both `inputs` and `val`;
     VerificationError if a document does not survive a tokenizer that was trained here.
@@ -457,6 +466,9 @@ class _Source:
             self.bytes = sum(map(len, self._demo.documents))
         else:
             self._files = find_inputs(inputs, say)
+            if pairs := same_content(self._files):
+                same = ", ".join(f"{later} is {first}" for first, later in pairs[:3]) + ", …" * (len(pairs) > 3)
+                say(f"{len(pairs)} of {len(self._files)} files repeat another one, whose text counts again: {same}")
             self.files = {file.resolve() for file in self._files}
             self.names = [file.name for file in self._files]
             self.bytes = sum(file.stat().st_size for file in self._files)

@@ -36,6 +36,7 @@ from golfgpt.model.gpt import GPT
 from golfgpt.published.windows import VARLEN_SEQUENCES
 from golfgpt.score.checks import Checks, check
 from golfgpt.score.sums import PartialSums, Sums
+from golfgpt.score.ttt.plan import batches_and_phases, find_documents
 from golfgpt.score.windows import Read, Scorer, Windows, score_windows
 
 PROGRESS_SECONDS, SAVE_SECONDS = 1.0, 10.0
@@ -82,7 +83,17 @@ class Score:
 
 
 def open_dataset(config: RunConfig, ranks: Ranks) -> Dataset:
-    """Open the data set of `config` and check it against the model. Each rank reads a part of it. Raises InputError."""
+    """`fitting_dataset`, whose token ids are checked too. Each rank reads a part of them. Raises InputError."""
+    dataset = fitting_dataset(config)
+    dataset.check_token_ids(config.model.vocab_size, assigned=(ranks.rank, ranks.world))
+    if dataset.published:
+        dataset.check_token_ids(config.model.vocab_size, "val")
+        dataset.published_bytes(0, dataset.val_tokens)  # fails here and not after training
+    return dataset
+
+
+def fitting_dataset(config: RunConfig) -> Dataset:
+    """The data set of `config`. Raises InputError if it does not fit the model or the way to score."""
     if config.data.path is None:
         raise InputError("no data: expected a prepared folder, --data.path DIR (see golfgpt data prepare)")
     dataset = Dataset.open(Path(config.data.path))
@@ -97,7 +108,9 @@ def open_dataset(config: RunConfig, ranks: Ranks) -> Dataset:
             f"model.vocab_size is {config.model.vocab_size}; expected {dataset.vocab_size}, the size of the tokenizer "
             f"in {config.data.path}: use --model.vocab-size {dataset.vocab_size}"
         )
-    plan_windows(dataset, config)  # fail here and not after training
+    targets = plan_windows(dataset, config).targets
+    if config.eval.ttt.kind == "phased":
+        batches_and_phases(find_documents(dataset.val_ids(0, targets + 1), bos), config.eval.ttt)
     m = config.model
     if within_documents(config) and m.document_start is None and m.mixes_tokens:
         raise InputError(
@@ -105,10 +118,6 @@ def open_dataset(config: RunConfig, ranks: Ranks) -> Dataset:
             f"smear_gate {m.smear_gate} and {m.bigram.rows} bigram rows without document_start; train with "
             "--model.document-start 1 (the BOS id), or score without these"
         )
-    dataset.check_token_ids(config.model.vocab_size, assigned=(ranks.rank, ranks.world))
-    if dataset.published:
-        dataset.check_token_ids(config.model.vocab_size, "val")
-        dataset.published_bytes(0, dataset.val_tokens)  # as above
     return dataset
 
 

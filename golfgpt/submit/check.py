@@ -232,8 +232,14 @@ def program(folder: Folder) -> str:
 
 def reads(folder: Folder) -> str:
     if found := folder.code.reads:
-        raise NotChecked(f"reads files of a name that reading cannot tell: {'; '.join(found[:4])}")
+        raise NotChecked(f"reads files of a name that reading cannot tell: {_few(found)}")
     return "names the files that it reads"
+
+
+def _few(lines: list[str]) -> str:
+    """The first of `lines` of code, and how many more there are."""
+    shown = "; ".join(line if len(line) <= 60 else f"{line[:59]}…" for line in lines[:2])
+    return f"{shown}; and {len(lines) - 2} more" if len(lines) > 2 else shown
 
 
 def code_size(folder: Folder) -> str:
@@ -256,7 +262,7 @@ def modules(folder: Folder) -> str:
     if further := sorted(others - PACKAGES):
         raise Failed(f"imports {', '.join(further)}; expected only {', '.join(sorted(PACKAGES))}")
     if computed := folder.code.computed:
-        raise NotChecked(f"{', '.join(sorted(others))}, and by a computed name: {'; '.join(computed[:4])}")
+        raise NotChecked(f"{', '.join(sorted(others))}, and by a computed name: {_few(computed)}")
     return ", ".join(sorted(others)) or "the standard library"
 
 

@@ -42,8 +42,11 @@ class Forecast:
     """Why one thread was chosen, if it was: a sentence about the time with more."""
 
     def __str__(self) -> str:
-        seconds = f"{self.seconds:,.0f}" if self.seconds >= 10 else f"{self.seconds:.2g}"
-        return f"about {seconds} s for {self.tokens:,} tokens in {self.dtype}"
+        return f"about {_rounded(self.seconds)} s for {self.tokens:,} tokens in {self.dtype}"
+
+
+def _rounded(seconds: float) -> str:
+    return f"{seconds:,.0f}" if seconds >= 10 else f"{seconds:.2g}"
 
 
 def forecast(step: TrainStep) -> Forecast:
@@ -65,7 +68,7 @@ def forecast(step: TrainStep) -> Forecast:
         return found[0]
     torch.set_num_threads(1)
     step.execute(replace(runtime, threads=1))
-    return replace(found[-1], slower=f"{threads} threads were forecast to take {found[0].seconds:.2g} s a step")
+    return replace(found[-1], slower=f"{threads} threads were forecast to take {_rounded(found[0].seconds)} s a step")
 
 
 def _measured(step: TrainStep) -> Forecast:

@@ -22,7 +22,7 @@ from golfgpt.bpb import bits_per_byte
 from golfgpt.config import RunConfig, TTTConfig
 from golfgpt.data.shards import Dataset
 from golfgpt.distributed import Ranks
-from golfgpt.errors import GolfError, InputError, Interrupted, NonFiniteError, PeerError, VerificationError
+from golfgpt.errors import GolfError, Interrupted, NonFiniteError, PeerError, VerificationError
 from golfgpt.model.gpt import GPT
 from golfgpt.score.evaluate import PROGRESS_SECONDS, batch_windows, compiles, plan_windows, read_from, score_label
 from golfgpt.score.sums import Sums
@@ -299,14 +299,7 @@ def adapted_steps(
     ttt = config.eval.ttt
     if ttt.kind == "sgd":
         return functools.partial(plan.sliding, windows, ttt.sgd.chunk_tokens, windows.window, most)
-    batches, texts = plan.document_batches(documents, ttt.lora), {}
-    if ttt.kind == "phased":
-        texts = plan.phase_texts(batches, ttt.phases, ttt.phase_documents, ttt.lora.order)
-        if not texts:
-            raise InputError(
-                f"eval.ttt.kind is phased, but the text has {len(documents)} documents and the first phase comes after "
-                f"{-(-ttt.phase_documents // ttt.phases)} or more: lower eval.ttt.phase_documents, or use kind lora"
-            )
+    batches, texts = plan.batches_and_phases(documents, ttt)
     return functools.partial(plan.documents, batches, ttt.lora.chunk_tokens, config.window, phases=texts)
 
 

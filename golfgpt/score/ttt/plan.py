@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from golfgpt.config import LoRAConfig
+from golfgpt.config import LoRAConfig, TTTConfig
 from golfgpt.distributed import Ranks
+from golfgpt.errors import InputError
 from golfgpt.score.ttt.adapter import Step
 from golfgpt.score.windows import Batch, Read, Windows, batches
 
@@ -81,6 +82,22 @@ def phase_texts(
             if share:
                 after[i] = done[:share]
     return after
+
+
+def batches_and_phases(
+    documents: Sequence[Document], ttt: TTTConfig
+) -> tuple[list[list[Document]], dict[int, list[Document]]]:
+    """`document_batches` and, with kind phased, their `phase_texts`. Raises InputError for a text with too few
+    documents for a phase."""
+    batches, texts = document_batches(documents, ttt.lora), {}
+    if ttt.kind == "phased":
+        texts = phase_texts(batches, ttt.phases, ttt.phase_documents, ttt.lora.order)
+        if not texts:
+            raise InputError(
+                f"eval.ttt.kind is phased, but the text has {len(documents)} documents and the first phase comes after "
+                f"{-(-ttt.phase_documents // ttt.phases)} or more: lower eval.ttt.phase_documents, or use kind lora"
+            )
+    return batches, texts
 
 
 def documents(
