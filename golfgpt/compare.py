@@ -24,7 +24,8 @@ from typing import Any, Literal
 
 from golfgpt.config import differences, to_dict
 from golfgpt.errors import InputError
-from golfgpt.runs import MEASURED, RUNS, Run, as_configured, flatten, listed_run
+from golfgpt.recipes import RECIPES, get
+from golfgpt.runs import MEASURED, RUNS, Run, as_configured, flatten, listed_run, recipe_name
 from golfgpt.sweep import space
 from golfgpt.tables import table
 
@@ -370,21 +371,34 @@ def _next_seed(name: str, side: Side, runs: Sequence[Run], other: Sequence[Run] 
     if there is one. Nothing if there are runs that were left out."""
     run, *more = runs
     words, world = run.env.get("command", ()), run.env.get("world_size", 1)
-    if more or side.left_out or list(words[:2]) != ["golfgpt", "train"]:
+    recipe = recipe_name(run.env)
+    if more or side.left_out or list(words[:2]) != ["golfgpt", "train"] or recipe not in RECIPES:
         return
     seed = min({each.config.seed for each in other} - {run.config.seed}, default=run.config.seed + 1)
     path = run.path.with_name(f"{run.name.removesuffix(f'-s{run.config.seed}')}-s{seed}")
     if not path.exists() and path.parent.resolve().is_relative_to(RUNS.resolve()):
         folder = path.resolve().relative_to(RUNS.resolve())
-        options = _without(words, "--seed", "--name")
+        options = _without(words, "--seed", "--name", "--eval.")  # it may have been scored again by other rules
+        rules = space.changes(get(recipe).config, run.config).items()
+        options += space.flags({n: value for n, value in rules if n.startswith("eval.") and n not in _NO_RULES})
         start = ["torchrun", "--standalone", "--nproc-per-node", str(world), "-m"] if world > 1 else []
         yield f"  one more of {name}: {shlex.join([*start, *options, '--seed', str(seed), '--name', str(folder)])}"
 
 
+_NO_RULES = ("eval.batch_tokens", "eval.compile")
+"""Fields of the evaluation on which scores depend by rounding only."""
+
+
 def _without(words: Sequence[str], *options: str) -> list[str]:
-    """A command line without some options and their values."""
-    pairs = zip(("", *words), words, strict=False)
-    return [word for before, word in pairs if not {word.partition("=")[0], before} & {*options}]
+    """A command line without some options, or all that begin with `--section.`, and their values."""
+    kept, dropping = [], False
+    for word in words:
+        if word.startswith("--"):
+            name = word.partition("=")[0]
+            dropping = name in options or name[: name.find(".") + 1] in options
+        if not dropping:
+            kept.append(word)
+    return kept
 
 
 TEXT = ("dataset", "tokens", "bytes")
@@ -435,7 +449,7 @@ def _same_text(runs: Sequence[Run], kind: Kind, fields: Sequence[str]) -> None:
 def _rescore(run: Run, like: Run, kind: Kind) -> str:
     """The command that scores `run` by the rules of `like`; empty if their rules are equal."""
     options = space.changes(run.config, replace(run.config, eval=like.config.eval))
-    without = ("eval.batch_tokens", "eval.compile", *(("eval.ttt.",) if kind == "plain" else ()))
+    without = (*_NO_RULES, *(("eval.ttt.",) if kind == "plain" else ()))
     options = {name: value for name, value in options.items() if not name.startswith(without)}
     if like.config.window != run.config.window:  # a default that data.seq_len decides
         options |= {"eval.window": like.config.window, "eval.stride": like.config.stride}

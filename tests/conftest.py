@@ -9,6 +9,8 @@ import signal
 import sysconfig
 from pathlib import Path
 
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as golfgpt.__main__ does, before torch is imported
+
 import pytest
 import torch
 from blas import other_blas

@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 
 from golfgpt.cli import COMMANDS, main
 from golfgpt.config import RunConfig
+from golfgpt.data.shards import Dataset, open_shard, write_shard
 from golfgpt.data.tokenizer import Tokenizer
 from golfgpt.errors import missing_package
 from golfgpt.model.gpt import GPT
@@ -408,6 +410,59 @@ def test_what_cannot_go_on_is_said_before_the_work(trained, capsys):
     for options, said in (([], "no data: expected"), (data, "model.vocab_size is 1000; expected")):
         assert main(["sweep", "--recipe", "small", "--grid", "optim.matrix_lr=0.1,0.2", *options]) == 3
         assert said in capsys.readouterr().err and not Path("runs/sweep").exists()
+
+
+def test_sigterm_is_said_by_a_command_without_a_handler_of_its_own(monkeypatch, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setitem(COMMANDS, "recipes", replace(COMMANDS["recipes"], run=lambda args: os.kill(os.getpid(), 15)))
+    try:
+        assert main(["recipes"]) == 143
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().err == "golfgpt: stopped by SIGTERM\n"
+
+
+def test_threads_that_wait_do_not_hold_their_core():
+    """libgomp reads this when torch is imported."""
+    code = "import os, sys; sys.argv[1:] = ['--version']; from golfgpt.__main__ import main\n"
+    code += "try: main()\nfinally: print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    for setting, spins in (({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")):
+        env = {name: value for name, value in os.environ.items() if "SPINCOUNT" not in name} | setting
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == f"{spins} False"
+
+
+def test_a_file_that_is_not_there_is_no_run(trained, capsys):
+    assert main(["eval", str(trained / "none.golf")]) == 3
+    assert f"there is no {trained / 'none.golf'};" in capsys.readouterr().err
+
+
+def test_a_text_that_is_too_short_to_train_on(trained, corpus, here, capsys):
+    source = Dataset.open(corpus)
+    for tokens, code in ((64, 3), (65, 0)):
+        folder = here / f"short{tokens}"
+        shutil.copytree(corpus, folder)
+        for file in folder.glob("*_train_*.bin"):
+            file.unlink()
+        (folder / "manifest.json").unlink()
+        write_shard(folder / "golf_train_000000.bin", source.train[0][:tokens])
+        short = ["train", "--recipe", "demo", "--data.path", str(folder), "--name", f"n{tokens}", *TINY]
+        assert main([*short, "--data.seq-len", "64"]) == code
+        found = capsys.readouterr()
+        assert ("64 tokens to train on, and a sequence takes 65" in found.err) == (code == 3)
+        assert ("more than there are: they repeat" in found.out) == (code == 0)
+
+
+def test_validation_text_that_changed_is_not_scored(trained, corpus, here, capsys):
+    """Two tokens change places, so that no count of bytes shows it."""
+    shutil.copytree(corpus, here / "bad")
+    (shard,) = (here / "bad").glob("golf_val_*.bin")
+    tokens = open_shard(shard)[:].copy()
+    first = next(i for i in range(10, len(tokens)) if tokens[i] != tokens[i + 1])
+    tokens[[first, first + 1]] = tokens[[first + 1, first]]
+    write_shard(shard, tokens)
+    assert main(["eval", str(trained), "--data.path", str(here / "bad")]) == 6
+    assert "golf_val_000000.bin has changed since it was prepared" in capsys.readouterr().err
 
 
 def test_an_option_of_train_is_known_elsewhere(tmp_path, capsys):

@@ -351,6 +351,7 @@ def test_one_seed_names_the_command_that_trains_another(folders, capsys):
     for name in ("a2", "a3", "a4", "b1", "b3", "b4"):
         (folders / f"runs/{name}/config.json").unlink()
     command = ["golfgpt", "train", "--recipe", "small", "--seed=1", "--name", "x", "--data.path", "my data"]
+    command += ["--eval.max-tokens", "2000"]  # of a run that was scored again, on the whole text
     for name in ("a1", "b2"):
         (folders / f"runs/{name}/env.json").write_text(json.dumps({"command": command}))
     (folders / "runs/b2").rename(folders / "runs/b-s2")

@@ -78,6 +78,13 @@ def test_import_does_not_wait_for_the_compiler():
     assert done.stdout == "False\n"
 
 
+def test_implementation_takes_devices_as_torch_does():
+    assert implementation("relu2_mlp", "cpu", BF16) == implementation("relu2_mlp", torch.device("cpu"), BF16)
+    for arguments in (("relu2_mlp", "gpu", BF16), ("relu2_mlp", "cpu", "bfloat16"), ("relu", "cpu", BF16)):
+        with pytest.raises(ValueError, match=r"implementation: .*; expected one of"):
+            implementation(*arguments)
+
+
 def test_eager_without_a_measurement_and_says_so(committed):
     assert not auto()
     chosen, why = implementation("relu2_mlp", CUDA, BF16)

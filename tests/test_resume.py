@@ -244,6 +244,18 @@ def test_without_a_checkpoint_the_stored_config_still_rules(tiny, tmp_path):
     assert not (tmp_path / "run" / "train.log").exists(), "of which submit check reads the configuration"
 
 
+def test_a_finished_run_without_checkpoints_is_not_trained_again(tiny, tmp_path):
+    train(tiny, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    before = (tmp_path / "run" / "model.golf").read_bytes()
+    with pytest.raises(InputError, match=r"no intact checkpoint, and .* step 0 would replace its model\.golf"):
+        train(tiny, tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "model.golf").read_bytes() == before
+    (tmp_path / "run" / "model.golf").unlink()
+    train(tiny, tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "model.golf").read_bytes() == before and any((tmp_path / "run/checkpoints").iterdir())
+
+
 def test_a_run_without_the_newest_fields_resumes(tiny, tmp_path, monkeypatch):
     """Its config.json and checkpoint lack runtime.tracker and val_tokens, and eval.compile."""
     path, old = tmp_path / "run", to_dict(tiny)

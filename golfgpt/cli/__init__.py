@@ -15,11 +15,13 @@ import contextlib
 import difflib
 import os
 import shlex
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import tyro
 
@@ -137,6 +139,8 @@ def main(argv: list[str]) -> int:
     name = both if group or both in COMMANDS else first
     try:
         if name in COMMANDS:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, _terminated)
             return _dispatch(name, argv[len(name.split()) :])
         asked = argv[bool(group) :][:1]
         if asked in ([], ["-h"], ["--help"], ["help"]):
@@ -167,6 +171,11 @@ def main(argv: list[str]) -> int:
         return _fail(f"out of memory ({error}); lower --data.microbatch-tokens or --eval.batch-tokens", 3)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+
+
+def _terminated(signum: int, frame: object) -> NoReturn:
+    """SIGTERM where a command has no handler of its own; SIGINT raises KeyboardInterrupt."""
+    raise Interrupted("stopped by SIGTERM", signum)
 
 
 def _fail(message: str, code: int) -> int:

@@ -15,13 +15,15 @@ import tyro
 
 from golfgpt.config import EvalConfig, RunConfig, differences
 from golfgpt.errors import InputError
-from golfgpt.runs import RUNS, read_config, read_run, torchrun_id
+from golfgpt.runs import RUNS, artifact_file, read_config, read_run, torchrun_id
 
 Config = Annotated[RunConfig, tyro.conf.arg(name="")]
 
 
 def stored_config(path: Path) -> RunConfig:
     """The config that a run was started with."""
+    if path.suffix == ".golf" and not path.exists():
+        artifact_file(path)  # which raises
     return read_config(path.parent if path.is_file() else path)
 
 
@@ -74,7 +76,8 @@ def begun_before(path: Path) -> bool:
 def run_name(name: str | None, recipe: str) -> str:
     """The name of a folder under runs/, perhaps FOLDER/NAME. Without `name` it ends with torchrun's id or the
     time. Raises InputError if it points outside runs/."""
-    name = name or f"{recipe}-{(torchrun_id() or time.strftime('%Y%m%d-%H%M%S'))[:15]}"
+    if name is None:
+        name = f"{recipe}-{(torchrun_id() or time.strftime('%Y%m%d-%H%M%S'))[:15]}"
     if {"", ".", ".."} & set(name.split("/")) or any(c in name for c in "\\\0"):
         raise InputError(f"--name {name!r} is not a folder name; expected NAME or FOLDER/NAME, for {RUNS}/NAME")
     return name

@@ -36,7 +36,7 @@ class DataPrepare:
     val_fraction: float | None = None
     """Fraction of the documents used for validation if --val is not given, at least one; None: 0.05."""
     document_separator: str | None = None
-    """Text between documents in .txt files; None: blank lines, packed to at least 2 kB per document."""
+    """Text between documents in .txt files, which are packed to at least 2 kB each; None: blank lines."""
     shard_tokens: int | None = None
     """Tokens in a shard; None: 100,000,000, as published. --data.order shuffled needs a shard for each span."""
     workers: int | None = None

@@ -331,24 +331,22 @@ def _hessians(args: Export, weights: _Weights) -> dict[str, Tensor]:
     from golfgpt.quant import calibration
     from golfgpt.score.evaluate import open_dataset
     from golfgpt.train.compute_dtype import select_dtype
+    from golfgpt.train.reporter import Reporter
 
     config = replace(stored_config(args.run), quant=args.quant, model=weights.model)
     if args.data:
         config = replace(config, data=replace(config.data, path=str(args.data)))
     check_tokenizer(args.run, weights.tokenizer_sha256, config.data.path)
     vector_math.resolve()
-    ranks = distributed.start(config.runtime.device)
+    ranks, reporter = distributed.start(config.runtime.device), Reporter(None, quiet=True)
     try:
         dataset, gpt = open_dataset(config, ranks), GPT(weights.model)
         gpt.load_state_dict(weights.state)
         gpt = gpt.to(ranks.device)
         dtype = select_dtype(config.runtime.dtype, gpt, config.data, ranks).dtype
-
-        def progress(text: str) -> None:
-            print(text, file=sys.stderr)
-
-        return calibration.calibrate(config, gpt, dataset, ranks, dtype, progress)
+        return calibration.calibrate(config, gpt, dataset, ranks, dtype, reporter.status)
     finally:
+        reporter.close()
         ranks.close()
 
 

@@ -141,7 +141,7 @@ def gather(shards: Sequence[Shard | np.ndarray], start: int, stop: int) -> np.nd
 class Dataset:
     """A folder of shards, opened and checked as far as that is cheap: headers, lengths, tokenizer, manifest.
 
-    `check_token_ids` and `prove_val_bytes` read the tokens; `verify` reads and hashes everything.
+    `check_token_ids`, `check_val_files` and `prove_val_bytes` read the tokens; `verify` reads and hashes everything.
     """
 
     path: Path
@@ -371,6 +371,18 @@ class Dataset:
                     raise InputError(
                         f"{file}: token {at} is {largest}, the vocabulary has {limit}: wrong tokenizer, or a damaged "
                         f"shard; check with `golfgpt data verify {self.path}`, then prepare or download it again"
+                    )
+
+    def check_val_files(self, assigned: tuple[int, int] = (0, 1)) -> None:
+        """Raises VerificationError naming the first file of val whose SHA-256 is not that of the manifest, if there is
+        one. `assigned` as for `check_token_ids`."""
+        for shard in self.manifest.val.shards[assigned[0] :: assigned[1]] if self.manifest else ():
+            sidecar = str(Path(shard.file).with_suffix(".bytes"))
+            for name, known in ((shard.file, shard.sha256), (sidecar, shard.sidecar_sha256)):
+                if known and (found := sha256_file(self.path / name)) != known:
+                    raise VerificationError(
+                        f"{self.path / name} has changed since it was prepared: its SHA-256 is {found[:16]}…, the "
+                        f"manifest has {known[:16]}…; prepare it again (golfgpt data verify {self.path} checks all)"
                     )
 
     def prove_val_bytes(self, stop: int | None = None) -> int:

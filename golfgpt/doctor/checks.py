@@ -389,7 +389,7 @@ def small_step(machine: Machine) -> Iterator[Answer]:
     yield (
         f"recipe small: {step}, {most / step.seconds:,.0f} steps in its {most:.0f} s",
         (
-            load > 2 * cpus,
+            load > cpus,
             "slow",
             f"other processes use this machine (load {load:.1f} on {cpus} CPUs); stop them or wait",
         ),

@@ -128,7 +128,7 @@ def check_budget(file_bytes: int, budget: BudgetConfig) -> BudgetReport:
     report = budget_report(file_bytes, budget)
     if report.margin_bytes < 0:
         raise BudgetError(
-            f"over budget: {report}. Try fewer quant.bits, "
-            "quant.compressor=smallest, or a smaller model (num_layers, model_dim, mlp_hidden, vocab_size)"
+            f"over budget: {report}. Take fewer bits (--quant.bits), a smaller model (--model.num-layers, "
+            "--model.model-dim, --model.mlp-hidden, --model.vocab-size), or --quant.compressor smallest if it is not"
         )
     return report

@@ -83,8 +83,10 @@ class Score:
 
 
 def open_dataset(config: RunConfig, ranks: Ranks) -> Dataset:
-    """`fitting_dataset`, whose token ids are checked too. Each rank reads a part of them. Raises InputError."""
+    """`fitting_dataset`, whose token ids are checked too, and the digests of val. Each rank reads a part. Raises
+    InputError, and VerificationError for a val shard that differs from the manifest."""
     dataset = fitting_dataset(config)
+    dataset.check_val_files(assigned=(ranks.rank, ranks.world))
     dataset.check_token_ids(config.model.vocab_size, assigned=(ranks.rank, ranks.world))
     if dataset.published:
         dataset.check_token_ids(config.model.vocab_size, "val")

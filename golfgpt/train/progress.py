@@ -40,6 +40,8 @@ def announce(config: RunConfig, dataset: Dataset, step: TrainStep, attention: Se
             f"run {path}{f', recipe {recipe}' if recipe else ''}: {tokens:,} tokens of {c.data.path} to train on, "
             f"{plan_windows(dataset, c).targets:,} to score"
         )
+        if tokens < c.data.batch_tokens:
+            reporter.line(f"warning: each step takes {c.data.batch_tokens:,} tokens, more than there are: they repeat")
     cap = f"{c.schedule.cap:.3f}" if c.schedule.cap else "none"
     say(f"train_loader:dataset:{c.data.path} train_shards:{len(dataset.train)} digest:{dataset.digest[:16]}")
     say(f"val_loader:tokens:{dataset.val_tokens}")
@@ -75,9 +77,9 @@ def announce_time(config: RunConfig, expected: Forecast, reporter: Reporter) -> 
     if capped := c.cap is not None and c.cap < most:
         steps, most = int(c.cap / expected.seconds), c.cap
     time = f"{most:,.{0 if most >= 10 else 1}f} s"
-    reporter.line(f"forecast: a step takes {expected}, or {plural(steps, 'step')} in {time}")
     if expected.slower:
         reporter.line(f"1 thread, because {expected.slower}; --runtime.threads decides otherwise, also at a resume")
+    reporter.line(f"forecast: a step takes {expected}, or {plural(steps, 'step')} in {time}")
     if capped and expected.seconds > HOPELESS * c.cap:
         raise too_short(config, torch.device("cpu"), f"one step, forecast to take {expected}")
     if capped and steps < FEW:

@@ -42,6 +42,12 @@ def newest(folder: RunFolder, config: RunConfig, dataset: Dataset) -> Found:
         raise InputError(
             f"{path} was written by another version of golfgpt: {error}; resume it with that version"
         ) from None
+    if not saved and folder.artifact.exists():
+        raise InputError(
+            f"{path} has no intact checkpoint, and training from step 0 would replace its model.golf, which golfgpt "
+            "eval scores as it is; to train again, start a new run: the command of this one is in "
+            f"{path / 'env.json'}, give it another --name"
+        )
     changed = [d for d in differences(started, config) if not d.startswith(RESUMABLE)]
     if changed:
         what = "; ".join(changed)

@@ -145,6 +145,11 @@ def check(
     require_compressor(config.quant.compressor)
     require_tracker(config.runtime.tracker)
     dataset = open_dataset(config, ranks)
+    if (tokens := sum(map(len, dataset.train))) <= config.data.seq_len:
+        raise InputError(
+            f"{config.data.path} has {tokens:,} tokens to train on, and a sequence takes {config.data.seq_len + 1:,} "
+            "(--data.seq-len and the next token): prepare more text"
+        )
     if config.quant.method == "gptq" and config.quant.calibration == "train":
         check_tokens(config.quant.calibration_tokens, dataset)
     if not resume:  # which keeps its width

@@ -39,6 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check.add_argument("--json", action="store_true", help="print {op: why it is wrong, or null}")
     options = parser.parse_args(arguments)
     if "ops" in options:
+        if options.device.type == "cuda" and not torch.cuda.is_available():
+            parser.exit(
+                1, "no CUDA device that this torch can use; to interpret: TRITON_INTERPRET=1 and --device cpu\n"
+            )
         return check_ops(options)
     try:
         entries = tuning.tune(torch.device("cuda", 0), seconds=options.seconds)

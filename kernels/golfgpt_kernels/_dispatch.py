@@ -93,18 +93,25 @@ def runs_triton(op: str, impl: Impl, tensor: Tensor, rows: int) -> bool:
         least = _least_rows(op, tensor.device, tensor.dtype)
         return least is not None and rows >= least
     if impl != "triton":
-        raise ValueError(f"{op}: impl={impl!r}; expected 'auto', 'triton' or 'eager'")
+        choices = "'auto', 'triton', 'gluon' or 'eager'" if op == "relu2_mlp" else "'auto', 'triton' or 'eager'"
+        raise ValueError(f"{op}: impl={impl!r}; expected {choices}")
     if reason := cannot_run(tensor.device, tensor.dtype):
         raise RuntimeError(f"impl='triton' cannot run: {reason}; impl='eager' can")
     return True
 
 
-def implementation(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+def implementation(op: str, device: torch.device | str, dtype: torch.dtype) -> tuple[str, str]:
     """What impl="auto" means for `op` there: ("triton" or "eager", or what set_implementation says; the reason in one
-    sentence)."""
+    sentence). Raises ValueError for an unknown op, device or dtype."""
     tuned = op_dtypes()
     if op not in tuned:
         raise ValueError(f"implementation: op={op!r}; expected one of {', '.join(tuned)}")
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"implementation: dtype={dtype!r}; expected one of torch's, such as torch.bfloat16")
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"implementation: device={device!r}; expected one of torch's, such as 'cuda'") from None
     if (meaning := resolve(op, "auto")) != "auto":
         return meaning, f"set_implementation({meaning!r})"
     if device.type != "cuda":
