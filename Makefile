@@ -39,7 +39,7 @@ demo: $(VENV)/installed
 	$(BIN)/golfgpt demo
 
 test: lint
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-full: $(VENV)/installed
 	$(BIN)/python -m pytest -m long

@@ -58,7 +58,7 @@ setup(
             *tools,
             "hypothesis>=6.100",
             "pytest>=8",
-            "pytest-xdist>=3.6",
+            "pytest-xdist>=3.8",
             "ruff>=0.9",
             "setuptools>=77",
             "tensorboard>=2.18",

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sysconfig
+from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as golfgpt.__main__ does, before torch is imported
@@ -50,6 +51,9 @@ def _blas():
 
 
 def pytest_collection_modifyitems(items):
+    # Workers take whole files, in this order: a slow one at the end would keep one of them waiting.
+    slow, tests = {item.path for item in items if "slow" in item.keywords}, Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path not in slow, -tests[item.path]))
     if torch.cuda.is_available():
         return
     for item in items:
