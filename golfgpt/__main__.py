@@ -9,7 +9,7 @@ from golfgpt.errors import InputError, missing_package
 def main() -> None:
     if "OMP_WAIT_POLICY" not in os.environ:
         # OpenMP's threads spin for milliseconds where they wait for each other, which on busy cores keeps the others
-        # from running: two runs at once took 2 to 10 times as long. On an idle machine this costs 4 to 6 % (LOG.md).
+        # from running: two runs at once took 2 to 10 times as long. Alone, a run takes some per cent longer (LOG.md).
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # libgomp reads it when torch is imported
     try:
         from golfgpt.cli import main

@@ -22,10 +22,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from golfgpt.config import differences, to_dict
+from golfgpt.config import RunConfig, differences, to_dict
 from golfgpt.errors import InputError
 from golfgpt.recipes import RECIPES, get
 from golfgpt.runs import MEASURED, RUNS, Run, as_configured, flatten, listed_run, recipe_name
+from golfgpt.score.config import TTT_READS
 from golfgpt.sweep import space
 from golfgpt.tables import table
 
@@ -379,14 +380,21 @@ def _next_seed(name: str, side: Side, runs: Sequence[Run], other: Sequence[Run] 
     if not path.exists() and path.parent.resolve().is_relative_to(RUNS.resolve()):
         folder = path.resolve().relative_to(RUNS.resolve())
         options = _without(words, "--seed", "--name", "--eval.")  # it may have been scored again by other rules
-        rules = space.changes(get(recipe).config, run.config).items()
-        options += space.flags({n: value for n, value in rules if n.startswith("eval.") and n not in _NO_RULES})
+        options += space.flags(_scoring(get(recipe).config, run.config))
         start = ["torchrun", "--standalone", "--nproc-per-node", str(world), "-m"] if world > 1 else []
         yield f"  one more of {name}: {shlex.join([*start, *options, '--seed', str(seed), '--name', str(folder)])}"
 
 
-_NO_RULES = ("eval.batch_tokens", "eval.compile")
-"""Fields of the evaluation on which scores depend by rounding only."""
+def _scoring(base: RunConfig, config: RunConfig) -> dict[str, Any]:
+    """The fields of the evaluation in which `config` differs from `base`, without those of test-time training that its
+    kind does not read."""
+    reads = ("kind", *TTT_READS[config.eval.ttt.kind])
+    changed = space.changes(base, replace(base, eval=config.eval))
+    return {
+        name: value
+        for name, value in changed.items()
+        if not name.startswith("eval.ttt.") or name.removeprefix("eval.ttt.").startswith(reads)
+    }
 
 
 def _without(words: Sequence[str], *options: str) -> list[str]:
@@ -448,9 +456,9 @@ def _same_text(runs: Sequence[Run], kind: Kind, fields: Sequence[str]) -> None:
 
 def _rescore(run: Run, like: Run, kind: Kind) -> str:
     """The command that scores `run` by the rules of `like`; empty if their rules are equal."""
-    options = space.changes(run.config, replace(run.config, eval=like.config.eval))
-    without = (*_NO_RULES, *(("eval.ttt.",) if kind == "plain" else ()))
-    options = {name: value for name, value in options.items() if not name.startswith(without)}
+    # The first two change a score by rounding only.
+    without = ("eval.batch_tokens", "eval.compile", *(("eval.ttt.",) if kind == "plain" else ()))
+    options = {n: value for n, value in _scoring(run.config, like.config).items() if not n.startswith(without)}
     if like.config.window != run.config.window:  # a default that data.seq_len decides
         options |= {"eval.window": like.config.window, "eval.stride": like.config.stride}
     if not options:

@@ -95,6 +95,11 @@ class Interrupted(GolfError):
         self.exit_code = 128 + signum
 
 
+class Terminated(BaseException):
+    """SIGTERM came while nothing else handled it. Like KeyboardInterrupt it is no Exception, for much of the code goes
+    on after one of these."""
+
+
 def interruption(error: BaseException | None) -> Interrupted | None:
     """The Interrupted that caused `error`, if one did: compilers wrap what is raised within them."""
     seen = set()

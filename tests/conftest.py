@@ -10,7 +10,8 @@ import sysconfig
 from collections import Counter
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as golfgpt.__main__ does, before torch is imported
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as golfgpt.__main__ does, before torch is imported
 
 import pytest
 import torch

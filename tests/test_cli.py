@@ -407,19 +407,30 @@ def test_what_cannot_go_on_is_said_before_the_work(trained, capsys):
     assert main(["sweep", "--recipe", "small", "--grid", "optim.matrix_lr=0.1,0.2", "--data.path", "none"]) == 3
     assert "none" in capsys.readouterr().err and not Path("runs/sweep").exists()
     data = ["--data.path", read_config(trained).data.path, "--grid", "model.vocab_size=1000,2000"]
-    for options, said in (([], "no data: expected"), (data, "model.vocab_size is 1000; expected")):
+    width = ["--grid", "model.num_layers=2,3", "--sampler", "random", "--trials", "2"]
+    for options, said in (([], "no data: expected"), (data, "model.vocab_size is 1000; expected"), (width, "no data")):
         assert main(["sweep", "--recipe", "small", "--grid", "optim.matrix_lr=0.1,0.2", *options]) == 3
         assert said in capsys.readouterr().err and not Path("runs/sweep").exists()
 
 
-def test_sigterm_is_said_by_a_command_without_a_handler_of_its_own(monkeypatch, capsys):
+def test_sigterm_ends_a_command_that_goes_on_after_errors(monkeypatch, capsys):
+    """A check of doctor that fails is a row."""
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setitem(COMMANDS, "recipes", replace(COMMANDS["recipes"], run=lambda args: os.kill(os.getpid(), 15)))
+    monkeypatch.setattr("golfgpt.doctor.checks.CHECKS", {"killed": lambda machine: os.kill(os.getpid(), 15)})
+    assert main(["doctor"]) == 143
+    assert capsys.readouterr().err.endswith("golfgpt: stopped by SIGTERM\n")
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_an_ignored_sigterm_stays_ignored(monkeypatch):
+    kill = replace(COMMANDS["recipes"], run=lambda args: os.kill(os.getpid(), signal.SIGTERM) or 0)
+    monkeypatch.setitem(COMMANDS, "recipes", kill)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
-        assert main(["recipes"]) == 143
+        assert main(["recipes"]) == 0
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert capsys.readouterr().err == "golfgpt: stopped by SIGTERM\n"
 
 
 def test_threads_that_wait_do_not_hold_their_core():
@@ -427,7 +438,8 @@ def test_threads_that_wait_do_not_hold_their_core():
     code = "import os, sys; sys.argv[1:] = ['--version']; from golfgpt.__main__ import main\n"
     code += "try: main()\nfinally: print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
     for setting, spins in (({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")):
-        env = {name: value for name, value in os.environ.items() if "SPINCOUNT" not in name} | setting
+        settings = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+        env = {name: value for name, value in os.environ.items() if name not in settings} | setting
         done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
         assert done.stdout.splitlines()[-1] == f"{spins} False"
 
@@ -467,10 +479,10 @@ def test_validation_text_that_changed_is_not_scored(trained, corpus, here, capsy
 
 def test_an_option_of_train_is_known_elsewhere(tmp_path, capsys):
     assert main(["doctor", "--schedule.max-seconds=5"]) == 2
-    wanted = "golfgpt: --schedule.max-seconds is an option of golfgpt train; golfgpt doctor does not take it"
+    wanted = "golfgpt: --schedule.max-seconds is for golfgpt train; golfgpt doctor does not take it"
     assert capsys.readouterr().err.splitlines()[-1] == wanted
     assert main(["sample", str(tmp_path), "--eval.stride", "64"]) == 2
-    assert "--eval.stride is an option of golfgpt train and eval;" in capsys.readouterr().err
+    assert "--eval.stride is for golfgpt train and golfgpt eval;" in capsys.readouterr().err
     write_config(tmp_path, RunConfig())
     assert main(["eval", str(tmp_path), "--runtime.compile", "on"]) == 2
     assert capsys.readouterr().err.endswith("golfgpt eval does not take it; did you mean --eval.compile?\n")

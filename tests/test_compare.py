@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from scipy import stats
 
+from golfgpt import recipes
 from golfgpt.cli import main
 from golfgpt.compare import Criteria, compare, compare_target, one_sample, paired, welch
 from golfgpt.config import BudgetConfig, EvalConfig, ModelConfig, OptimConfig, RunConfig, RuntimeConfig
 from golfgpt.errors import InputError
 from golfgpt.runs import Run, read_run, write_config
+from golfgpt.score.config import SGDConfig, TTTConfig
+from golfgpt.sweep.space import changes
 
 A = {1: 3.10, 2: 3.13, 3: 3.08, 4: 3.11}
 B = {1: 3.15, 2: 3.16, 3: 3.14, 4: 3.15}
@@ -350,19 +354,38 @@ def test_two_sides_of_one_configuration(folders, capsys):
 def test_one_seed_names_the_command_that_trains_another(folders, capsys):
     for name in ("a2", "a3", "a4", "b1", "b3", "b4"):
         (folders / f"runs/{name}/config.json").unlink()
-    command = ["golfgpt", "train", "--recipe", "small", "--seed=1", "--name", "x", "--data.path", "my data"]
+    command = ["golfgpt", "train", "--recipe", "baseline", "--seed=1", "--name", "x", "--data.path", "my data"]
     command += ["--eval.max-tokens", "2000"]  # of a run that was scored again, on the whole text
     for name in ("a1", "b2"):
         (folders / f"runs/{name}/env.json").write_text(json.dumps({"command": command}))
     (folders / "runs/b2").rename(folders / "runs/b-s2")
     assert main(["compare", "runs/a1", "--against", "runs/b-s2"]) == 0
-    out, start = capsys.readouterr().out, "golfgpt train --recipe small --data.path 'my data'"
+    out, start = capsys.readouterr().out, "golfgpt train --recipe baseline --data.path 'my data'"
     assert f"  one more of A: {start} --seed 2 --name a1-s2\n  one more of B: {start} --seed 1 --name b-s1\n" in out
     (folders / "runs/b-s1").mkdir()
     (folders / "runs/a1/env.json").write_text(json.dumps({"command": command, "world_size": 8}))
     assert main(["compare", "runs/a1", "--against", "runs/b-s2"]) == 0
     out = capsys.readouterr().out
     assert "one more of B" not in out and "A: torchrun --standalone --nproc-per-node 8 -m golfgpt train" in out
+
+
+def test_the_command_of_one_more_seed_is_one_that_train_takes(folders, capsys, monkeypatch):
+    """Also of a run whose test-time training was switched off, with what only that kind reads left in its config."""
+    for name in ("a2", "a3", "a4", "b1", "b2", "b3", "b4"):
+        (folders / f"runs/{name}/config.json").unlink()
+    command = ["golfgpt", "train", "--recipe", "small", "--eval.ttt.kind", "sgd", "--eval.ttt.sgd.lr", "0.1"]
+    command += ["--eval.batch-tokens", "2048", "--name", "a1"]
+    (folders / "runs/a1/env.json").write_text(json.dumps({"command": command}))
+    small, asked = recipes.get("small").config, []
+    monkeypatch.setattr("golfgpt.cli.train._train", lambda config, path, **options: asked.append(config) or 0)
+    for kind, rules in (("off", {"eval.ttt.kind": "off"}), ("sgd", {"eval.ttt.kind": "sgd", "eval.ttt.sgd.lr": 0.1})):
+        evaluation = EvalConfig(batch_tokens=2048, stride=64, ttt=TTTConfig(kind=kind, sgd=SGDConfig(lr=0.1)))
+        write_config(folders / "runs/a1", replace(small, seed=1, eval=evaluation))
+        assert main(["compare", "runs/a1", "--target-nats", "3.28"]) == 0
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if "one more of A: " in line]
+        assert main(shlex.split(line.partition("golfgpt ")[2])) == 0, capsys.readouterr().err
+        wanted = {"eval.batch_tokens": 2048, "eval.stride": 64} | {n: v for n, v in rules.items() if v != "off"}
+        assert changes(small, replace(asked.pop(), seed=small.seed)) == wanted
 
 
 def test_other_rules_of_scoring_have_a_way_out():

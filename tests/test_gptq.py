@@ -6,6 +6,8 @@ import contextlib
 import itertools
 import json
 import math
+import os
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -25,6 +27,8 @@ from golfgpt.quant import artifact, calibration
 from golfgpt.quant.formats import decode
 from golfgpt.quant.gptq import solve
 from golfgpt.quant.quantizer import Quantizer
+from golfgpt.runs import write_config
+from golfgpt.score.config import LoRAConfig, TTTConfig
 from golfgpt.train.train import train
 
 pytestmark = pytest.mark.numeric
@@ -258,8 +262,19 @@ def test_a_run_calibrated_on_its_own_samples(tiny, tmp_path):
     model, _ = golfgpt.load(tmp_path / "run")
     shipped = artifact.read(tmp_path / "run" / "model.golf").state
     assert all(torch.equal(model.state_dict()[name], w) for name, w in shipped.items())
-    data = ["--data", str(config.data.path)]
-    assert main(["export", str(tmp_path / "run"), "--to", "golf", *data]) == 0
+    data = shutil.copytree(config.data.path, tmp_path / "data")
+    command = ["export", str(tmp_path / "run"), "--to", "golf", "--data", str(data)]
+    assert main(command) == 0
+    # Calibration asks nothing of the text that is scored.
+    write_config(
+        tmp_path / "run",
+        replace(config, eval=replace(config.eval, ttt=TTTConfig(kind="phased", lora=LoRAConfig(rank=4)))),
+    )
+    with open(next(data.glob("*_val_*.bin")), "ab") as file:
+        file.seek(-2, os.SEEK_END)
+        file.truncate()
+        file.write(b"\x05\x00")
+    assert main([*command, "--overwrite"]) == 0
     assert (tmp_path / "run" / "export.golf").read_bytes() == (tmp_path / "run" / "model.golf").read_bytes()
 
 

@@ -283,7 +283,7 @@ def test_every_faulty_file_is_named_at_once(tmp_path):
     first, second, *_, last = str(caught.value).splitlines()
     assert first == f"{tmp_path / '01.txt'} holds no text; remove it from the inputs"
     assert second.startswith(f"  {tmp_path / '02.txt'}: byte 1 (0xff) is not UTF-8")
-    assert last == "  … and 2 more files"
+    assert last == "  … and more files"
 
 
 def test_more_shards_than_a_folder_should_hold(tmp_path, source, monkeypatch):

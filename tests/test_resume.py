@@ -250,6 +250,12 @@ def test_a_finished_run_without_checkpoints_is_not_trained_again(tiny, tmp_path)
     before = (tmp_path / "run" / "model.golf").read_bytes()
     with pytest.raises(InputError, match=r"no intact checkpoint, and .* step 0 would replace its model\.golf"):
         train(tiny, tmp_path / "run", resume=True)
+    assert not (tmp_path / "run/checkpoints").exists()
+    (tmp_path / "run/checkpoints").mkdir()
+    (tmp_path / "run/checkpoints/step_00000009.safetensors").write_bytes(b"cut off")
+    with pytest.raises(InputError, match=r"no intact checkpoint \(.*step_00000009.safetensors.*\), and"):
+        train(tiny, tmp_path / "run", resume=True)
+    shutil.rmtree(tmp_path / "run/checkpoints")
     assert (tmp_path / "run" / "model.golf").read_bytes() == before
     (tmp_path / "run" / "model.golf").unlink()
     train(tiny, tmp_path / "run", resume=True)

@@ -18,7 +18,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,7 +30,7 @@ from golfgpt.cli import compare, data, info, models, report, runs, submit, sweep
 from golfgpt.cli.common import RUNS, stored_config
 from golfgpt.cli.parse import option, parse
 from golfgpt.config import RunConfig
-from golfgpt.errors import GolfError, InputError, Interrupted, PeerError, UsageError
+from golfgpt.errors import GolfError, InputError, Interrupted, PeerError, Terminated, UsageError
 from golfgpt.sweep.attempt import read_loop
 from golfgpt.sweep.space import read_spec, with_values
 
@@ -139,9 +139,8 @@ def main(argv: list[str]) -> int:
     name = both if group or both in COMMANDS else first
     try:
         if name in COMMANDS:
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, _terminated)
-            return _dispatch(name, argv[len(name.split()) :])
+            with _sigterm():
+                return _dispatch(name, argv[len(name.split()) :])
         asked = argv[bool(group) :][:1]
         if asked in ([], ["-h"], ["--help"], ["help"]):
             print(_overview(group))
@@ -171,11 +170,25 @@ def main(argv: list[str]) -> int:
         return _fail(f"out of memory ({error}); lower --data.microbatch-tokens or --eval.batch-tokens", 3)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+    except Terminated:
+        return _fail("stopped by SIGTERM", 128 + signal.SIGTERM)
 
 
-def _terminated(signum: int, frame: object) -> NoReturn:
-    """SIGTERM where a command has no handler of its own; SIGINT raises KeyboardInterrupt."""
-    raise Interrupted("stopped by SIGTERM", signum)
+@contextlib.contextmanager
+def _sigterm() -> Iterator[None]:
+    """SIGTERM raises Terminated in the block, unless the command handles it itself or this process ignores it."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) == signal.SIG_IGN:
+        yield
+        return
+
+    def terminate(signum: int, frame: object) -> NoReturn:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fail(message: str, code: int) -> int:

@@ -16,6 +16,7 @@ import tyro
 from golfgpt.config import EvalConfig, RunConfig, differences
 from golfgpt.errors import InputError
 from golfgpt.runs import RUNS, artifact_file, read_config, read_run, torchrun_id
+from golfgpt.score.config import TTT_READS
 
 Config = Annotated[RunConfig, tyro.conf.arg(name="")]
 
@@ -43,12 +44,11 @@ def check_tokenizer(run: Path, sha256: str, data: str | None) -> None:
 
 def check_ttt(before: EvalConfig, after: EvalConfig) -> None:
     """Raise InputError for a changed field of test-time training that its kind does not read."""
-    reads = {"off": (), "sgd": ("sgd.", "max_seconds"), "lora": ("lora.", "max_seconds"), "phased": ("",)}
     kind = after.ttt.kind
     for change in differences(before.ttt, after.ttt):
         name = change.partition(":")[0]
-        if name != "kind" and not name.startswith(reads[kind]):
-            kinds = " or ".join(each for each in reads if name.startswith(reads[each]))
+        if name != "kind" and not name.startswith(TTT_READS[kind]):
+            kinds = " or ".join(each for each, reads in TTT_READS.items() if name.startswith(reads))
             raise InputError(
                 f"--eval.ttt.{name.replace('_', '-')} has no effect on eval.ttt.kind {kind}; drop it, or add "
                 f"--eval.ttt.kind {kinds}"

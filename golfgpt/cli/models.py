@@ -329,7 +329,7 @@ def _hessians(args: Export, weights: _Weights) -> dict[str, Tensor]:
     from golfgpt import distributed, vector_math
     from golfgpt.model.gpt import GPT
     from golfgpt.quant import calibration
-    from golfgpt.score.evaluate import open_dataset
+    from golfgpt.score.evaluate import model_dataset
     from golfgpt.train.compute_dtype import select_dtype
     from golfgpt.train.reporter import Reporter
 
@@ -340,7 +340,8 @@ def _hessians(args: Export, weights: _Weights) -> dict[str, Tensor]:
     vector_math.resolve()
     ranks, reporter = distributed.start(config.runtime.device), Reporter(None, quiet=True)
     try:
-        dataset, gpt = open_dataset(config, ranks), GPT(weights.model)
+        dataset, gpt = model_dataset(config), GPT(weights.model)
+        dataset.check_token_ids(config.model.vocab_size, "train")
         gpt.load_state_dict(weights.state)
         gpt = gpt.to(ranks.device)
         dtype = select_dtype(config.runtime.dtype, gpt, config.data, ranks).dtype

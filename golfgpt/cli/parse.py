@@ -157,8 +157,8 @@ def _reject(cls: type, name: str, argv: list[str], box: str) -> NoReturn:
             elif not flag and Path(found[2], "config.json").exists():
                 message += f"; golfgpt {name} takes one run at a time"
         elif (word := found[2].lstrip("-").partition("=")[0]) in {*dict(_flags(RunConfig)), "recipe", "resume"}:
-            of = "train and eval" if word.startswith("eval.") else "train"
-            about, message = [], f"--{word} is an option of golfgpt {of}; golfgpt {name} does not take it"
+            of = "train and golfgpt eval" if word.startswith("eval.") else "train"
+            about, message = [], f"--{word} is for golfgpt {of}; golfgpt {name} does not take it"
             flag = next((f"--{own}" for own in _ELSEWHERE.get(word, ()) if own in dict(_flags(cls))), "")
         elif (meant := _meant(cls, word)) and flag != f"--{meant}":
             flag, about = f"--{meant}", [f"--{meant}", dict(_flags(cls))[meant]]

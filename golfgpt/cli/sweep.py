@@ -14,7 +14,7 @@ from tyro.conf import Positional
 from golfgpt.cli.common import RUNS, Config, print_json, run_name, stored_config
 from golfgpt.cli.parse import parse
 from golfgpt.config import RunConfig, differences
-from golfgpt.errors import InputError
+from golfgpt.errors import InputError, VerificationError
 from golfgpt.files import from_json
 from golfgpt.sweep.space import SPEC_KEYS, Spec, SpecFile, parse_grid, read_spec, with_values
 from golfgpt.tables import table
@@ -122,24 +122,27 @@ def _plan(args: Sweep) -> tuple[Spec, int, Path]:
     if jobs < 1:
         raise InputError(f"jobs is {jobs}; expected at least 1")
     space = parse_grid(args.grid) if args.grid else file.space
-    name = run_name(args.name or (args.spec.stem if args.spec else "sweep"), "")
+    name = run_name((args.spec.stem if args.spec else "sweep") if args.name is None else args.name, "")
     spec = Spec(config=args.config, space=space, **values)
     _check_data(spec)
     return spec, jobs, RUNS / name
 
 
 def _check_data(spec: Spec) -> None:
-    """Raises InputError if the data fit no point; that of random and tpe is not known if it changes what must fit."""
-    from golfgpt.score.evaluate import fitting_dataset
+    """Raises InputError if there are no data, or if they fit no point; whether they fit those of random and tpe is not
+    known where the space changes what must fit."""
+    from golfgpt.score.evaluate import fitting_dataset, named_dataset
 
     if spec.sampler != "grid" and any(name.startswith(("data.", "model.", "eval.")) for name in spec.space):
+        if "data.path" not in spec.space:
+            named_dataset(spec.config)
         return
     faults = []
     for point in spec.points if spec.sampler == "grid" else ({},):
         try:
             fitting_dataset(with_values(spec.config, point))
             return
-        except InputError as error:
+        except (InputError, VerificationError) as error:
             faults.append(error)
     raise faults[0]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import itertools
 import json
 import mmap
 import os
@@ -70,14 +71,18 @@ def find_inputs(inputs: Sequence[PathLike], say: Callable[[str], None] = lambda 
 
 
 def same_content(files: Sequence[Path]) -> list[tuple[Path, Path]]:
-    """Pairs of an earlier and a later file of `files` with the same bytes."""
-    sizes = Counter(file.stat().st_size for file in files)
-    once: dict[str, Path] = {}
-    pairs = []
-    for file in files:
-        if sizes[file.stat().st_size] > 1:
-            first = once.setdefault(sha256_file(file), file)
-            pairs += [(first, file)] if first is not file else []
+    """Pairs of an earlier and a later file of `files` with the same bytes, empty ones aside. Raises InputError for a
+    file that cannot be read."""
+    pairs, once = [], dict[str, Path]()
+    try:
+        sizes = {file: file.stat().st_size for file in files}
+        count = Counter(sizes.values())
+        for file in files:
+            if sizes[file] and count[sizes[file]] > 1:
+                first = once.setdefault(sha256_file(file), file)
+                pairs += [(first, file)] if first is not file else []
+    except OSError as error:
+        raise InputError(f"cannot read {error.filename}: {error.strerror}") from error
     return pairs
 
 
@@ -89,7 +94,7 @@ def read_documents(
     .txt is cut after `separator` (default: blank lines) wherever that leaves at least 2 kB on both sides; the
     pieces, separators included, join to the file's text. .jsonl and .jsonl.zst hold {"text": ...} a line.
     Raises InputError naming file and place for bytes that are not UTF-8, bad JSON, a missing "text", lone
-    surrogates, truncated zstd and files without text; it names each file that has one of these.
+    surrogates, truncated zstd and files without text; it names the first files that have one of these.
     """
     if separator == "":
         raise InputError("the document separator is empty; leave it out to cut at blank lines")
@@ -98,16 +103,17 @@ def read_documents(
         try:
             yield from _read_file(path, separator, advance)
         except InputError as error:
-            faults = [str(error), *_faults(files[index + 1 :], separator)]
-            more = [f"… and {len(faults) - SHOWN_FAULTS} more files"] if len(faults) > SHOWN_FAULTS else []
-            raise InputError("\n  ".join([*faults[:SHOWN_FAULTS], *more])) from error
+            rest = itertools.islice(_faults(files[index + 1 :], separator, advance), SHOWN_FAULTS)
+            *faults, last = [str(error), *rest]
+            faults.append(last if len(faults) < SHOWN_FAULTS else "… and more files")
+            raise InputError("\n  ".join(faults)) from error
 
 
-def _faults(files: Sequence[Path], separator: str | None) -> Iterator[str]:
+def _faults(files: Sequence[Path], separator: str | None, advance: Advance) -> Iterator[str]:
     """What is wrong with `files`, at most one fault of each."""
     for path in files:
         try:
-            deque(_read_file(path, separator, lambda count: None), maxlen=0)
+            deque(_read_file(path, separator, advance), maxlen=0)
         except InputError as error:
             yield str(error)
 

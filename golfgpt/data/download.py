@@ -37,7 +37,7 @@ import filelock
 from golfgpt import __version__
 from golfgpt.data.manifest import MANIFEST
 from golfgpt.data.shards import Dataset, Progress
-from golfgpt.errors import BusyError, InputError, Interrupted
+from golfgpt.errors import BusyError, InputError, Interrupted, Terminated
 from golfgpt.files import read_json, sha256_file, write_json
 
 REPO = "willdepueoai/parameter-golf"
@@ -141,7 +141,7 @@ def download(
     A folder keeps to one commit and one variant. More train shards than asked for stay if they are of this download.
 
     Raises InputError for a wrong variant, count, folder or record, too little disk, a hub that cannot be reached, and
-    a file that is wrong when fetched twice; BusyError; Interrupted after ctrl-C.
+    a file that is wrong when fetched twice; BusyError; Interrupted after ctrl-C, and after Terminated.
     """
     if train_shards < 1 or workers < 1:
         raise InputError(f"--train-shards {train_shards} and --workers {workers} must be at least 1")
@@ -159,8 +159,9 @@ def download(
             data = Dataset.open(out)
     except filelock.Timeout:
         raise BusyError(f"{out} is being downloaded to by another process; wait for it") from None
-    except KeyboardInterrupt:
-        raise Interrupted("stopped by SIGINT; the same command continues", signal.SIGINT) from None
+    except (KeyboardInterrupt, Terminated) as error:
+        came = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+        raise Interrupted(f"stopped by {came.name}; the same command continues", came) from None
     return Report(
         path=str(out),
         repo=REPO,

@@ -395,6 +395,8 @@ def prepare(
     total = train_source.bytes + (val_source.bytes if val_source else 0)
     workers = workers or max(1, min(_cpus(), total // _BYTES_PER_WORKER))
     with _staging(Path(out).resolve(), overwrite) as folder:
+        for source in filter(None, (train_source, val_source)):
+            source.name_repeats(say)
         below = None if val_source else val_limit(train_source.documents(lambda count: None), fraction)
         must_round_trip = tokenizer is None
         if tokenizer is None:
@@ -459,19 +461,22 @@ class _Source:
     """Documents that can be read more than once, from files or from the embedded corpus, which is cut like a .txt."""
 
     def __init__(self, inputs: Sequence[PathLike] | None, separator: str | None, say: Callable[[str], None]):
-        self._separator, self.files = separator, set[Path]()
+        self._separator, self._files, self.files = separator, list[Path](), set[Path]()
         self._demo = demo_text() if inputs is None else None
         if self._demo:
             self.names = [self._demo.name]
             self.bytes = sum(map(len, self._demo.documents))
         else:
             self._files = find_inputs(inputs, say)
-            if pairs := same_content(self._files):
-                same = ", ".join(f"{later} is {first}" for first, later in pairs[:3]) + ", …" * (len(pairs) > 3)
-                say(f"{len(pairs)} of {len(self._files)} files repeat another one, whose text counts again: {same}")
             self.files = {file.resolve() for file in self._files}
             self.names = [file.name for file in self._files]
             self.bytes = sum(file.stat().st_size for file in self._files)
+
+    def name_repeats(self, say: Callable[[str], None]) -> None:
+        """`say` gets a line about files that repeat another one."""
+        if pairs := same_content(self._files):
+            same = ", ".join(f"{later} is {first}" for first, later in pairs[:3]) + ", …" * (len(pairs) > 3)
+            say(f"{len(pairs)} of {len(self._files)} files repeat another one, whose text counts again: {same}")
 
     def documents(self, advance: Advance) -> Iterator[str]:
         if not self._demo:

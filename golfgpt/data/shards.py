@@ -376,7 +376,8 @@ class Dataset:
     def check_val_files(self, assigned: tuple[int, int] = (0, 1)) -> None:
         """Raises VerificationError naming the first file of val whose SHA-256 is not that of the manifest, if there is
         one. `assigned` as for `check_token_ids`."""
-        for shard in self.manifest.val.shards[assigned[0] :: assigned[1]] if self.manifest else ():
+        files = (*self.manifest.val.shards, *self.manifest.published_bytes) if self.manifest else ()
+        for shard in files[assigned[0] :: assigned[1]]:
             sidecar = str(Path(shard.file).with_suffix(".bytes"))
             for name, known in ((shard.file, shard.sha256), (sidecar, shard.sidecar_sha256)):
                 if known and (found := sha256_file(self.path / name)) != known:

@@ -384,7 +384,7 @@ def small_step(machine: Machine) -> Iterator[Answer]:
     """Forecast the time of a step of `small` on this CPU."""
     if machine.devices:
         return
-    load, cpus = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    load, cpus = os.getloadavg()[0], os.cpu_count() or 1  # both of the machine, also in a container
     step, most = probe.small_step(), probe.SMALL.schedule.max_seconds
     yield (
         f"recipe small: {step}, {most / step.seconds:,.0f} steps in its {most:.0f} s",

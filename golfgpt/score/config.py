@@ -83,6 +83,10 @@ class TTTConfig(Section):
     from a proportional share."""
 
 
+TTT_READS = {"off": (), "sgd": ("sgd.", "max_seconds"), "lora": ("lora.", "max_seconds"), "phased": ("",)}
+"""Kind of test-time training -> how the fields of TTTConfig begin that it reads, beside `kind`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(Section):
     """Evaluation. Every token of the validation text except the first is scored exactly once, unless `rule` is

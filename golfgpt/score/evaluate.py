@@ -94,11 +94,16 @@ def open_dataset(config: RunConfig, ranks: Ranks) -> Dataset:
     return dataset
 
 
-def fitting_dataset(config: RunConfig) -> Dataset:
-    """The data set of `config`. Raises InputError if it does not fit the model or the way to score."""
+def named_dataset(config: RunConfig) -> Dataset:
+    """The data set that `config` names. Raises InputError if there is none."""
     if config.data.path is None:
         raise InputError("no data: expected a prepared folder, --data.path DIR (see golfgpt data prepare)")
-    dataset = Dataset.open(Path(config.data.path))
+    return Dataset.open(Path(config.data.path))
+
+
+def model_dataset(config: RunConfig) -> Dataset:
+    """`named_dataset`. Raises InputError if it does not fit the model."""
+    dataset = named_dataset(config)
     bos = dataset.need_tokenizer().bos_id
     for name, start in (("model", config.model.document_start), ("data", config.data.document_start)):
         if start is not None and start != bos:
@@ -110,8 +115,15 @@ def fitting_dataset(config: RunConfig) -> Dataset:
             f"model.vocab_size is {config.model.vocab_size}; expected {dataset.vocab_size}, the size of the tokenizer "
             f"in {config.data.path}: use --model.vocab-size {dataset.vocab_size}"
         )
+    return dataset
+
+
+def fitting_dataset(config: RunConfig) -> Dataset:
+    """`model_dataset`. Raises InputError if it does not fit the way to score."""
+    dataset = model_dataset(config)
     targets = plan_windows(dataset, config).targets
     if config.eval.ttt.kind == "phased":
+        bos = dataset.need_tokenizer().bos_id
         batches_and_phases(find_documents(dataset.val_ids(0, targets + 1), bos), config.eval.ttt)
     m = config.model
     if within_documents(config) and m.document_start is None and m.mixes_tokens:

@@ -34,7 +34,7 @@ def announce(config: RunConfig, dataset: Dataset, step: TrainStep, attention: Se
     """Print which run this is, and log its settings."""
     c, say, ranks = config, reporter.log, step.ranks
     if reporter.folder:
-        path, tokens = reporter.folder.path, sum(map(len, dataset.train))
+        path, tokens = reporter.folder.path, dataset.train_tokens
         recipe = recipe_name(read_env(path))
         reporter.show(
             f"run {path}{f', recipe {recipe}' if recipe else ''}: {tokens:,} tokens of {c.data.path} to train on, "

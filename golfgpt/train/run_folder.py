@@ -88,9 +88,7 @@ class RunFolder:
     def open(cls, path: Path) -> RunFolder:
         """Open and lock an existing run. Raises InputError if there is none, BusyError if it is in use."""
         read_config(path)
-        folder = cls(path)
-        folder.checkpoints.mkdir(exist_ok=True)
-        return folder
+        return cls(path)
 
     def metric(self, kind: str, **values: Any) -> None:
         """Append one object to metrics.jsonl."""

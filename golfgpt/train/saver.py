@@ -43,10 +43,10 @@ def newest(folder: RunFolder, config: RunConfig, dataset: Dataset) -> Found:
             f"{path} was written by another version of golfgpt: {error}; resume it with that version"
         ) from None
     if not saved and folder.artifact.exists():
+        reasons = f" ({'; '.join(refused.values())})" if refused else ""
         raise InputError(
-            f"{path} has no intact checkpoint, and training from step 0 would replace its model.golf, which golfgpt "
-            "eval scores as it is; to train again, start a new run: the command of this one is in "
-            f"{path / 'env.json'}, give it another --name"
+            f"{path} has no intact checkpoint{reasons}, and training from step 0 would replace its model.golf, which "
+            "golfgpt eval scores as it is; to train again, start a new run under another --name"
         )
     changed = [d for d in differences(started, config) if not d.startswith(RESUMABLE)]
     if changed:
@@ -142,6 +142,7 @@ class Saver:
                 for path, reason in found.refused.items():
                     self.reporter.line(f"warning: {reason}")
                     path.rename(path.with_suffix(".damaged"))
+                self.folder.checkpoints.mkdir(exist_ok=True)  # a run that was copied may lack it
                 write_config(self.path, self.config)
         saved = self.step.ranks.broadcast_object(found and found.saved)
         if saved is None:

@@ -145,7 +145,7 @@ def check(
     require_compressor(config.quant.compressor)
     require_tracker(config.runtime.tracker)
     dataset = open_dataset(config, ranks)
-    if (tokens := sum(map(len, dataset.train))) <= config.data.seq_len:
+    if (tokens := dataset.train_tokens) <= config.data.seq_len:
         raise InputError(
             f"{config.data.path} has {tokens:,} tokens to train on, and a sequence takes {config.data.seq_len + 1:,} "
             "(--data.seq-len and the next token): prepare more text"
