@@ -257,7 +257,8 @@ def _instead(path: Path) -> str:
     if path.is_file():
         return "it is a file; expected the folder of a run"
     if any(path.glob("*/config.json")):
-        return f"runs are in folders below it, which golfgpt runs {quoted} lists; expected one of them"
+        command = "golfgpt runs" if path == RUNS else f"golfgpt runs {quoted}"
+        return f"folders in it are runs ({command} lists them); expected one of these"
     meant = _meant(path, "expected a folder that golfgpt train or import created")
     return f"there is no {path / 'config.json'}; {meant}"
 

@@ -217,7 +217,7 @@ def test_show(folder, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["status"] == "stopped" and found["result"] is None and found["config"]["model"]["num_layers"] == 10
     assert main(["runs", "show", "runs"]) == 3
-    assert "runs holds no run: runs are in folders below it, which golfgpt runs runs lists" in capsys.readouterr().err
+    assert "runs holds no run: folders in it are runs (golfgpt runs lists them); expected one" in capsys.readouterr().err
 
 
 def test_a_stopped_run_says_how_far_it_came(folder, capsys):
@@ -281,7 +281,7 @@ def test_suggested_commands_can_be_pasted(folder, capsys):
         (["sample", "one"], "did you mean runs/one?"),
         (["train", "--resume", "twoo"], "did you mean runs/two?"),
         (["runs", "sweep"], "did you mean runs/sweep?"),
-        (["runs", "show", "runs/sweep"], "which golfgpt runs runs/sweep lists"),
+        (["runs", "show", "runs/sweep"], "(golfgpt runs runs/sweep lists them)"),
         (["sample", "runs/my data"], "it is a prepared data folder"),
     ],
 )

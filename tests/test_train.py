@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -596,6 +597,18 @@ def test_only_a_run_that_saved_nothing_is_discarded(tiny, tmp_path, file, run, l
     folder.close()
     assert ((path / "config.json").exists(), path.exists()) == (run, left)
     RunFolder.open(path).close() if run else RunFolder.create(path, tiny, b"tokenizer").close()
+
+
+def test_a_discarded_run_leaves_no_empty_folder_of_its_name(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/kept").mkdir(parents=True)
+    for name in ("runs/a/b", "runs/a/c"):
+        RunFolder.create(Path(name), tiny, b"tokenizer").close()
+    for name, left in (("runs/a/b", {"a", "kept"}), ("runs/a/c", {"kept"})):
+        folder = RunFolder.open(Path(name))
+        folder.discard()
+        folder.close()
+        assert {path.name for path in Path("runs").iterdir()} == left
 
 
 def test_a_diverged_last_update_is_not_exported(tiny, tmp_path, monkeypatch):

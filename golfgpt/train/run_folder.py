@@ -32,7 +32,7 @@ from golfgpt.model.gpt import GPT
 from golfgpt.model.parameters import of_kind, parameter_table
 from golfgpt.optim.averaging import Average
 from golfgpt.quant import artifact
-from golfgpt.runs import artifact_file, read_config, taken, torchrun_id, write_config
+from golfgpt.runs import RUNS, artifact_file, read_config, taken, torchrun_id, write_config
 from golfgpt.train import checkpoint
 
 
@@ -80,9 +80,10 @@ class RunFolder:
             return
         for name in ("config.json", "metrics.jsonl", "train.log", "env.json", "tokenizer.model", ".lock"):
             (self.path / name).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            self.checkpoints.rmdir()
-            self.path.rmdir()
+        above = [folder for folder in self.path.parents if RUNS in folder.parents]  # of a name like FOLDER/NAME
+        with contextlib.suppress(OSError):  # one is not empty
+            for folder in (self.checkpoints, self.path, *above):
+                folder.rmdir()
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
