@@ -483,7 +483,7 @@ def scored_whole(run: Run) -> str:
 def one_side(runs: Sequence[Run], kind: Kind, against: Sequence[Run] = ()) -> Side:
     """Check that the runs differ in their seeds only. `against`: the runs of the other side."""
     if not runs:
-        raise InputError("expected at least one run, on each side: golfgpt compare RUN… --against RUN…")
+        raise InputError("expected at least one run, got none: golfgpt compare RUN… --against RUN…")
     first = runs[0]
     by_seed: dict[int, Run] = {}
     varied: dict[str, None] = {}  # in order

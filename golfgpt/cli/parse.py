@@ -4,6 +4,7 @@ sentence that comes last."""
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import io
 import itertools
@@ -133,18 +134,34 @@ def _placed(cls: type, word: str) -> str | None:
     return f"--{flag} {shlex.quote(word)}" if flag in dict(_flags(cls)) else None
 
 
+def _missing(box: str) -> list[list[str]]:
+    """The required options that tyro's message `box` names, each with the lines of its description, which are indented
+    further."""
+    found: list[list[str]] = []
+    for line in box.splitlines():
+        row = line.replace("│", " ").rstrip()  # tyro draws with spaces where there is no Unicode
+        indent = len(row) - len(row.lstrip())
+        if found and not row.strip(" ─-"):
+            break
+        if indent == 6:
+            found.append([row.strip().rpartition(", ")[2]])
+        elif indent > 6:
+            found[-1].append(row.strip())
+    return found
+
+
 def _reject(cls: type, name: str, argv: list[str], box: str) -> NoReturn:
-    """Raise the error in tyro's message `box`: the message, a line, and below it the option that it concerns. An
+    """Raise the error in tyro's message `box`: the message, a line, and below it the options that it concerns. An
     unknown option in `argv` comes before one that is missing."""
-    rows = [line.strip("│╰╯ ") for line in re.sub(r"\x1b\[[\d;]*m", "", box).splitlines()[1:]]  # without the title
+    box = re.sub(r"\x1b\[[\d;]*m", "", box)
+    rows = [line.strip("│╰╯ ") for line in box.splitlines()[1:]]  # without the title
     parts = [
         [*part] for rule, part in itertools.groupby(filter(None, rows), lambda row: not row.strip("─-")) if not rule
     ]
     message, about = " ".join(parts[0]) if parts else box, parts[1][1:] if len(parts) > 2 else []
-    if message.startswith("Missing from"):
-        about = parts[0][1:]
-        if unknown := _unknown(cls, argv):
-            message, about = f"Unrecognized options: {unknown}", []
+    missing: list[list[str]] = []
+    if re.match(r"Missing from|Missing value for argument '[^-]", message) and (unknown := _unknown(cls, argv)):
+        message, about = f"Unrecognized options: {unknown}", []
     flag, _, kinds = about[0].partition(" ") if about else ("", "", "")
     error: type[InputError | UsageError] = InputError
     if found := re.match(r"Unrecognized options: (-?)([^,]+)", message):
@@ -162,11 +179,19 @@ def _reject(cls: type, name: str, argv: list[str], box: str) -> NoReturn:
             flag = next((f"--{own}" for own in _ELSEWHERE.get(word, ()) if own in dict(_flags(cls))), "")
         elif (meant := _meant(cls, word)) and flag != f"--{meant}":
             flag, about = f"--{meant}", [f"--{meant}", dict(_flags(cls))[meant]]
+        elif not flag and (close := difflib.get_close_matches(word, [flag for flag, _ in _flags(cls)], n=1)):
+            flag = f"--{close[0]}"
         message += f"; did you mean {flag}?" if flag else ""
     elif message.startswith("Missing from"):
-        error, message = UsageError, f"expected {about[0]}, got none"
+        missing = _missing(box)
+        *first, last = (words[0] for words in missing)
+        names = f"{', '.join(first)} and {last}" if first else last
+        error, message = UsageError, f"expected {names}, got none"
     elif found := re.match(r"Missing value for argument [('\"]+(.+?)['\",)]", message):
         error, message = UsageError, f"{found[1]} has no value"
+        if not found[1].startswith("-"):
+            missing = [[found[1].upper(), dict(_flags(cls)).get(found[1], "")]]
+            message = f"expected {missing[0][0]}, got none"
     elif found := re.match(r"invalid choice '(.*)' for argument '(.*)'. Expected one of \((.*?),?\)", message):
         message = f"{found[2]} got {found[1]}; expected one of {found[3]}".replace("'", "")
     elif flag and (found := re.search(r"(?<=\[)'.*?'(?=\])|'.*?'", message)):
@@ -175,7 +200,7 @@ def _reject(cls: type, name: str, argv: list[str], box: str) -> NoReturn:
     else:
         message = re.sub(r"^Error parsing \S+: ", "", message)
     end = next((i for i, row in enumerate(about) if i and row.startswith("-")), len(about))
-    shown = [f"{about[0]}: {' '.join(about[1:end])}"] if about else []
+    shown = [f"{first}: {' '.join(words)}" for first, *words in ([about[:end]] if about else missing)]
     for line in (f"golfgpt {name} --help lists all options", *shown):
         print(textwrap.shorten(line, 160, placeholder=" …"), file=sys.stderr)
     raise error(message)
