@@ -170,13 +170,12 @@ def main(argv: list[str]) -> int:
         return _fail(f"out of memory ({error}); lower --data.microbatch-tokens or --eval.batch-tokens", 3)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
-    except Terminated:
-        return _fail("stopped by SIGTERM", 128 + signal.SIGTERM)
 
 
 @contextlib.contextmanager
 def _sigterm() -> Iterator[None]:
-    """SIGTERM raises Terminated in the block, unless the command handles it itself or this process ignores it."""
+    """SIGTERM raises Terminated in the block, unless the command handles it itself or this process ignores it. Raises
+    Interrupted after it."""
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) == signal.SIG_IGN:
         yield
         return
@@ -187,6 +186,8 @@ def _sigterm() -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
+    except Terminated:
+        raise Interrupted("stopped by SIGTERM", signal.SIGTERM) from None
     finally:
         signal.signal(signal.SIGTERM, before)
 
