@@ -320,6 +320,7 @@ def test_recipes(capsys):
         (["sample", "--temprature", "1"], 2, "unknown option --temprature; did you mean --temperature?"),
         (["submit", "pack", "x", "--out", "y"], 2, "expected --author STR, --github-id STR and --name STR, got none"),
         (["submit", "pack", "x", "--out", "y"], 2, "\n--author STR: Your name. (required)\n--github-id STR: Your"),
+        (["try", "--recipe", "demo", "--runs", "2", "--", "--optim.matrix-lr", "1"], 2, "unknown option --runs\n"),
         (["compare", "--target-nats", "3"], 3, "expected at least one run, got none"),
         (["data", "prepare"], 2, "expected --out PATH, got none"),
         (["train", "--recipe", "demmo"], 3, "did you mean demo?"),

@@ -167,6 +167,8 @@ def _reject(cls: type, name: str, argv: list[str], box: str) -> NoReturn:
     if found := re.match(r"Unrecognized options: (-?)([^,]+)", message):
         error = UsageError
         message = f"unknown option -{found[2]}" if found[1] else f"unexpected argument {found[2]}"
+        if found[1] and len(parts) > 2 and parts[1][0] not in ("Perhaps you meant:", f"Arguments similar to -{found[2]}:"):
+            flag, about = "", []  # of another unknown option
         if not found[1]:
             flag = _placed(cls, found[2]) or flag
             if not flag and _takes_many(cls):
@@ -179,7 +181,7 @@ def _reject(cls: type, name: str, argv: list[str], box: str) -> NoReturn:
             flag = next((f"--{own}" for own in _ELSEWHERE.get(word, ()) if own in dict(_flags(cls))), "")
         elif (meant := _meant(cls, word)) and flag != f"--{meant}":
             flag, about = f"--{meant}", [f"--{meant}", dict(_flags(cls))[meant]]
-        elif not flag and (close := difflib.get_close_matches(word, [flag for flag, _ in _flags(cls)], n=1)):
+        elif not flag and (close := difflib.get_close_matches(word, [flag for flag, _ in _flags(cls)], 1, 0.75)):
             flag = f"--{close[0]}"
         message += f"; did you mean {flag}?" if flag else ""
     elif message.startswith("Missing from"):
