@@ -167,8 +167,8 @@ def _reject(cls: type, name: str, argv: list[str], box: str) -> NoReturn:
     if found := re.match(r"Unrecognized options: (-?)([^,]+)", message):
         error = UsageError
         message = f"unknown option -{found[2]}" if found[1] else f"unexpected argument {found[2]}"
-        if found[1] and len(parts) > 2 and parts[1][0] not in ("Perhaps you meant:", f"Arguments similar to -{found[2]}:"):
-            flag, about = "", []  # of another unknown option
+        if found[1] and about and parts[1][0] not in ("Perhaps you meant:", f"Arguments similar to -{found[2]}:"):
+            flag, about = "", []  # which are about another unknown option
         if not found[1]:
             flag = _placed(cls, found[2]) or flag
             if not flag and _takes_many(cls):
