@@ -93,7 +93,7 @@ class State:
         else:
             row = self.train
             words = [status(config, row, self.mean, ended=self.over), f"last loss {row['loss']:.4f}"]
-        if self.checkpoint and self.checkpoint["projected_artifact_bytes"]:
+        if self.checkpoint and self.checkpoint["projected_artifact_bytes"] and not self.result:
             words.append(f"model.golf about {self.checkpoint['projected_artifact_bytes']:,} bytes")
         if self.val:
             words.append(f"val_bpb {self.val['val_bpb']:.4f} at step {self.val['step']}")

@@ -118,9 +118,14 @@ def show(args: ShowRun) -> int:
         facts |= reached | {"config": to_dict(run.config), "env": run.env, "result": run.result, "evals": evals}
         print_json(facts)
         return 0
-    values = reached | flatten(run.result or {}) | flatten(run.env)
+    result = run.result or {}
+    values = reached | flatten(result) | flatten(run.env)
     values["command"] = shlex.join(run.env.get("command", ()))
-    print(f"{args.run}: {status}, seed {run.config.seed}\n")
+    score, size = result.get("score", {}), result.get("total_bytes")
+    head = [status, f"seed {run.config.seed}"]
+    head += [f"{score['label']} {score['val_bpb']:.4f}"] if score.keys() >= {"label", "val_bpb"} else []
+    head += [f"{size:,} bytes in all"] if size else []
+    print(f"{args.run}: {', '.join(head)}\n")
     shown = [(name, _shown(name, value)) for name, value in values.items() if value is not None]
     print(table(("field", "value"), shown))
     if evals:
@@ -141,7 +146,7 @@ REACHED = ("step", "train_seconds", "loss", "loss_ema")
 def _shown(name: str, value: Any) -> str:
     """A value for a reader; --json has all its digits."""
     if not isinstance(value, float):
-        return str(value)
+        return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
     if "bpb" in name or name.endswith("val_loss"):
         return f"{value:.4f}"
     return f"{value:,.1f}" if "seconds" in name else f"{value:g}"
