@@ -599,7 +599,8 @@ def _words(difference: Difference, other: str, bpb_per_nat: float, counts: Seque
     for claim in difference.claims:
         what = f"better by more than {claim.margin:g} nats/token" if claim.margin else "better at all"
         verdict = f"{'' if claim.significant else 'not '}significant at p < {criteria.alpha:g}"
-        degrees = f"{difference.degrees_of_freedom:.3g} degrees of freedom"
+        df = f"{difference.degrees_of_freedom:.3g}"
+        degrees = f"{df} degree{'s' * (df != '1')} of freedom"
         lines.append(f"{what}: {verdict} (p = {claim.p:.2g}, {difference.test}, {degrees})")
         if not claim.significant and claim.seeds is None:
             lines.append("  the gain seen is not above this, so more seeds like these would not show it")

@@ -102,8 +102,9 @@ class Run:
         return list(filter(None, map(metric, lines)))
 
 
-def read_run(path: Path) -> Run:
+def read_run(path: str | os.PathLike) -> Run:
     """The run in `path`. Raises InputError if there is none, or if a file of it cannot be read."""
+    path = Path(path)
     config = read_config(path)
     return Run(path=path, config=config, env=read_env(path), result=read_stored_result(path))
 
@@ -112,7 +113,7 @@ def read_result(path: Path) -> Run:
     """The run in `path`, with its result. Raises InputError as `read_run`, and if the run has no result yet."""
     run = read_run(path)
     if run.result is None:
-        raise InputError(f"{path} has no result.json; finish it with golfgpt train --resume {shlex.quote(str(path))}")
+        raise InputError(f"{path} has no result.json: {going_on(path)}")
     return run
 
 
@@ -203,7 +204,9 @@ def resume_hint(path: Path) -> str:
 
 def taken(path: Path) -> InputError:
     """The error of a new run whose folder holds a run."""
-    hint = "" if (path / "result.json").exists() else ", or continue it with --resume"
+    words = read_env(path).get("command")
+    imported = isinstance(words, list) and words[1:2] == ["import"]
+    hint = "" if imported or (path / "result.json").exists() else ", or continue it with --resume"
     return InputError(f"{path} already holds a run; choose another --name{hint}")
 
 

@@ -404,7 +404,7 @@ def test_other_rules_of_scoring_have_a_way_out():
 def test_command_refuses(folders, capsys):
     (folders / "runs/a3/result.json").unlink()
     for argv, message in (
-        (sides("123", "1234"), "runs/a3 has no result.json; finish it with golfgpt train --resume runs/a3"),
+        (sides("123", "1234"), "runs/a3 has no result.json: golfgpt train --resume runs/a3 continues it"),
         ([*sides("12", "1234"), "--test", "paired"], "seeds 3, 4 only in B: train it"),
         (["runs/a1"], "--against RUN"),
         ([*sides("12", "12"), "--alpha", "2"], "alpha is 2.0"),

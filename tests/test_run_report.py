@@ -170,7 +170,7 @@ def test_a_run_without_a_result_is_shown_as_far_as_it_came(copies, capsys):
     missing = json.loads(capsys.readouterr().out)["missing"]
     what = [text.split(": ")[1] for text in missing]
     assert what == ["the score (there is no result.json)", "tensors", "environment"]
-    assert f"it stopped at step 5; golfgpt train --resume {run} goes on" in missing[0]
+    assert f"it stopped at step 5; golfgpt train --resume {run} continues it" in missing[0]
     shown = Document(out.read_text())
     assert "Loss by step" in shown.text and "What is missing" in shown.text
     folder = RunFolder.open(run)
@@ -192,6 +192,10 @@ def test_a_folder_without_a_run_is_an_error_and_the_old_page_stays(copies, capsy
     ):
         assert main(["report", *map(str, paths), "-o", str(out)]) == 3
         assert error in capsys.readouterr().err
+    config = (copies / "wide" / "config.json").read_bytes()
+    assert main(["report", str(copies / "wide"), "-o", str(copies / "wide" / "config.json")]) == 3
+    assert "expected a name that ends in .html" in capsys.readouterr().err
+    assert (copies / "wide" / "config.json").read_bytes() == config
     (copies / "wide" / "result.json").write_text('{"score": {"val_bpb": "low"}}')
     assert main(["report", str(copies / "wide"), "-o", str(out)]) == 3
     assert "result.json: score.val_bpb = 'low', expected a number; restore" in capsys.readouterr().err

@@ -269,7 +269,7 @@ def test_suggested_commands_can_be_pasted(folder, capsys):
     (folder / "half").rename(folder / "half a run")
     for argv in (["compare", "runs/half a run", "--target-nats", "3"], ["sample", "runs/half a run"]):
         assert main(argv) == 3
-        assert "golfgpt train --resume 'runs/half a run'\n" in capsys.readouterr().err
+        assert "golfgpt train --resume 'runs/half a run'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -605,9 +605,18 @@ def refused(runs: list[Path], error: type[Exception], words: str, **options) -> 
     assert options or not (folder / "sub").exists()
 
 
+def test_what_only_the_author_knows(runs, short):
+    about = {"an empty author": {"author": " "}, "another track": {"track": "foo"}}
+    for fields, message in zip(about.values(), ("--author is empty", "--track is foo; expected track_"), strict=True):
+        with pytest.raises(InputError, match=message):
+            pack(runs, runs[0].parent / "sub", replace(ABOUT, **fields))
+    with pytest.raises(InputError, match=r"golfgpt submit pack RUN"):
+        pack([], runs[0].parent / "sub", ABOUT)
+
+
 def test_a_run_without_a_result(runs, short):
     (runs[1] / "result.json").unlink()
-    refused(runs, InputError, "run42 has no result.json; finish it with")
+    refused(runs, InputError, "run42 has no result.json: golfgpt train --resume")
 
 
 def test_a_run_without_a_log(runs, short):

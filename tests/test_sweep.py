@@ -540,6 +540,25 @@ def here(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+def test_a_run_is_the_first_incumbent(here, monkeypatch, capsys):
+    from golfgpt.sweep.attempt import read_loop
+    from golfgpt.train.run_folder import RunFolder
+
+    scripted = Scripted(noisy)
+    monkeypatch.setattr(children, "Children", lambda: scripted)
+    config = recipes.get("demo").config
+    run = RunFolder.create(here / "runs/first", replace(config, model=replace(config.model, num_layers=3)), b"")
+    run.close()
+    (here / "runs/first/env.json").write_text('{"command": ["golfgpt", "train", "--recipe", "demo"]}')
+    command = ["try", "runs/first", "--steps", "4", "--looks", "2", "3"]
+    assert main([*command, "--", "--optim.matrix-lr", "0.5"]) == 0
+    assert "keep: --optim.matrix-lr=0.5" in capsys.readouterr().out
+    loop = read_loop(here / "runs/try")
+    assert (loop.recipe, loop.config.model.num_layers, loop.looks) == ("demo", 3, (2, 3))
+    assert main(["try", "--name", "x", "--steps", "4", "runs/first", "--", "--optim.matrix-lr", "0.5"]) == 3
+    assert "the first argument of golfgpt try is --name; expected the run: golfgpt try runs/" in capsys.readouterr().err
+
+
 def test_try_from_the_command_line(here, monkeypatch, capsys):
     monkeypatch.setattr(children, "Children", lambda: Scripted(noisy))
     change = ["--", "--optim.matrix-lr", "0.5"]

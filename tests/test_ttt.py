@@ -24,7 +24,7 @@ from golfgpt.cli import main
 from golfgpt.config import EvalConfig, LoRAConfig, RunConfig, SGDConfig, TTTConfig, from_dict, to_dict
 from golfgpt.data.shards import Dataset
 from golfgpt.distributed import Ranks
-from golfgpt.errors import InputError, Interrupted, NonFiniteError, PeerError, VerificationError
+from golfgpt.errors import BudgetError, InputError, Interrupted, NonFiniteError, PeerError
 from golfgpt.model.gpt import GPT
 from golfgpt.published.names import split_banks, to_published
 from golfgpt.score import windows as scoring
@@ -297,7 +297,7 @@ def test_the_clock_stops_an_adapted_score(tiny, monkeypatch):
         got = adapted(tiny, replace(KINDS[kind], max_seconds=9.0))
         assert got.stopped == "eval.ttt.max_seconds 9 are over" and 0 < got.tokens < 650 and got.partial
         assert f"(stopped: {got.tokens:,} of 650 tokens)" in got.label
-    with pytest.raises(VerificationError, match="nothing was scored with test-time training"):
+    with pytest.raises(BudgetError, match=r"nothing was scored .*max_seconds 0.5 are over; raise --eval.ttt.max-sec"):
         adapted(tiny, replace(KINDS["sgd"], max_seconds=0.5))
 
 

@@ -19,7 +19,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -85,7 +85,6 @@ def _sweep_config(argv: list[str]) -> RunConfig:
 
 def _try_config(argv: list[str]) -> RunConfig:
     """The config of the incumbent; for the first try under a name, that of the run or recipe that becomes it."""
-    argv = argv[: argv.index("--")] if "--" in argv else argv
     loop = read_loop(RUNS / (option(argv, "--name") or "try"))
     if loop:
         return loop.config
@@ -203,8 +202,13 @@ def _dispatch(name: str, argv: list[str]) -> int:
     command = COMMANDS[name]
     if name == "recipes" and argv and argv[0] not in ("list", "show") and not argv[0].startswith("-"):
         argv = ["show", *argv]
+    change: tuple[str, ...] = ()
+    if command.args is sweep.Try and "--" in argv:
+        at = argv.index("--")
+        argv, change = argv[:at], tuple(argv[at + 1 :])
     config = command.start(argv) if command.start else None
     args = _parse(command.args, name, argv, config)
+    args = replace(args, change=change) if change else args
     run = getattr(args, "run", None) or getattr(args, "spec", None)
     if command.start and run is not None and Path(argv[0]) != run:
         raise InputError(

@@ -114,17 +114,21 @@ def _meant(cls: type, word: str) -> str | None:
 
 def _unknown(cls: type, argv: list[str]) -> str | None:
     """The first option in `argv` that the command does not have."""
-    own = argv[: argv.index("--")] if "--" in argv else argv
     names = {name for flag, _ in _flags(cls) for name in (flag, ".no-".join(flag.rsplit(".", 1)), f"no-{flag}")}
-    options = (word.partition("=")[0] for word in own if word.startswith("--"))
+    options = (word.partition("=")[0] for word in argv if word.startswith("--"))
     return next((word for word in options if word[2:].replace("_", "-") not in names), None)
+
+
+def _positional(cls: type) -> dict[str, Any]:
+    """The fields that are given without an option, and their types."""
+    (mark,) = typing.get_args(Positional[int])[1:]
+    hints = typing.get_type_hints(cls, include_extras=True).items()
+    return {name: typing.get_args(hint)[0] for name, hint in hints if mark in typing.get_args(hint)}
 
 
 def _takes_many(cls: type) -> bool:
     """Whether the command has any number of arguments without an option."""
-    (mark,) = typing.get_args(Positional[int])[1:]
-    hints = typing.get_type_hints(cls, include_extras=True).values()
-    return any(mark in typing.get_args(hint) and typing.get_origin(typing.get_args(hint)[0]) is tuple for hint in hints)
+    return any(typing.get_origin(kind) is tuple for kind in _positional(cls).values())
 
 
 def _placed(cls: type, word: str) -> str | None:
@@ -174,15 +178,16 @@ def _reject(cls: type, name: str, argv: list[str], box: str) -> NoReturn:
             if not flag and _takes_many(cls):
                 message += "; the files or runs to work on come before the options"
             elif not flag and Path(found[2], "config.json").exists():
-                message += f"; golfgpt {name} takes one run at a time"
+                message += f"; golfgpt {name} takes {'two runs' if name == 'runs diff' else 'one run at a time'}"
         elif (word := found[2].lstrip("-").partition("=")[0]) in {*dict(_flags(RunConfig)), "recipe", "resume"}:
             of = "train and golfgpt eval" if word.startswith("eval.") else "train"
             about, message = [], f"--{word} is for golfgpt {of}; golfgpt {name} does not take it"
             flag = next((f"--{own}" for own in _ELSEWHERE.get(word, ()) if own in dict(_flags(cls))), "")
         elif (meant := _meant(cls, word)) and flag != f"--{meant}":
             flag, about = f"--{meant}", [f"--{meant}", dict(_flags(cls))[meant]]
-        elif not flag and (close := difflib.get_close_matches(word, [flag for flag, _ in _flags(cls)], 1, 0.75)):
-            flag = f"--{close[0]}"
+        elif not flag:
+            options = [own for own, _ in _flags(cls) if own not in _positional(cls)]
+            flag = next((f"--{own}" for own in difflib.get_close_matches(word, options, 1, 0.75)), "")
         message += f"; did you mean {flag}?" if flag else ""
     elif message.startswith("Missing from"):
         missing = _missing(box)

@@ -11,6 +11,7 @@ import tyro
 from tyro.conf import Positional
 
 from golfgpt.cli.common import print_json
+from golfgpt.errors import InputError
 from golfgpt.files import write_bytes
 
 
@@ -21,7 +22,7 @@ class Report:
     runs: Positional[tuple[Path, ...]]
     """Run folders. A run without a score is shown as far as it has been trained."""
     out: Annotated[Path, tyro.conf.arg(aliases=("-o",))]
-    """The file to write; an existing one is replaced."""
+    """The .html file to write; an existing one is replaced."""
     json: bool = False
     """Print the file, its bytes and what the runs lack as JSON."""
 
@@ -29,6 +30,8 @@ class Report:
 def report(args: Report) -> int:
     from golfgpt.report.page import render
 
+    if args.out.suffix not in (".html", ".htm"):
+        raise InputError(f"--out is {args.out}; expected a name that ends in .html, for a page replaces what is there")
     page, missing = render(args.runs)
     data = page.encode()
     write_bytes(args.out, data)

@@ -9,13 +9,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_type_hints
 
-from tyro.conf import Positional
+from tyro.conf import Positional, Suppress
 
 from golfgpt.cli.common import RUNS, Config, print_json, run_name, stored_config
 from golfgpt.cli.parse import parse
 from golfgpt.config import RunConfig, differences
 from golfgpt.errors import InputError, VerificationError
 from golfgpt.files import from_json
+from golfgpt.runs import read_env, recipe_name
 from golfgpt.sweep.space import SPEC_KEYS, Spec, SpecFile, parse_grid, read_spec, with_values
 from golfgpt.tables import table
 
@@ -185,11 +186,14 @@ def _next(spec: Spec, rows: list[Row]) -> list[str]:
 @dataclass(frozen=True, kw_only=True)
 class Try:
     """Test one change at a fixed budget against the best configuration so far (the incumbent): keep or discard it. A
-    kept change is the next incumbent. Every try appends a line to runs/NAME/results.tsv."""
+    kept change is the next incumbent. Every try appends a line to runs/NAME/results.tsv.
 
-    arguments: Positional[tuple[str, ...]] = ()
-    """For the first try under a name: the run whose config is the incumbent (or use --recipe). Then -- and the options
-    that make the change: golfgpt try --recipe small --data.path DIR --budget 120s -- --optim.matrix-lr 0.03"""
+    The options that make the change come last, after --, as in golfgpt try --recipe small --data.path DIR --budget 120s
+    -- --optim.matrix-lr 0.03
+    """
+
+    run: Positional[Path | None] = None
+    """For the first try under a name: the run whose config is the incumbent (or use --recipe)."""
     config: Config
     recipe: str | None = None
     """For the first try under a name: the recipe that is the incumbent."""
@@ -203,6 +207,8 @@ class Try:
     """Incumbent, runs and results are in runs/NAME."""
     json: bool = False
     """Print the decision as JSON."""
+    change: Suppress[tuple[str, ...]] = ()
+    """The options after --, which the command line takes off before it parses the others."""
 
 
 def try_change(args: Try) -> int:
@@ -210,12 +216,11 @@ def try_change(args: Try) -> int:
     from golfgpt.sweep.children import Children
     from golfgpt.sweep.decide import LOOKS, under_null
 
-    run = args.arguments[:1] if args.arguments and not args.arguments[0].startswith("-") else ()
     folder = RUNS / run_name(args.name, "")
     config, looks = _at_budget(args), args.looks
     loop = read_loop(folder)
     if loop is None:
-        if not (run or args.recipe):
+        if not (args.run or args.recipe):
             raise InputError(f"{folder} has no incumbent yet; expected a run as first argument, or --recipe")
         if not (args.budget or args.steps):
             raise InputError("expected the budget of every run: --budget 120s, or --steps 500")
@@ -223,21 +228,22 @@ def try_change(args: Try) -> int:
             under_null(looks or LOOKS)
         except ValueError as error:
             raise InputError(f"--looks: {error}") from error
-        loop = Loop(recipe=args.recipe or "baseline", config=config, looks=looks or LOOKS)
-        changed = _changed(config, args.arguments[len(run) :])
+        recipe = args.recipe or recipe_name(read_env(args.run)) or "baseline"
+        loop = Loop(recipe=recipe, config=config, looks=looks or LOOKS)
+        changed = _changed(config, args.change)
         tried(loop, changed)  # a change that is refused makes no folder
         folder.mkdir(parents=True, exist_ok=True)
     else:
         other = differences(loop.config, config)
-        if run and not other:
-            other = differences(loop.config, _at_budget(replace(args, config=stored_config(Path(run[0])))))
+        if args.run and not other:
+            other = differences(loop.config, _at_budget(replace(args, config=stored_config(args.run))))
         if other or args.recipe not in (None, loop.recipe) or looks not in (None, loop.looks):
             what = "; ".join(other) or (f"--looks {looks}" if args.recipe in (None, loop.recipe) else args.recipe)
             raise InputError(
                 f"{folder} has an incumbent, a budget and looks {loop.looks} already, got {what}; give only the "
                 "change, after --, or choose another --name"
             )
-        changed = _changed(loop.config, args.arguments)
+        changed = _changed(loop.config, args.change)
     result = attempt(folder, loop, changed, Children(), _say(args.json))
     if args.json:
         print_json(as_json(result))

@@ -10,7 +10,7 @@ import signal
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
@@ -28,7 +28,12 @@ from golfgpt.cli.common import (
 from golfgpt.cli.data import DataPrepare, prepare_folder
 from golfgpt.config import EvalConfig, RunConfig
 from golfgpt.errors import BudgetError, InputError, Interrupted
-from golfgpt.runs import launcher, read_result, read_run, read_stored_result, taken
+from golfgpt.runs import add_metric, artifact_file, launcher, read_result, read_run, read_stored_result, taken
+
+if TYPE_CHECKING:  # these import torch
+    from golfgpt.data.shards import Dataset
+    from golfgpt.score.evaluate import Score
+    from golfgpt.score.ttt.evaluate import AdaptedScore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,13 +227,21 @@ class Eval:
     """Print the score as JSON."""
 
 
+def _keep(
+    folder: Path, args: Eval, config: RunConfig, dataset: Dataset, score: Score, adapted: AdaptedScore | None
+) -> None:
+    """Add a score to those of the run."""
+    facts = {"artifact": artifact_file(args.run).name, "data": config.data.path, "dataset": dataset.digest}
+    with contextlib.suppress(OSError):  # a folder that only its owner may write to is scored all the same
+        add_metric(folder, "eval", **facts, **asdict(score), adapted=adapted and asdict(adapted))
+
+
 def evaluate(args: Eval) -> int:
     import torch
 
     from golfgpt import distributed
     from golfgpt.compare import scored_whole
     from golfgpt.files import sha256_file, write_json
-    from golfgpt.runs import add_metric, artifact_file
     from golfgpt.score.compressors import compressors_bpb
     from golfgpt.score.evaluate import evaluate, open_dataset, plan_windows, scored_shape
     from golfgpt.score.sums import PartialSums
@@ -258,7 +271,7 @@ def evaluate(args: Eval) -> int:
     reporter = Reporter(None, speak=ranks.is_main, quiet=args.json)
     if missing:
         reporter.line(missing)
-    adapts, adapted, continues = config.eval.ttt.kind != "off", None, "continues"
+    adapts, score, adapted, continues = config.eval.ttt.kind != "off", None, None, "continues"
     try:
         folder = args.run.parent if args.run.is_file() else args.run
         with Signals(folder) as signals, distributed.lost_peers(lambda: f" The same command {continues}."):
@@ -314,6 +327,10 @@ def evaluate(args: Eval) -> int:
                     )
         reporter.status("compressing the text with gzip, xz and zstd for comparison")
         known = compressors_bpb(dataset) if ranks.is_main and not score.partial else None
+    except BudgetError:  # of test-time training; the plain score stays
+        if score and ranks.is_main:
+            _keep(folder, args, config, dataset, score, None)
+        raise
     except Interrupted as error:
         signum = error.exit_code - 128
         raise Interrupted(f"stopped by {signal.Signals(signum).name}; the same command {continues}", signum) from None
@@ -322,9 +339,7 @@ def evaluate(args: Eval) -> int:
         ranks.close()
     if ranks.is_main:
         file = artifact_file(args.run).name
-        facts = {"artifact": file, "data": config.data.path, "dataset": dataset.digest}
-        with contextlib.suppress(OSError):  # a folder that only its owner may write to is scored all the same
-            add_metric(folder, "eval", **facts, **asdict(score), adapted=adapted and asdict(adapted))
+        _keep(folder, args, config, dataset, score, adapted)
         kept = folder / "result.json"
         result = read_stored_result(folder) if adapted and file == "model.golf" else None
         if result:
@@ -383,7 +398,6 @@ class Sample:
 
 
 def sample(args: Sample) -> int:
-    from golfgpt.runs import artifact_file
 
     for name, value, low, high in (
         ("samples", args.samples, 1, 10**6),
@@ -442,6 +456,10 @@ def sample(args: Sample) -> int:
 
 def _prompt(args: Sample) -> str:
     if args.prompt_file is None:
+        try:
+            args.prompt.encode()
+        except UnicodeEncodeError as error:  # bytes that are not UTF-8, as Python passes them
+            raise InputError(f"--prompt: character {error.start} is not UTF-8; convert it") from None
         return args.prompt
     if args.prompt:
         raise InputError(f"expected --prompt or --prompt-file, got both; drop one (the file is {args.prompt_file})")

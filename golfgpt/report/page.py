@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 import re
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,6 +26,7 @@ from golfgpt.runs import (
     as_configured,
     as_written,
     flatten,
+    going_on,
     listed_run,
     read_run,
     recipe_name,
@@ -140,11 +140,7 @@ def _fill(view: View) -> None:
     if run.result is None:
         at = f"step {view.steps[-1]['step']}" if view.steps else "the start"
         running = listed_run(run.path).status == "running"
-        now = (
-            f"it is training, at {at}"
-            if running
-            else f"it stopped at {at}; golfgpt train --resume {shlex.quote(str(run.path))} goes on"
-        )
+        now = f"it is training, at {at}" if running else f"it stopped at {at}; {going_on(run.path)}"
         view.missing.append(f"the score (there is no result.json): {now}")
     elif not view.score.get("checks"):
         view.missing.append("how the score was checked: result.json does not say")

@@ -64,11 +64,18 @@ def pack(paths: Sequence[Path], out: Path, about: About, *, kernels: bool = Fals
     """Write the folder `out`. It appears whole or not at all, and the runs are only read. With `kernels` the program
     has the Triton kernels that the best run used.
 
-    Raises InputError for runs without a score of the whole text or of more than one configuration, for too few seeds of
-    a record, for `kernels` of a run without and for an existing `out` (a former submission is replaced with
-    `overwrite`), VerificationError for an artifact that its
-    result.json does not describe, BudgetError over the cap, ImportError without python-minifier.
+    Raises InputError for what `about` lacks, for runs without a score of the whole text or of more than one
+    configuration, for too few seeds of a record, for `kernels` of a run without and for an existing `out` (a former
+    submission is replaced with `overwrite`), VerificationError for an artifact that its result.json does not describe,
+    BudgetError over the cap, ImportError without python-minifier.
     """
+    if not paths:
+        raise InputError("expected the runs of the submission, got none: golfgpt submit pack RUN… --out DIR")
+    for name in ("author", "github_id", "name"):
+        if not getattr(about, name).strip():
+            raise InputError(f"--{name.replace('_', '-')} is empty; a submission needs it")
+    if not about.track.startswith("track_"):
+        raise InputError(f"--track is {about.track}; expected track_10min_16mb for a record, or track_non_record_16mb")
     _may_write(out, overwrite)
     runs = sorted(map(read_result, paths), key=lambda run: run.config.seed)
     kind = "plain" if runs and runs[0].config.eval.ttt.kind == "off" else "adapted"

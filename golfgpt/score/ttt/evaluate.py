@@ -22,7 +22,7 @@ from golfgpt.bpb import bits_per_byte
 from golfgpt.config import RunConfig, TTTConfig
 from golfgpt.data.shards import Dataset
 from golfgpt.distributed import Ranks
-from golfgpt.errors import GolfError, Interrupted, NonFiniteError, PeerError, VerificationError
+from golfgpt.errors import BudgetError, GolfError, Interrupted, NonFiniteError, PeerError, VerificationError
 from golfgpt.model.gpt import GPT
 from golfgpt.score.evaluate import PROGRESS_SECONDS, batch_windows, compiles, plan_windows, read_from, score_label
 from golfgpt.score.sums import Sums
@@ -211,7 +211,9 @@ def evaluate_adapted(
         stopped = None
     ledger.check(all_scored=stopped is None)
     if not nbytes:
-        raise VerificationError(f"nothing was scored with test-time training: {stopped}")
+        if diverged:
+            raise NonFiniteError(f"nothing was scored with test-time training: {stopped}")
+        raise BudgetError(f"nothing was scored with test-time training: {stopped}; raise --eval.ttt.max-seconds")
     _prove(dataset, ledger, int(tokens), int(nbytes))
     valid, words = code_length(ttt)
     label = score_label(dataset, windows, aware or ttt.kind != "sgd").replace(
