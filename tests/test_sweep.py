@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -327,6 +328,26 @@ def test_workers_share_a_study(tmp_path):
     rows, _, trained = run_sweep(tmp_path, spec(space={"optim.matrix_lr": tuple(range(12))}), lr, jobs=4)
     assert sorted(trained) == [f"{i:04d}-s1337" for i in range(12)]
     assert [row.values["optim.matrix_lr"] for row in rows] == list(range(12))
+
+
+def test_a_trial_that_ends_while_another_is_claimed_is_not_taken_again(tmp_path, monkeypatch):
+    pytest.importorskip("optuna")
+    from golfgpt.sweep.study import Study
+
+    study = Study(tmp_path / "sweep", spec(space={"optim.matrix_lr": (0.1, 0.2)}))
+    first, hold, ends = contextlib.ExitStack(), Study._hold, [True]
+    claim = first.enter_context(study.claim())
+
+    def late(self, number):
+        if number == 0 and ends:
+            ends.pop()
+            study.study.tell(claim.trial, 1.0)
+            first.close()
+        return hold(self, number)
+
+    monkeypatch.setattr(Study, "_hold", late)
+    with study.claim() as second:
+        assert second.values == {"optim.matrix_lr": 0.2} and not ends
 
 
 def test_the_table_names_scores_that_are_newer_than_the_study(tmp_path, monkeypatch):

@@ -137,7 +137,9 @@ class Study:
         trials = self.study.get_trials(deepcopy=False)
         for left in trials:
             if left.state == TrialState.RUNNING and (lock := self._hold(left.number)):
-                return lock, optuna.Trial(self.study, left._trial_id)
+                if self.trials[left.number].state == TrialState.RUNNING:  # it may have ended since
+                    return lock, optuna.Trial(self.study, left._trial_id)
+                lock.release()
         waiting = any(trial.state == TrialState.WAITING for trial in trials)
         if not waiting and (self.spec.sampler == "grid" or len(trials) >= self.spec.trials):
             return None, None
