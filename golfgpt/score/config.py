@@ -98,8 +98,8 @@ class EvalConfig(Section):
     """Tokens between window starts; None: the window (chunks). Each token has at least window - stride tokens of
     context, except near the start of the text."""
     batch_tokens: Count | None = None
-    """Tokens per forward pass on one rank, at least a window; None: 65,536 on a GPU, 16,384 on a CPU. Fewer tokens need
-    less memory. The score depends on it only by rounding."""
+    """Tokens per forward pass on one rank; fewer than a window count as one. None: 65,536 on a GPU, 16,384 on a CPU.
+    Fewer tokens need less memory. The score depends on it only by rounding."""
     max_tokens: Count | None = None
     """Score only this many tokens from the start of the text; the result is labelled as a partial score."""
     document_aware: bool = False
