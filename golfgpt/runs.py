@@ -204,9 +204,7 @@ def resume_hint(path: Path) -> str:
 
 def taken(path: Path) -> InputError:
     """The error of a new run whose folder holds a run."""
-    words = read_env(path).get("command")
-    imported = isinstance(words, list) and words[1:2] == ["import"]
-    hint = "" if imported or (path / "result.json").exists() else ", or continue it with --resume"
+    hint = "" if _imported(path) or (path / "result.json").exists() else ", or continue it with --resume"
     return InputError(f"{path} already holds a run; choose another --name{hint}")
 
 
@@ -215,10 +213,16 @@ def saved(path: Path) -> bool:
     return any((path / "checkpoints").glob("step_*.safetensors"))
 
 
+def _imported(path: Path) -> bool:
+    """Whether golfgpt import made the run."""
+    words = read_env(path).get("command")
+    return isinstance(words, list) and words[1:2] == ["import"]
+
+
 def going_on(path: Path) -> str:
     """What to do with a run that has no result, and its command."""
-    quoted, words = shlex.quote(str(path)), read_env(path).get("command")
-    if isinstance(words, list) and words[1:2] == ["import"]:
+    quoted = shlex.quote(str(path))
+    if _imported(path):
         return f"golfgpt eval {quoted} --data.path DIR scores it"
     return f"golfgpt train --resume {quoted} continues it"
 

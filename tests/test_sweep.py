@@ -570,12 +570,14 @@ def test_a_run_is_the_first_incumbent(here, monkeypatch, capsys):
     config = recipes.get("demo").config
     run = RunFolder.create(here / "runs/first", replace(config, model=replace(config.model, num_layers=3)), b"")
     run.close()
-    (here / "runs/first/env.json").write_text('{"command": ["golfgpt", "train", "--recipe", "demo"]}')
     command = ["try", "runs/first", "--steps", "4", "--looks", "2", "3"]
-    assert main([*command, "--", "--optim.matrix-lr", "0.5"]) == 0
-    assert "keep: --optim.matrix-lr=0.5" in capsys.readouterr().out
-    loop = read_loop(here / "runs/try")
-    assert (loop.recipe, loop.config.model.num_layers, loop.looks) == ("demo", 3, (2, 3))
+    for recipe, known in (("demo", "demo"), ("of-another-version", "baseline")):
+        env = {"command": ["golfgpt", "train", "--recipe", recipe]}
+        (here / "runs/first/env.json").write_text(json.dumps(env))
+        assert main([*command, "--name", recipe, "--", "--optim.matrix-lr", "0.5"]) == 0
+        assert "keep: --optim.matrix-lr=0.5" in capsys.readouterr().out
+        loop = read_loop(here / "runs" / recipe)
+        assert (loop.recipe, loop.config.model.num_layers, loop.looks) == (known, 3, (2, 3))
     assert main(["try", "--name", "x", "--steps", "4", "runs/first", "--", "--optim.matrix-lr", "0.5"]) == 3
     assert "the first argument of golfgpt try is --name; expected the run: golfgpt try runs/" in capsys.readouterr().err
 

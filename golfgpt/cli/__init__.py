@@ -203,7 +203,7 @@ def _dispatch(name: str, argv: list[str]) -> int:
     if name == "recipes" and argv and argv[0] not in ("list", "show") and not argv[0].startswith("-"):
         argv = ["show", *argv]
     change: tuple[str, ...] = ()
-    if command.args is sweep.Try and "--" in argv:
+    if command.args is sweep.Try and "--" in argv:  # tyro does not take arguments in two places
         at = argv.index("--")
         argv, change = argv[:at], tuple(argv[at + 1 :])
     config = command.start(argv) if command.start else None

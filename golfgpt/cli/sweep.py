@@ -16,6 +16,7 @@ from golfgpt.cli.parse import parse
 from golfgpt.config import RunConfig, differences
 from golfgpt.errors import InputError, VerificationError
 from golfgpt.files import from_json
+from golfgpt.recipes import RECIPES
 from golfgpt.runs import read_env, recipe_name
 from golfgpt.sweep.space import SPEC_KEYS, Spec, SpecFile, parse_grid, read_spec, with_values
 from golfgpt.tables import table
@@ -228,8 +229,8 @@ def try_change(args: Try) -> int:
             under_null(looks or LOOKS)
         except ValueError as error:
             raise InputError(f"--looks: {error}") from error
-        recipe = args.recipe or recipe_name(read_env(args.run)) or "baseline"
-        loop = Loop(recipe=recipe, config=config, looks=looks or LOOKS)
+        recipe = args.recipe or recipe_name(read_env(args.run))
+        loop = Loop(recipe=recipe if recipe in RECIPES else "baseline", config=config, looks=looks or LOOKS)
         changed = _changed(config, args.change)
         tried(loop, changed)  # a change that is refused makes no folder
         folder.mkdir(parents=True, exist_ok=True)

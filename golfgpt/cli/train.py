@@ -227,7 +227,7 @@ class Eval:
     """Print the score as JSON."""
 
 
-def _keep(
+def _store(
     folder: Path, args: Eval, config: RunConfig, dataset: Dataset, score: Score, adapted: AdaptedScore | None
 ) -> None:
     """Add a score to those of the run."""
@@ -329,7 +329,7 @@ def evaluate(args: Eval) -> int:
         known = compressors_bpb(dataset) if ranks.is_main and not score.partial else None
     except BudgetError:  # of test-time training; the plain score stays
         if score and ranks.is_main:
-            _keep(folder, args, config, dataset, score, None)
+            _store(folder, args, config, dataset, score, None)
         raise
     except Interrupted as error:
         signum = error.exit_code - 128
@@ -339,7 +339,7 @@ def evaluate(args: Eval) -> int:
         ranks.close()
     if ranks.is_main:
         file = artifact_file(args.run).name
-        _keep(folder, args, config, dataset, score, adapted)
+        _store(folder, args, config, dataset, score, adapted)
         kept = folder / "result.json"
         result = read_stored_result(folder) if adapted and file == "model.golf" else None
         if result:
@@ -398,7 +398,6 @@ class Sample:
 
 
 def sample(args: Sample) -> int:
-
     for name, value, low, high in (
         ("samples", args.samples, 1, 10**6),
         ("tokens", args.tokens, 1, 10**6),

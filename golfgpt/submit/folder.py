@@ -78,7 +78,7 @@ def pack(paths: Sequence[Path], out: Path, about: About, *, kernels: bool = Fals
         raise InputError(f"--track is {about.track}; expected track_10min_16mb for a record, or track_non_record_16mb")
     _may_write(out, overwrite)
     runs = sorted(map(read_result, paths), key=lambda run: run.config.seed)
-    kind = "plain" if runs and runs[0].config.eval.ttt.kind == "off" else "adapted"
+    kind = "plain" if runs[0].config.eval.ttt.kind == "off" else "adapted"
     notes = []
     if kind == "plain":
         notes = [_left_out(run) for run in runs if run.result.get("adapted")]

@@ -137,8 +137,9 @@ def evaluate_adapted(
 
     `progress` gets a line every second, `say` one about what is scored where a signal ends it. On several ranks signals
     are `deferred` to where all meet, so that none leaves the others in a collective; what it gives raises then. Raises
-    InputError for a plan that does not fit the text, VerificationError where a check or a proof fails, Interrupted
-    after a signal. A number that is not finite ends it with a score of what was scored before (`diverged`).
+    InputError for a plan that does not fit the text, BudgetError where eval.ttt.max_seconds are over before a token is
+    scored, VerificationError where a check or a proof fails, Interrupted after a signal. A number that is not finite
+    ends it with a score of what was scored before (`diverged`).
     """
     began, ttt = time.perf_counter(), config.eval.ttt
     ttt = with_published(ttt)
@@ -211,8 +212,6 @@ def evaluate_adapted(
         stopped = None
     ledger.check(all_scored=stopped is None)
     if not nbytes:
-        if diverged:
-            raise NonFiniteError(f"nothing was scored with test-time training: {stopped}")
         raise BudgetError(f"nothing was scored with test-time training: {stopped}; raise --eval.ttt.max-seconds")
     _prove(dataset, ledger, int(tokens), int(nbytes))
     valid, words = code_length(ttt)
